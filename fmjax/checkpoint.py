@@ -1,0 +1,317 @@
+"""Checkpoints: saved while training goes on, verified before they are used, never silently wrong.
+
+A run folder holds checkpoints/<step>/ with state/ (the arrays, Orbax's format), meta/ (JSON) and
+MANIFEST.json, its digests (fmjax/manifest.py), written last. Which steps count, stay and go is in
+fmjax/step_folders.py.
+
+Orbax writes and reads the arrays. What it leaves open is decided here: what happens when a save
+fails, which step is restored, and that a checkpoint of another model is refused, not bent to fit.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore  # what orbax stores arrays with
+from flax.traverse_util import unflatten_dict
+from jax.experimental import multihost_utils
+from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
+
+from fmjax import manifest, step_folders
+from fmjax.errors import CheckpointError, ConfigError, did_you_mean
+
+MAX_FAILURES = 3  # this many failed saves in a row end the run
+RETRY_SEC = 5.0  # pause after the first failure, doubled after each further one
+
+log = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Saves and restores the training state of one run folder. Used by one thread.
+
+    Keeps the last `keep` steps and the best one by the metric named `best` ("" for none;
+    `best_mode` "min" or "max"). `committed` is the newest step known to be safely stored.
+
+    With several processes all of them call every method; process 0 does the work on files, so that
+    only its `wait` covers the manifest.
+    """
+
+    def __init__(
+        self, workdir: str | Path, *, keep: int = 2, best: str = "", best_mode: str = "min"
+    ):
+        if keep < 1:
+            raise ConfigError(f"config.keep = {keep}: at least 1 checkpoint must be kept.")
+        if best_mode not in ("min", "max"):
+            raise ConfigError(
+                f"best_mode is {best_mode!r}.{did_you_mean(best_mode, ['min', 'max'])}"
+            )
+        self.committed: int | None = None
+        self._directory = _directory(workdir)
+        self._keep, self._best, self._best_mode = keep, best, best_mode
+        atomicity = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(), atomicity_options=atomicity
+        )
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+        self._latest: tuple = ()  # arguments of the save in progress, kept until it is committed
+        self._failures, self._retry_at = 0, 0.0
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        meta: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        *,
+        force: bool = False,
+    ) -> bool:
+        """Starts saving `state` (a tree of arrays) and `meta` (JSON) as `step`.
+
+        Returns once the arrays may be donated; the rest happens in the background. If the save
+        before is still being written, waits for it. Steps newer than `step`, left from
+        before a roll-back, are deleted. Returns False, having done nothing, when `step` is
+        already committed by this object and not `force`.
+
+        `metrics` decide which step is best; a non-finite one never is.
+        """
+        self._collect(block=True)
+        if step == self.committed and not force:
+            return False
+        if self._best and metrics and self._best not in metrics:
+            hint = did_you_mean(self._best, metrics)
+            raise ConfigError(f"config.best = {self._best!r} is not a metric of this run.{hint}")
+        own = {
+            "format": manifest.FORMAT,
+            "step": step,
+            "metrics": {name: _finite(value) for name, value in (metrics or {}).items()},
+            "arrays": _described(state),
+        }
+        assert not own.keys() & meta.keys(), f"reserved keys in meta: {own.keys() & meta.keys()}"
+        # A copy: the file is written later, when the caller may have changed what it passed.
+        self._start(step, state, json.loads(json.dumps({**own, **meta})))
+        return True
+
+    def check(self) -> bool:
+        """Call at every step: True when a save has failed and the present state should be saved.
+
+        A failed save (a full disk) is logged, its files are removed, and the attempt is repeated
+        after a pause that doubles. Raises CheckpointError after MAX_FAILURES failures in a row,
+        or after the first one with several processes, which could not agree on a repetition.
+        """
+        self._collect(block=False)
+        return self._failures > 0 and time.monotonic() >= self._retry_at
+
+    def wait(self) -> None:
+        """Blocks until the last save is committed, manifest included.
+
+        A failed save is repeated here as long as its arrays live, so call this before the state
+        is donated to another step. Raises CheckpointError when the save cannot be completed.
+        """
+        self._collect(block=True)
+        while self._failures:
+            step, state, _ = self._latest
+            leaves = jax.tree.leaves(state)
+            if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
+                raise CheckpointError(f"step {step} was not saved, and its state is gone.")
+            time.sleep(max(0.0, self._retry_at - time.monotonic()))
+            self._start(*self._latest)
+            self._collect(block=True)
+
+    def close(self) -> None:
+        """Waits for a save in progress and frees the threads. An error is only logged."""
+        try:
+            self._collect(block=True)
+        except CheckpointError as error:
+            log.error("%s", error)
+        self._orbax.close()
+        self._worker.shutdown()
+
+    def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict] | None:
+        """(state, meta) of the newest undamaged step, or of `step`; None if nothing was ever saved.
+
+        `abstract` is the state as a tree of jax.ShapeDtypeStruct with shardings, on any number of
+        devices. Damaged steps on the way to the newest are renamed to <step>.corrupt. Raises
+        CheckpointError when all steps or the requested one are damaged, and when shapes, dtypes or
+        structure differ from `abstract`: nothing is cast, dropped or initialised.
+        """
+        leaves = jax.tree.leaves(abstract)
+        assert all(leaf.sharding is not None for leaf in leaves), "abstract state without shardings"
+        self._collect(block=True)
+        found = _find(self._directory, step, quarantine=True)
+        if found is None:
+            return None
+        folder = self._directory / str(found)
+        meta = step_folders.read_meta(folder)
+        _require_equal(meta["arrays"], _described(abstract), folder)
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        state = self._orbax.restore(folder, args=arguments)["state"]
+        # After a roll-back, saving the requested step again is not idle: it deletes the newer ones.
+        self.committed = found if step is None else None
+        return state, meta
+
+    def _start(self, step: int, state: Any, meta: dict) -> None:
+        self._latest = (step, state, meta)
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+        )
+        try:
+            if jax.process_index() == 0:
+                step_folders.make_room(self._directory, step)
+            self._orbax.save(self._directory / str(step), args=arguments)
+        except (OSError, ValueError) as error:  # what file systems raise, through tensorstore
+            self._failed(step, error)
+        else:
+            self._pending = self._worker.submit(self._finish, step)
+
+    def _finish(self, step: int) -> None:
+        """In the background: waits for the arrays, seals the step, then deletes old ones."""
+        folder = self._directory / str(step)
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                manifest.write(folder)
+        except Exception:
+            if jax.process_index() == 0:
+                step_folders.remove(folder)  # so that it does not hold the disk that may be full
+            raise
+        if jax.process_index() == 0:
+            step_folders.delete_old(
+                self._directory, keep=self._keep, best=self._best, mode=self._best_mode
+            )
+
+    def _collect(self, *, block: bool) -> None:
+        """Takes the result of the save in progress, if it has ended or `block`."""
+        if self._pending is None or not (block or self._pending.done()):
+            return
+        error, self._pending = self._pending.exception(), None
+        if error is not None:
+            self._failed(self._latest[0], error)
+        else:
+            self.committed = self._latest[0]
+            self._latest, self._failures = (), 0
+
+    def _failed(self, step: int, error: BaseException) -> None:
+        self._failures += 1
+        allowed = MAX_FAILURES if jax.process_count() == 1 else 1
+        reason = " ".join(str(error).split())[:300]
+        if self._failures >= allowed:
+            raise CheckpointError(
+                f"saving step {step} in {self._directory} failed, {self._failures} in a row: "
+                f"{reason}. Free space or repair the storage, or choose another --workdir. "
+                f"The last committed step is {self.committed}."
+            ) from error
+        pause = RETRY_SEC * 2 ** (self._failures - 1)
+        self._retry_at = time.monotonic() + pause
+        log.error(
+            "saving step %d failed (%d of %d); next attempt in %g s: %s",
+            *(step, self._failures, allowed, pause, reason),
+        )
+
+
+def load_params(
+    workdir: str | Path, step: int | None = None, abstract: Any = None
+) -> tuple[Any, dict]:
+    """(params, meta) of the newest undamaged step of a run folder, or of `step`, verified.
+
+    The optimizer's arrays are neither read nor known. Without `abstract` (a tree of
+    jax.ShapeDtypeStruct with shardings) the parameters are nested dicts of numpy arrays. The
+    folder may belong to a run in progress: nothing in it is changed.
+    """
+    directory = _directory(workdir)
+    found = _find(directory, step, quarantine=False)
+    if found is None:
+        raise CheckpointError(f"{directory} holds no checkpoint. Is {workdir} a run folder?")
+    folder = directory / str(found)
+    meta = step_folders.read_meta(folder)
+    saved = {path: text for path, text in meta["arrays"].items() if path.startswith("params/")}
+    if abstract is None:
+        item = unflatten_dict({path: jax.ShapeDtypeStruct((), np.float32) for path in saved}, "/")
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    else:
+        item = {"params": abstract}
+        _require_equal(saved, _described(item), folder)
+        how = ocp.checkpoint_utils.construct_restore_args(item)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        arguments = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
+        return orbax.restore(folder / "state", args=arguments)["params"], meta
+
+
+def steps(workdir: str | Path) -> list[int]:
+    """The finished steps of a run folder, oldest first."""
+    return step_folders.finished(_directory(workdir))
+
+
+def verify(workdir: str | Path, step: int) -> list[str]:
+    """What is damaged in a step, one line a file; empty when every byte is as it was written."""
+    return manifest.problems(_directory(workdir) / str(step))
+
+
+def _directory(workdir: str | Path) -> Path:
+    return Path(workdir).absolute() / "checkpoints"  # orbax fails late on a relative path
+
+
+def _find(directory: Path, step: int | None, *, quarantine: bool) -> int | None:
+    """The undamaged step to restore. Process 0 reads and decides for all processes."""
+    found, error = None, None
+    if jax.process_index() == 0:
+        try:
+            if step is None:
+                found = step_folders.newest(directory, quarantine=quarantine)
+            else:
+                found = step_folders.intact(directory, step)
+        except CheckpointError as caught:
+            error = caught
+    if jax.process_count() > 1:
+        code = -2 if error else -1 if found is None else found
+        code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
+        found = None if code < 0 else code
+        if code == -2 and error is None:
+            error = CheckpointError("no usable checkpoint; the message of process 0 says why.")
+    if error:
+        raise error
+    return found
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _described(tree: Any) -> dict[str, str]:
+    """{path: "float32[8,16]"} of a tree of arrays. Refuses dtypes that cannot be stored."""
+    described = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        described[name] = f"{leaf.dtype}[{','.join(str(size) for size in leaf.shape)}]"
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            try:
+                tensorstore.dtype(str(leaf.dtype))
+            except (TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{name} is {described[name]}, which cannot be stored. Pack its values into "
+                    "uint8 (two 4-bit codes a byte) or keep it out of the training state."
+                ) from error
+    return described
+
+
+def _require_equal(saved: dict[str, str], wanted: dict[str, str], folder: Path) -> None:
+    lines = [
+        f"  {path}: checkpoint {saved.get(path, 'has none')}, model {wanted.get(path, 'has none')}"
+        for path in sorted(saved.keys() | wanted.keys())
+        if saved.get(path) != wanted.get(path)
+    ]
+    if lines:
+        shown = "\n".join(lines[:40]) + (f"\n  and {len(lines) - 40} more" if lines[40:] else "")
+        raise CheckpointError(
+            f"{folder} does not match the model and optimizer of this run:\n{shown}\n"
+            "Set config.model, config.optim and config.groups as in the run's config.json, or "
+            "start over with --fresh."
+        )

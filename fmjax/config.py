@@ -1,0 +1,225 @@
+"""Configs: Python files and saved JSON in, checked and locked `ConfigDict`s out.
+
+A config file is code that defines `get_config(arg=None)`; only local `.py` files named by the user
+are executed. A saved `config.json` is data. After `load` a config holds nothing but numbers, text,
+booleans, None, tuples (lists become tuples) and dicts, so JSON keeps all of it. Nothing here
+imports jax: a mistake on the command line is answered at once.
+"""
+
+import hashlib
+import inspect
+import json
+import math
+import re
+import runpy
+import traceback
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import RequiredValueError
+
+from fmjax import command_line, rules
+from fmjax.errors import ConfigError, FmjaxError, did_you_mean
+from fmjax.rules import flatten
+
+# What may differ between two starts of one run, and is therefore not part of its identity: where it
+# runs, how often it speaks and saves, and which task reads it. None of these changes the numbers
+# beyond the order of floating-point sums.
+MAY_CHANGE = (
+    "task",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "keep",
+    "max_skipped",
+    "tensorboard",
+    "wandb",
+    "mesh",
+    "distributed",
+    "data.cache",
+    "data.workers",
+)
+SECRET = re.compile(r"(^|_)(token|key|secret|password)s?($|_)", re.IGNORECASE)
+ABSENT = "(absent)"
+
+
+def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
+    """The locked, checked config of `path.py`, `path.py:arg` or `config.json`, then overrides.
+
+    Args:
+      spec: a local file, with the argument of its `get_config` after a colon.
+      overrides: command-line words, `--config.a.b=v` or `--config.a.b v`. A value is read as the
+        type of the default that it replaces; tuples and dicts are Python literals.
+
+    Raises:
+      ConfigError: names the key, what was given, what is possible.
+    """
+    path, _, arg = spec.partition(":")
+    config = _read(Path(path), arg or None)
+    command_line.apply(config, overrides)
+    return _checked(config)
+
+
+def parse_arg(arg: str | None, **defaults) -> ConfigDict:
+    """The argument of a `get_config`, as in big_vision: "tiny", "tiny,runlocal", "res=128".
+
+    The first default may be given by its value alone; a bare boolean name means True.
+    """
+    parsed = ConfigDict(defaults)
+    for position, word in enumerate(filter(None, (arg or "").split(","))):
+        name, given, text = word.partition("=")
+        if not given and isinstance(defaults.get(name), bool):
+            name, text = name, "true"
+        elif not given and position == 0:
+            name, text = next(iter(defaults)), word
+        if name not in defaults or not (given or text):
+            raise ConfigError(f"config argument {word!r}: unknown.{did_you_mean(name, defaults)}")
+        parsed[name] = command_line.parse(name, text, defaults[name])
+    return parsed
+
+
+def steps(
+    duration: int | str,
+    *,
+    total: int | None = None,
+    steps_per_epoch: int | None = None,
+    tokens_per_step: int | None = None,
+) -> int:
+    """A duration in optimizer steps, rounded up: never less than was asked for.
+
+    Args:
+      duration: steps as an int, or "1500 steps", "2.5 epochs", "10M tokens", "10%" (of `total`).
+      total: the length of the run in steps; None where it is itself being computed.
+      steps_per_epoch: None where an epoch has no known length (streaming).
+      tokens_per_step: positions in one global batch.
+    """
+    try:
+        number, unit = rules.duration(duration)
+    except ValueError as error:
+        raise ConfigError(f"{duration!r} is not {rules.DURATION.words}") from error
+    per_unit = {
+        "step": 1,
+        "epoch": steps_per_epoch,
+        "token": tokens_per_step and Fraction(1, tokens_per_step),
+        "%": total and Fraction(total, 100),
+    }[unit]
+    if per_unit is None:
+        raise ConfigError(f"{duration!r} cannot be turned into steps here: use '1000 steps'")
+    return math.ceil(number * per_unit)
+
+
+def to_json(config: Mapping | ConfigDict) -> str:
+    """The config as indented JSON with sorted keys; tuples become arrays."""
+    return json.dumps(_plain(config), indent=2, sort_keys=True, allow_nan=False)
+
+
+def from_json(text: str) -> ConfigDict:
+    """The inverse of `to_json`: locked, every array a tuple. Data only, nothing is executed."""
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ConfigError(f"expected an object, got {type(content).__name__}")
+        return ConfigDict(_plain(content)).lock()
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"not a JSON config: {error}") from error
+
+
+def digest(config: ConfigDict) -> str:
+    """8 hex digits of what determines a run's numbers: all but `MAY_CHANGE` and secrets."""
+    kept = {k: v for k, v in flatten(redact(config)).items() if not may_change(k)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def diff(a: ConfigDict, b: ConfigDict) -> list[tuple[str, Any, Any]]:
+    """(key, value in a, value in b) for each difference; `ABSENT` where one has no such key."""
+    a, b = flatten(a), flatten(b)
+    pairs = ((key, a.get(key, ABSENT), b.get(key, ABSENT)) for key in sorted(a.keys() | b.keys()))
+    return [(key, left, right) for key, left, right in pairs if left != right]
+
+
+def redact(config: ConfigDict) -> ConfigDict:
+    """A locked copy whose token, key, secret and password texts read "***", for saving and logs."""
+
+    def hide(node):
+        if isinstance(node, tuple):
+            return tuple(hide(item) for item in node)
+        if not isinstance(node, dict):
+            return node
+        return {
+            name: "***" if item and isinstance(item, str) and SECRET.search(name) else hide(item)
+            for name, item in node.items()
+        }
+
+    return ConfigDict(hide(_plain(config))).lock()
+
+
+def may_change(key: str) -> bool:
+    """Whether the dotted `key` may differ between two starts of one run."""
+    return any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+
+
+def _read(path: Path, arg: str | None) -> ConfigDict:
+    if path.suffix not in (".py", ".json") or not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path("configs")
+        hint = did_you_mean(str(path), map(str, folder.glob("*.py")))
+        raise ConfigError(f"--config={path}: no such .py or .json file.{hint}")
+    try:
+        if path.suffix == ".json":
+            return ConfigDict(from_json(path.read_text(encoding="utf-8")))
+        return _execute(path, arg)
+    except FmjaxError:
+        raise
+    except Exception as error:  # The user's own code: any mistake is possible, say where it is.
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = lines[-1] if lines else getattr(error, "lineno", None) or 1
+        raise ConfigError(f"{path}:{line}: {type(error).__name__}: {error}") from error
+
+
+def _execute(path: Path, arg: str | None) -> ConfigDict:
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if not callable(get_config):
+        raise ConfigError(f"--config={path}: the file defines no get_config(arg=None)")
+    if inspect.signature(get_config).parameters:
+        config = get_config(arg)
+    elif arg is None:
+        config = get_config()
+    else:
+        raise ConfigError(f"--config={path}:{arg}: its get_config() takes no argument")
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise ConfigError(f"--config={path}: get_config returned a {kind}, not a ConfigDict")
+    return config
+
+
+def _checked(config: ConfigDict) -> ConfigDict:
+    config = ConfigDict(_plain(config))
+    rules.check(config.to_dict())
+    return config.lock()
+
+
+def _plain(value, key: str = ""):
+    """Nested dicts and tuples of plain finite values, or a ConfigError that names the key."""
+    if isinstance(value, ConfigDict | Mapping):
+        plain = {}
+        for name in value:
+            if not isinstance(name, str) or "." in name:
+                raise ConfigError(f"{key or 'config'}: the key {name!r} is not text without dots")
+            child = f"{key}.{name}" if key else name
+            try:
+                plain[name] = _plain(value[name], child)
+            except RequiredValueError as error:
+                raise ConfigError(f"--config.{child}=… must be given") from error
+        return plain
+    if isinstance(value, list | tuple):
+        return tuple(_plain(item, f"{key}[{i}]") for i, item in enumerate(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} is {value}: expected a finite number")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{key} is an integer of more than 64 bits")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ConfigError(f"{key} is a {type(value).__name__}: a config holds only plain data")

@@ -1,0 +1,233 @@
+"""Hugging Face checkpoints, both ways, without torch.
+
+    folder = convert.find("google-bert/bert-base-uncased", revision="<commit>")
+    name, options = convert.describe(folder)         # "bert", arguments of fmjax.models.bert.Model
+    params, report = convert.load(folder, abstract)  # straight into the shardings of `abstract`
+    convert.export("out", model, params, tokenizer_dir)
+
+`load` reads for each device only what it holds; a stack of layers, which the files keep layer by
+layer, is assembled piece by piece. The names of a family are tables in a file of their own, called
+as the model's (`bert.py`).
+"""
+
+import importlib
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from fmjax import trees
+from fmjax.convert import files
+from fmjax.convert.files import Place, Tensors
+from fmjax.convert.writer import export
+from fmjax.errors import CheckpointError, ConfigError, did_you_mean
+
+__all__ = ["Report", "describe", "export", "find", "load"]
+
+# `model_type` of config.json -> the file in fmjax/models and in fmjax/convert
+MODEL_TYPES = {"bert": "bert", "roberta": "bert", "distilbert": "bert", "modernbert": "bert"}
+_PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "vocab*", "merges*"]
+
+
+class Report(NamedTuple):
+    """What `load` did not find or did not need."""
+
+    kept: tuple[str, ...]  # parameters that the files lack and that have their initialisation
+    unused: tuple[str, ...]  # tensors of the files that the model has no place for
+
+    def __str__(self) -> str:
+        lines = [f"newly initialised: {_some(self.kept)}"] if self.kept else []
+        lines += [f"in the files but not used: {_some(self.unused)}"] if self.unused else []
+        return "; ".join(lines) or "every parameter loaded, every tensor used"
+
+
+def find(source: str | Path, revision: str = "") -> Path:
+    """The local folder of a checkpoint: `source` itself, or the snapshot of a hub id.
+
+    `id@commit` says the revision too. Raises ConfigError when it is neither; warns when a hub id is
+    not pinned to a commit.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    name, _, commit = str(source).partition("@")
+    revision = revision or commit
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise ConfigError(f"{str(source)!r} is neither a folder nor the id of a model on the hub.")
+    import huggingface_hub  # slow to import
+
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision or None, allow_patterns=_PATTERNS
+            )
+        )
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise ConfigError(
+            f"{str(source)!r} is not a folder, and the hub did not give it: {error}"
+        ) from error
+    if not re.fullmatch(r"[0-9a-f]{40}", revision):
+        warnings.warn(
+            f"{name!r} is not pinned and can change; today's is {name}@{folder.name}.", stacklevel=2
+        )
+    return folder
+
+
+def describe(source: str | Path) -> tuple[str, dict[str, Any]]:
+    """(model name, arguments of its `Model`) of a checkpoint, from its config.json.
+
+    Raises ConfigError for an architecture or an option that fmjax does not have.
+    """
+    hf, family = _read_config(find(source))
+    return MODEL_TYPES[hf["model_type"]], family.model_options(hf)
+
+
+def load(
+    source: str | Path,
+    like: trees.Tree,
+    *,
+    may_miss: str = "",
+    initial: Callable[[], trees.Tree] | None = None,
+) -> tuple[trees.Tree, Report]:
+    """The parameters of a checkpoint with the paths, shapes, dtypes and shardings of `like`.
+
+    `like`: a stored tree, layers stacked or not, of arrays or of ShapeDtypeStructs (one without a
+    sharding goes to the first device).
+    `may_miss`: regex of parameter names that the files may lack (a stack whole or not at all). They
+    are taken from `initial()`, which gives a whole tree; it is traced, and only they are computed.
+
+    Raises CheckpointError listing what is missing or has another shape, with both shapes, and
+    ConfigError as `describe` does.
+    """
+    folder = find(source)
+    hf, family = _read_config(folder)
+    with files.open_folder(folder) as tensors:
+        keys = _canonical_keys(family, hf["model_type"], tensors)
+
+        def located(name: str) -> Place | None:
+            place = family.place(hf["model_type"], name)
+            if place is None or place.key not in keys:
+                return None
+            return place._replace(key=keys[place.key])
+
+        problems, missing, places = [], {}, {}
+        for path, leaf in trees.flatten(like).items():
+            names = trees.names(path)
+            found = {name: located(name) for name in names}
+            if not any(found.values()) and all(re.fullmatch(may_miss, name) for name in names):
+                missing[path] = leaf
+                continue
+            shape = leaf.shape[1:] if trees.is_stacked(path) else leaf.shape
+            wrong = [_problem(name, place, shape, tensors) for name, place in found.items()]
+            problems += filter(None, wrong)
+            places[path] = leaf, list(found.values())
+        if missing and initial is None:
+            problems += [
+                f"{path}: not in the files, and there is no initialisation" for path in missing
+            ]
+        if problems:
+            raise CheckpointError(
+                f"{folder} does not fit the model:\n  " + _some(problems, "\n  ") + "\n"
+                f"Its options (config.model) are {json.dumps(family.model_options(hf))}."
+            )
+        loaded = {path: _read(path, leaf, row, tensors) for path, (leaf, row) in places.items()}
+        used = {place.key for _, row in places.values() for place in row}
+    if missing:
+        loaded |= _initialise(initial, missing)
+    kept = [name for path in missing for name in trees.names(path)]
+    unused = sorted(set(keys.values()) - used)
+    return trees.unflatten(loaded), Report(tuple(kept), tuple(unused))
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], ModuleType]:
+    """config.json and the tables of its family."""
+    try:
+        hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = hf["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{folder} has no config.json that names a model_type: {error!r}"
+        ) from error
+    if model_type not in MODEL_TYPES:
+        raise ConfigError(
+            f"{folder}/config.json has model_type={model_type!r}, which fmjax does not have."
+            + did_you_mean(model_type, MODEL_TYPES)
+        )
+    return hf, importlib.import_module(f"fmjax.convert.{MODEL_TYPES[model_type]}")
+
+
+def _canonical_keys(family: ModuleType, model_type: str, tensors: Tensors) -> dict[str, str]:
+    """{key as the tables have it: key in the files}, without constants and tied repetitions."""
+    keys = {
+        family.canonical(model_type, key): key
+        for key in tensors.keys()
+        if not re.fullmatch(family.BUFFERS, key)
+    }
+    for copy, original in family.TIED.items():
+        if copy not in keys:
+            continue
+        if keys.setdefault(original, keys[copy]) != keys[copy]:
+            if not tensors.equal(keys[original], keys[copy]):
+                raise CheckpointError(
+                    f"The tensors {keys[original]!r} and {keys[copy]!r} differ: the output is "
+                    "not tied to the embedding, which fmjax does not have."
+                )
+        del keys[copy]
+    return keys
+
+
+def _problem(name: str, place: Place | None, shape: tuple[int, ...], tensors: Tensors) -> str:
+    """Why the parameter cannot be loaded; empty when it can."""
+    if place is None:
+        return f"{name}: {shape} in the model, not in the files"
+    if tensors.shape(place) != shape:
+        return f"{name}: {shape} in the model, {tensors.shape(place)} in the files ({place.key})"
+    if tensors.dtype(place.key) not in files.FLOATS:
+        return f"{name}: {tensors.dtype(place.key)} in the files, not one of {files.FLOATS}"
+    return ""
+
+
+def _read(path: str, leaf: Any, places: list[Place], tensors: Tensors) -> jax.Array:
+    """The array of one stored path, each device's piece read from the files on its own."""
+    pieces: dict[tuple, np.ndarray] = {}  # replicas share one
+
+    def piece(index: tuple[slice, ...]) -> np.ndarray:
+        index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, leaf.shape, strict=True))
+        bounds = tuple((s.start, s.stop) for s in index)
+        if bounds not in pieces:
+            out = np.empty([stop - start for start, stop in bounds], leaf.dtype)
+            if trees.is_stacked(path):
+                for row, place in zip(out, places[index[0]], strict=True):
+                    row[...] = tensors.read(place, index[1:])
+            else:
+                out[...] = tensors.read(places[0], index)
+            pieces[bounds] = out
+        return pieces[bounds]
+
+    sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
+    return jax.make_array_from_callback(leaf.shape, sharding, piece)
+
+
+def _initialise(
+    initial: Callable[[], trees.Tree], missing: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    """The missing paths of a fresh tree; what is not asked for is not computed."""
+
+    def some():
+        tree = trees.flatten(initial())
+        return {path: tree[path].astype(leaf.dtype) for path, leaf in missing.items()}
+
+    return jax.jit(some, out_shardings={path: leaf.sharding for path, leaf in missing.items()})()
+
+
+def _some(lines: Iterable[str], separator: str = ", ", limit: int = 20) -> str:
+    lines = list(lines)
+    more = [f"… and {len(lines) - limit} more"] if len(lines) > limit else []
+    return separator.join(lines[:limit] + more)

@@ -1,0 +1,107 @@
+"""Safetensors files, piece by piece: no tensor is read whole where a part of it is needed."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from fmjax.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+
+
+class Place(NamedTuple):
+    """Where a parameter lies: in tensor `key`, or in block `part` of its rows cut in `parts`."""
+
+    key: str
+    transposed: bool = False
+    part: int = 0
+    parts: int = 1
+
+
+class Tensors:
+    """The tensors of open files by key, read in the layout of our parameters."""
+
+    def __init__(self, handles: Mapping[str, safe_open]):
+        self._slices = {key: handle.get_slice(key) for key, handle in handles.items()}
+
+    def keys(self) -> list[str]:
+        return sorted(self._slices)
+
+    def dtype(self, key: str) -> str:
+        return self._slices[key].get_dtype()
+
+    def shape(self, place: Place) -> tuple[int, ...]:
+        """The shape of what lies at `place`; a fused tensor that cannot be cut keeps its own."""
+        shape = tuple(self._slices[place.key].get_shape())
+        if shape and shape[0] % place.parts == 0:
+            shape = (shape[0] // place.parts, *shape[1:])
+        return shape[::-1] if place.transposed else shape
+
+    def read(self, place: Place, index: tuple[slice, ...]) -> np.ndarray:
+        """The part `index` (slices with explicit bounds) of what lies at `place`."""
+        tensor = self._slices[place.key]
+        rows, *rest = index[::-1] if place.transposed else index
+        first = place.part * (tensor.get_shape()[0] // place.parts)
+        piece = tensor[(slice(rows.start + first, rows.stop + first), *rest)]
+        return piece.T if place.transposed else piece
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers."""
+        return np.array_equal(self._slices[one][:], self._slices[other][:])
+
+
+@contextlib.contextmanager
+def open_folder(folder: Path) -> Iterator[Tensors]:
+    """The tensors of `model.safetensors`, or of the files that its index lists.
+
+    Raises CheckpointError for missing or damaged files, and for pickles, which are never opened.
+    """
+    wanted = _locate(folder)
+    with contextlib.ExitStack() as stack:
+        opened = {}
+        for name in set(wanted.values()) or {SINGLE}:
+            try:
+                opened[name] = stack.enter_context(safe_open(folder / name, "numpy"))
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
+        wanted = wanted or dict.fromkeys(opened[SINGLE].keys(), SINGLE)
+        held = {name: set(handle.keys()) for name, handle in opened.items()}
+        if lost := [key for key, name in wanted.items() if key not in held[name]]:
+            raise CheckpointError(f"{folder / INDEX} lists tensors that its files lack: {lost[:5]}")
+        yield Tensors({key: opened[name] for key, name in wanted.items()})
+
+
+def _locate(folder: Path) -> dict[str, str]:
+    """{tensor key: file name} of the index; empty when there is one file and no index."""
+    if (folder / INDEX).is_file():
+        try:
+            located = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder / INDEX} is damaged: {error!r}") from error
+        # Names only: an index must not point out of its folder.
+        names = sorted(set(located.values()))
+        if bad := [
+            name for name in names if Path(name).name != name or not (folder / name).exists()
+        ]:
+            raise CheckpointError(f"{folder} lacks files that {INDEX} lists: {bad}")
+        return located
+    if (folder / SINGLE).is_file():
+        return {}
+    if found := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
+        raise CheckpointError(
+            f"{folder} has its weights only in {found}. fmjax reads safetensors only, because "
+            "opening a pickle can run any code. If you trust it, convert it once with torch and "
+            "transformers: AutoModelForMaskedLM.from_pretrained(source).save_pretrained(folder)."
+        )
+    raise CheckpointError(
+        f"{folder} has neither {SINGLE} nor {INDEX}. (From the hub only safetensors are fetched; a "
+        "repository that has pytorch_model.bin alone must be converted first.)"
+    )

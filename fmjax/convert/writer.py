@@ -1,0 +1,165 @@
+"""Writes a folder that `transformers` loads."""
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors.numpy import save_file
+
+from fmjax import trees
+from fmjax.convert.files import INDEX, Place
+from fmjax.errors import ConfigError
+
+_TOKENIZER = (
+    "tokenizer*", "vocab*", "merges*", "*.model", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+_SPECIAL = ("pad", "bos", "eos", "cls", "sep")
+
+
+def export(
+    folder: str | Path,
+    model: Any,
+    params: trees.Tree,
+    tokenizer_dir: str | Path | None = None,
+    *,
+    max_file_bytes: int = 5 * 10**9,
+) -> tuple[str, ...]:
+    """Writes config.json, model.safetensors (more files above `max_file_bytes`) and the tokenizer.
+
+    `params` may be stacked and sharded; every process must call, process 0 writes. Returns the
+    names of the heads' parameters that no class of transformers has, and that are left out.
+
+    Raises ConfigError when the folder is not empty or the model has no counterpart in transformers.
+    """
+    folder = Path(folder)
+    if jax.process_index() == 0 and folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; export to a new folder.")
+    family = _family(model)
+    stored = trees.flatten(params)
+    # Where each parameter is stored: path and, in a stack, the layer.
+    where = {
+        name: (path, layer if trees.is_stacked(path) else None)
+        for path in stored
+        for layer, name in enumerate(trees.names(path))
+    }
+    kind = family.type_of(model.cfg)
+    heads = _heads(family, kind, where)
+    left_out = [name for name in where if _head(name) not in heads]
+    config = family.hf_config(model.cfg, heads, special_ids(tokenizer_dir))
+
+    tensors: dict[str, list[tuple[Place, str]]] = {}  # a fused tensor has several
+    for name in where.keys() - set(left_out):
+        place = family.place(kind, name)
+        if place is None:
+            raise ConfigError(f"The parameter {name!r} has no counterpart in transformers' {kind}.")
+        tensors.setdefault(place.key, []).append((place, name))
+    tensors = {key: sorted(parts) for key, parts in sorted(tensors.items())}
+
+    def value(key: str) -> np.ndarray:
+        pieces = []
+        for place, name in tensors[key]:
+            path, layer = where[name]
+            piece = _to_host(stored[path] if layer is None else stored[path][layer])
+            pieces.append(piece.T if place.transposed else piece)
+        # A non-contiguous array would be written in the order of its memory, not of its indices.
+        return np.ascontiguousarray(np.concatenate(pieces) if len(pieces) > 1 else pieces[0])
+
+    def nbytes(key: str) -> int:
+        paths = [where[name] for _, name in tensors[key]]
+        return sum(stored[p].nbytes // (1 if i is None else len(stored[p])) for p, i in paths)
+
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _copy_tokenizer(tokenizer_dir, folder)
+    _write(folder, {key: nbytes(key) for key in tensors}, value, max_file_bytes)
+    if jax.process_index() == 0:
+        # Last, so that a folder that can be opened is complete.
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return tuple(left_out)
+
+
+def special_ids(tokenizer_dir: str | Path | None) -> dict[str, int]:
+    """{"pad": 0, …} from the files of a fast tokenizer.
+
+    `transformers` would tell too, but its tokenizers import torch where that is installed.
+    """
+    if tokenizer_dir is None:
+        return {}
+    files = [Path(tokenizer_dir, name) for name in ("tokenizer.json", "tokenizer_config.json")]
+    if missing := [str(path) for path in files if not path.is_file()]:
+        raise ConfigError(f"A tokenizer folder in transformers' format lacks {missing}.")
+    tokenizer, options = (json.loads(path.read_text(encoding="utf-8")) for path in files)
+    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    found = {}
+    for name in _SPECIAL:
+        token = options.get(f"{name}_token")
+        token = token["content"] if isinstance(token, dict) else token
+        if token in ids:
+            found[name] = ids[token]
+    return found
+
+
+def _family(model: Any) -> ModuleType:
+    """The file of name tables beside this one that is called as the model's file."""
+    name = type(model).__module__.rpartition(".")[2]
+    if not Path(__file__).with_name(f"{name}.py").is_file():
+        raise ConfigError(
+            f"{type(model).__name__} of {name}.py has no counterpart in transformers."
+        )
+    return importlib.import_module(f"fmjax.convert.{name}")
+
+
+def _head(name: str) -> str:
+    """The head that a parameter belongs to; empty for the trunk."""
+    return name.split("/")[1] if name.startswith("head/") else ""
+
+
+def _heads(family: ModuleType, kind: str, names: Mapping[str, Any]) -> set[str]:
+    """What to write: the trunk ("") and the heads of the richest class that the model can fill."""
+    present = {_head(name) for name in names}
+    for _, heads in family.ARCHITECTURES[kind]:
+        if heads <= present:
+            return {"", *heads}
+    raise ConfigError(
+        f"No class of transformers for {kind} has the heads {sorted(present - {''})}."
+    )
+
+
+def _to_host(array: jax.Array) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+def _copy_tokenizer(source: str | Path | None, folder: Path) -> None:
+    if source is not None:
+        for path in {path for pattern in _TOKENIZER for path in Path(source).glob(pattern)}:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _write(
+    folder: Path, nbytes: Mapping[str, int], value: Callable[[str], np.ndarray], max_bytes: int
+) -> None:
+    """The tensors in files of at most `max_bytes`, one file in memory at a time."""
+    from huggingface_hub import split_state_dict_into_shards_factory  # slow to import
+
+    split = split_state_dict_into_shards_factory(
+        dict(nbytes),
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes,
+    )
+    for name, keys in split.filename_to_tensors.items():
+        values = {key: value(key) for key in keys}
+        if jax.process_index() == 0:
+            save_file(values, folder / name, metadata={"format": "pt"})
+    if split.is_sharded and jax.process_index() == 0:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

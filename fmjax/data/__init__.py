@@ -1,0 +1,150 @@
+"""Documents to packed integer rows in a cache; batches that are a pure function of (seed, step).
+
+Nothing here imports jax: preparation runs before it, and in processes that must start fast.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fmjax.data import cache, packing, pairs, settings, sources, store
+from fmjax.data import tokenizer as tokenizers
+from fmjax.data.batches import Batches, batches, check_fingerprint, eval_batches, fingerprint
+from fmjax.data.tokenizer import Vocab
+from fmjax.errors import DataError
+
+__all__ = [
+    "Batches",
+    "Dataset",
+    "Vocab",
+    "batches",
+    "check_fingerprint",
+    "eval_batches",
+    "fingerprint",
+    "prepare",
+]
+
+VERSION = 1  # of what the cache holds; raise it when the same inputs give other files
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Prepared data. A split has len() (rows), `seq_len`, `tokens` (not padding) and `rows()`."""
+
+    vocab: Vocab
+    tokenizer_dir: Path  # transformers format
+    splits: dict[
+        str, packing.PackedSplit | pairs.PairSplit
+    ]  # "train"; "validation" if there is any
+    digest: str  # of the tokens, whatever the packing
+    format: str  # how they are packed
+    counts: dict  # for each split documents, tokens, rows, fill and what was lost; "bad_records"
+
+
+def prepare(
+    data: Mapping,
+    tokenizer: Mapping,
+    *,
+    log: Callable[[str], None] = print,
+    poll: Callable[[], None] = lambda: None,
+) -> Dataset:
+    """Tokenise and pack into the cache, or reuse what it holds.
+
+    `data` and `tokenizer` hold the keys of `config.data` and `config.tokenizer` (settings.py).
+    `poll` is called often and may raise to stop; the next start resumes. Errors: `ConfigError` for
+    settings that cannot be used, `DataError` for data that cannot.
+    """
+    data = settings.read(settings.DataSettings, data, "data")
+    chosen = settings.read(settings.TokenizerSettings, tokenizer, "tokenizer")
+    root = cache.root(data.cache)
+    source = sources.read(data, log)
+    words = tokenizers.prepare(chosen, source, root, log, poll)
+
+    identity = {"version": VERSION, "source": source.identity, "tokenizer": words.digest}
+    home = root / f"tokens-{cache.digest(identity)}"
+    form = f"{data.format}-{data.seq_len}"
+    if data.format != "pairs":
+        form += f"-{data.long}"
+    with cache.lock(root / f"{home.name}.lock", log, poll):
+        index = cache.verified(home / form, log)
+        if index is None:
+            shards = store.tokenise(home, source, words, data.workers, log, poll)
+            index = cache.build(
+                home / form, lambda folder: _pack(folder, home, shards, words, data, poll)
+            )
+
+    splits = {
+        split: _open(home / form, split, counts, words.vocab, data)
+        for split, counts in index["counts"].items()
+        if counts["rows"]
+    }
+    for split, counts in index["counts"].items():
+        log(f"data: {split}: " + _summary(counts, data))
+    if index["bad_records"]:
+        log(f"data: {index['bad_records']:,} bad records left out, see {home}/*/bad.jsonl")
+    if "train" not in splits:
+        raise DataError(
+            "The training split has no rows: " + _summary(index["counts"]["train"], data)
+        )
+    return Dataset(
+        vocab=words.vocab,
+        tokenizer_dir=words.folder,
+        splits=splits,
+        digest=index["digest"],
+        format=f"{form}-{data.pair}" if data.format == "pairs" else form,
+        counts=index["counts"] | {"bad_records": index["bad_records"]},
+    )
+
+
+def _open(folder: Path, split: str, counts: dict, vocab: Vocab, data):
+    if data.format != "pairs":
+        return packing.PackedSplit(folder, split, data.seq_len, vocab, counts)
+    if data.pair == "nsp" and counts["anchored_documents"] < 2:
+        raise DataError(
+            f"Next sentence prediction needs two documents of several sentences, but {split} has "
+            f"{counts['anchored_documents']}. Set config.data.document, which says what one "
+            "document is in a file, or config.data.pair='sop'."
+        )
+    return pairs.PairSplit(folder, split, data.seq_len, vocab, counts, data.pair)
+
+
+def _pack(folder: Path, home: Path, shards: list[dict], words, data, poll) -> dict:
+    if data.format == "pairs":
+        counts = pairs.write(
+            folder, home, len(shards), words.vocab, seq_len=data.seq_len, poll=poll
+        )
+    else:
+        counts = packing.write(
+            folder,
+            home,
+            len(shards),
+            words.vocab,
+            seq_len=data.seq_len,
+            long=data.long,
+            padded=data.format == "padded",
+            poll=poll,
+        )
+    for split in store.SPLITS:
+        for key in ("documents", "empty_documents"):
+            counts[split][key] = sum(shard[key][split] for shard in shards)
+        counts[split]["source_tokens"] = sum(shard["tokens"][split] for shard in shards)
+        slots = counts[split]["rows"] * data.seq_len
+        counts[split]["fill"] = counts[split]["tokens"] / slots if slots else 0.0
+    return {
+        "counts": counts,
+        "bad_records": sum(shard["bad_records"] for shard in shards),
+        "digest": cache.digest([shard["files"] for shard in shards]),
+    }
+
+
+def _summary(counts: dict, data) -> str:
+    text = (
+        f"{counts['documents']:,} documents, {counts['source_tokens']:,} tokens, "
+        f"{counts['rows']:,} rows of {data.seq_len} ({100 * counts['fill']:.1f} % filled)"
+    )
+    lost = [
+        f"{value:,} {key.replace('_', ' ')}"
+        for key, value in counts.items()
+        if key.startswith(("truncated", "dropped", "empty")) and value
+    ]
+    return ", ".join([text, *lost])

@@ -1,0 +1,155 @@
+"""Batches as a pure function of (seed, step), read ahead by Grain from a position one can save."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fmjax.data import order
+from fmjax.errors import ConfigError, DataError
+
+EVALUATION = 0x45564C  # the key of the order of evaluation, which no seed changes
+
+
+class Batches:
+    """Endless iterator over the steps, made by `batches`. Close it: it reads ahead in threads."""
+
+    def __init__(self, source: "_Steps", start: int):
+        import grain  # brings jax along where it is installed, so not at the top
+
+        data = grain.MapDataset.source(source)
+        # Numpy holds the interpreter's lock most of the time: a second thread hides page faults,
+        # more do nothing.
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        self._iterator = iter(data.to_iter_dataset(options))
+        self.restore({"next_index": start})
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._iterator)
+
+    def state(self) -> dict:
+        """The position, as JSON: {"next_index": the step of the next batch}."""
+        return {"next_index": int(self._iterator.get_state()["next_index"])}
+
+    def restore(self, state: dict) -> None:
+        """Go on at a position that `state` gave, on any number of processes."""
+        self._iterator.set_state({"next_index": int(state["next_index"])})
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._iterator.close()
+
+
+def batches(
+    split,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    start: int = 0,
+) -> Batches:
+    """Training batches from step `start` on; every epoch visits each row once, in its own order.
+
+    `batch_size` counts all processes, and each gets its block of rows. A batch may span two epochs.
+    """
+    if len(split) < batch_size:
+        raise DataError(
+            f"The training split has {len(split)} rows, fewer than one batch. Set "
+            f"config.batch_size to at most {len(split)}, use more data, or a smaller "
+            f"config.data.seq_len (now {split.seq_len})."
+        )
+    mine = _block(batch_size, process_index, process_count)
+    return Batches(_Steps(split, batch_size, seed, mine), start)
+
+
+def eval_batches(
+    split, *, batch_size: int, process_index: int = 0, process_count: int = 1, limit: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every row once, at most `limit` batches (0: all); the last batch is filled with empty rows
+    (all zero).
+
+    The order is one fixed permutation, so the first `limit` batches are a fair sample. All
+    processes get the same number of batches, and the same rows whatever their number.
+    """
+    mine = _block(batch_size, process_index, process_count)
+    steps = -(-len(split) // batch_size)
+    for step in range(min(steps, limit) if limit else steps):
+        places = step * batch_size + mine
+        inside = places < len(split)
+        rows = order.permuted(np.where(inside, places, 0), len(split), EVALUATION)
+        batch = split.rows(rows, rows, 0) | {"index": rows.astype(np.int32)}
+        for array in batch.values():
+            array[~inside] = 0
+        yield batch
+
+
+def fingerprint(dataset, *, seed: int, batch_size: int) -> dict:
+    """What must not change under a run for its position to mean the same data."""
+    train = dataset.splits["train"]
+    return {
+        "data": dataset.digest,
+        "format": dataset.format,
+        "seq_len": train.seq_len,
+        "rows": len(train),
+        "vocab_size": dataset.vocab.size,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+
+
+def check_fingerprint(saved: dict, now: dict) -> None:
+    """`DataError` naming every field in which the data of a checkpoint differ from this run's."""
+    different = [
+        f"  {key}: {saved.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key)
+    ]
+    if different:
+        raise DataError(
+            "The run cannot resume: its data differ, so the saved position would mean other "
+            "examples.\n"
+            + "\n".join(different)
+            + "\nUse the checkpoint's settings, or start anew with --fresh or another --workdir."
+        )
+
+
+class _Steps:
+    """The source that Grain indexes: item `step` is this process's whole batch."""
+
+    def __init__(self, split, batch_size: int, seed: int, mine: np.ndarray):
+        self.split, self.batch_size, self.seed, self.mine = split, batch_size, seed, mine
+
+    def __len__(self) -> int:
+        return 2**62  # endless; every place below is computed
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        places = step * self.batch_size + self.mine
+        epoch, place = np.divmod(places, len(self.split))
+        rows = order.permuted(place, len(self.split), self.seed, epoch)
+        try:
+            batch = self.split.rows(rows, places, self.seed)
+        except Exception as error:  # raised in a thread: say where
+            raise DataError(
+                f"Reading the batch of step {step} (rows {rows[:4]}…) failed: {error}"
+            ) from error
+        # int32 for the accelerator; after 2^31 examples the masks keyed by it repeat, which harms
+        # nobody.
+        return batch | {"index": (places & 0x7FFFFFFF).astype(np.int32)}
+
+    def __repr__(self) -> str:  # Grain prints it in its errors
+        return f"Steps(rows={len(self.split)}, batch_size={self.batch_size}, seed={self.seed})"
+
+
+def _block(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
+    """The rows of the global batch that this process holds: contiguous, as jax lays out a sharded
+    batch.
+    """
+    if batch_size % process_count:
+        raise ConfigError(
+            f"config.batch_size={batch_size} must be a multiple of the {process_count} processes."
+        )
+    local = batch_size // process_count
+    return np.arange(process_index * local, (process_index + 1) * local)

@@ -1,0 +1,120 @@
+"""The cache folder: folders that exist whole or not at all, checked by size and digest, one
+preparer at a time.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import xxhash
+
+from fmjax.errors import DataError
+
+INDEX = "index.json"
+
+
+def root(configured: str) -> Path:
+    """The cache folder: `config.data.cache`, else $FMJAX_CACHE, else ~/.cache/fmjax."""
+    folder = Path(configured or os.environ.get("FMJAX_CACHE") or "~/.cache/fmjax").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"The cache folder {folder} cannot be made ({error.strerror}). "
+            "Set config.data.cache or $FMJAX_CACHE to a writable folder."
+        ) from error
+    return folder.resolve()
+
+
+def digest(value) -> str:
+    """16 hex digits that identify a JSON value."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+def file_digest(path: Path) -> str:
+    """xxh3_128 of a file, read in pieces."""
+    state = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            state.update(piece)
+    return state.hexdigest()
+
+
+def build(folder: Path, write: Callable[[Path], dict]) -> dict:
+    """Make `folder` whole or not at all: `write(temporary)` fills it and returns what its index
+    shall say.
+
+    The index adds the size and digest of every file, so a machine that lost power after the rename
+    is noticed too.
+    """
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        index = write(temporary)
+        names = sorted(str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file())
+        files = {n: [(temporary / n).stat().st_size, file_digest(temporary / n)] for n in names}
+        index = index | {"files": files}
+        (temporary / INDEX).write_text(json.dumps(index, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged predecessor
+        temporary.rename(folder)
+    except OSError as error:
+        raise DataError(
+            f"The cache folder {folder} cannot be written ({error.strerror or error}). "
+            "Free some space, or set config.data.cache or $FMJAX_CACHE to another folder."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return index
+
+
+def verified(folder: Path, log: Callable[[str], None]) -> dict | None:
+    """The index of `folder`, or None where it is missing or differs from its index in size or
+    digest.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        for name, (size, content) in index["files"].items():
+            found = (folder / name).stat().st_size
+            if found != size:
+                raise ValueError(f"{name} has {found} bytes instead of {size}")
+            if file_digest(folder / name) != content:
+                raise ValueError(f"{name} differs from its digest")
+    except FileNotFoundError as error:
+        if folder.exists():
+            log(f"data: {folder} is incomplete ({error.filename} is missing); preparing it again")
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        log(f"data: {folder} is damaged ({error}); preparing it again")
+        return None
+    return index
+
+
+@contextlib.contextmanager
+def lock(path: Path, log: Callable[[str], None], poll: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock file `path`. Others wait; the system frees it when its holder dies."""
+    import filelock
+
+    guard = filelock.FileLock(path)
+    try:
+        guard.acquire(timeout=0)
+    except filelock.Timeout:
+        log(f"data: another process prepares the same data; waiting for it ({path})")
+        while True:
+            poll()
+            with contextlib.suppress(filelock.Timeout):
+                guard.acquire(timeout=1)
+                break
+    try:
+        yield
+    finally:
+        guard.release()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed preparations left in `folder`. Call it with the lock held."""
+    for path in folder.glob("*.tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)

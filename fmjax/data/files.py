@@ -1,0 +1,262 @@
+"""Text files to records: txt, jsonl, csv, tsv and parquet, gzipped or not; errors name the line.
+
+What is accepted: UTF-8 with or without a byte-order mark, lines that end in LF or CRLF, form feeds
+and U+2028 inside a line. What is a bad record: other encodings, NUL, a lone surrogate, a record
+beyond `MAX_RECORD_BYTES`, broken JSON or CSV, a value that is not text. Memory is bounded by the
+limits below, whatever a file unpacks to.
+"""
+
+import codecs
+import csv
+import glob
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from fmjax.data.records import EXCERPT, MAX_RECORD_BYTES, Record, fault
+from fmjax.data.settings import DataSettings
+from fmjax.errors import ConfigError, DataError, did_you_mean
+
+MAX_GZIP_RATIO = 200  # prose packs 3 : 1; a bomb 1000 : 1
+
+
+class _Line(NamedTuple):
+    text: str
+    number: int
+    bad: str
+    read: int  # bytes of the file, packed
+
+
+def expand(names: str | tuple[str, ...] | list[str], key: str) -> list[Path]:
+    """The files that a comma- or tuple-list of names and globs means, sorted within each glob."""
+    if isinstance(names, str):
+        one = os.path.exists(names)  # its name may hold a comma
+        names = [names] if one else [name.strip() for name in names.split(",") if name.strip()]
+    files = []
+    for name in names:
+        path = Path(name).expanduser()
+        if any(mark in name for mark in "*?[") and not path.exists():
+            found = sorted(p for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+            if not found:
+                raise ConfigError(f"config.{key}: the pattern {name!r} matches no file.")
+            files += map(Path, found)
+        elif path.is_file():
+            files.append(path)
+        elif path.is_dir():
+            raise ConfigError(
+                f"config.{key}: {name!r} is a folder. Give files, or a pattern like '{name}/*.txt'."
+            )
+        else:
+            near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise ConfigError(
+                f"config.{key}: there is no file {name!r}." + did_you_mean(path.name, near)
+            )
+    for path in files:
+        _reader(path, key)
+    return files
+
+
+def records(files: list[Path], settings: DataSettings, key: str) -> Iterator[Record]:
+    """The records of `files`, in order; a file without any is a bad record itself."""
+    total = sum(path.stat().st_size for path in files) or 1
+    before = 0
+    for path in files:
+        found = False
+        try:
+            for text, line, bad, read in _reader(path, key)(path, settings, key):
+                found = True
+                yield Record(text, f"{path}:{line}", (before + read) / total, bad)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{path}: not a whole gzip file ({error}); config.{key}") from error
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); config.{key}") from error
+        before += path.stat().st_size
+        if not found:
+            yield Record("", str(path), before / total, "the file holds no document")
+
+
+def _reader(path: Path, key: str):
+    name = path.name.lower().removesuffix(".gz")
+    kinds = {
+        ".txt": _txt,
+        ".text": _txt,
+        ".md": _txt,
+        ".jsonl": _jsonl,
+        ".ndjson": _jsonl,
+        ".csv": _csv,
+        ".tsv": _csv,
+        ".parquet": _parquet,
+    }
+    suffix = Path(name).suffix
+    if suffix not in kinds:
+        raise ConfigError(
+            f"config.{key}: {path} has the unknown ending {suffix!r}. Possible: "
+            f"{', '.join(kinds)}, all but parquet also with .gz."
+        )
+    return kinds[suffix]
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    """Lines cut at LF only, without their end; a bad one has an excerpt for text."""
+    with open(path, "rb") as raw:
+        file = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
+        unpacked = number = 0
+        while line := file.readline(MAX_RECORD_BYTES + 1):
+            number += 1
+            size, end = len(line), line[-1:]
+            while size > MAX_RECORD_BYTES and end not in (b"\n", b""):  # past what is not kept
+                rest = file.readline(MAX_RECORD_BYTES)
+                size, end = size + len(rest), rest[-1:]
+                _check_ratio(path, unpacked + size, raw.tell())
+            unpacked += size
+            _check_ratio(path, unpacked, raw.tell())
+            text, bad = _decoded(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, size)
+            yield _Line(text, number, bad, raw.tell())
+
+
+def _check_ratio(path: Path, unpacked: int, packed: int) -> None:
+    if unpacked > max(MAX_RECORD_BYTES, MAX_GZIP_RATIO * packed):
+        raise DataError(
+            f"{path}: {packed:,} bytes unpack to more than {unpacked:,}, beyond the ratio of "
+            f"{MAX_GZIP_RATIO}: a decompression bomb? Unpack it yourself if you trust it."
+        )
+
+
+def _decoded(line: bytes, size: int) -> tuple[str, str]:
+    if size > MAX_RECORD_BYTES:
+        bad = f"a line of {size:,} bytes, the limit is {MAX_RECORD_BYTES:,}"
+        return line[:EXCERPT].decode(errors="replace"), bad
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        bad = (
+            f"byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8 "
+            "(convert the file: iconv -f latin1 -t utf-8)"
+        )
+        return line[:EXCERPT].decode(errors="replace"), bad
+    text = text.removesuffix("\n").removesuffix("\r")
+    return text, fault(text)
+
+
+def _txt(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
+    kept, size, start, line = [], 0, 1, None
+
+    def document() -> Iterator[tuple]:
+        if size > MAX_RECORD_BYTES:
+            bad = f"a document of more than {MAX_RECORD_BYTES:,} bytes (see config.data.document)"
+            yield "\n".join(kept)[:EXCERPT], start, bad, line.read
+        elif any(text.strip() for text in kept):
+            yield "\n".join(kept), start, "", line.read
+
+    for line in _lines(path):
+        if line.bad:
+            yield line
+        elif settings.document == "blank_line" and not line.text.strip():
+            yield from document()
+            kept, size = [], 0
+        else:
+            if not kept:
+                start = line.number
+            size += len(line.text.encode()) + 1
+            if size <= MAX_RECORD_BYTES:
+                kept.append(line.text)
+            if settings.document == "line":
+                yield from document()
+                kept, size = [], 0
+    yield from document()
+
+
+def _jsonl(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
+    for line in _lines(path):
+        if line.bad:
+            yield line
+        elif line.text.strip():
+            value, bad = _json_column(line.text, settings.column)
+            bad = bad or fault(value)
+            yield (line.text[:EXCERPT] if bad else value), line.number, bad, line.read
+
+
+def _json_column(text: str, column: str) -> tuple[object, str]:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return None, f"not JSON ({error})"
+    if not isinstance(record, dict):
+        return None, f"a JSON {type(record).__name__}, not an object"
+    if column not in record:
+        names = ", ".join(map(repr, list(record)[:20]))
+        return None, f"no column {column!r} (config.data.column), but {names}"
+    return record[column], ""
+
+
+def _csv(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    bad_lines, last = [], None
+
+    def good_lines() -> Iterator[str]:
+        nonlocal last
+        for last in _lines(path):
+            if last.bad:
+                bad_lines.append(last)
+            else:
+                yield last.text + "\n"
+
+    delimiter = "\t" if ".tsv" in path.name.lower() else ","
+    reader = csv.reader(good_lines(), delimiter=delimiter, strict=True)
+    header = None
+    start = 1
+    while True:
+        bad, row = "", []
+        try:
+            row = next(reader)
+        except StopIteration:
+            yield from bad_lines
+            return
+        except csv.Error as error:
+            bad = f"not CSV ({error})"
+        yield from bad_lines
+        bad_lines.clear()
+        if header is None and row:
+            header = row
+            if settings.column not in header:
+                raise ConfigError(
+                    f"config.data.column={settings.column!r} is no column of {path}."
+                    + did_you_mean(settings.column, header)
+                )
+        elif row or bad:
+            if not bad and len(row) != len(header):
+                bad = f"{len(row)} fields, the header has {len(header)}"
+            value = ",".join(row)[:EXCERPT] if bad else row[header.index(settings.column)]
+            yield value, start, bad or fault(value), last.read
+        start = last.number + 1
+
+
+def _parquet(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        if settings.column not in file.schema_arrow.names:
+            raise ConfigError(
+                f"config.data.column={settings.column!r} is no column of {path}."
+                + did_you_mean(settings.column, file.schema_arrow.names)
+            )
+        kind = file.schema_arrow.field(settings.column).type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise DataError(
+                f"{path}: column {settings.column!r} (config.data.column) holds {kind}, not text."
+            )
+        row, size = 0, path.stat().st_size
+        for batch in file.iter_batches(batch_size=1024, columns=[settings.column]):
+            # As bytes: pyarrow does not check that strings are UTF-8.
+            for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                row += 1
+                text, bad = _decoded(value, len(value)) if value is not None else ("", fault(None))
+                yield text, f"row {row}", bad, size * row // file.metadata.num_rows
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not readable as parquet ({error}); config.{key}") from error

@@ -1,0 +1,66 @@
+"""Records of a dataset on the hub, or of a local folder laid out like one, through `datasets`.
+
+Scripts in a repository are never run: `datasets` has no support for them any more, and nothing here
+asks for it.
+"""
+
+from collections.abc import Iterator
+
+from fmjax.data.records import EXCERPT, Record, fault
+from fmjax.data.settings import DataSettings
+from fmjax.errors import ConfigError, DataError, FmjaxError, did_you_mean
+
+
+def records(settings: DataSettings, split: str) -> Iterator[Record]:
+    """The rows of one split of a hub dataset, or of a local folder laid out like one."""
+    import datasets
+
+    where = f"{settings.path}[{split}]"
+    row = 0
+    try:
+        dataset = datasets.load_dataset(
+            settings.path,
+            settings.subset or None,
+            split=split,
+            revision=settings.revision or None,
+            streaming=settings.streaming,
+        )
+        _check_column(dataset.features, settings.column, where)
+        total = 0 if settings.streaming else len(dataset)
+        for batch in dataset.select_columns([settings.column]).iter(batch_size=256):
+            for value in batch[settings.column]:
+                row += 1
+                bad = fault(value)
+                yield Record(
+                    str(value)[:EXCERPT] if bad else value,
+                    f"{where} row {row}",
+                    row / (total or row),
+                    bad,
+                )
+    except FmjaxError:
+        raise
+    except Exception as error:  # the library raises what its parsers, the network or the hub raise
+        root = error
+        while root.__cause__ is not None:  # "DatasetGenerationError" hides what happened
+            root = root.__cause__
+        reason = "a file without records" if isinstance(root, StopIteration) else str(root)
+        raise DataError(
+            f"{where} cannot be read beyond row {row}: {reason.rstrip('.')}. See config.data.path, "
+            "subset, revision, and train and validation, which are names of splits."
+        ) from error
+
+
+def _check_column(features, column: str, where: str) -> None:
+    if features is None:  # a stream that does not say; a missing column is found at the first row
+        return
+    if column not in features:
+        raise ConfigError(
+            f"config.data.column={column!r} is no column of {where}."
+            + did_you_mean(column, features)
+        )
+    kind = getattr(features[column], "dtype", type(features[column]).__name__)
+    if kind not in ("string", "large_string"):
+        raise DataError(
+            f"{where}: column {column!r} (config.data.column) holds {kind}, not text. One record "
+            "of another type makes `datasets` change the whole column."
+        )

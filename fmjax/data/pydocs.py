@@ -1,0 +1,114 @@
+"""The English documentation that every CPython carries: pydoc's topics and all docstrings.
+
+One topic is a document, and so are all docstrings of one file of the standard library.
+"""
+
+import ast
+import functools
+import importlib
+import os
+import pydoc_data.topics
+import sys
+import sysconfig
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import xxhash
+
+from fmjax.errors import DataError
+
+# Tests are code, not prose; the codecs' docstrings are near-copies of each other, which a split by
+# hash of the text would put on both sides.
+SKIPPED_FOLDERS = frozenset(
+    "site-packages dist-packages test tests idle_test encodings __pycache__ lib2to3".split()
+)
+C_MODULES = (
+    "array builtins cmath errno fcntl gc itertools math mmap resource select sys time unicodedata "
+    "zlib"
+).split()
+
+
+def digest() -> str:
+    """Changes whenever the texts may. Of the files: extracting the texts takes seconds."""
+    state = xxhash.xxh3_128(sys.version.encode())
+    for path in _library_files():
+        state.update(path.read_bytes())
+    return state.hexdigest()
+
+
+@functools.cache
+def texts() -> list[tuple[str, str]]:
+    """(where, text) of every document, each once, in the same order in every process."""
+    found = [(f"pydoc topic {name}", text) for name, text in pydoc_data.topics.topics.items()]
+    root = sysconfig.get_path("stdlib")
+    for path in _library_files():
+        found.append((f"docstrings of {path.relative_to(root)}", _docstrings(path)))
+    found += [(f"docstrings of {name}", _c_docstrings(name)) for name in C_MODULES]
+    unique = {text.strip(): where for where, text in sorted(found) if text.strip()}
+    if not unique:
+        raise DataError(
+            "This Python carries neither pydoc topics nor the sources of its standard library. "
+            "Set config.data.name='text' and config.data.train to your own files."
+        )
+    return [(where, text) for text, where in unique.items()]
+
+
+def _library_files() -> list[Path]:
+    files = []
+    for folder, inner, names in os.walk(sysconfig.get_path("stdlib")):
+        inner[:] = [name for name in inner if name not in SKIPPED_FOLDERS]  # prunes the walk
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(files)
+
+
+def _docstrings(path: Path) -> str:
+    source = path.read_bytes()
+    if b'"""' not in source and b"'''" not in source:  # parsing is the slow part
+        return ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError):  # a template or a file for another Python
+            return ""
+    return "\n\n".join(_of_tree(tree))
+
+
+def _of_tree(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        text = ast.get_docstring(node)
+        if text:
+            yield text
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt):  # expressions hold no docstrings
+            yield from _of_tree(child)
+
+
+_DOCUMENTED = (
+    type,
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.ClassMethodDescriptorType,
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+)
+
+
+def _c_docstrings(name: str) -> str:
+    try:
+        module = importlib.import_module(name)
+    except ImportError:  # not built on this platform
+        return ""
+    texts = [module.__doc__]
+    for _, member in sorted(vars(module).items()):
+        if isinstance(member, _DOCUMENTED):
+            texts.append(member.__doc__)
+            if isinstance(member, type):
+                texts += [
+                    m.__doc__ for _, m in sorted(vars(member).items()) if isinstance(m, _DOCUMENTED)
+                ]
+    texts = [text for text in texts if isinstance(text, str)]
+    return "\n\n".join(dict.fromkeys(texts))  # inherited docstrings repeat

@@ -1,0 +1,139 @@
+"""Where documents come from: `pydocs` (embedded), `text` (files), `hub` (`datasets`).
+
+A source is read several times (to train a tokenizer, to tokenise, again when a killed preparation
+resumes), so `documents()` starts anew at each call and always gives the same documents in the same
+order.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+from fmjax.data import cache, files, hub, pydocs
+from fmjax.data.records import Record
+from fmjax.data.settings import DataSettings
+from fmjax.errors import DataError
+
+MAX_BAD_RECORDS = 1000
+
+
+class Document(NamedTuple):
+    """One text and its split; or, with the split "bad", a record left out and the reason."""
+
+    text: str
+    split: str
+    where: str  # for messages: file:line or the like
+    done: float  # the share of the source read so far, 0 to 1
+    bad: str = ""
+
+
+class Source(NamedTuple):
+    """`identity` (JSON) changes whenever the documents do; `documents()` yields them."""
+
+    identity: dict
+    documents: Callable[[], Iterator[Document]]
+
+
+# What each kind of source gives: its identity, and for each of its parts ("train" and perhaps
+# "validation") a function that yields the records. Without a part "validation", the documents of
+# "train" are split by their hash.
+Parts = dict[str, Callable[[], Iterator[Record]]]
+
+
+def read(settings: DataSettings, log: Callable[[str], None]) -> Source:
+    """The source that `settings` describes; nothing but digests is read yet."""
+    kinds = {"pydocs": _pydocs, "text": _text, "hub": _hub}
+    identity, parts = kinds[settings.source](settings, log)
+    keys = ("validation_fraction", "max_documents", "on_bad_record")
+    identity |= {key: getattr(settings, key) for key in keys}
+    return Source(identity, lambda: _documents(settings, parts))
+
+
+def split_of(text: str, fraction: float) -> str:
+    """The split of a document: a hash of its text, so equal texts never sit in both."""
+    return "validation" if xxhash.xxh3_64_intdigest(text.encode()) < fraction * 2**64 else "train"
+
+
+def _documents(settings: DataSettings, parts: Parts) -> Iterator[Document]:
+    """The records of all parts with their splits; what is bad is judged by `on_bad_record`."""
+    bad = 0
+    for number, (part, records) in enumerate(parts.items()):
+        taken, found = 0, False
+        for record in records():
+            done = (number + record.done) / len(parts)
+            if record.bad:
+                bad += 1
+                _check_bad(record, settings.on_bad_record, bad)
+                kept = record.text if settings.on_bad_record == "quarantine" else ""
+                yield Document(kept, "bad", record.where, done, record.bad)
+                continue
+            split = part
+            if "validation" not in parts:
+                split = split_of(record.text, float(settings.validation_fraction))
+            yield Document(record.text, split, record.where, done)
+            found |= split == part and bool(record.text.strip())
+            taken += 1
+            if taken == settings.max_documents:
+                break
+        if not found:
+            raise DataError(
+                f"There is no text for the {part} split in the source {settings.source!r}: it has "
+                f"{taken} documents and {bad} bad records. See config.data.{part}, "
+                "config.data.column and config.data.validation_fraction."
+            )
+
+
+def _check_bad(record: Record, policy: str, count: int) -> None:
+    if policy == "raise":
+        raise DataError(
+            f"{record.where}: {record.bad}. Correct it, or set config.data.on_bad_record to skip "
+            "or quarantine."
+        )
+    if count > MAX_BAD_RECORDS:
+        raise DataError(
+            f"{record.where}: {record.bad}. This is bad record {count}, and a source with more "
+            f"than {MAX_BAD_RECORDS} is broken. See config.data.column and the format of the files."
+        )
+
+
+def _pydocs(settings: DataSettings, log) -> tuple[dict, Parts]:
+    def records() -> Iterator[Record]:
+        texts = pydocs.texts()
+        for i, (where, text) in enumerate(texts):
+            yield Record(text, where, i / len(texts))
+
+    return {"pydocs": pydocs.digest()}, {"train": records}
+
+
+def _text(settings: DataSettings, log) -> tuple[dict, Parts]:
+    parts, digests = {}, {}
+    for part in ("train", "validation"):
+        if getattr(settings, part):
+            found = files.expand(getattr(settings, part), f"data.{part}")
+            parts[part] = functools.partial(files.records, found, settings, f"data.{part}")
+            digests[part] = [[path.suffixes, cache.file_digest(path)] for path in found]
+    return {"text": digests, "column": settings.column, "document": settings.document}, parts
+
+
+def _hub(settings: DataSettings, log) -> tuple[dict, Parts]:
+    folder = Path(settings.path).expanduser()
+    if folder.is_dir():
+        found = sorted(path for path in folder.rglob("*") if path.is_file())
+        identity = {"hub": {str(p.relative_to(folder)): cache.file_digest(p) for p in found}}
+    else:
+        identity = {"hub": settings.path, "revision": settings.revision}
+        if len(settings.revision) != 40:
+            log(
+                f"data: {settings.path} is not pinned: once prepared, it is not looked at again. "
+                "Set config.data.revision to a commit (40 hex digits)"
+            )
+    splits = {"train": settings.train or "train"}
+    if settings.validation:
+        splits["validation"] = settings.validation
+    identity |= {"splits": splits, "subset": settings.subset, "column": settings.column}
+    return identity, {
+        part: functools.partial(hub.records, settings, name) for part, name in splits.items()
+    }

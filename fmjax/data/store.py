@@ -1,0 +1,245 @@
+"""Documents to integers: tokenise a source once into memory-mapped shards that every run shares.
+
+A shard is a folder `00007/` with, for each split, `train.tokens.npy` (uint16 or uint32),
+`train.documents.npy` and `train.sentences.npy` (int64: where each document and sentence starts in
+the tokens, and the end); and `bad.jsonl` with the records left out, where there are any. Shards are
+cut by characters read, so a killed preparation finds the same ones again and redoes only those that
+are missing.
+"""
+
+import collections
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fmjax.data import cache
+from fmjax.data.sources import Document, Source
+from fmjax.data.tokenizer import Prepared, encoder
+from fmjax.errors import DataError
+
+SPLITS = ("train", "validation")
+SHARD_CHARACTERS = 1 << 23  # about 2 M tokens
+ENCODE_CHARACTERS = 1 << 20  # what `tokenizers` gets at once: it needs hundreds of bytes a token
+IN_PROCESS_SHARDS = 4  # `tokenizers`' threads are enough; with more, share out the Python part too
+
+
+class Shard(NamedTuple):
+    """One split of one shard; sentence k is tokens[sentences[k]:sentences[k + 1]], and so on."""
+
+    tokens: np.ndarray
+    documents: np.ndarray
+    sentences: np.ndarray
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of two dtypes that hold every id."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def tokenise(
+    folder: Path,
+    source: Source,
+    tokenizer: Prepared,
+    workers: int,
+    log: Callable[[str], None],
+    poll: Callable[[], None],
+) -> list[dict]:
+    """Fill `folder` with shards, or find it filled; returns the index of each shard."""
+    cache.remove_leftovers(folder)
+    whole = cache.verified(folder / "whole", log)
+    if whole is not None:
+        indices = [cache.verified(folder / f"{i:05d}", log) for i in range(whole["shards"])]
+        if all(indices):
+            return indices
+    indices, tokens = [], 0
+    with _progress(log) as show:
+        for index, done in _make(folder, source, tokenizer, workers, log, poll):
+            indices.append(index)
+            tokens += sum(index["tokens"].values())
+            show(done, f"tokenised {tokens:,} tokens")
+    cache.build(folder / "whole", lambda _: {"shards": len(indices)})
+    return indices
+
+
+def read(folder: Path, shards: int, split: str) -> Iterator[Shard]:
+    """The shards of one split, memory-mapped, in order."""
+    for i in range(shards):
+        names = [folder / f"{i:05d}" / f"{split}.{part}.npy" for part in Shard._fields]
+        yield Shard(*(np.load(name, mmap_mode="r") for name in names))
+
+
+def _make(folder, source, tokenizer, workers, log, poll) -> Iterator[tuple[dict, float]]:
+    """(index, share of the source read) of every shard, in order; intact ones are kept."""
+    chunks = enumerate(_chunks(source.documents(), SHARD_CHARACTERS))
+    first = list(itertools.islice(chunks, IN_PROCESS_SHARDS + 1))
+    if workers == 0:
+        workers = os.cpu_count() if len(first) > IN_PROCESS_SHARDS else 1
+
+    def job(number: int, chunk: list[Document]) -> tuple:
+        return folder / f"{number:05d}", tokenizer.folder, tokenizer.vocab.size, chunk
+
+    jobs = itertools.starmap(job, itertools.chain(first, chunks))
+    if workers == 1:
+        for shard, *job in jobs:
+            poll()
+            index = cache.verified(shard, log) or _write_shard(shard, *job)
+            yield index, job[-1][-1].done
+        return
+
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker)
+    pending = collections.deque()  # in order
+    try:
+        for shard, *job in jobs:
+            poll()
+            index = cache.verified(shard, log)
+            pending.append((index or pool.submit(_write_shard, shard, *job), job[-1]))
+            if len(pending) > 2 * workers:  # bounds the texts held in memory
+                yield _finished(*pending.popleft())
+        while pending:
+            poll()
+            yield _finished(*pending.popleft())
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finished(index: dict | Future, chunk: list[Document]) -> tuple[dict, float]:
+    try:
+        return index.result() if isinstance(index, Future) else index, chunk[-1].done
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"A process died (killed, or out of memory?) while {chunk[0].where} to "
+            f"{chunk[-1].where} were tokenised. Start again to resume; fewer processes "
+            "(config.data.workers) need less memory."
+        ) from error
+
+
+def _start_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # The parent decides when to stop: a Ctrl-C or a scheduler signals the whole group.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    # Without this a SIGKILLed parent leaves its workers waiting for ever.
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+@contextlib.contextmanager
+def _progress(log: Callable[[str], None]) -> Iterator[Callable[[float, str], None]]:
+    """A function (share done, message): a bar on a terminal, else a line every ten seconds."""
+    if sys.stderr.isatty():
+        import rich.console
+        import rich.progress
+
+        with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:
+            task = bar.add_task("data", total=1.0)
+            yield lambda done, message: bar.update(task, completed=done, description=message)
+        return
+
+    last = time.monotonic()
+
+    def line(done: float, message: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > 10:
+            last = time.monotonic()
+            log(f"data: {message}, {100 * done:.0f} % of the source")
+
+    yield line
+
+
+def _chunks(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
+    """Lists of documents with about `size` characters."""
+    chunk, characters = [], 0
+    for document in documents:
+        chunk.append(document)
+        characters += len(document.text)
+        if characters >= size:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _write_shard(folder: Path, tokenizer: Path, vocab_size: int, chunk: list[Document]) -> dict:
+    """Tokenise the documents of one shard; returns its index."""
+    encode = encoder(tokenizer)
+
+    def write(temporary: Path) -> dict:
+        counts = {"documents": {}, "tokens": {}, "empty_documents": {}}
+        for split in SPLITS:
+            documents = [document for document in chunk if document.split == split]
+            shard, empty = _tokenised(encode, documents, vocab_size)
+            for part, array in zip(Shard._fields, shard, strict=True):
+                np.save(temporary / f"{split}.{part}.npy", array)
+            counts["documents"][split] = len(shard.documents) - 1
+            counts["tokens"][split] = len(shard.tokens)
+            counts["empty_documents"][split] = empty
+        bad = [document for document in chunk if document.split == "bad"]
+        if bad:
+            with open(temporary / "bad.jsonl", "w") as file:
+                for document in bad:
+                    record = {"where": document.where, "bad": document.bad, "text": document.text}
+                    file.write(json.dumps(record) + "\n")
+        return counts | {"bad_records": len(bad)}
+
+    return cache.build(folder, write)
+
+
+def _tokenised(encode, documents: list[Document], vocab_size: int) -> tuple[Shard, int]:
+    dtype = token_dtype(vocab_size)
+    tokens, ends, starts = [np.zeros(0, dtype)], [0], []
+    empty = 0
+    for part in _chunks(documents, ENCODE_CHARACTERS):
+        for document, encoding in zip(part, _encode(encode, part), strict=True):
+            ids = np.array(encoding.ids, np.int64)
+            if not ids.size:
+                empty += 1
+                continue
+            if ids.max() >= vocab_size:
+                raise DataError(
+                    f"{document.where}: the tokenizer gives id {ids.max()}, its vocabulary has "
+                    f"{vocab_size}."
+                )
+            characters = np.array(encoding.offsets, np.int64)[:, 0]
+            starts.append(ends[-1] + sentence_starts(document.text, characters))
+            ends.append(ends[-1] + len(ids))
+            tokens.append(ids.astype(dtype))
+    sentences = np.concatenate([*starts, [ends[-1]]]).astype(np.int64)
+    return Shard(np.concatenate(tokens), np.array(ends, np.int64), sentences), empty
+
+
+def _encode(encode, documents: list[Document]) -> list:
+    try:
+        return encode.encode_batch([d.text for d in documents], add_special_tokens=False)
+    except Exception as error:  # the Rust library's own kinds
+        raise DataError(
+            f"The tokenizer failed on {documents[0].where} to {documents[-1].where}: {error}"
+        ) from error
+
+
+# A mark that ends a sentence, closing quotes, and white space before anything but a lower-case
+# letter; full-width marks need no space; an empty line always ends one. Abbreviations are cut too:
+# the splitter knows no language.
+_SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s+[^\sa-z])|[。！？]+[」』”’）]*|\n\s*\n")
+
+
+def sentence_starts(text: str, characters: np.ndarray) -> np.ndarray:
+    """Which tokens start a sentence of `text`; `characters` [n] is where each token starts in "
+    "it."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    starts = np.searchsorted(characters, ends)  # the first token at or after each end
+    return np.unique(np.concatenate([[0], starts[starts < len(characters)]]).astype(np.int64))

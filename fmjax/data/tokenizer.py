@@ -1,0 +1,285 @@
+"""Tokenizers: load one in transformers format, or train one on the training documents."""
+
+import collections
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fmjax.data import cache
+from fmjax.data.settings import TokenizerSettings
+from fmjax.data.sources import Source
+from fmjax.errors import ConfigError
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# A vocabulary does not get better by reading more; minutes at most.
+TRAINING_CHARACTERS = 200_000_000
+MAX_ALPHABET = 1000  # characters, as in tokenizers' own trainer
+
+
+class Vocab(NamedTuple):
+    """What training needs to know of a tokenizer. `special` and `word_start` are bool [V]."""
+
+    size: int
+    pad_id: int
+    cls_id: int
+    sep_id: int
+    mask_id: int
+    special: np.ndarray
+    word_start: np.ndarray  # True where a token begins a word
+
+
+class Prepared(NamedTuple):
+    """A tokenizer in the cache: `folder` is in transformers format."""
+
+    vocab: Vocab
+    folder: Path
+    digest: str
+
+
+def prepare(
+    settings: TokenizerSettings,
+    source: Source,
+    root: Path,
+    log: Callable[[str], None],
+    poll: Callable[[], None],
+) -> Prepared:
+    """Load or train the tokenizer, or reuse the one that the cache has."""
+    identity = {"version": 1, **_identity(settings, source)}
+    home = root / f"tokenizer-{cache.digest(identity)}"
+    with cache.lock(root / f"{home.name}.lock", log, poll):
+        index = cache.verified(home, log)
+        if index is None:
+            index = cache.build(home, lambda folder: _write(folder, settings, source, log))
+    with np.load(home / "vocab.npz") as stored:
+        special, word_start = stored["special"], stored["word_start"]
+    vocab = Vocab(**index["vocab"], special=special, word_start=word_start)
+    return Prepared(vocab, home / "files", index["files"]["files/tokenizer.json"][1])
+
+
+def encoder(folder: Path):
+    """The `tokenizers.Tokenizer` in `folder`, without the truncation and padding of its file."""
+    import tokenizers
+
+    encoder = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = True  # "[MASK]" in a text is seven characters, not a mask
+    return encoder
+
+
+def _identity(settings: TokenizerSettings, source: Source) -> dict:
+    if settings.name == "train":
+        keys = ("kind", "vocab_size", "lowercase")
+        return {"source": source.identity} | {key: getattr(settings, key) for key in keys}
+    folder = Path(settings.name).expanduser()
+    if folder.is_dir():
+        files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model"))
+        return {"files": {path.name: cache.file_digest(path) for path in files}}
+    if settings.name.startswith((".", "/", "~")):
+        raise ConfigError(f"config.tokenizer.name={settings.name!r}: there is no such folder.")
+    return {"name": settings.name, "revision": settings.revision}
+
+
+def _write(folder: Path, settings: TokenizerSettings, source: Source, log) -> dict:
+    if settings.name == "train":
+        log(f"tokenizer: training {settings.kind} with {settings.vocab_size} tokens")
+        tokenizer = _train(settings, source)
+    else:
+        tokenizer = _load(settings, log)
+    vocab = _vocab(tokenizer, settings)
+    tokenizer.save_pretrained(folder / "files")
+    np.savez(folder / "vocab.npz", special=vocab.special, word_start=vocab.word_start)
+    ids = {name: getattr(vocab, name) for name in ("size", "pad_id", "cls_id", "sep_id", "mask_id")}
+    return {"vocab": ids}
+
+
+def _transformers():
+    # Its import tells people without torch that models will not work: they are not used here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import transformers
+
+    return transformers
+
+
+def _load(settings: TokenizerSettings, log):
+    local = Path(settings.name).expanduser().is_dir()
+    if not local and len(settings.revision) != 40:
+        log(
+            f"tokenizer: {settings.name} is not pinned; "
+            "set config.tokenizer.revision to a commit (40 hex digits)"
+        )
+    try:
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(
+            str(Path(settings.name).expanduser()) if local else settings.name,
+            revision=settings.revision or "main",
+            trust_remote_code=False,
+        )
+    except (
+        Exception
+    ) as error:  # the library raises whatever its parsers, the network or the hub raise
+        raise ConfigError(
+            f"config.tokenizer.name={settings.name!r} cannot be loaded: {_first_line(error)} "
+            "Give 'train', a folder in transformers format, or a tokenizer's hub id."
+        ) from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"config.tokenizer.name={settings.name!r} has no tokenizer.json, nor can one be made "
+            "of it."
+        )
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- training ----
+
+
+def _train(settings: TokenizerSettings, source: Source):
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+
+    known = {
+        "special_tokens": list(SPECIAL),
+        "vocab_size": settings.vocab_size,
+        "show_progress": False,
+    }
+    cleaning = [normalizers.NFC()] + [normalizers.Lowercase()] * settings.lowercase
+    if settings.kind == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=settings.lowercase)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        # The trainer numbers the characters it finds inside words ("##x") in the order of a hash
+        # map, and breaks ties by number: two runs differ. Naming all of them settles it.
+        characters = _alphabet(source, tokenizer.normalizer, settings.vocab_size // 4)
+        known["special_tokens"] += characters + [f"##{c}" for c in characters]
+        trainer = trainers.WordPieceTrainer(limit_alphabet=0, **known)
+    elif settings.kind == "bpe":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.Sequence(cleaning)
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **known)
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.normalizer = normalizers.Sequence(cleaning)
+        words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
+        tokenizer.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(unk_token="[UNK]", **known)
+    tokenizer.train_from_iterator(_training_texts(source), trainer)
+    tokenizer = _settled(tokenizer, settings.kind)
+    if tokenizer.get_vocab_size() > settings.vocab_size:
+        raise ConfigError(
+            f"config.tokenizer.vocab_size={settings.vocab_size} is too small: this corpus's "
+            f"alphabet and the special tokens alone take {tokenizer.get_vocab_size()}."
+        )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **{f"{token[1:-1].lower()}_token": token for token in SPECIAL},
+    )
+
+
+def _training_texts(source: Source) -> Iterator[str]:
+    seen = 0
+    for document in source.documents():
+        if document.split == "train":
+            yield document.text
+            seen += len(document.text)
+            if seen > TRAINING_CHARACTERS:
+                return
+
+
+def _alphabet(source: Source, normalizer, limit: int) -> list[str]:
+    counts = collections.Counter()
+    for text in _training_texts(source):
+        counts.update(text)
+    normal = collections.Counter()
+    for character, count in counts.items():
+        for c in normalizer.normalize_str(character):
+            if not c.isspace():
+                normal[c] += count
+    frequent = sorted(normal, key=lambda c: (-normal[c], c))
+    return sorted(frequent[: min(limit, MAX_ALPHABET)])
+
+
+def _settled(tokenizer, kind: str):
+    """The same tokenizer with its model's own vocabulary: only `SPECIAL` are special, unigram
+    scores are rounded.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = []
+    if (
+        kind == "unigram"
+    ):  # sums over threads leave noise in the last digits, and in the order of equal scores
+        pieces = [[piece, round(score, 6)] for piece, score in state["model"]["vocab"]]
+        special, learnt = pieces[: len(SPECIAL)], pieces[len(SPECIAL) :]
+        state["model"]["vocab"] = special + sorted(learnt, key=lambda pair: (-pair[1], pair[0]))
+    settled = Tokenizer.from_str(json.dumps(state))
+    settled.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    )
+    return settled
+
+
+# ---- vocabulary ----
+
+
+def _vocab(tokenizer, settings: TokenizerSettings) -> Vocab:
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "mask", "cls", "sep")}
+    missing = [name for name, value in ids.items() if value is None]
+    if missing:
+        raise ConfigError(
+            f"The tokenizer {settings.name!r} has no {', '.join(missing)} token, which a masked "
+            "language model needs. Set config.tokenizer.name to a BERT-like tokenizer or to "
+            "'train'."
+        )
+    vocab = tokenizer.get_vocab()
+    size = max(vocab.values()) + 1
+    special = np.zeros(size, bool)
+    special[list(tokenizer.all_special_ids)] = True
+    begins = _word_start(json.loads(tokenizer.backend_tokenizer.to_str()))
+    word_start = np.ones(size, bool)
+    for token, i in vocab.items():
+        word_start[i] = begins(token)
+    return Vocab(
+        size=size,
+        **{f"{name}_id": int(value) for name, value in ids.items()},
+        special=special,
+        word_start=word_start | special,
+    )
+
+
+def _word_start(state: dict) -> Callable[[str], bool]:
+    """Whether a token begins a word, by the convention of the model: "##x", "Ġx" or "▁x"."""
+    model, steps = state["model"], json.dumps([state["pre_tokenizer"], state["decoder"]])
+    prefix = model.get("continuing_subword_prefix")
+    if prefix:
+        return lambda token: not token.startswith(prefix)
+    if '"ByteLevel"' in steps:
+        return lambda token: token.startswith(("Ġ", "Ċ", "ĉ"))
+    if '"Metaspace"' in steps or "▁" in steps:
+        return lambda token: token.startswith("▁")
+    return lambda token: (
+        True
+    )  # words end, not begin, with a mark (CLIP): every token counts as a word

@@ -1,0 +1,60 @@
+"""Errors a user can cause, each with the exit code that a supervisor can act on.
+
+The codes: 2 configuration, 3 numerics, 4 checkpoint or storage, 5 data, 6 resources, 75 preempted (start me again).
+Everything else is a bug in fmjax and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FmjaxError(Exception):
+    """Base of all errors that `run.py` reports without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(FmjaxError, ValueError):
+    """A configuration key, value or command-line argument that cannot be used."""
+
+    exit_code = 2
+
+
+class NumericsError(FmjaxError):
+    """Training produced non-finite numbers for too long."""
+
+    exit_code = 3
+
+
+class CheckpointError(FmjaxError):
+    """A checkpoint or the run folder cannot be written, read or trusted."""
+
+    exit_code = 4
+
+
+class DataError(FmjaxError, ValueError):
+    """Input data that is missing, malformed or different from what was promised."""
+
+    exit_code = 5
+
+
+class ResourceError(FmjaxError):
+    """Not enough memory or devices."""
+
+    exit_code = 6
+
+
+class Preempted(FmjaxError):
+    """The run was asked to stop, saved its state, and wants to be started again."""
+
+    exit_code = 75
+
+
+def did_you_mean(given: str, possible: Iterable[str]) -> str:
+    """A sentence naming near misses of `given`, and all possibilities when they are few."""
+    possible = sorted(str(name) for name in possible)
+    close = difflib.get_close_matches(str(given), possible, n=3, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+    if len(possible) <= 20:
+        hint += f" Possible: {', '.join(possible)}."
+    return hint

@@ -1,0 +1,41 @@
+"""Floating-point operations of a program, counted from its matrix products.
+
+The compiler's own count takes the body of a `scan` once; this one multiplies by its length, and needs no
+compilation. Element-wise work is not counted, as in every published model-FLOPs utilisation.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def count(function: Any, *args: Any) -> int:
+    """FLOPs (two per multiply-add) of all dots in `function(*args)`; args may be ShapeDtypeStructs."""
+    return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _jaxpr(jaxpr: Any) -> int:
+    return sum(_equation(equation) for equation in jaxpr.eqns)
+
+
+def _equation(equation: Any) -> int:
+    if equation.primitive.name == "dot_general":
+        (contract, _), _ = equation.params["dimension_numbers"]
+        left, out = equation.invars[0].aval, equation.outvars[0].aval
+        return 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contract)
+    inner = [_jaxpr(sub) for value in equation.params.values() for sub in _jaxprs(value)]
+    if equation.primitive.name in ("cond", "platform_index"):
+        return max(inner, default=0)
+    return sum(inner) * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+
+
+def _jaxprs(value: Any) -> list[Any]:
+    if isinstance(value, core.ClosedJaxpr):
+        return [value.jaxpr]
+    if isinstance(value, core.Jaxpr):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [jaxpr for item in value for jaxpr in _jaxprs(item)]
+    return []

@@ -1,0 +1,54 @@
+"""Signals that ask a run to stop: the handlers only set a flag, the loop decides when to honour it.
+
+A scheduler sends SIGTERM or SIGUSR1 some seconds before the machine goes, a person presses Ctrl-C.
+Saving inside a handler would run in the middle of anything, a save included.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Stop:
+    """Whether a stop was requested, and the name of the first signal that did."""
+
+    def __init__(self):
+        self.signal = ""
+
+    @property
+    def requested(self) -> bool:
+        return bool(self.signal)
+
+
+@contextlib.contextmanager
+def catch() -> Iterator[Stop]:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into `stop.requested` until the block ends.
+
+    Poll it wherever the program waits: between steps, evaluation batches and pieces of data
+    preparation. During compilation the signal is kept and seen at the next poll. Repeats change
+    nothing, so that a save completes, except that a third SIGINT kills. Main thread only.
+    """
+    stop = Stop()
+    interrupts = 0
+
+    def handle(number, frame):
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if interrupts == 2:
+            # The default action is the kernel's: the third works even while Python is blocked.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        again = ". Press Ctrl-C again to kill without saving" if interrupts == 2 else ""
+        name = signal.Signals(number).name
+        stop.signal = stop.signal or name
+        # os.write, because print may be what the signal interrupted.
+        os.write(2, f"{name}: finishing the step, then saving{again}\n".encode())
+
+    previous = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,155 @@
+"""Scaled dot-product attention: one function, with implementations chosen by device.
+
+Tokens see each other when they belong to the same segment: `segment_ids` are 1-based within a row and 0 is padding,
+so packing and padding are one mechanism. A query that may see nothing (padding) gets zeros, and a zero gradient.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from fmjax import precision, streams
+from fmjax.errors import ConfigError, did_you_mean
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "tpu")
+
+
+def mask(
+    segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], window: int | None = None
+) -> Bool[Array, "B 1 T T"]:
+    """Who may see whom: same segment, not padding, and at most `window` positions apart."""
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    same &= segment_ids[:, None, :] > 0
+    if window is not None:
+        same &= jnp.abs(positions[:, :, None] - positions[:, None, :]) <= window
+    return same[:, None]
+
+
+def attention(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B N T H"],
+    v: Float[Array, "B N T H"],
+    mask: Bool[Array, "B 1 T T"],
+    *,
+    segment_ids: Int[Array, "B T"],
+    windowed: bool = False,
+    dropout: float = 0.0,
+    seeds: streams.Seeds | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B N T H"]:
+    """softmax(q kᵀ / √H) v over the positions that `mask` allows (Vaswani et al. 2017, §3.2.1).
+
+    `implementation`: "xla" runs anywhere; "cudnn" is NVIDIA's fused kernel (float16/bfloat16); "tpu" is the Pallas flash
+    kernel, which reads `segment_ids` instead of the mask and so refuses `windowed`; "auto" takes the fused kernel of the
+    device where it applies. Probabilities can be dropped out only by "xla".
+
+    Raises ConfigError when a kernel is asked for by name and cannot serve the request.
+    """
+    if seeds is None:
+        dropout = 0.0
+    if implementation not in IMPLEMENTATIONS:
+        raise ConfigError(
+            f"config.model.attention={implementation!r} is not known."
+            + did_you_mean(implementation, IMPLEMENTATIONS)
+        )
+    half = q.dtype in (jnp.float16, jnp.bfloat16)
+    obstacles = {
+        "cudnn": _first(
+            (not half, f"it takes bfloat16 or float16, not {q.dtype} (config.precision)"),
+            (dropout > 0, "it has no dropout (config.model.attention_dropout)"),
+            (q.shape[-1] % 8 or q.shape[-1] > 128, f"head size {q.shape[-1]} is not 8, 16, … 128"),
+            (q.shape[2] % 2, f"sequence length {q.shape[2]} is odd"),
+        ),
+        "tpu": _first(
+            (windowed, "it has no local window"),
+            (dropout > 0, "it has no dropout (config.model.attention_dropout)"),
+            (q.shape[2] % 128, f"sequence length {q.shape[2]} is not a multiple of 128"),
+        ),
+    }
+    if implementation == "auto":
+        preferred = {"gpu": "cudnn", "tpu": "tpu"}.get(jax.default_backend(), "xla")
+        implementation = "xla" if obstacles.get(preferred) else preferred
+    elif obstacles.get(implementation):
+        raise ConfigError(
+            f"config.model.attention={implementation!r} cannot be used here: "
+            f"{obstacles[implementation]}. 'auto' and 'xla' always work."
+        )
+    if implementation == "cudnn":
+        out = _cudnn(q, k, v, mask)
+    elif implementation == "tpu":
+        out = _tpu(q, k, v, segment_ids)
+    else:
+        keep = None
+        if dropout > 0:
+            keep = ~streams.bernoulli(seeds, dropout, (q.shape[1], q.shape[2], k.shape[2]))
+        return _xla(q, k, v, mask, keep, dropout)
+    return jnp.where((segment_ids > 0)[:, None, :, None], out, jnp.zeros((), out.dtype))
+
+
+def _first(*cases: tuple[Any, str]) -> str:
+    return next((why for condition, why in cases if condition), "")
+
+
+# --- XLA: explicit dots, so that both passes keep compute-dtype operands and float32 accumulation ---
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _xla(q, k, v, mask, keep, rate):
+    return _xla_forward(q, k, v, mask, keep, rate)[0]
+
+
+def _probabilities(q, k, mask):
+    scores = precision.matmul_transposed(q, k) * jnp.float32(1 / np.sqrt(q.shape[-1]))
+    scores = jnp.where(mask, scores, jnp.float32(-1e30))
+    scores = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    # Rows that see nothing have a uniform softmax; the mask makes them zero instead.
+    return jnp.where(mask, scores / jnp.sum(scores, axis=-1, keepdims=True), jnp.float32(0))
+
+
+def _drop(p, keep, rate):
+    return p if keep is None else jnp.where(keep, p * jnp.float32(1 / (1 - rate)), jnp.float32(0))
+
+
+def _xla_forward(q, k, v, mask, keep, rate):
+    p = _probabilities(q, k, mask)
+    out = precision.matmul(_drop(p, keep, rate).astype(q.dtype), v)
+    return out.astype(q.dtype), (q, k, v, mask, keep, p.astype(q.dtype))
+
+
+def _xla_backward(rate, residuals, g):
+    q, k, v, mask, keep, p = residuals
+    dtype = q.dtype
+    p = p.astype(jnp.float32)
+    g = g.astype(dtype)
+    dv = precision.matmul(precision.transposed(_drop(p, keep, rate).astype(dtype)), g)
+    dp = _drop(precision.matmul_transposed(g, v), keep, rate)
+    ds = p * (dp - jnp.sum(dp * p, axis=-1, keepdims=True)) * jnp.float32(1 / np.sqrt(q.shape[-1]))
+    ds = ds.astype(dtype)
+    dq = precision.matmul(ds, k)
+    dk = precision.matmul(precision.transposed(ds), q)
+    return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype), None, None
+
+
+_xla.defvjp(_xla_forward, _xla_backward)
+
+
+# --- Fused kernels ---
+
+
+def _cudnn(q, k, v, mask):
+    swap = lambda x: jnp.swapaxes(x, 1, 2)  # (B, N, T, H) <-> (B, T, N, H)
+    out = jax.nn.dot_product_attention(
+        swap(q), swap(k), swap(v), mask=mask, implementation="cudnn"
+    )
+    return swap(out)
+
+
+def _tpu(q, k, v, segment_ids):
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    ids = flash.SegmentIds(segment_ids, segment_ids)
+    return flash.flash_attention(q, k, v, segment_ids=ids, sm_scale=1 / np.sqrt(q.shape[-1]))

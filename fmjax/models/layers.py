@@ -1,0 +1,124 @@
+"""What model families share: linear maps, norms, embeddings, MLPs, rotary positions, dropout.
+
+Every module computes in `dtype` with float32 accumulation (`fmjax.precision`), keeps its parameters in float32 and
+takes its randomness as one seed per example (`fmjax.streams`); `seeds=None` means deterministic.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from fmjax import precision, streams
+
+ACTIVATIONS: dict[str, Callable] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+class Linear(nn.Module):
+    """`x @ kernel + bias` with a (in, out) kernel; the bias is added in float32."""
+
+    features: int
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
+    kernel_init: Callable = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "... D"], out_dtype: DTypeLike | None = None
+    ) -> Float[Array, "... F"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        y = precision.linear(x, kernel, self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        return y.astype(self.dtype if out_dtype is None else out_dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation with float32 statistics (Ba et al. 2016)."""
+
+    eps: float
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        last = (1,) * (x.ndim - 1) + (-1,)
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        y = x * jax.lax.rsqrt(variance + self.eps) * scale.reshape(last)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+            y = y + bias.reshape(last)
+        return y.astype(self.dtype)
+
+
+class Embedding(nn.Module):
+    """A table of `rows` vectors; `table()` is the matrix itself, for tied output projections."""
+
+    rows: int
+    features: int
+    embedding_init: Callable = nn.initializers.normal(0.02)
+
+    def setup(self):
+        shape = (self.rows, self.features)
+        self.embedding = self.param("embedding", self.embedding_init, shape, jnp.float32)
+
+    def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        # Ids are checked on the host (fmjax.data); a stray one here must not read a wrong row.
+        return self.embedding.at[ids].get(mode="fill", fill_value=jnp.nan)
+
+    def table(self) -> Float[Array, "V D"]:
+        return self.embedding
+
+
+class Mlp(nn.Module):
+    """Two-layer perceptron; `gated` multiplies the activation with a second projection (GeGLU, SwiGLU)."""
+
+    hidden: int
+    activation: str = "gelu"
+    gated: bool = False
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        make = lambda features, name: Linear(features, self.use_bias, self.dtype, name=name)
+        h = ACTIVATIONS[self.activation](make(self.hidden, "up")(x, jnp.float32))
+        if self.gated:
+            h = h * make(self.hidden, "gate")(x, jnp.float32)
+        return make(x.shape[-1], "down")(h.astype(self.dtype))
+
+
+def dropout(
+    x: Float[Array, "B *S"], rate: float, seeds: streams.Seeds | None
+) -> Float[Array, "B *S"]:
+    """Zeroes elements with probability `rate` and rescales the rest; the identity without seeds."""
+    if seeds is None or rate == 0.0:
+        return x
+    dropped = streams.bernoulli(seeds, rate, x.shape[1:])
+    return jnp.where(dropped, jnp.zeros((), x.dtype), x * jnp.asarray(1 / (1 - rate), x.dtype))
+
+
+def rope(
+    x: Float[Array, "B N T H"], positions: Int[Array, "B T"], theta: float | Float[Array, ""]
+) -> Float[Array, "B N T H"]:
+    """Rotary position embedding, halves convention (Su et al. 2021; as in GPT-NeoX and Llama)."""
+    half = x.shape[-1] // 2
+    exponents = jnp.arange(half, dtype=jnp.float32) / half
+    frequencies = (1.0 / jnp.asarray(theta, jnp.float32) ** exponents).reshape(1, 1, -1)
+    angles = positions[..., None].astype(jnp.float32) * frequencies  # (B, T, H/2)
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]  # (B, 1, T, H/2)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

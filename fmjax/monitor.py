@@ -1,0 +1,177 @@
+"""What happens beside the steps: numbers are fetched, averaged, written, shown, and judged.
+
+The loop hands over each step's metrics as device arrays. They are read one step late, when the next step is already
+running, so that looking at numbers never makes the device wait.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fmjax import build, evaluate, report, trees
+from fmjax import config as configs
+from fmjax import objectives as losses
+from fmjax.logs import Logger
+from fmjax.progress import Progress
+
+
+class Monitor:
+    """The log of one sitting of a run; a context manager.
+
+    first: steps done before this sitting; tokens: real tokens trained on in all sittings (a Python int);
+    last_bad: (step, batch) of the last update that was skipped; bad_in_a_row: how many were skipped without a break.
+    """
+
+    def __init__(self, run: Any, folder: Any, first: int, started: float, tokens: int = 0):
+        config, main = run.config, jax.process_index() == 0
+        self.run, self.folder, self.first, self.tokens = run, folder, first, tokens
+        self.flops = 0
+        self.bad_in_a_row, self.last_bad = 0, None
+        self._logger = Logger(
+            folder.path,
+            resume_step=first,
+            tensorboard=config.tensorboard,
+            wandb=config.wandb,
+            config=configs.redact(config).to_dict(),
+            process_index=jax.process_index(),
+            started=started,
+        )
+        self._progress = Progress(run.total, start=first, enabled=main)
+        self._pending: tuple[int, Any, Any] | None = None
+        self._results: tuple[int, dict[str, float]] = (first, {})
+        self._new_window()
+        self.timed = self._logger.timed
+
+    def step(self, step: int, found: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> int:
+        """Takes the metrics of the step just dispatched, reads those of the step before.
+
+        Returns how many updates in a row were skipped, up to the one read.
+        """
+        self._read()
+        self._pending = (step, found, batch)
+        self._progress.step(step)
+        return self.bad_in_a_row
+
+    def log(self, step: int) -> None:
+        """Means over the steps since the last log."""
+        self._read()
+        seconds = time.monotonic() - self._since
+        spent = {kind: now - self._spent[kind] for kind, now in self._logger.spent.items()}
+        stepping = max(seconds - sum(spent.values()) + spent["data_wait"], 1e-9)
+        train = losses.mean(self._sums, self.run.objectives)
+        metrics = {f"train/{name}": value for name, value in train.items()}
+        metrics |= {f"optim/{name}": np.mean(values) for name, values in self._scalars.items()}
+        for group, rate in self.run.optimizer.rates.items():
+            name = "optim/lr" if len(self.run.optimizer.rates) == 1 else f"optim/lr_{group}"
+            metrics[name] = float(rate(step - 1))
+        metrics |= {
+            "perf/tokens_per_sec": self._tokens / stepping,
+            "perf/step_sec": stepping / max(self._steps, 1),
+            "perf/data_wait": spent["data_wait"] / stepping,
+            "memory/peak_gib": _peak_bytes() / 2**30,
+            "tokens": self.tokens,
+        }
+        peak = build.peak_flops(jax.devices()[0])
+        if peak:
+            rate = self.flops * self._steps / stepping
+            metrics["perf/mfu"] = rate / (peak * jax.device_count())
+        self._logger.write(step, metrics)
+        self._progress.log(step, metrics)
+        self.folder.update(step=step)
+        self._new_window()
+
+    def evaluated(self, step: int, metrics: Mapping[str, float] | None) -> None:
+        """Takes the validation metrics, None when a signal cut the evaluation short."""
+        if metrics is None:
+            return
+        named = {f"validation/{name}": value for name, value in metrics.items()}
+        named |= {
+            f"validation/{name.removesuffix('loss')}perplexity": float(np.exp(value))
+            for name, value in metrics.items()
+            if name.endswith("mlm/loss")
+        }
+        self._results = (step, named)
+        self._logger.write(step, named)
+        self._progress.log(step, named)
+
+    def at(self, step: int) -> dict[str, float] | None:
+        """The validation metrics of exactly this step, which decide whether it is the best."""
+        return self._results[1] if self._results[0] == step and self._results[1] else None
+
+    def saved(self, step: int) -> None:
+        self._logger.event("checkpoint", step=step)
+        self._progress.saved(step)
+
+    def finish(self, step: int, signal: str, changed: Sequence[tuple[str, Any, Any]]) -> None:
+        """The last line, summary.json and report.html; `changed` is what differs from the config file."""
+        self._read()
+        done = step == self.run.total
+        self._logger.event("done" if done else "preempted", step=step, signal=signal)
+        self.folder.update(step=step, state="done" if done else "preempted")
+        if jax.process_index() != 0:
+            return
+        device = jax.devices()[0]
+        summary = report.summarize(
+            self.folder.path,
+            total=self.run.total,
+            parameters=trees.size(self.run.abstract.params),
+            trainable_parameters=trees.size(self.run.split(self.run.abstract.params)[0]),
+            config_difference=changed,
+            environment=report.environment(device=f"{jax.device_count()} x {device.device_kind}"),
+            data=self.run.dataset.counts,
+        )
+        self._progress.close()
+        page = report.write(self.folder.path)
+        for name in ("loss", "mlm/accuracy", "nsp/accuracy", "sop/accuracy"):
+            value = summary["metrics"].get(f"validation/{name}")
+            if value is not None:
+                print(f"validation/{name} {value:.4f}")
+        print(f"report: {page}")
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.close()
+        self._logger.close()
+
+    def _new_window(self) -> None:
+        self._since, self._spent = time.monotonic(), dict(self._logger.spent)
+        self._sums: dict[str, np.ndarray] = {}
+        self._scalars: dict[str, list[float]] = {"grad_norm": [], "skipped": []}
+        self._steps = self._tokens = 0
+
+    def _read(self) -> None:
+        if self._pending is None:
+            return
+        (step, found, batch), self._pending = self._pending, None
+        found = jax.device_get(found)
+        for name, values in self._scalars.items():
+            values.append(float(found[name]))
+        tokens = int(found["tokens"])
+        self._steps, self._tokens, self.tokens = (
+            self._steps + 1, self._tokens + tokens, self.tokens + tokens,
+        )  # fmt: skip
+        if found["skipped"]:
+            # Its sums are not finite and would hide the rest of the window; the count tells.
+            self.bad_in_a_row, self.last_bad = self.bad_in_a_row + 1, (step, batch)
+            loss, norm = float(found["loss"]), float(found["grad_norm"])
+            self._logger.event("skipped_update", step=step, loss=loss, grad_norm=norm)
+            self._progress.print(f"step {step}: update skipped, loss {loss}, gradient norm {norm}")
+            return
+        self.bad_in_a_row = 0
+        evaluate.add(self._sums, found["sums"])
+
+
+def _peak_bytes() -> int:
+    """Most memory used so far: of the first device where it tells, else of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    # Kilobytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,133 @@
+"""Objectives: one file a loss; this file composes them.
+
+An objective module has up to two pure functions:
+
+    prepare(batch, seeds, **args) -> batch           optional: corrupts or extends the batch (masking)
+    loss_fn(apply, params, batch, **args) -> metrics  {name: (sum, weight)}; "loss" is what is minimised
+
+`apply(params, *arrays, method=…)` runs a method of the model; `batch["seeds"]` is there while training and turns
+dropout on. Sums are divided only once, by the weight of the whole batch, so that padding, accumulation and the number
+of devices cannot change a number. Arguments are what `config.objectives.<name>` holds plus facts about the data (the
+vocabulary) that a function asks for by name.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fmjax import streams
+from fmjax.errors import ConfigError, did_you_mean
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Objective(NamedTuple):
+    """One objective with its arguments bound."""
+
+    name: str
+    weight: float
+    prepare: Callable | None
+    loss_fn: Callable
+
+
+def build(objectives: Mapping[str, Mapping[str, Any]], **facts: Any) -> list[Objective]:
+    """Imports each named objective and binds its arguments.
+
+    Raises ConfigError for an argument that the objective does not take.
+    """
+    return [_bind(name, dict(args), facts) for name, args in objectives.items()]
+
+
+def _bind(name: str, args: dict[str, Any], facts: Mapping[str, Any]) -> Objective:
+    module = importlib.import_module(f"fmjax.objectives.{name}")
+    weight = args.pop("weight", 1.0)
+    functions = {key: getattr(module, key, None) for key in ("prepare", "loss_fn")}
+    takes = {
+        key: [p.name for p in inspect.signature(f).parameters.values() if p.kind == p.KEYWORD_ONLY]
+        for key, f in functions.items()
+        if f
+    }
+    possible = {arg for names in takes.values() for arg in names}
+    for arg in args:
+        if arg not in possible or arg in facts:
+            raise ConfigError(
+                f"config.objectives.{name}.{arg} is not known."
+                + did_you_mean(arg, (possible - set(facts)) | {"weight"})
+            )
+    given = {**facts, **args}
+    bound = {
+        key: functools.partial(functions[key], **{arg: given[arg] for arg in names if arg in given})
+        for key, names in takes.items()
+    }
+    return Objective(name, weight, bound.get("prepare"), bound["loss_fn"])
+
+
+def metrics(
+    objectives: list[Objective],
+    apply: Callable,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    rng: jax.Array,
+    train: bool,
+) -> Metrics:
+    """All objectives' (sum, weight) metrics as "<objective>/<metric>", on one shared forward pass.
+
+    Corruptions are applied in order; objectives that then ask for the same method of the same arrays share its result.
+    """
+    batch = prepare(objectives, batch, rng, train)
+    shared = _remembering(apply)
+    found: Metrics = {}
+    for objective in objectives:
+        for name, value in objective.loss_fn(shared, params, batch).items():
+            found[f"{objective.name}/{name}"] = value
+    return found
+
+
+def prepare(
+    objectives: list[Objective], batch: Mapping[str, jax.Array], rng: jax.Array, train: bool
+) -> dict[str, jax.Array]:
+    """The batch as the model sees it: every objective's corruption, and `seeds` for dropout."""
+    seeds = streams.seeds(rng, batch["index"])
+    batch = dict(batch)
+    for objective in objectives:
+        if objective.prepare:
+            batch = objective.prepare(batch, streams.named(seeds, objective.name))
+    batch["seeds"] = streams.named(seeds, "dropout") if train else None
+    return batch
+
+
+def loss(objectives: list[Objective], found: Metrics, weights: Mapping[str, jax.Array]) -> jax.Array:
+    """The weighted sum of the objectives' means over `weights` ("<objective>/loss" -> global weight).
+
+    An objective without a single target contributes zero.
+    """
+    total = jnp.zeros((), jnp.float32)
+    for objective in objectives:
+        key = f"{objective.name}/loss"
+        total += objective.weight * found[key][0] / jnp.where(weights[key] > 0, weights[key], 1)
+    return total
+
+
+def mean(found: Mapping[str, tuple[float, float]], objectives: list[Objective]) -> dict[str, float]:
+    """Printable means of (sum, weight) metrics, with "loss" the total that is minimised."""
+    means = {name: float(s) / float(w) if w else float("nan") for name, (s, w) in found.items()}
+    parts = [(o.weight, means.get(f"{o.name}/loss", float("nan"))) for o in objectives]
+    return {"loss": sum(weight * value for weight, value in parts), **means}
+
+
+def _remembering(apply: Callable) -> Callable:
+    results: dict[tuple, Any] = {}
+
+    def remembered(params, *args, method):
+        key = (method, id(params), *map(id, args))
+        if key not in results:
+            # The arguments are kept beside the result so that their ids stay theirs.
+            results[key] = (apply(params, *args, method=method), params, args)
+        return results[key][0]
+
+    return remembered

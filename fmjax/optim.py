@@ -1,0 +1,261 @@
+"""What moves, and how: parameter groups, optimizers, schedules.
+
+Groups are ordered (regex over parameter names, group name); the first full match wins and an uncovered parameter is an
+error. "freeze" does not train: its parameters are split off before the gradient is taken, so they cost neither a
+weight gradient nor optimizer memory. Every other group has its own optimizer under one `optax.multi_transform`.
+"""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+from fmjax import trees
+from fmjax.errors import ConfigError, did_you_mean
+
+FREEZE = "freeze"
+SCHEDULES = ("constant", "linear", "cosine", "rsqrt", "wsd")
+
+
+def assign(names: Sequence[str], groups: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """{parameter name: group}, first full match wins.
+
+    Raises ConfigError for an uncovered parameter, a pattern that decides nothing, or when nothing trains.
+    """
+    assigned, used = {}, set()
+    for name in names:
+        match = next((i for i, (p, _) in enumerate(groups) if re.fullmatch(p, name)), None)
+        if match is None:
+            raise ConfigError(
+                f"config.groups covers no group for parameter {name!r}: add a pattern, for example ('.*', 'train')."
+            )
+        assigned[name] = groups[match][1]
+        used.add(match)
+    for i, (pattern, group) in enumerate(groups):
+        if i not in used:
+            raise ConfigError(
+                f"config.groups: the pattern {pattern!r} ({group!r}) decides no parameter; earlier patterns win, and "
+                f"patterns must match the whole name." + did_you_mean(pattern, names)
+            )
+    if all(group == FREEZE for group in assigned.values()):
+        raise ConfigError("config.groups freezes every parameter, so nothing would train.")
+    return assigned
+
+
+def stacks(kinds: Sequence[str], assigned: Mapping[str, str]) -> tuple[int, ...]:
+    """Run lengths of neighbouring layers that are of one kind and train in the same groups."""
+    keys: list[Any] = [(kind, []) for kind in kinds]
+    for name, group in assigned.items():
+        match = re.fullmatch(r"block_(\d+)/(.*)", name)
+        if match:
+            keys[int(match[1])][1].append((match[2], group))
+    return trees.runs([(kind, tuple(sorted(members))) for kind, members in keys])
+
+
+def split(params: Any, assigned: Mapping[str, str]) -> tuple[Any, Any]:
+    """(trainable, frozen): two stored trees that `merge` puts together again."""
+    flat = trees.flatten(params)
+    frozen = {p: x for p, x in flat.items() if assigned[trees.names(p)[0]] == FREEZE}
+    return (
+        trees.unflatten({p: x for p, x in flat.items() if p not in frozen}),
+        trees.unflatten(frozen),
+    )
+
+
+def merge(trainable: Any, frozen: Any) -> Any:
+    return trees.unflatten({**trees.flatten(trainable), **trees.flatten(frozen)})
+
+
+def schedule(
+    name: str, *, lr: float, warmup: int, total: int, decay: int, end: float
+) -> Callable[[jax.Array], jax.Array]:
+    """Learning rate as a function of the step: linear warm-up to `lr`, then the named shape down to `end * lr`.
+
+    "wsd" (warm-up, stable, decay) falls linearly over the last `decay` steps; "rsqrt" follows
+    √(warmup / step), as in Vaswani et al. 2017 (§5.3), with the same linear cool-down at the end.
+    """
+    if name not in SCHEDULES:
+        raise ConfigError(
+            f"config.optim.schedule={name!r} is not known." + did_you_mean(name, SCHEDULES)
+        )
+    if warmup > total:
+        raise ConfigError(f"config.optim.warmup is {warmup} steps, more than the run's {total}.")
+
+    def rate(step):
+        step = jnp.asarray(step, jnp.float32)
+        # Step 0 already moves: the first update uses lr / warmup.
+        rising = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
+        done = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
+        cooling = jnp.clip((total - step) / max(decay, 1), 0.0, 1.0)
+        cooled = end + (1 - end) * cooling if decay else 1.0
+        shape = {
+            "constant": 1.0,
+            "linear": end + (1 - end) * (1 - done),
+            "cosine": end + (1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * done)),
+            "rsqrt": jnp.sqrt(max(warmup, 1) / jnp.maximum(step + 1, max(warmup, 1))) * cooled,
+            "wsd": cooled,
+        }[name]
+        return lr * rising * shape
+
+    return rate
+
+
+class Optimizer(NamedTuple):
+    """`tx` over the trainable tree; `rates` are the learning rates of the groups, for the log."""
+
+    tx: optax.GradientTransformation
+    rates: dict[str, Callable[[jax.Array], jax.Array]]
+
+
+def make(
+    trainable: Any,
+    assigned: Mapping[str, str],
+    *,
+    steps: Callable[[Any], int],
+    depth: int,
+    optim: Mapping[str, Any],
+    group_optim: Mapping[str, Mapping[str, Any]],
+) -> Optimizer:
+    """The optimizer of a run.
+
+    Args:
+        trainable: stored tree of ShapeDtypeStructs or arrays, the part that `split` calls trainable.
+        assigned: {parameter name: group}.
+        steps: converts a duration ("10%", "2 epochs") to steps; `steps("100%")` is the whole run.
+        depth: number of layers, for `layer_decay`.
+        optim: `config.optim`; group_optim: what a group sets differently.
+    """
+    optim = dict(optim)
+    clip, ema = optim.pop("clip"), optim.pop("ema")
+    layer_decay = optim.pop("layer_decay")
+    transforms, rates, labels = {}, {}, {}
+    for path, leaf in trees.flatten(trainable).items():
+        group = assigned[trees.names(path)[0]]
+        length = leaf.shape[0] if trees.is_stacked(path) else 0
+        labels[path] = f"{group}:{length}"
+        if group not in rates:
+            settings = {**optim, **group_optim.get(group, {})}
+            rates[group] = schedule(
+                settings["schedule"],
+                lr=settings["lr"],
+                warmup=steps(settings["warmup"]),
+                total=steps("100%"),
+                decay=steps(settings["cooldown"]),
+                end=settings["end"],
+            )
+        if labels[path] not in transforms:
+            settings = {**optim, **group_optim.get(group, {})}
+            tx = _named(settings, rates[group])
+            transforms[labels[path]] = _per_layer(tx) if length else tx
+    parts = [optax.multi_transform(transforms, trees.unflatten(labels))]
+    if clip:
+        parts.insert(0, optax.clip_by_global_norm(clip))
+    if layer_decay != 1.0:
+        parts.append(_scale(_layerwise(trainable, layer_decay, depth)))
+    if ema:
+        parts.append(moving_average(ema))
+    return Optimizer(optax.chain(*parts), rates)
+
+
+class MovingAverage(NamedTuple):
+    """State of `moving_average`: the averaged trainable parameters."""
+
+    average: Any
+    count: jax.Array
+
+
+def moving_average(decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential average of the parameters after each update; must be the last link of a chain.
+
+    The decay rises as (1 + n) / (10 + n), so that the start is forgotten quickly.
+    """
+
+    def init(params):
+        # A copy: the average must not share a buffer with the parameters, which are donated.
+        return MovingAverage(jax.tree.map(jnp.array, params), jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params):
+        rate = jnp.minimum(decay, (1 + state.count) / (10 + state.count)).astype(jnp.float32)
+        average = jax.tree.map(
+            lambda a, p, u: rate * a + (1 - rate) * (p + u), state.average, params, updates
+        )
+        return updates, MovingAverage(average, state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaged(opt_state: Any) -> Any | None:
+    """The averaged trainable parameters in an optimizer state, or None."""
+    is_average = lambda x: isinstance(x, MovingAverage)
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_average) if is_average(x)]
+    return found[0].average if found else None
+
+
+def _named(settings: Mapping[str, Any], rate: Callable) -> optax.GradientTransformation:
+    """An optax optimizer by name, with weight decay masked to the parameters that `decay` matches."""
+    name, args = settings["name"], dict(settings["args"])
+    factory = getattr(optax, name, None) or getattr(optax.contrib, name, None)
+    takes = inspect.signature(factory).parameters if callable(factory) else {}
+    if "learning_rate" not in takes:
+        known = ("adamw", "lamb", "lion", "adafactor", "muon", "sgd", "adam", "nadamw", "adan")
+        raise ConfigError(
+            f"config.optim.name={name!r} is not an optimizer of optax." + did_you_mean(name, known)
+        )
+    for key in args:
+        if key not in takes:
+            raise ConfigError(f"config.optim.args.{key} is not known." + did_you_mean(key, takes))
+    decay = next((key for key in ("weight_decay", "weight_decay_rate") if key in takes), None)
+    if decay:
+        args[decay] = settings["weight_decay"]
+        mask = next((key for key in ("mask", "weight_decay_mask") if key in takes), None)
+        if mask:
+            args[mask] = functools.partial(_matching, settings["decay"])
+    elif settings["weight_decay"]:
+        raise ConfigError(
+            f"config.optim.name={name!r} has no weight decay: set config.optim.weight_decay=0 or choose adamw."
+        )
+    return factory(learning_rate=rate, **args)
+
+
+def _matching(pattern: str, params: Any) -> Any:
+    """True where a parameter's name matches, in the shape of a (masked) stored tree."""
+
+    def matches(path, _):
+        stored = "/".join(str(key.key) for key in path)
+        return re.fullmatch(pattern, trees.names(stored)[0]) is not None
+
+    return jax.tree_util.tree_map_with_path(matches, params)
+
+
+def _per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` on stacked leaves as if each layer were a leaf of its own (LAMB's and Muon's norms are per matrix)."""
+    return optax.GradientTransformation(
+        jax.vmap(tx.init), lambda updates, state, params: jax.vmap(tx.update)(updates, state, params)
+    )
+
+
+def _layerwise(trainable: Any, decay: float, depth: int) -> Any:
+    """Factors decay^(depth + 1 - position): embeddings at 0, block i at i + 1, heads at depth + 1."""
+
+    def factor(name):
+        match = re.match(r"block_(\d+)/", name)
+        position = int(match[1]) + 1 if match else 0 if name.startswith("embed/") else depth + 1
+        return decay ** (depth + 1 - position)
+
+    def of_leaf(path, leaf):
+        factors = [factor(name) for name in trees.names(path)]
+        if not trees.is_stacked(path):
+            return jnp.float32(factors[0])
+        return jnp.asarray(factors, jnp.float32).reshape(-1, *[1] * (len(leaf.shape) - 1))
+
+    return trees.map_names(of_leaf, trainable)
+
+
+def _scale(factors: Any) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))

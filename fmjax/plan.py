@@ -1,0 +1,97 @@
+"""`--dry_run`: what a run would be, before it costs anything."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from fmjax import build, flops, objectives, sharding, train, trees
+from fmjax.progress import count
+
+
+def show(run: Any) -> None:
+    """Prints data, parameters with their groups, memory and FLOPs of a step, and one masked batch."""
+    config, dataset = run.config, run.dataset
+    split = dataset.splits["train"]
+    print(f"\ndata        {config.data.name}: {_counts(dataset.counts)}")
+    print(f"            {len(split):,} rows of {split.seq_len}; {split.tokens:,} tokens an epoch")
+    steps = max(len(split) // config.batch_size, 1)
+    print(f"run         {run.total:,} steps = {run.total / steps:.2f} epochs of {steps:,} steps")
+    print(f"mesh        {dict(run.mesh.shape)} on {jax.device_count()} x {jax.devices()[0]}")
+    _parameters(run)
+    _cost(run)
+    _batch(run)
+
+
+def _parameters(run: Any) -> None:
+    """One line a kind of parameter: layers of one shape and group are counted together."""
+    print(f"\n{'parameters':<44} {'shape':>16} {'number':>12}  group")
+    rows: dict[tuple, int] = {}
+    for path, leaf in trees.flatten(run.abstract.params).items():
+        names = trees.names(path)
+        stacked = trees.is_stacked(path)
+        shown = path if stacked else names[0]
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        rows[(shown, shape, run.assigned[names[0]])] = len(names)
+    total = {}
+    for (name, shape, group), layers in rows.items():
+        size = layers * int(np.prod(shape))
+        total[group] = total.get(group, 0) + size
+        times = f"{layers} x " if layers > 1 else ""
+        print(f"{name:<44} {times + str(shape):>16} {size:>12,}  {group}")
+    everything = sum(total.values())
+    for group, size in total.items():
+        print(f"{group:<44} {'':>16} {size:>12,}  {size / everything:.2%}")
+
+
+def _cost(run: Any) -> None:
+    apply = build.apply(run.model)
+    step = train.make_train_step(
+        apply, run.objectives, run.optimizer.tx, run.split, run.config.accumulate
+    )
+    spec = train.batch_spec(run)
+    compiled = jax.jit(step, donate_argnums=0).lower(run.abstract, spec).compile()
+    memory = compiled.memory_analysis()
+    operations = flops.count(step, run.abstract, spec)
+    tokens = run.config.batch_size * run.config.data.seq_len
+    frozen = trees.size(run.split(run.abstract.params)[1])
+    print(f"\nstep        {count(operations)}FLOP in matrix products, {count(operations / tokens)} a token")
+    cost = compiled.cost_analysis() or {}
+    print(f"            {count(cost.get('flops', 0))}FLOP by the compiler (a scanned layer counts once)")
+    for name, size in {
+        "state": memory.argument_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+    }.items():
+        print(f"memory      {size / 2**20:,.1f} MiB {name} a device")
+    print(f"            {trees.nbytes(run.abstract.opt_state) / 2**20:,.1f} MiB optimizer in all")
+    print(f"frozen      {frozen:,} parameters")
+
+
+def _batch(run: Any) -> None:
+    """The first row of the first batch as the model sees it, decoded."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run.dataset.tokenizer_dir, trust_remote_code=False)
+    batches = train.train_batches(run)
+    batch = sharding.put(next(batches), run.batch_sharding)
+    batches.close()
+    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.config.seed), 1), 0)
+    prepared = objectives.prepare(run.objectives, batch, rng, train=True)
+    real = np.asarray(batch["segment_ids"][0]) > 0
+    print("\nfirst row of the first batch")
+    print(tokenizer.decode(np.asarray(batch["input_ids"][0])[real]))
+    if "mlm_labels" in prepared:
+        print("\nas the model sees it")
+        print(tokenizer.decode(np.asarray(prepared["input_ids"][0])[real]))
+        kept = np.asarray(prepared["mlm_weights"][0]) > 0
+        order = np.argsort(np.asarray(prepared["mlm_positions"][0])[kept])
+        labels = np.asarray(prepared["mlm_labels"][0])[kept][order]
+        print("\ntargets     " + " ".join(tokenizer.convert_ids_to_tokens(labels)))
+
+
+def _counts(counts: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{value:,} {name.replace('_', ' ')}" if isinstance(value, int) else f"{name} {value:.1%}"
+        for name, value in counts.items()
+        if isinstance(value, int | float)
+    )

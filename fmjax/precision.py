@@ -1,0 +1,89 @@
+"""One rule for every matrix product: compute-dtype operands, float32 accumulation, forwards and backwards.
+
+Parameters and optimizer stay in float32. On a CPU with AMX the same bfloat16 product runs five times faster when its
+result is asked for in float32, and JAX's derived gradients lose that (they multiply a float32 cotangent with a bfloat16
+operand, which upcasts), so both products below carry their own VJP whose dots are all written out.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def linear(
+    x: Float[Array, "... D"], kernel: Float[Array, "D1 D2"], dtype: DTypeLike, out_in: bool = False
+) -> Float[Array, "... F"]:
+    """`x @ kernel` with operands in `dtype`, accumulated and returned in float32.
+
+    The kernel is (in, out), or (out, in) with `out_in`: the layout decides which operand of the weight gradient has to
+    be transposed, and a tied embedding (vocabulary, width) must not become a transpose of a transpose.
+    """
+    return _linear_forward(x, kernel, dtype, out_in)[0]
+
+
+def _linear_forward(x, kernel, dtype, out_in):
+    contract = ((x.ndim - 1,), (int(out_in),))
+    return _dot(x.astype(dtype), kernel.astype(dtype), contract), (x, kernel)
+
+
+def _linear_backward(dtype, out_in, residuals, g):
+    x, kernel = residuals
+    g = g.astype(dtype)
+    dx = _dot(g, kernel.astype(dtype), ((g.ndim - 1,), (1 - out_in,)))
+    rows = x.astype(dtype).reshape(-1, x.shape[-1])  # (N, in)
+    cotangents = g.reshape(-1, g.shape[-1])  # (N, out)
+    left, right = (cotangents, rows) if out_in else (rows, cotangents)
+    dkernel = _dot(transposed(left), right, ((1,), (0,)))
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+def transposed(x: Float[Array, "*B N D"]) -> Float[Array, "*B D N"]:
+    """The last two axes swapped, and on CPU kept from being folded into the dot that reads it.
+
+    XLA:CPU's fast bfloat16 kernel does not take a transposed operand: the folded dot runs at a fifth of the speed.
+    A transpose assembled from two halves is not recognised as one.
+    """
+
+    def halves(x):
+        half = x.shape[-2] // 2
+        first, second = x[..., :half, :], x[..., half:, :]
+        return jnp.concatenate([jnp.swapaxes(first, -1, -2), jnp.swapaxes(second, -1, -2)], -1)
+
+    def plain(x):
+        return jnp.swapaxes(x, -1, -2)
+
+    if x.dtype == jnp.float32 or x.shape[-2] < 2:
+        return plain(x)
+    return jax.lax.platform_dependent(x, cpu=halves, default=plain)
+
+
+def _dot(a, b, contract, batch=((), ())):
+    # HIGHEST: float32 means float32 on GPU and TPU too, not TF32 or one bfloat16 pass.
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (contract, batch), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def matmul(a: Float[Array, "*B M K"], b: Float[Array, "*B K N"]) -> Float[Array, "*B M N"]:
+    """Batched product of equal-dtype operands in float32; not differentiable by itself on purpose:
+    its callers write their own VJP (`attention` does)."""
+    batch = tuple(range(a.ndim - 2))
+    return _dot(a, b, ((a.ndim - 1,), (b.ndim - 2,)), (batch, batch))
+
+
+def matmul_transposed(
+    a: Float[Array, "*B M K"], b: Float[Array, "*B N K"]
+) -> Float[Array, "*B M N"]:
+    """`a @ b.T` over the last axis of both, in float32."""
+    batch = tuple(range(a.ndim - 2))
+    return _dot(a, b, ((a.ndim - 1,), (b.ndim - 1,)), (batch, batch))

@@ -1,0 +1,173 @@
+"""What a person sees while a run goes on: a bar on a terminal, else one plain line per log.
+
+Also how numbers are shown to people everywhere: `count(41234)` is "41.2k", `duration(80)` "1m20s".
+"""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+WIDTH = 100  # of a plain line
+# Left out in this order when a line has no room.
+OPTIONAL = ("saved", "mfu", "data", "lr", "val")
+
+
+class Progress:
+    """Shows step, metrics and the time that remains; use it as a context manager.
+
+    total, start: steps of the whole run, and those done before this sitting.
+    enabled: False in processes other than 0, which show nothing.
+    file: where to write, sys.stdout by default; the bar is for terminals only.
+    """
+
+    def __init__(
+        self, total: int, *, start: int = 0, enabled: bool = True, file: TextIO | None = None
+    ):
+        self.total, self.enabled = total, enabled
+        self._file = file or sys.stdout
+        self._metrics: dict[str, float] = {}
+        self._saved: int | None = None
+        self._anchor, self._logged = (start, time.monotonic()), False
+        self._bar = _Bar(total, start, self._file) if enabled and _terminal(self._file) else None
+
+    def step(self, step: int) -> None:
+        """Advance to `step` steps done; cheap enough for every step."""
+        if self._bar:
+            self._bar.step(step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show new numbers. Those not given keep the value shown last; unknown ones are ignored.
+
+        Shown are train/loss, validation/loss, optim/lr, perf/tokens_per_sec and, as fractions of
+        one, perf/mfu and perf/data_wait.
+        """
+        if not self.enabled:
+            return
+        self._metrics |= metrics
+        fields = _fields(self._metrics) | {"eta": f"eta {self._eta(step)}"}
+        if self._bar:
+            saved = {} if self._saved is None else {"saved": f"saved {self._saved}"}
+            self._bar.step(step)
+            self._bar.show(_line(fields | saved, self._bar.room))
+        else:
+            width = len(str(self.total))
+            self.print(_line({"step": f"step {step:>{width}}/{self.total}", **fields}, WIDTH))
+
+    def saved(self, step: int) -> None:
+        """Remember the last checkpoint, for the next `log`."""
+        self._saved = step
+
+    def print(self, *words: Any) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._bar:
+            self._bar.print(" ".join(map(str, words)))
+        elif self.enabled:
+            print(*words, file=self._file, flush=True)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def _eta(self, step: int) -> str:
+        """Time left at the pace since the first log, which compilation has slowed down."""
+        (first, begin), now = self._anchor, time.monotonic()
+        if not self._logged:
+            self._anchor, self._logged = (step, now), True
+        if step <= first:
+            return "?"
+        return duration((self.total - step) * (now - begin) / (step - first))
+
+
+def count(value: float) -> str:
+    """Three digits and a suffix: 999 -> "999", 41234 -> "41.2k", 1.5e6 -> "1.5M"."""
+    for suffix in ("", "k", "M", "G", "T"):
+        if abs(value) < 999.5 or suffix == "T":
+            break
+        value /= 1000
+    return f"{value:.3g}{suffix}"
+
+
+def duration(seconds: float) -> str:
+    """0.42 -> "0.4s", 80 -> "1m20s", 3725 -> "1h02m", 93784 -> "1d02h"."""
+    if seconds < 1:
+        return f"{seconds:.1f}s"
+    seconds = round(seconds)
+    for unit, size, below, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60)):
+        if seconds >= size:
+            return f"{seconds // size}{unit}{seconds % size // part:02}{below}"
+    return f"{seconds // 60}m{seconds % 60:02}s" if seconds >= 60 else f"{seconds}s"
+
+
+class _Bar:
+    """One rich bar with a text of numbers; anything printed meanwhile appears above it."""
+
+    def __init__(self, total: int, start: int, file: TextIO):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
+
+        self._console = Console(file=file)
+        self._rich = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=16),
+            TextColumn(
+                "{task.fields[numbers]}",
+                markup=False,
+                table_column=Column(no_wrap=True, overflow="ellipsis"),
+            ),
+            console=self._console,
+            refresh_per_second=4,
+        )
+        self._rich.start()
+        self._task = self._rich.add_task("", total=total, completed=start, numbers="")
+        self.room = self._console.width - len(f"step {total}/{total}") - 16 - 3
+
+    def step(self, step: int) -> None:
+        self._rich.update(self._task, completed=step)
+
+    def show(self, numbers: str) -> None:
+        self._rich.update(self._task, numbers=numbers)
+
+    def print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._rich.stop()
+
+
+def _terminal(file: TextIO) -> bool:
+    if not file.isatty():
+        return False
+    from rich.console import Console
+
+    return not Console(file=file).is_dumb_terminal
+
+
+def _fields(metrics: Mapping[str, float]) -> dict[str, str]:
+    """The known metrics as short texts of constant width, in the order of the line."""
+    shown = {
+        "loss": ("train/loss", lambda v: f"loss {v:5.3f}"),
+        "val": ("validation/loss", lambda v: f"val {v:5.3f}"),
+        "lr": ("optim/lr", lambda v: f"lr {v:.1e}"),
+        "speed": ("perf/tokens_per_sec", lambda v: f"{count(v):>5} tok/s"),
+        "mfu": ("perf/mfu", lambda v: f"mfu {v:5.1%}"),
+        "data": ("perf/data_wait", lambda v: f"data {v:.1%}"),
+    }
+    return {
+        name: text(metrics[metric]) for name, (metric, text) in shown.items() if metric in metrics
+    }
+
+
+def _line(fields: dict[str, str], width: int) -> str:
+    for name in OPTIONAL:
+        if len("  ".join(fields.values())) > width:
+            fields.pop(name, None)
+    return "  ".join(fields.values())

@@ -1,0 +1,284 @@
+"""A run folder as one page a person can read: report.html, and its facts in summary.json.
+
+The page is one file without scripts that needs nothing from elsewhere; it is written at the end of
+every run, and again by `python run.py --config=configs/report.py --config.folder=runs/…`.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import fmjax
+from fmjax import logs, page, svg
+from fmjax.config import flatten
+from fmjax.errors import ConfigError
+from fmjax.progress import count, duration
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+
+# The curves in order, by the last part of the metric's name: title, unit factor, axis options.
+# Metrics not named here follow under their own name.
+PANELS = {
+    "loss": ("Loss", 1, {"log": True}),
+    "accuracy": ("Accuracy (%)", 100, {"zero": True}),
+    "lr": ("Learning rate", 1, {"zero": True}),
+    "perplexity": ("Perplexity", 1, {"log": True}),
+    "grad_norm": ("Gradient norm", 1, {"log": True}),
+    "tokens_per_sec": ("Tokens per second", 1, {"zero": True}),
+    "data_wait": ("Waiting for data (% of the time)", 100, {"zero": True}),
+    "mfu": ("Model FLOPs utilisation (%)", 100, {"zero": True}),
+}
+LOG_FROM = 20  # A logarithmic axis where it is allowed and the values span so much.
+
+GOODPUT = {
+    "step": "training steps",
+    "init": "start-up",
+    "compile": "compilation",
+    "restore": "restoring",
+    "data_wait": "waiting for data",
+    "evaluation": "evaluation",
+    "saving": "saving",
+    "lost": "lost to roll-back",
+}
+
+
+def run(config: Any, workdir: str | os.PathLike, dry_run: bool = False) -> None:
+    """The task: write report.html of the run folder `config.folder` again."""
+    folder = Path(config.folder)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"config.folder={str(config.folder)!r} is not a run folder (it has no config.json); "
+            "give the folder of a run, such as runs/mlm-1a2b3c4d"
+        )
+    if not dry_run:
+        print(f"report: {write(folder)}")
+
+
+def summarize(workdir: str | os.PathLike, **facts: Any) -> dict[str, Any]:
+    """Write summary.json: what the log says, and `facts` (JSON) that only the task knows.
+
+    From the log: "step", "seconds", "metrics" (last value of each), "goodput" (seconds by kind),
+    "resumes", "skipped_updates", "command". Facts the page knows how to show: "total" (steps),
+    "parameters", "config_difference" ([key, default, value]…), "environment" (name -> text).
+    """
+    workdir = Path(workdir)
+    summary = facts | _from_log(*logs.read(workdir))
+    _replace(workdir / "summary.json", json.dumps(logs.plain(summary), indent=2) + "\n")
+    return summary
+
+
+def environment(**facts: Any) -> dict[str, str]:
+    """Versions of what numbers depend on, and facts of the caller's such as the device kind."""
+    found = {"fmjax": fmjax.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found["system"] = f"{platform.system()} {platform.machine()}"
+    return {name: str(value) for name, value in facts.items()} | found
+
+
+def write(workdir: str | os.PathLike) -> Path:
+    """Write report.html from config.json, summary.json, status.json and metrics.jsonl.
+
+    Files not there, as in a run that was killed, leave out what they would have told.
+    """
+    workdir = Path(workdir)
+    config, summary, status = (
+        _load(workdir / name) for name in ("config.json", "summary.json", "status.json")
+    )
+    rows, events = logs.read(workdir)
+    summary |= _from_log(rows, events)
+    name = workdir.resolve().name
+    state = str(status.get("state", ""))
+    verdict = f'<p class="verdict {escape(state)}">{escape(_verdict(status, summary))}</p>'
+    sections = [
+        f"<h1>{escape(name)}</h1>{verdict}",
+        page.section("Final numbers", _results(summary)),
+        page.section("Curves", f'<div class="grid">{"".join(_curves(rows))}</div>'),
+        page.section("Where the time went", _goodput(summary["goodput"])),
+        page.section("Commands", _commands(workdir, config, summary)),
+        page.section("Configuration", _config(config, summary.get("config_difference", []))),
+        page.section("Environment", page.settings(summary.get("environment", {}), {})),
+    ]
+    _replace(workdir / "report.html", page.page(name, sections))
+    return workdir / "report.html"
+
+
+def _from_log(rows: list[dict], events: list[dict]) -> dict[str, Any]:
+    metrics = {}
+    for row in rows:
+        metrics |= {name: value for name, value in row.items() if name not in logs.RESERVED}
+    goodput = logs.goodput(rows, events)
+    names = [event["event"] for event in events]
+    commands = [event["command"] for event in events if "command" in event]
+    return {
+        "step": max((line.get("step", 0) for line in rows + events), default=0),
+        "seconds": sum(goodput.values()),
+        "metrics": metrics,
+        "goodput": goodput,
+        "resumes": names.count("resume"),
+        "skipped_updates": names.count("skipped_update"),
+        "command": commands[-1] if commands else "",
+    }
+
+
+def _verdict(status: Mapping, summary: Mapping) -> str:
+    """One line: how far it came, how long it took, how good it is, what went wrong."""
+    state, step = status.get("state"), f"{summary['step']:,}"
+    steps = f"{step} of {summary['total']:,} steps" if "total" in summary else f"{step} steps"
+    text = {
+        "done": f"Done: {steps}",
+        "preempted": f"Stopped after {steps}; the same command goes on from there",
+        "failed": f"Failed after {steps}",
+        "running": f"Running, or killed: {steps} logged",
+    }.get(state, f"{steps} logged")
+    if state in ("failed", "preempted") and status.get("reason"):
+        text += f" ({status['reason']})"
+    text += f", in {duration(summary['seconds'])}."
+    metrics = summary["metrics"]
+    if "validation/loss" in metrics:
+        text += f" Validation loss {metrics['validation/loss']:.3f}"
+        if "validation/accuracy" in metrics:
+            text += f", accuracy {metrics['validation/accuracy']:.1%}"
+        text += "."
+    if summary["resumes"]:
+        text += f" Resumed {summary['resumes']}×."
+    if summary["skipped_updates"]:
+        text += f" Updates skipped as not finite: {summary['skipped_updates']}."
+    return text
+
+
+def _results(summary: Mapping) -> str:
+    """The last value of every metric, training beside validation; then the other facts."""
+    metrics = summary["metrics"]
+    splits = ("train/", "validation/")
+    names = {n.partition("/")[2]: None for n in metrics if n.startswith(splits)}
+    both = [
+        (name, *(_shown(name, metrics.get(split + name)) for split in splits)) for name in names
+    ]
+    rest = {"steps": summary["step"], "parameters": summary.get("parameters")}
+    rest |= {name: value for name, value in metrics.items() if not name.startswith(splits)}
+    facts = [(name, _shown(name, value)) for name, value in rest.items() if value is not None]
+    tables = page.table(both, ("", "train", "validation")) + page.table(facts, ("", "last"))
+    return f'<div class="grid">{tables}</div>'
+
+
+def _curves(rows: list[dict]) -> list[str]:
+    """One figure per last part of the metrics' names, one curve per what comes before it."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name in row.keys() - logs.RESERVED:
+            curves.setdefault(name, []).append((row["step"], row[name]))
+    panels: dict[str, list[str]] = {panel: [] for panel in PANELS}
+    for name in sorted(curves):
+        # Counters and constants need no curve; the table has them.
+        values = {value for _, value in curves[name]}
+        panel = _panel(name)
+        if panel in PANELS or (len(values) > 1 and not all(isinstance(v, int) for v in values)):
+            panels.setdefault(panel, []).append(name)
+
+    labels = sorted({_label(name) for names in panels.values() for name in names} - {""})
+    colours = {label: n for n, label in enumerate(labels)}
+    figures = []
+    for panel, names in panels.items():
+        title, factor, options = PANELS.get(panel, (_words(panel), 1, {}))
+        series = [
+            svg.Series(
+                _label(name),
+                [(step, factor * value) for step, value in curves[name]],
+                colours.get(_label(name), 0),
+            )
+            for name in names
+        ]
+        values = [y for line in series for _, y in line.points if math.isfinite(y)]
+        wide = bool(values) and max(values) > LOG_FROM * min(values)
+        if series:
+            figures.append(svg.plot(title, series, **options | {"log": "log" in options and wide}))
+    return figures
+
+
+def _goodput(seconds: Mapping[str, float]) -> str:
+    return page.shares(
+        [(text, duration(seconds[kind]), seconds[kind]) for kind, text in GOODPUT.items()]
+    )
+
+
+def _commands(workdir: Path, config: Mapping, summary: Mapping) -> str:
+    folder = f"--config.folder={shlex.quote(str(workdir))}"
+    tasks = {"Evaluate": "evaluate"}
+    if "mlm" in config.get("objectives", {}):
+        tasks["Fill in masked words"] = "fill_mask"
+    tasks["Export for transformers"] = "export"
+    return page.commands(
+        {"Resume: the same command": summary["command"]}
+        | {
+            title: f"python run.py --config=configs/{name}.py {folder}"
+            for title, name in tasks.items()
+        }
+    )
+
+
+def _config(config: Mapping, difference: list) -> str:
+    values = {key: _json(value) for key, value in flatten(config).items()}
+    changed = {key: _json(default) for key, default, _ in difference if key in values}
+    if not values:
+        return ""
+    note = f"{len(changed)} of {len(values)} values differ from the file's defaults."
+    return f'<p class="soft">{escape(note)}</p>{page.settings(values, changed)}'
+
+
+def _panel(name: str) -> str:
+    """The figure of a metric: the part that is known (optim/lr/head is an lr), else the last."""
+    parts = name.split("/")
+    return next((part for part in parts if part in PANELS), parts[-1])
+
+
+def _label(name: str) -> str:
+    """What a curve is called beside the others of its figure: train/mlm/loss -> "train mlm".
+
+    A metric without a split or a group, such as perf/tokens_per_sec, needs no name.
+    """
+    unsaid = (_panel(name), "perf", "optim", "memory")
+    return " ".join(part for part in name.split("/") if part not in unsaid)
+
+
+def _shown(name: str, value: Any) -> str:
+    """A number as its kind is read: shares in percent, counters in full, the rest in 4 digits."""
+    if value is None:
+        return "–"
+    last = name.split("/")[-1]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not math.isfinite(value):
+        return str(value)
+    if PANELS.get(last, ("", 1))[1] == 100:
+        return f"{value:.1%}"
+    return count(value) if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def _words(name: str) -> str:
+    return name.replace("_per_sec", " per second").replace("_", " ").capitalize()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that is always whole: the old one or the new one."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)

@@ -1,0 +1,205 @@
+"""Which values a config may hold: one table over dotted keys, checked before jax is imported.
+
+To constrain a new key, add a row to `RULES`; the first row whose expression matches the whole key
+applies. Names of tasks, models and objectives are looked up in the folders, not imported.
+"""
+
+import ast
+import math
+import re
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from fmjax.errors import ConfigError, did_you_mean
+
+PACKAGE = Path(__file__).parent
+
+
+class Check(NamedTuple):
+    """A predicate over any value, and the words that say what it accepts."""
+
+    accepts: Callable[[Any], bool]
+    words: str
+
+
+class Modules(NamedTuple):
+    """The files of a folder of the package that define a function or class of this name."""
+
+    folder: str
+    defines: str
+
+    def names(self) -> list[str]:
+        found = re.compile(rf"^(def|class) {self.defines}\b", re.MULTILINE)
+        files = sorted((PACKAGE / self.folder).glob("*.py"))
+        return [file.stem for file in files if found.search(file.read_text(encoding="utf-8"))]
+
+
+def duration(value: Any) -> tuple[Fraction, str]:
+    """(number, unit) of steps as an int or of "1500 steps", "3 epochs", "10M tokens", "10%".
+
+    The unit is "step", "epoch", "token" or "%". Raises ValueError for anything else.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
+        return Fraction(value), "step"
+    match = DURATION_TEXT.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"not a duration: {value!r}")
+    number = Fraction(match["number"]) * 1000 ** " kmbt".index(match["scale"].lower() or " ")
+    unit = match["unit"].rstrip("s")
+    if number >= 2**63 or unit == "step" and number.denominator != 1:
+        raise ValueError(f"not a whole number of steps: {value!r}")
+    return number, unit
+
+
+def is_duration(value: Any) -> bool:
+    """Whether `value` is text that reads as a duration; a bare int may be any count."""
+    try:
+        return isinstance(value, str) and bool(duration(value))
+    except ValueError:
+        return False
+
+
+def rule_of(key: str) -> Check | Modules | tuple[str, ...] | None:
+    """The first rule whose expression matches the whole `key`."""
+    return next((rule for pattern, rule in RULES if re.fullmatch(pattern, key)), None)
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Refuses values outside `RULES`, then what no single key of the nested dict shows.
+
+    Raises:
+      ConfigError: names the first offending key and what is possible.
+    """
+    for key, value in flatten(config).items():
+        rule = rule_of(key)
+        if isinstance(rule, Check):
+            if not rule.accepts(value):
+                raise ConfigError(f"--config.{key}: got {value!r}, expected {rule.words}")
+        elif rule is not None:
+            _check_choice(key, value, rule.names() if isinstance(rule, Modules) else rule)
+    _check_objectives(config)
+    _check_groups(config)
+    batch_size, accumulate = config.get("batch_size", 1), config.get("accumulate", 1)
+    if batch_size % accumulate:
+        raise ConfigError(
+            f"--config.batch_size={batch_size} is not a multiple of "
+            f"--config.accumulate={accumulate}, the number of parts it is cut into"
+        )
+
+
+def flatten(config: Mapping | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value}; an empty dict is a value, so that nothing disappears."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict | dict) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = {} if isinstance(value, ConfigDict) else value
+    return flat
+
+
+def task_flags(task: str) -> set[str]:
+    """The argument names of `fmjax/<task>.py`'s `run`, read without importing it."""
+    tree = ast.parse((PACKAGE / f"{task}.py").read_text(encoding="utf-8"))
+    run = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "run")
+    return {argument.arg for argument in run.args.args + run.args.kwonlyargs}
+
+
+def _check_choice(key: str, value: Any, possible) -> None:
+    if value not in possible:
+        hint = did_you_mean(str(value), possible)
+        raise ConfigError(f"--config.{key}: got {value!r}, which does not exist.{hint}")
+
+
+def _check_objectives(config: Mapping[str, Any]) -> None:
+    objectives = config.get("objectives", {"": 1})
+    if not isinstance(objectives, dict) or not objectives:
+        raise ConfigError(
+            "--config.objectives is empty: nothing to train. Set it to a dict such as "
+            "{'mlm': {'weight': 1.0}}"
+        )
+    for name in filter(None, objectives):
+        _check_choice(f"objectives.{name}", name, Modules("objectives", "loss_fn").names())
+
+
+def _check_groups(config: Mapping[str, Any]) -> None:
+    possible = ("freeze", "train", *config.get("group_optim", {}))
+    for row in config.get("groups", ()):
+        if not (isinstance(row, tuple) and len(row) == 2 and _is_regex(row[0])):
+            raise ConfigError(
+                f"--config.groups: got {row!r}, expected (regular expression, group name) pairs"
+            )
+        if row[1] not in possible:
+            hint = did_you_mean(str(row[1]), possible)
+            raise ConfigError(f"--config.groups: no group {row[1]!r} in group_optim.{hint}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: Any, low: float = 0.0, high: float = math.inf) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and low <= value <= high
+
+
+def _is_regex(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
+
+
+def _is_span(value: Any) -> bool:
+    return is_duration(value) or _is_whole(value) and value >= 0
+
+
+def _is_length(value: Any) -> bool:
+    return _is_span(value) and duration(value)[0] > 0 and duration(value)[1] != "%"
+
+
+DURATION_TEXT = re.compile(
+    r"\s*(?P<number>\d+(_\d+)*(\.\d+)?(e\d\d?)?)\s*(?P<scale>[KkMmBbTt]?)\s*"
+    r"(?P<unit>steps?|epochs?|tokens?|%)\s*"
+)
+POSITIVE = Check(lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1")
+COUNT = Check(lambda v: _is_whole(v) and v >= 0, "a whole number of at least 0")
+AXIS = Check(lambda v: _is_whole(v) and (v >= 1 or v == -1), "at least 1, or -1: all that remain")
+PROBABILITY = Check(lambda v: _is_real(v, 0.0, 1.0), "a number between 0 and 1")
+FRACTION = Check(lambda v: _is_real(v, 0.0, 1.0) and v < 1, "a number from 0 to below 1")
+NON_NEGATIVE = Check(_is_real, "a finite number of at least 0")
+REGEX = Check(_is_regex, "a regular expression")
+DURATION = Check(_is_span, "a duration: 1500, '1500 steps', '3 epochs', '10M tokens' or '10%'")
+LENGTH = Check(_is_length, "a duration above 0: 1500, '1500 steps', '3 epochs' or '10M tokens'")
+
+# (expression over the whole dotted key, what its value must be).
+RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
+    ("total", LENGTH),
+    (r"(log|eval|save)_every|.*\.(warmup|cooldown)", DURATION),
+    (r"batch_size|accumulate|keep|data\.seq_len|tokenizer\.vocab_size", POSITIVE),
+    (r"model\.(width|depth|heads|mlp|max_len|window|full_every)", POSITIVE),
+    (r"distributed\.num_processes", POSITIVE),
+    (r"seed|max_skipped|data\.(max_documents|workers)|distributed\.process_id", COUNT),
+    (r"model\.(vocab_size|types|classes\..*)", COUNT),
+    (r"mesh\..*", AXIS),
+    (r".*\.(rate|\w*dropout|layer_decay|end|span_stop)", PROBABILITY),
+    (r"data\.validation_fraction|.*\.(ema|b1|b2)", FRACTION),
+    (r".*\.(lr|weight_decay|clip|eps|weight)", NON_NEGATIVE),
+    (r".*\.decay", REGEX),
+    ("precision", ("float32", "bfloat16")),
+    (r".*optim.*\.schedule", ("linear", "cosine", "wsd", "rsqrt", "constant")),
+    (r"data\.name", ("pydocs", "text", "hub")),
+    (r"data\.format", ("packed", "padded", "pairs")),
+    (r"data\.document", ("blank_line", "line", "file")),
+    (r"data\.long", ("split", "truncate", "drop", "error")),
+    (r"data\.on_bad_record", ("raise", "skip", "quarantine")),
+    (r"data\.pair", ("nsp", "sop")),
+    (r"tokenizer\.kind", ("wordpiece", "bpe", "unigram")),
+    (r"objectives\.mlm\.mask", ("token", "word", "span")),
+    (r"model\.name", Modules("models", "Model")),
+    ("task", Modules("", "run")),
+)

@@ -1,0 +1,127 @@
+"""Where arrays lie: one mesh, one table of rules, one program for any number of devices.
+
+The mesh has the axes `data` (batch), `fsdp` (batch, and parameters cut along one dimension) and `tensor` (heads and
+hidden units). Rules are ordered (regex over parameter names, PartitionSpec); the first full match wins. A stacked
+parameter gets its layer's spec behind an unsharded layer axis.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fmjax import trees
+from fmjax.errors import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+RULES: tuple[tuple[str, P], ...] = (
+    (r"embed/token/embedding", P("tensor", "fsdp")),
+    (r"embed/\w+/embedding", P(None, "fsdp")),
+    (r".*/(query|key|value|up|gate)/kernel", P("fsdp", "tensor")),
+    (r".*/(out|down)/kernel", P("tensor", "fsdp")),
+    (r"block_.*/(query|key|value|up|gate)/bias", P("tensor")),
+    (r"head/mlm/bias", P("tensor")),
+    (r"head/.*/kernel", P("fsdp", None)),
+    (r".*", P()),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+    """A mesh over all devices; one axis may be -1 and takes what the others leave.
+
+    Raises ConfigError naming the legal counts.
+    """
+    sizes, devices = {"data": data, "fsdp": fsdp, "tensor": tensor}, jax.device_count()
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or devices % fixed or (not free and fixed != devices):
+        divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+        raise ConfigError(
+            f"config.mesh={sizes} does not fit {devices} devices: the product of the axes must be {devices}, "
+            f"one axis may be -1 (takes the rest), sizes can be {divisors}."
+        )
+    shape = tuple(devices // fixed if size == -1 else size for size in sizes.values())
+    # Auto: the compiler propagates layouts. Explicit axes (the default of make_mesh) reject Linen's modules.
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_batch(mesh: jax.sharding.Mesh, batch_size: int, accumulate: int = 1) -> None:
+    """Refuses a batch that the batch axes of the mesh do not divide."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (ways * accumulate):
+        raise ConfigError(
+            f"config.batch_size={batch_size} cannot be cut into {accumulate} (config.accumulate) microbatches over "
+            f"{ways} devices (config.mesh.data x config.mesh.fsdp): use a multiple of {ways * accumulate}."
+        )
+
+
+def shardings(tree: Any, mesh: jax.sharding.Mesh, rules=RULES) -> Any:
+    """NamedShardings for a stored parameter tree (arrays or ShapeDtypeStructs)."""
+
+    def place(path, leaf):
+        spec = spec_of(trees.names(path)[0], rules)
+        if trees.is_stacked(path):
+            spec = P(None, *spec)
+        return NamedSharding(mesh, _fitted(path, leaf.shape, spec, mesh))
+
+    return trees.map_names(place, tree)
+
+
+def spec_of(name: str, rules=RULES) -> P:
+    return next(spec for pattern, spec in rules if re.fullmatch(pattern, name))
+
+
+def like_params(tree: Any, params: Any, mesh: jax.sharding.Mesh, rules=RULES) -> Any:
+    """Shardings for a tree that contains copies of parameters (an optimizer state).
+
+    A leaf whose path ends in a parameter's path and that has its shape lies as the parameter does; anything else is
+    replicated.
+    """
+    flat = trees.flatten(params)
+    placed = trees.flatten(shardings(params, mesh, rules))
+
+    def place(path, leaf):
+        keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+        for start in range(len(keys)):
+            name = "/".join(keys[start:])
+            if name in flat and flat[name].shape == leaf.shape:
+                return placed[name]
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Keeps activations split by example; the identity when no mesh is set (`jax.set_mesh`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or "fsdp" not in mesh.axis_names:
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def to_device(
+    batches: Iterator[Mapping[str, np.ndarray]], mesh: jax.sharding.Mesh
+) -> Iterator[dict[str, jax.Array]]:
+    """Global arrays from each process's rows."""
+    place = NamedSharding(mesh, BATCH)
+    for batch in batches:
+        yield put(batch, place)
+
+
+def put(batch: Mapping[str, np.ndarray], place: NamedSharding) -> dict[str, jax.Array]:
+    return {
+        key: jax.make_array_from_process_local_data(place, value) for key, value in batch.items()
+    }
+
+
+def _fitted(path: str, shape: tuple[int, ...], spec: P, mesh: jax.sharding.Mesh) -> P:
+    """The spec without axes that do not divide their dimension (a vocabulary of 30,522 over 4)."""
+    fitted = []
+    for size, axis in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)), strict=True):
+        fitted.append(axis if axis is None or size % mesh.shape[axis] == 0 else None)
+    return P(*fitted)

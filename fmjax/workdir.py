@@ -1,0 +1,272 @@
+"""The folder of one run: who works in it, with which config, and how far it came.
+
+    config.json    what the run was started with, secrets removed
+    status.json    state, step, reason, exit code: enough for a supervisor or a person
+    lock.json      host, pid and start time of the process that works here; the kernel's lock on
+                   this file is what counts, so a crash leaves nothing to clean up
+
+Nothing here imports jax.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from fmjax import config as configs
+from fmjax.errors import CheckpointError, ConfigError, Preempted, ResourceError
+
+# All that fmjax writes, hence all that --fresh removes. What marks a folder as a run comes last, so
+# that an interrupted removal can be repeated.
+WRITES = (
+    "checkpoints",
+    "tokenizer",
+    "tensorboard",
+    "wandb",
+    "dumps",
+    "metrics.jsonl",
+    "summary.json",
+    "report.html",
+    "status.json",
+    "config.json",
+)
+MARKS = ("config.json", "status.json", "lock.json")
+
+
+class Folder:
+    """An opened run folder. `previous` is the status.json found in it, {} for a new run."""
+
+    def __init__(self, path: Path, previous: dict[str, Any], writes: bool):
+        self.path = path
+        self.previous = previous
+        self._writes = writes
+        self._status = {"state": "running", "step": previous.get("step", 0), "reason": ""}
+
+    def update(self, **facts) -> None:
+        """Merges `facts` (step=…, and anything JSON) into status.json.
+
+        A full disk is not worth a training run: a status that cannot be written is skipped.
+        """
+        self._status |= facts
+        if self._writes:
+            with contextlib.suppress(OSError):
+                status = self._status | {"time": _now()}
+                write_atomic(self.path / "status.json", json.dumps(status, indent=2))
+
+    def _close(self, error: BaseException | None) -> None:
+        before = self.previous
+        if error is None and before.get("state") == "done" and before["step"] == self.step:
+            # The run had already ended: leave no trace of having looked.
+            self._status = {k: v for k, v in before.items() if k != "time"}
+            if self._writes:
+                with contextlib.suppress(OSError):
+                    write_atomic(self.path / "status.json", json.dumps(before, indent=2))
+        elif error is None:
+            self.update(state="done", reason="", exit_code=0)
+        else:
+            state = "preempted" if isinstance(error, Preempted) else "failed"
+            reason = f"{type(error).__name__}: {error}"[:2000]
+            code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+            self.update(state=state, reason=reason, exit_code=code)
+
+    @property
+    def step(self) -> int:
+        return self._status["step"]
+
+
+@contextlib.contextmanager
+def open(
+    path: str | os.PathLike,
+    config: ConfigDict,
+    *,
+    fresh: bool = False,
+    process_index: int = 0,
+    log: Callable[[str], None] = print,
+) -> Iterator[Folder]:
+    """Opens the run folder for one process, creating it if need be, and records how the run ends.
+
+    Process 0 locks and writes; the others only learn the path (let them wait for process 0 before
+    they read). An XLA out-of-memory error leaves as a ResourceError.
+
+    Raises:
+      ConfigError: another process works here, or the folder holds a run with another config.
+      CheckpointError: the folder cannot be written, or its config.json cannot be read.
+    """
+    path = Path(path).absolute()
+    check(path, config, fresh=fresh)
+    if process_index:
+        yield Folder(path, {}, writes=False)
+        return
+    with _locked(path, log):
+        if fresh:
+            _remove(path)
+        check(path, config)
+        _keep_config(path / "config.json", config, log)
+        folder = Folder(path, _read_json(path / "status.json"), writes=True)
+        folder.update(exit_code=None)
+        try:
+            with memory_errors():
+                yield folder
+        except BaseException as error:
+            folder._close(error)
+            raise
+        folder._close(None)
+
+
+def check(path: str | os.PathLike, config: ConfigDict, *, fresh: bool = False) -> None:
+    """Refuses a folder that `open` would refuse for its content. Reads only; takes no lock."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--workdir={path} is a file: name a folder")
+    if fresh:
+        found = sorted(os.listdir(path)) if path.is_dir() else []
+        if found and not set(MARKS) & set(found):
+            raise ConfigError(
+                f"--fresh: {path} holds no run of fmjax (no config.json) but {found[0]!r}: "
+                "nothing was removed, use another --workdir"
+            )
+        return
+    changed = [row for row in _changes(path / "config.json", config) if not _free(row)]
+    if changed:
+        raise ConfigError(
+            f"{path} holds a run with another config ({_listed(changed)}): "
+            "use another --workdir, or --fresh to remove that run and start over"
+        )
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turns XLA's out-of-memory error into a ResourceError that says what to change."""
+    try:
+        yield
+    except RuntimeError as error:  # Not ValueError: with the same words that is a full disk.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ResourceError(
+            f"out of memory ({str(error).strip().splitlines()[0][:200]}). Lower "
+            "--config.batch_size, raise --config.accumulate, turn on --config.model.remat, or "
+            "spread the state over more devices with --config.mesh.fsdp"
+        ) from error
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes `text` so that readers, and a crash, see the old file or the new one, never a part."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _keep_config(file: Path, config: ConfigDict, log: Callable[[str], None]) -> None:
+    changed = _changes(file, config)
+    if changed:
+        log(f"continuing with changed settings: {_listed(changed)}")
+    if changed or not file.exists():
+        write_atomic(file, configs.to_json(configs.redact(config)))
+
+
+def _changes(file: Path, config: ConfigDict) -> list[tuple[str, Any, Any]]:
+    try:
+        saved = configs.from_json(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. --fresh starts over") from error
+    return configs.diff(saved, configs.redact(config))
+
+
+def _free(row: tuple[str, Any, Any]) -> bool:
+    return configs.may_change(row[0])
+
+
+def _listed(changed: list[tuple[str, Any, Any]], most: int = 8) -> str:
+    shown = [f"{key}: {old!r} -> {new!r}" for key, old, new in changed[:most]]
+    more = [f"and {len(changed) - most} more"] if len(changed) > most else []
+    return ", ".join(shown + more)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Holds the folder's lock file, after proving that the folder can be written."""
+    with contextlib.ExitStack() as stack:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((path / "lock.json").open("a+", encoding="utf-8"))
+            _flock(file, path, log)
+            file.seek(0)
+            stale = _parse_json(file.read())
+            if stale:
+                log(f"the previous run here ({_who(stale)}) did not end by itself")
+            file.truncate(0)
+            me = {"host": socket.gethostname(), "pid": os.getpid(), "start": _now()}
+            file.write(json.dumps(me))
+            file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be written ({error.strerror or error}): use another --workdir"
+            ) from error
+        try:
+            yield
+        finally:  # Only a run that could not say goodbye leaves its name here.
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+
+
+def _flock(file, path: Path, log: Callable[[str], None]) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = _who(_parse_json(file.read()))
+        raise ConfigError(
+            f"{path} is in use ({holder}): wait for that run, stop it, or use another --workdir"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        log(f"{path}: this file system has no locks; do not start two runs here")
+
+
+def _remove(path: Path) -> None:
+    for name in WRITES:
+        item = path / name
+        if item.is_dir() and not item.is_symlink():
+            shutil.rmtree(item)
+        else:
+            item.unlink(missing_ok=True)
+
+
+def _who(holder: dict[str, Any]) -> str:
+    keys = ("host", "pid", "start")
+    return ", ".join(f"{key} {holder[key]}" for key in keys if key in holder) or "unknown process"
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return _parse_json(file.read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+
+
+def _parse_json(text: str) -> dict[str, Any]:
+    """A JSON object, or {} for anything else: these files inform, nothing depends on them."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,59 @@
+"""Run a task of fmjax on a config:
+
+  python run.py --config=configs/mlm.py                        train; the same command resumes
+  python run.py --config=configs/mlm.py:tiny --dry_run         show what would run
+  python run.py --config=configs/mlm.py --print_config         every key that can be set
+  python run.py --config=configs/mlm.py --config.optim.lr=3e-4 --config.data.train=my.txt
+
+A config file is executed, with the argument after its colon; a saved config.json is only read.
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from fmjax import config as configs
+from fmjax import rules, workdir
+from fmjax.errors import ConfigError, FmjaxError, did_you_mean
+
+
+def main(words: list[str]) -> None:
+    # No abbreviations: --f must not remove a run.
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--config", default="", help="FILE.py[:ARG] or config.json")
+    parser.add_argument("--workdir", help="default: runs/<config>-<digest of the config>")
+    parser.add_argument("--fresh", action="store_true", help="remove the old run and start over")
+    parser.add_argument("--dry_run", action="store_true", help="describe the run, do not start it")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved config")
+    flags, overrides = parser.parse_known_args(words)
+    if not flags.config:
+        raise ConfigError(f"--config is missing.{did_you_mean('', Path('configs').glob('*.py'))}")
+    config = configs.load(flags.config, overrides)
+    file = Path(flags.config.partition(":")[0])
+    changed = configs.diff(configs.redact(configs.load(str(file))), configs.redact(config))
+    if flags.print_config:
+        print(configs.to_json(configs.redact(config)), flush=True)
+        for key, default, value in changed:
+            print(f"changed: {key}: {default!r} -> {value!r}", file=sys.stderr)
+        return
+
+    takes = rules.task_flags(config.task)
+    given = {"dry_run": flags.dry_run, "fresh": flags.fresh}
+    if refused := [name for name in given if given[name] and name not in takes]:
+        raise ConfigError(f"--{refused[0]} means nothing to the task {config.task!r}")
+    given = {name: value for name, value in (given | {"changed": changed}).items() if name in takes}
+    folder = Path(flags.workdir or f"runs/{file.stem}-{configs.digest(config)}")
+    if "fresh" in takes and not flags.dry_run:
+        workdir.check(folder, config, fresh=flags.fresh)  # Before the seconds that jax takes.
+    with workdir.memory_errors():
+        importlib.import_module(f"fmjax.{config.task}").run(config, folder, **given)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except FmjaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

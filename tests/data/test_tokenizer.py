@@ -1,0 +1,162 @@
+"""Tokenizers: trained ones, loaded ones, and what a masked language model needs of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from fmjax import data
+from fmjax.data import tokenizer
+from fmjax.errors import ConfigError
+
+# Words enough for a few merges, in 60 documents.
+TEXT = "\n\n".join(
+    f"The quick brown fox number {i} jumps over {i + 3} lazy dogs, thoroughly and unhurriedly."
+    for i in range(60)
+)
+
+
+@pytest.mark.parametrize("kind, size", [("wordpiece", 150), ("bpe", 400), ("unigram", 100)])
+def test_a_trained_tokenizer_loads_in_transformers(prepare, kind, size):
+    dataset = prepare(TEXT, {"kind": kind, "vocab_size": size}, seq_len=64)
+    vocab = dataset.vocab
+    loaded = AutoTokenizer.from_pretrained(dataset.tokenizer_dir)
+    assert len(loaded) == vocab.size == len(vocab.special) == len(vocab.word_start) <= size
+    names = ("pad", "cls", "sep", "mask")
+    ids = [getattr(loaded, f"{name}_token_id") for name in names]
+    assert ids == [getattr(vocab, f"{name}_id") for name in names]
+    assert sorted(loaded.all_special_ids) == np.flatnonzero(vocab.special).tolist()
+
+    text = "the quick brown fox"
+    alone = loaded(text)["input_ids"]
+    assert alone[0] == vocab.cls_id and alone[-1] == vocab.sep_id
+    assert vocab.word_start[alone].sum() in (
+        5,
+        6,
+    )  # four words and two marks, BPE's first lacks "Ġ"
+    assert loaded.decode(alone, skip_special_tokens=True).strip() == text
+    assert loaded(text.upper())["input_ids"] == alone
+    pair = loaded("the fox", "the dogs")
+    assert pair["input_ids"].count(vocab.sep_id) == 2
+
+    # What the store holds is what the tokenizer gives.
+    row = dataset.splits["train"].rows(np.array([0]), np.array([0]), 0)
+    first = row["input_ids"][0][row["segment_ids"][0] == 1]
+    again = loaded(loaded.decode(first, skip_special_tokens=True).strip())["input_ids"]
+    assert again == first.tolist()
+
+
+def test_lower_case_is_a_choice(prepare):
+    dataset = prepare(TEXT, {"vocab_size": 200, "lowercase": False})
+    loaded = AutoTokenizer.from_pretrained(dataset.tokenizer_dir)
+    assert loaded("The")["input_ids"] != loaded("the")["input_ids"]
+
+
+def test_the_wordpiece_vocabulary_is_the_same_in_every_process(prepare, tmp_path):
+    first = prepare(TEXT, {"vocab_size": 150}).tokenizer_dir / "tokenizer.json"
+    script = (
+        "import sys; from fmjax import data; dataset = data.prepare({'train': sys.argv[1], "
+        "'validation_fraction': 0, 'cache': sys.argv[2]}, {'vocab_size': 150}); "
+        "print(dataset.tokenizer_dir)"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "corpus.txt", tmp_path / "other"]
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    second = Path(output.stdout.splitlines()[-1]) / "tokenizer.json"
+    assert second != first and second.read_text() == first.read_text()
+
+
+def test_a_vocabulary_smaller_than_the_alphabet_is_refused(prepare):
+    with pytest.raises(ConfigError, match="vocab_size=200 is too small.*take 261"):
+        prepare(TEXT, {"kind": "bpe", "vocab_size": 200})
+
+
+def save(folder, tokens, model=None, **names):
+    vocab = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(model(vocab) if model else models.WordLevel(vocab, unk_token=tokens[0]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    wrapped.save_pretrained(folder)
+    return backend
+
+
+def test_row48_a_tokenizer_without_mask_or_padding(prepare, tmp_path):
+    save(tmp_path / "gpt", ["<|endoftext|>", "a"], eos_token="<|endoftext|>")
+    with pytest.raises(ConfigError, match="no pad, mask, cls, sep token.*config.tokenizer.name"):
+        prepare("a", {"name": str(tmp_path / "gpt")})
+
+
+def test_row48_roberta_names_are_as_good(prepare, tmp_path):
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", "a", "Ġb", "c", "<mask>"]
+    names = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "mask_token": "<mask>"}
+    save(tmp_path / "roberta", tokens, **names)
+    vocab = prepare("a b", {"name": str(tmp_path / "roberta")}).vocab
+    assert (vocab.size, vocab.cls_id, vocab.pad_id, vocab.sep_id, vocab.mask_id) == (8, 0, 1, 2, 7)
+    assert np.flatnonzero(vocab.special).tolist() == [0, 1, 2, 7]
+    assert np.flatnonzero(vocab.word_start & ~vocab.special).tolist() == [5]
+
+
+def test_word_starts_by_the_convention_of_the_model(letters, prepare):
+    def begins(model, decoder=None):
+        state = {"model": model, "pre_tokenizer": None, "decoder": decoder}
+        return [tokenizer._word_start(state)(token) for token in ("##x", "Ġx", "▁x", "x", ",")]
+
+    assert begins({"continuing_subword_prefix": "##"}) == [False, True, True, True, True]
+    assert begins({}, {"type": "ByteLevel"}) == [False, True, False, False, False]
+    assert begins({}, {"type": "Metaspace"}) == [False, False, True, False, False]
+    assert begins({}) == [True] * 5
+
+
+def test_special_tokens_in_a_text_are_text(prepare):
+    dataset = prepare("ab [MASK] [SEP]", seq_len=32)
+    ids = dataset.splits["train"].rows(np.array([0]), np.array([0]), 0)["input_ids"][0].tolist()
+    assert dataset.vocab.mask_id not in ids and ids.count(dataset.vocab.sep_id) == 1
+    assert ids[:4] == [2, 5, 6, 1]  # "[" and the capitals are unknown to this tokenizer
+
+
+def test_truncation_and_padding_in_the_file_are_ignored(prepare, tmp_path, letters):
+    backend = Tokenizer.from_file(str(letters / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=4)
+    for path in letters.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    backend.save(str(tmp_path / "tokenizer.json"))
+    counts = prepare("abcdefgh\n\na", {"name": str(tmp_path)}).counts["train"]
+    assert counts["source_tokens"] == 9
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where"])
+def test_a_folder_that_is_not_there(prepare, name):
+    with pytest.raises(ConfigError, match="config.tokenizer.name=.*no such folder"):
+        prepare("a", {"name": name})
+
+
+def test_a_folder_that_holds_no_tokenizer(prepare, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="config.tokenizer.name=.*cannot be loaded"):
+        prepare("a", {"name": str(tmp_path)})
+
+
+def test_code_beside_a_tokenizer_is_not_run(prepare, tmp_path):
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    marker = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    config = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        prepare("a", {"name": str(folder)})
+    assert not marker.exists()
+
+
+def test_unknown_choices_are_named(prepare):
+    with pytest.raises(ConfigError, match="config.tokenizer.kind='wordpeice'.*'wordpiece'"):
+        prepare("a", {"kind": "wordpeice"})
+    with pytest.raises(ConfigError, match=r"Unknown key config\.tokenizer\.size.*vocab_size"):
+        data.prepare({}, {"size": 3})

@@ -1,0 +1,133 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fmjax import streams
+from fmjax.errors import ConfigError
+from fmjax.models.attention import attention, mask
+
+B, N, T, H = 2, 3, 8, 4
+
+
+def inputs(dtype=jnp.float32):
+    q, k, v = jax.random.normal(jax.random.key(0), (3, B, N, T, H), dtype)
+    segment_ids = jnp.asarray([[1, 1, 1, 2, 2, 2, 0, 0], [1] * 8])
+    positions = jnp.asarray([[0, 1, 2, 0, 1, 2, 0, 0], list(range(8))])
+    return q, k, v, segment_ids, positions
+
+
+def naive(q, k, v, may_see):
+    scores = jnp.einsum("bnqh,bnkh->bnqk", q, k) / np.sqrt(H)
+    p = jax.nn.softmax(jnp.where(may_see, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bnqk,bnkh->bnqh", jnp.nan_to_num(p), v)
+
+
+def test_matches_the_formula_and_its_derived_gradient():
+    q, k, v, segment_ids, positions = inputs()
+    may_see = mask(segment_ids, positions)
+    weights = jax.random.normal(jax.random.key(1), (B, N, T, H))
+    real = (segment_ids > 0)[:, None, :, None]
+
+    def ours(q, k, v):
+        out = attention(q, k, v, may_see, segment_ids=segment_ids)
+        return (out * weights * real).sum(), out
+
+    def theirs(q, k, v):
+        # The last rows see nothing: give them something finite and ignore it.
+        out = naive(q, k, v, may_see | ~real)
+        return (out * weights * real).sum(), out
+
+    (_, out), grads = jax.value_and_grad(ours, (0, 1, 2), has_aux=True)(q, k, v)
+    (_, expected), wanted = jax.value_and_grad(theirs, (0, 1, 2), has_aux=True)(q, k, v)
+    np.testing.assert_allclose(out * real, expected * real, atol=1e-6)
+    for a, b in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_row38_a_query_that_sees_nothing_gets_zeros_and_no_nan():
+    q, k, v, segment_ids, positions = inputs()
+
+    def total(q, k, v):
+        out = attention(q, k, v, mask(segment_ids, positions), segment_ids=segment_ids)
+        return out.sum(), out
+
+    (_, out), grads = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q, k, v)
+    assert not np.any(np.asarray(out)[0, :, 6:])
+    assert all(np.isfinite(g).all() for g in grads)
+    assert not np.any(np.asarray(grads[0])[0, :, 6:])
+
+
+def test_packed_documents_do_not_see_each_other():
+    q, k, v, segment_ids, positions = inputs()
+    out = attention(q, k, v, mask(segment_ids, positions), segment_ids=segment_ids)
+    alone = attention(
+        q[:1, :, 3:6], k[:1, :, 3:6], v[:1, :, 3:6],
+        mask(jnp.ones((1, 3), jnp.int32), jnp.arange(3)[None]),
+        segment_ids=jnp.ones((1, 3), jnp.int32),
+    )  # fmt: skip
+    np.testing.assert_allclose(out[:1, :, 3:6], alone, atol=1e-6)
+
+
+def test_window():
+    """Position i sees i-1, i, i+1 of its own document for a window of one."""
+    _, _, _, segment_ids, positions = inputs()
+    may_see = np.asarray(mask(segment_ids, positions, window=1))[:, 0]
+    assert may_see[0, 3].tolist() == [False] * 3 + [True, True] + [False] * 3
+    assert may_see[1, 4].tolist() == [False] * 3 + [True] * 3 + [False] * 2
+
+
+def test_dropout_keeps_the_mean_and_its_gradient_uses_the_same_mask():
+    q, k, v, segment_ids, positions = inputs()
+    may_see = mask(segment_ids, positions)
+    seeds = streams.seeds(jax.random.key(3), jnp.arange(B))
+
+    def out(v, seeds):
+        return attention(
+            q, k, v, may_see, segment_ids=segment_ids, dropout=0.5, seeds=seeds
+        )
+
+    many = [out(v, streams.fold(seeds, i)) for i in range(400)]
+    plain = attention(q, k, v, may_see, segment_ids=segment_ids)
+    np.testing.assert_allclose(np.mean(many, axis=0), plain, atol=0.35)
+    # Linear in v, so the directional derivative is the function itself.
+    primal, tangent = out(v, seeds), jax.vjp(lambda v: out(v, seeds), v)[1]
+    g = jnp.ones_like(primal)
+    np.testing.assert_allclose((tangent(g)[0] * v).sum(), primal.sum(), rtol=1e-5)
+
+
+def test_gradient_through_dropout_matches_finite_differences():
+    q, k, v, segment_ids, positions = inputs()
+    may_see = mask(segment_ids, positions)
+    seeds = streams.seeds(jax.random.key(3), jnp.arange(B))
+    total = lambda q, k: jnp.sin(
+        attention(q, k, v, may_see, segment_ids=segment_ids, dropout=0.3, seeds=seeds)
+    ).sum()
+    dq, dk = jax.grad(total, (0, 1))(q, k)
+    for argument, gradient in enumerate((dq, dk)):
+        direction = jax.random.normal(jax.random.key(argument), q.shape)
+        step = lambda e, a=argument, d=direction: total(*[x + e * d * (i == a) for i, x in enumerate((q, k))])
+        numeric = (step(1e-2) - step(-1e-2)) / 2e-2
+        np.testing.assert_allclose((gradient * direction).sum(), numeric, rtol=2e-3)
+
+
+def test_a_kernel_asked_for_by_name_says_why_it_cannot_serve():
+    q, k, v, segment_ids, positions = inputs()
+    may_see = mask(segment_ids, positions)
+    with pytest.raises(ConfigError, match="bfloat16 or float16, not float32"):
+        attention(q, k, v, may_see, segment_ids=segment_ids, implementation="cudnn")
+    with pytest.raises(ConfigError, match="multiple of 128"):
+        attention(q, k, v, may_see, segment_ids=segment_ids, implementation="tpu")
+    with pytest.raises(ConfigError, match="Possible: auto, cudnn, tpu, xla"):
+        attention(q, k, v, may_see, segment_ids=segment_ids, implementation="flash")
+
+
+def test_the_tpu_kernel_lowers_for_tpu():
+    """No TPU here: the Pallas kernel and its gradient must at least become a TPU program."""
+    q = jnp.ones((1, 2, 128, 64), jnp.bfloat16)
+    ids = jnp.ones((1, 128), jnp.int32)
+    total = lambda q: attention(
+        q, q, q, mask(ids, ids), segment_ids=ids, implementation="tpu"
+    ).astype(jnp.float32).sum()  # fmt: skip
+    text = jax.jit(jax.grad(total)).trace(q).lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in text

@@ -1,0 +1,237 @@
+"""The log of a run: exact numbers, one history across resumes, and time that adds up."""
+
+import errno
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fmjax import logs
+from fmjax.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock moved by hand: `clock.now += 2`."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def open_log(workdir, **options):
+    return logs.Logger(workdir, **{"tensorboard": False, **options})
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / logs.FILE).read_text().splitlines()]
+
+
+def test_lines_are_on_disk_at_once(tmp_path, clock):
+    log = open_log(tmp_path)
+    clock.now += 1.5
+    log.write(10, {"train/loss": 2.5, "tokens": 640})
+    assert lines(tmp_path)[1] == {"step": 10, "time": 1.5, "train/loss": 2.5, "tokens": 640}
+    log.close()
+
+
+def test_numbers_become_python_numbers(tmp_path):
+    big = 2**53 + 1  # Not a float64.
+    with open_log(tmp_path) as log:
+        log.write(1, {"tokens": np.int64(big), "loss": np.float32(0.5), "n": np.array(3)})
+        log.write(np.int64(2), {"tokens": 2**70})
+    (first, second), _ = logs.read(tmp_path)
+    assert (first["tokens"], first["loss"], first["n"]) == (big, 0.5, 3)
+    assert (type(first["tokens"]), type(first["loss"])) == (int, float)
+    assert second["tokens"] == 2**70
+
+
+def test_non_finite_values_stay_visible_in_valid_json(tmp_path):
+    with open_log(tmp_path) as log:
+        log.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf})
+        log.event("skipped_update", step=1, loss=math.nan)
+    strict = json.JSONDecoder(parse_constant=pytest.fail)
+    texts = (tmp_path / logs.FILE).read_text().splitlines()
+    assert strict.decode(texts[1])["c"] == "-Infinity"
+    assert strict.decode(texts[2])["loss"] == "NaN"
+    (row,), _ = logs.read(tmp_path)
+    assert math.isnan(row["a"]) and (row["b"], row["c"]) == (math.inf, -math.inf)
+
+
+def test_names_of_the_log_itself_are_refused(tmp_path):
+    with open_log(tmp_path) as log, pytest.raises(AssertionError, match="'time'"):
+        log.write(1, {"time": 3.0})
+
+
+def test_other_processes_write_nothing(tmp_path):
+    with logs.Logger(tmp_path, process_index=1) as log:
+        log.write(1, {"loss": 1.0})
+        log.event("done")
+        with log.timed("evaluation"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_cuts_what_came_after_the_restored_step(tmp_path, clock):
+    with open_log(tmp_path) as log:
+        for step in (10, 20, 30):
+            clock.now += 2
+            log.write(step, {"loss": float(step)})
+            log.event("checkpoint", step=step)
+    clock.now += 500  # Not running.
+    with open_log(tmp_path, resume_step=20) as log:
+        clock.now += 3
+        log.write(30, {"loss": 3.0})
+    rows, events = logs.read(tmp_path)
+    assert [(row["step"], row["time"], row["loss"]) for row in rows] == [
+        (10, 2, 10),
+        (20, 4, 20),
+        (30, 9, 3),  # 6 s had been reached, and 3 more went by.
+    ]
+    assert [event["event"] for event in events] == ["start", "checkpoint", "checkpoint", "resume"]
+    assert (events[-1]["step"], events[-1]["lost_sec"]) == (20, 2)
+
+
+def test_resume_from_the_start_keeps_only_the_first_line(tmp_path):
+    with open_log(tmp_path) as log:
+        log.write(10, {"loss": 1.0})
+    open_log(tmp_path, resume_step=0).close()
+    rows, events = logs.read(tmp_path)
+    assert rows == [] and [event["event"] for event in events] == ["start", "resume"]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 20, "ti', b'{"step": 20, "time": 3}', b"\0\0\0\n"])
+def test_a_torn_last_line_is_dropped(tmp_path, torn):
+    with open_log(tmp_path) as log:
+        log.write(10, {"loss": 1.0})
+    with open(tmp_path / logs.FILE, "ab") as file:
+        file.write(torn)
+    assert [row["step"] for row in logs.read(tmp_path)[0]] == [10]
+    with open_log(tmp_path, resume_step=20) as log:
+        log.write(30, {"loss": 2.0})
+    assert [line.get("event", line["step"]) for line in lines(tmp_path)] == [
+        "start",
+        10,
+        "resume",
+        30,
+    ]
+
+
+def test_reading_a_folder_without_a_log(tmp_path):
+    assert logs.read(tmp_path) == ([], [])
+    assert sum(logs.goodput([], []).values()) == 0
+
+
+def test_goodput_adds_up_to_the_running_time(tmp_path, clock):
+    started = clock.now
+    clock.now += 5  # Imports and data.
+    with open_log(tmp_path, started=started) as log:
+        with log.timed("compile"):
+            clock.now += 7
+        clock.now += 20
+        with log.timed("data_wait"):
+            clock.now += 0.5
+        log.write(10, {})
+        with log.timed("evaluation"):
+            clock.now += 3
+            with log.timed("data_wait"):  # Part of the evaluation.
+                clock.now += 1
+        with log.timed("saving"):
+            clock.now += 2
+        log.event("checkpoint", step=10)
+        clock.now += 6  # Lost: the run is killed before step 30 is saved.
+        with log.timed("saving"):
+            clock.now += 4
+        log.write(20, {})
+    with open_log(tmp_path, resume_step=10) as log:
+        with log.timed("restore"):
+            clock.now += 1
+        clock.now += 8
+        log.event("done", step=30)
+    assert logs.goodput(*logs.read(tmp_path)) == pytest.approx(
+        {
+            "step": 28,
+            "init": 5,
+            "compile": 7,
+            "restore": 1,
+            "data_wait": 0.5,
+            "evaluation": 4,
+            "saving": 2,
+            "lost": 10,
+        }
+    )
+
+
+def test_losing_the_same_steps_twice_is_counted_twice(tmp_path, clock):
+    for _ in range(3):
+        with open_log(tmp_path, resume_step=0) as log:
+            clock.now += 4
+            log.write(10, {})
+    assert logs.goodput(*logs.read(tmp_path)) == pytest.approx(
+        dict.fromkeys(logs.SPENT, 0) | {"step": 4, "lost": 8}
+    )
+
+
+def test_short_waits_are_not_rounded_away(tmp_path, clock):
+    with open_log(tmp_path) as log:
+        for step in range(1, 101):
+            with log.timed("data_wait"):
+                clock.now += 0.0001
+            log.write(step, {})
+    assert logs.goodput(*logs.read(tmp_path))["data_wait"] == pytest.approx(0.01, abs=5e-4)
+
+
+def test_a_full_disk_delays_lines(tmp_path, capsys):
+    log = open_log(tmp_path)
+    real = log._file
+
+    def refuse(data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log._file = SimpleNamespace(write=refuse, close=real.close)
+    log.write(1, {"loss": 1.0})
+    assert "No space left" in capsys.readouterr().err
+    log._file = real
+    log.write(2, {"loss": 2.0})
+    assert [row["step"] for row in logs.read(tmp_path)[0]] == [1, 2]
+    log._file = SimpleNamespace(write=refuse, close=real.close)
+    log.write(3, {"loss": 3.0})
+    with pytest.raises(CheckpointError, match="free some space"):
+        log.close()
+
+
+def test_the_command_is_kept_without_secrets(tmp_path, monkeypatch):
+    words = ["run.py", "--config=c.py", "--fresh", "--config.hub_token=s3cret", "--config.a=x y"]
+    monkeypatch.setattr(sys, "argv", words)
+    open_log(tmp_path).close()
+    command = logs.read(tmp_path)[1][0]["command"]
+    assert command == "python run.py --config=c.py '--config.hub_token=***' '--config.a=x y'"
+
+
+def test_tensorboard_gets_the_metrics(tmp_path):
+    with logs.Logger(tmp_path, tensorboard=True) as log:
+        log.write(7, {"train/loss": 2.5})
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert b"train/loss" in file.read_bytes()
+
+
+def test_wandb_resumes_one_run_and_has_our_step(tmp_path, monkeypatch):
+    calls = []
+    record = lambda name: lambda *args, **kwargs: calls.append((name, args, kwargs))
+    names = ("init", "define_metric", "log", "finish")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(**{n: record(n) for n in names}))
+    for resume_step in (0, 5):
+        with open_log(tmp_path, wandb=True, config={"seed": 0}, resume_step=resume_step) as log:
+            log.write(5, {"loss": 1.0})
+    first, second = (kwargs for name, _, kwargs in calls if name == "init")
+    assert first == second and first["resume"] == "allow" and first["config"] == {"seed": 0}
+    assert ("define_metric", ("*",), {"step_metric": "step"}) in calls
+    assert ("log", ({"step": 5, "loss": 1.0},), {}) in calls
+
+
+def test_missing_wandb_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "_installed", lambda module: False)
+    with pytest.raises(ConfigError, match=r"fmjax\[wandb\]"):
+        open_log(tmp_path, wandb=True)

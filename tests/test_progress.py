@@ -1,0 +1,115 @@
+"""What is shown while a run goes on."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+
+from fmjax import progress
+
+METRICS = {
+    "train/loss": 5.12345,
+    "validation/loss": 5.456,
+    "optim/lr": 9.1e-4,
+    "perf/tokens_per_sec": 41234.0,
+    "perf/data_wait": 0.0012,
+    "memory/peak_gib": 1.0,
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(0, "0"), (999, "999"), (999.6, "1k"), (41234, "41.2k"), (1.5e6, "1.5M"), (3e15, "3e+03T")],
+)
+def test_count(value, text):
+    assert progress.count(value) == text
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0.42, "0.4s"),
+        (1, "1s"),
+        (59.6, "1m00s"),
+        (80, "1m20s"),
+        (3599.7, "1h00m"),
+        (3725, "1h02m"),
+        (93784, "1d02h"),
+    ],
+)
+def test_duration(seconds, text):
+    assert progress.duration(seconds) == text
+
+
+def test_plain_lines(clock):
+    file = io.StringIO()
+    with progress.Progress(1500, start=400, file=file) as shown:
+        clock.now += 30  # Compilation and the first 50 steps.
+        shown.log(450, METRICS)
+        clock.now += 4
+        shown.log(500, {"train/loss": 5.0})
+    assert file.getvalue().splitlines() == [
+        "step  450/1500  loss 5.123  val 5.456  lr 9.1e-04  41.2k tok/s  data 0.1%  eta 10m30s",
+        # 50 steps in 4 s; the validation loss is the last one.
+        "step  500/1500  loss 5.000  val 5.456  lr 9.1e-04  41.2k tok/s  data 0.1%  eta 1m20s",
+    ]
+
+
+def test_long_lines_lose_what_matters_least(clock):
+    file = io.StringIO()
+    with progress.Progress(10**9, file=file) as shown:
+        clock.now += 1
+        shown.log(1, METRICS | {"perf/mfu": 0.381})
+    (line,) = file.getvalue().splitlines()
+    assert len(line) <= 100 and "mfu" not in line and "eta" in line
+
+
+def test_any_metrics_and_any_numbers_can_be_shown(clock):
+    file = io.StringIO()
+    with progress.Progress(10, file=file) as shown:
+        shown.log(0, {"reward": 1.0})
+        shown.log(1, {"train/loss": float("nan")})
+    assert file.getvalue().splitlines()[0] == "step  0/10  eta ?"
+    assert "loss   nan" in file.getvalue()
+
+
+def test_other_processes_show_nothing():
+    file = Terminal()
+    with progress.Progress(10, enabled=False, file=file) as shown:
+        shown.step(1)
+        shown.log(1, METRICS)
+        shown.print("hello")
+    assert file.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    file = Terminal()
+    with progress.Progress(1500, file=file) as shown:
+        shown.saved(400)
+        shown.print("a [line] above")
+        shown.log(500, METRICS)
+    text = file.getvalue()
+    assert "a [line] above" in text and "━" in text
+    assert "step 500/1500" in text and "loss 5.123" in text and "saved 400" in text
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    file = Terminal()
+    with progress.Progress(10, file=file) as shown:
+        shown.log(5, {"train/loss": 1.0})
+    assert file.getvalue().startswith("step  5/10  loss 1.000")

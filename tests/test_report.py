@@ -1,0 +1,184 @@
+"""The page of a run: complete, self-contained, and safe to open."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import pytest
+
+from fmjax import logs, report
+from fmjax.errors import ConfigError
+
+NASTY = "<script>alert('x')</script>&\""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run of 40 steps with a roll-back, a skipped update and hostile texts everywhere."""
+    folder = tmp_path / "mlm-1a2b3c4d"
+    folder.mkdir()
+    config = {"optim": {"lr": 3e-4, "name": "adamw"}, "init": NASTY, "objectives": {"mlm": {}}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "status.json").write_text(json.dumps({"state": "failed", "reason": NASTY}))
+    rows = [
+        {"event": "start", "step": 0, "time": 4, "spent": {"init": 4}, "command": "python run.py"},
+        {"step": 10, "time": 10, "spent": {"compile": 1}, "train/loss": 9.0, "optim/lr": 1e-4},
+        {"step": 20, "time": 12, "train/loss": "NaN", "optim/lr": 2e-4, NASTY: 0.1},
+        {"event": "skipped_update", "step": 20, "time": 12},
+        {"step": 20, "time": 13, "validation/loss": 7.25, "validation/accuracy": 0.125},
+        {"event": "resume", "step": 20, "time": 18, "lost_sec": 5, "command": "python run.py a"},
+        {"step": 40, "time": 20, "train/loss": 6.5, "tokens": 12345, NASTY: 0.2},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.summarize(
+        folder,
+        total=1500,
+        config_difference=[["optim.lr", 1e-3, 3e-4], ["init", "", NASTY]],
+        environment=report.environment(device=NASTY),
+    )
+    return folder
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text, and checks that tags are closed in order."""
+
+    VOID = ("meta",)
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self._open = [], [], [], []
+        self.feed(text)
+        assert not self._open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.fixture
+def page(folder):
+    return Page(report.write(folder).read_text(encoding="utf-8"))
+
+
+def test_the_page_is_self_contained(folder, page):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert not {"src", "href", "srcset"} & {name for name, _ in page.attributes}
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert not re.search(r"https?:|url\(|@import", text)
+
+
+def test_every_text_is_escaped(page):
+    joined = "".join(page.texts)
+    assert "script" not in page.tags
+    # Status, configuration value, environment, metric name in table and figure.
+    assert joined.count("alert('x')") >= 5
+
+
+def test_the_verdict_says_what_happened(page):
+    verdict = next(text for text in page.texts if text.startswith("Failed after"))
+    assert verdict.startswith("Failed after 40 of 1,500 steps (<script>")
+    assert "in 20s. Validation loss 7.250, accuracy 12.5%. Resumed 1×." in verdict
+    assert verdict.endswith("Updates skipped as not finite: 1.")
+
+
+def test_what_differs_from_the_defaults_is_marked(folder, page):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    changed = re.findall(r'<tr class="changed"><td>(.*?)</td><td>(.*?)<small>(.*?)</small>', text)
+    assert ("optim.lr", "0.0003", "default 0.001") in changed and len(changed) == 2
+    assert "2 of 4 values differ from the file's defaults." in page.texts
+
+
+def test_shares_of_time(page):
+    # 20 s: 4 start-up, 1 compilation, 5 lost, the other 10 training.
+    at = page.texts.index("training steps")
+    told = page.texts[at : page.texts.index("Commands")]
+    assert [text for text in told if text.endswith("%")] == ["50.0%", "20.0%", "5.0%", "25.0%"]
+    assert "saving" not in told  # Nothing was spent on it.
+
+
+def test_the_last_command_resumes_and_others_name_the_folder(folder, page):
+    assert "python run.py a" in page.texts
+    for name in ("evaluate", "fill_mask", "export"):
+        assert f"python run.py --config=configs/{name}.py --config.folder={folder}" in page.texts
+
+
+def test_curves_share_a_figure_by_what_they_measure():
+    rows = [
+        {"step": step, "time": step, "train/mlm/loss": 2.0, "validation/mlm/loss": 3.0}
+        | {"optim/lr/head": 0.1, "optim/lr/trunk": 0.2, "tokens": step, "reward": step / 7}
+        for step in (1, 2)
+    ]
+    loss, lr, reward = report._curves(rows)
+    assert "Loss" in loss and "train mlm" in loss and "validation mlm" in loss
+    assert "Learning rate" in lr and "head" in lr and "trunk" in lr
+    assert "Reward" in reward
+
+
+def test_a_wide_range_of_losses_gets_a_log_axis():
+    rows = [{"step": n, "time": n, "train/loss": value} for n, value in enumerate((50.0, 1.0))]
+    assert "log scale" in report._curves(rows)[0]
+    rows[1]["train/loss"] = math.nan
+    assert "log scale" not in report._curves(rows)[0]
+
+
+def test_summary(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["step"] == 40 and summary["total"] == 1500 and summary["seconds"] == 20
+    assert summary["metrics"]["train/loss"] == 6.5 and summary["metrics"]["tokens"] == 12345
+    assert summary["resumes"] == summary["skipped_updates"] == 1
+    assert summary["goodput"]["lost"] == 5 and summary["environment"]["fmjax"]
+
+
+def test_a_summary_with_nan_is_json(tmp_path):
+    with logs.Logger(tmp_path, tensorboard=False) as log:
+        log.write(1, {"train/loss": math.nan})
+    report.summarize(tmp_path)
+    text = (tmp_path / "summary.json").read_text()
+    summary = json.loads(text, parse_constant=pytest.fail)
+    assert summary["metrics"]["train/loss"] == "NaN"
+    assert "nan" in report.write(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_run_that_was_killed_early_has_a_page(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    Page(report.write(tmp_path).read_text(encoding="utf-8"))
+
+
+def test_the_task_writes_the_page(folder, tmp_path, capsys):
+    config = SimpleNamespace(folder=str(folder))
+    report.run(config, tmp_path, dry_run=True)
+    assert not (folder / "report.html").exists()
+    report.run(config, tmp_path)
+    assert (folder / "report.html").exists() and "report.html" in capsys.readouterr().out
+
+
+def test_the_task_refuses_other_folders(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.folder=.*nowhere.* is not a run folder"):
+        report.run(SimpleNamespace(folder=tmp_path / "nowhere"), tmp_path)
+
+
+def test_nothing_temporary_is_left(folder):
+    report.write(folder)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json",
+        "status.json",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+    }

@@ -1,0 +1,54 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmjax import streams
+
+KEY = jax.random.key(7)
+
+
+def seeds(n, key=KEY):
+    return streams.seeds(key, jnp.arange(n))
+
+
+def test_a_draw_depends_on_the_example_alone_not_on_its_batch():
+    together = streams.bits(seeds(6), (5, 3))
+    alone = streams.bits(streams.seeds(KEY, jnp.asarray([4])), (5, 3))
+    np.testing.assert_array_equal(together[4], alone[0])
+
+
+def test_streams_examples_and_keys_differ():
+    base = streams.bits(seeds(4), (256,))
+    others = [
+        streams.bits(streams.named(seeds(4), "dropout"), (256,)),
+        streams.bits(streams.fold(seeds(4), 1), (256,)),
+        streams.bits(seeds(4, jax.random.key(8)), (256,)),
+        base[::-1],
+    ]
+    for other in others:
+        assert np.mean(np.asarray(base) == np.asarray(other)) < 0.01
+
+
+def test_bernoulli_rate_and_independence():
+    """Rates within five standard errors; neighbours in every direction uncorrelated."""
+    n, rate = (64, 128, 32), 0.1
+    drawn = np.asarray(streams.bernoulli(seeds(n[0]), rate, n[1:]), np.float64)
+    error = np.sqrt(rate * (1 - rate) / drawn.size)
+    assert abs(drawn.mean() - rate) < 5 * error
+    for axis in range(3):
+        a = np.take(drawn, range(n[axis] - 1), axis).ravel() - rate
+        b = np.take(drawn, range(1, n[axis]), axis).ravel() - rate
+        assert abs(np.mean(a * b)) / (rate * (1 - rate)) < 5 / np.sqrt(a.size)
+
+
+def test_uniform_is_uniform():
+    drawn = np.asarray(streams.uniform(seeds(16), (4096,))).ravel()
+    assert drawn.min() >= 0 and drawn.max() < 1
+    counts = np.histogram(drawn, bins=64, range=(0, 1))[0]
+    chi2 = ((counts - drawn.size / 64) ** 2 / (drawn.size / 64)).sum()
+    assert chi2 < 63 + 5 * np.sqrt(2 * 63)
+
+
+def test_rate_one_and_zero_are_exact():
+    assert not streams.bernoulli(seeds(2), 0.0, (1000,)).any()
+    assert streams.bernoulli(seeds(2), 1.0, (1000,)).all()

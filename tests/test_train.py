@@ -1,0 +1,281 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from conftest import dots
+from fmjax import flops, objectives, sharding, state, trees
+from fmjax.objectives import mlm
+
+
+def values(tree):
+    return {name: np.asarray(x) for name, x in trees.unstack(tree).items()}
+
+
+def close(a, b, atol=2e-6):
+    a, b = values(a), values(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], atol=atol, rtol=0, err_msg=name)
+
+
+def loss_of(made, found):
+    return objectives.mean(jax.device_get(found["sums"]), made.objectives)["loss"]
+
+
+@functools.cache
+def plain():
+    return tiny.make(dropout=0.1, attention_dropout=0.1)
+
+
+@functools.cache
+def after_two_steps():
+    made = plain()
+    current, losses = made.state(), []
+    for seed in (0, 1):
+        current, found = made.step(current, tiny.batch(8, seed))
+        losses.append(loss_of(made, found))
+    return current, losses
+
+
+def test_loss_falls_and_starts_at_ln_v():
+    made = tiny.make()
+    current, losses = made.state(), []
+    for _ in range(30):
+        current, found = made.step(current, tiny.batch(8))
+        losses.append(loss_of(made, found))
+    assert losses[0] == pytest.approx(np.log(tiny.V), abs=0.1)
+    assert losses[-1] < losses[0] - 0.5
+    assert int(current.step) == 30
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+def test_accumulation_is_the_large_batch(parts):
+    """With dropout on and another number of targets in every microbatch."""
+    made = tiny.make(accumulate=parts, dropout=0.1, attention_dropout=0.1)
+    current = made.state()
+    for seed, expected in zip((0, 1), after_two_steps()[1], strict=True):
+        current, found = made.step(current, tiny.batch(8, seed))
+        assert loss_of(made, found) == pytest.approx(expected, abs=1e-6)
+    close(current.params, after_two_steps()[0].params)
+
+
+def test_accumulation_does_no_work_twice():
+    """The weights of the whole batch come from a pass that the compiler removes."""
+    cost = lambda made: jax.jit(made.raw_step).lower(
+        made.abstract, tiny.batch(8)
+    ).compile().cost_analysis()["flops"]  # fmt: skip
+    once = cost(tiny.make(scan=False))
+    # A scan body counts once: one part in eight is an eighth of the work, plus the optimizer.
+    assert cost(tiny.make(scan=False, accumulate=8)) < 0.45 * once
+
+
+def test_empty_rows_change_nothing():
+    made = tiny.make(dropout=0.1)
+    full, more = tiny.batch(8), tiny.batch(16)
+    padded = {name: jnp.concatenate([full[name], 0 * more[name][8:]]) for name in full}
+    a, found_a = made.step(made.state(), full)
+    b, found_b = made.step(made.state(), padded)
+    assert loss_of(made, found_a) == pytest.approx(loss_of(made, found_b), abs=1e-6)
+    close(a.params, b.params)
+    assert int(found_a["tokens"]) == int(found_b["tokens"])
+
+
+@pytest.mark.parametrize("remat", ["none", "block", "dots"])
+def test_scanned_and_unrolled_models_are_the_same(remat):
+    made = tiny.make(scan=remat != "none", remat=remat, dropout=0.1, attention_dropout=0.1)
+    current = made.state()
+    assert ("block_00" in current.params) == (remat == "none")
+    for seed in (0, 1):
+        current, _ = made.step(current, tiny.batch(8, seed))
+    close(current.params, after_two_steps()[0].params)
+
+
+@pytest.mark.parametrize(
+    "layout", [dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(data=1, tensor=4, fsdp=2)]
+)
+def test_row12_any_layout_gives_the_same_numbers(layout):
+    """The mesh of the other tests is data=8; this compares with one device holding everything."""
+    one = sharding.jax.make_mesh(
+        (1, 1, 1), sharding.AXES, devices=jax.devices()[:1],
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    )  # fmt: skip
+    single = single_device(one)
+    mesh = sharding.make_mesh(**{"data": 1, **layout})
+    with jax.set_mesh(mesh):
+        made = tiny.make(mesh=mesh, dropout=0.1, attention_dropout=0.1)
+        current, losses = made.state(), []
+        place = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+        for seed in (0, 1):
+            batch = {name: jax.device_put(x, place) for name, x in tiny.batch(8, seed).items()}
+            current, found = made.step(current, batch)
+            losses.append(loss_of(made, found))
+    np.testing.assert_allclose(losses, single[1], rtol=1e-6)
+    close(current.params, single[0])
+    # Really laid out: each device holds its share of a matrix, and of its Adam moments.
+    ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    kernels = [x for p, x in trees.flatten(current.params).items() if p.endswith("up/kernel")]
+    kernels += [x for x in jax.tree.leaves(current.opt_state) if x.shape == kernels[0].shape]
+    assert len(kernels) == 3
+    assert all(x.addressable_shards[0].data.size * ways == x.size for x in kernels)
+
+
+@functools.cache
+def single_device(mesh):
+    made = tiny.make(mesh=mesh, dropout=0.1, attention_dropout=0.1)
+    current, losses = made.state(), []
+    for seed in (0, 1):
+        current, found = made.step(current, tiny.batch(8, seed))
+        losses.append(loss_of(made, found))
+    return jax.device_get(current.params), losses
+
+
+def test_row41_same_seed_same_numbers_other_seed_other_numbers():
+    made = plain()
+    a, b, c = (made.step(made.state(seed), tiny.batch(8))[0] for seed in (3, 3, 4))
+    assert all((x == y).all() for x, y in zip(values(a.params).values(), values(b.params).values(), strict=True))
+    assert (values(a.params)["block_00/mlp/up/kernel"] != values(c.params)["block_00/mlp/up/kernel"]).any()
+
+
+def poisoned(made, current, path, where="params"):
+    flat = trees.flatten(current.params)
+    return current.replace(params=trees.unflatten({**flat, path: flat[path].at[0].set(jnp.nan)}))
+
+
+def test_row33_a_non_finite_loss_changes_nothing_but_the_step():
+    made = tiny.make()
+    bad = poisoned(made, made.state(), "embed/norm/scale")
+    after, found = made.step(bad, tiny.batch(8))
+    assert float(found["skipped"]) == 1.0
+    assert int(after.step) == 1
+    for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(bad.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(after.opt_state), jax.tree.leaves(bad.opt_state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    good, found = made.step(made.state(), tiny.batch(8))
+    assert float(found["skipped"]) == 0.0
+
+
+def test_row34_one_non_finite_gradient_under_a_finite_loss_is_caught(monkeypatch):
+    original = mlm.loss_fn
+
+    @jax.custom_vjp
+    def cursed(x):
+        return x
+
+    cursed.defvjp(lambda x: (x, None), lambda _, g: (jnp.full_like(g, jnp.inf),))
+
+    def loss_fn(apply, params, batch):
+        flat = trees.flatten(params)
+        flat["head/mlm/bias"] = cursed(flat["head/mlm/bias"])
+        return original(apply, trees.unflatten(flat), batch)
+
+    monkeypatch.setattr(mlm, "loss_fn", loss_fn)
+    made = tiny.make()
+    before = made.state()
+    after, found = made.step(before, tiny.batch(8))
+    assert np.isfinite(float(found["loss"]))
+    assert float(found["skipped"]) == 1.0
+    close(after.params, before.params, atol=0)
+
+
+def test_row37_a_batch_without_targets_has_loss_zero_and_no_nan():
+    made = tiny.make(changes={"weight_decay": 0.0})
+    before = made.state()
+    empty = {name: 0 * x for name, x in tiny.batch(8).items()}
+    after, found = made.step(before, empty)
+    assert float(found["loss"]) == 0.0 and float(found["skipped"]) == 0.0
+    close(after.params, before.params, atol=0)
+
+
+def test_frozen_parameters_stay_and_hold_no_optimizer_memory():
+    groups = ((r"block_02/.*|head/.*", "train"), (r".*", "freeze"))
+    made = tiny.make(groups=groups)
+    assert made.model.stacks == (2, 1)
+    before = made.state()
+    after, _ = made.step(before, tiny.batch(8))
+    moved = {name for name, x in values(after.params).items() if (x != values(before.params)[name]).any()}
+    trains = {name for name, group in made.assigned.items() if group == "train"}
+    assert moved == trains - {n for n in trains if "pooler" in n}
+    trainable = trees.size(made.split(before.params)[0])
+    assert trees.size(before.opt_state) - 2 * trainable < 10  # counters only
+    # And the numbers are those of an unrolled model.
+    unrolled = tiny.make(groups=groups, scan=False)
+    close(unrolled.step(unrolled.state(), tiny.batch(8))[0].params, after.params)
+
+
+def compiled_flops(groups):
+    """The compiler's count for 12 unrolled layers, 0.25 % of it optimizer and norms."""
+    made = tiny.make(
+        groups=groups, scan=False, depth=12, width=64, mlp=256, mesh=one_device(),
+        losses={"mlm": {"rate": 0.15}},
+    )  # fmt: skip
+    spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tiny.batch(64).items()}
+    compiled = jax.jit(made.raw_step).lower(made.abstract, spec).compile()
+    return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+
+def one_device():
+    return jax.make_mesh(
+        (1, 1, 1), sharding.AXES, devices=jax.devices()[:1],
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    )  # fmt: skip
+
+
+def test_what_is_frozen_costs_nothing_by_the_compilers_count():
+    everything, memory = compiled_flops(((".*", "train"),))
+    head, head_memory = compiled_flops(((r"head/.*", "train"), (".*", "freeze")))
+    last_two, _ = compiled_flops(((r"block_1[01]/.*|head/.*", "train"), (".*", "freeze")))
+    assert head <= 0.34 * everything
+    assert last_two <= 0.45 * everything
+    assert head_memory < 0.3 * memory
+
+
+def test_bfloat16_dots_keep_their_operands():
+    """No product of the whole step multiplies float32 operands, forwards or backwards."""
+    made = tiny.make(dtype="bfloat16", attention_dropout=0.1, dropout=0.1)
+    found = dots(jax.make_jaxpr(made.raw_step)(made.abstract, tiny.batch(8)))
+    assert len(found) > 20
+    for dot in found:
+        assert [str(x.aval.dtype) for x in dot.invars] == ["bfloat16"] * 2, dot
+        assert str(dot.outvars[0].aval.dtype) == "float32"
+
+
+def test_bfloat16_step_runs_and_stays_near_float32():
+    made, exact = tiny.make(dtype="bfloat16"), tiny.make()
+    _, found = made.step(made.state(), tiny.batch(8))
+    _, wanted = exact.step(exact.state(), tiny.batch(8))
+    assert loss_of(made, found) == pytest.approx(loss_of(exact, wanted), rel=5e-3)
+
+
+def test_flops_by_hand():
+    """A step is three times its forward products: backward takes two for each of them."""
+    made = tiny.make()
+    d, f, depth, rows, t = 32, 64, 3, 8, tiny.T
+    k = int(np.ceil(0.3 * t))
+    per_token = depth * (4 * d * d + 2 * d * f + 2 * t * d)
+    forward = 2 * rows * (t * per_token + k * (d * d + d * tiny.V))
+    assert flops.count(made.raw_step, made.abstract, tiny.batch(rows)) == 3 * forward
+
+
+def test_sentence_pairs_and_masks_share_one_forward_pass():
+    alone = tiny.make(classes={"nsp": 2})
+    both = tiny.make(classes={"nsp": 2}, losses={"mlm": {"rate": 0.3}, "nsp": {"weight": 0.5}})
+    batch = tiny.batch(8) | {"pair_label": jnp.arange(8) % 2}
+    count = lambda made, b: flops.count(made.raw_step, made.abstract, b)
+    head = 3 * 2 * 8 * (32 * 32 + 32 * 2)
+    assert count(both, batch) == count(alone, tiny.batch(8)) + head
+    _, found = both.step(both.state(), batch)
+    means = objectives.mean(jax.device_get(found["sums"]), both.objectives)
+    assert means["nsp/loss"] == pytest.approx(np.log(2), abs=0.05)
+    assert means["loss"] == pytest.approx(means["mlm/loss"] + 0.5 * means["nsp/loss"], rel=1e-6)
+
+
+def test_init_does_not_depend_on_stacking():
+    whole = tiny.make()
+    cut = tiny.make(groups=((r"block_00/.*", "freeze"), (".*", "train")))
+    close(whole.state().params, cut.state().params, atol=0)
+    assert state.abstract_params(cut.model)["blocks_00_00"]

@@ -1,0 +1,72 @@
+"""One tiny model and its batches, shared by tests so that programs are compiled once."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmjax import build, objectives, optim, sharding, state, train
+from fmjax.models import bert
+
+V, T = 64, 16
+VOCAB = SimpleNamespace(
+    size=V, mask_id=4, special=np.arange(V) < 5, word_start=np.arange(V) % 3 > 0
+)
+SIZES = dict(vocab_size=V, width=32, depth=3, heads=4, mlp=64, max_len=T)
+OPTIM = dict(
+    name="adamw", args={}, lr=1e-2, schedule="constant", warmup=0, cooldown=0, end=0.0, clip=1.0
+) | dict(weight_decay=0.01, decay=".*kernel", layer_decay=1.0, ema=0.0)
+
+
+def batch(rows: int, seed: int = 0) -> dict[str, jax.Array]:
+    """Two documents a row and padding, in different amounts."""
+    rng = np.random.default_rng(seed)
+    first, second = rng.integers(3, T // 2, (2, rows))
+    place = np.arange(T)[None]
+    segment_ids = np.where(
+        place < first[:, None], 1, np.where(place < (first + second)[:, None], 2, 0)
+    )
+    positions = np.where(segment_ids == 2, place - first[:, None], np.where(segment_ids, place, 0))
+    ids = np.where(segment_ids > 0, rng.integers(5, V, (rows, T)), 0)
+    out = {
+        "input_ids": ids,
+        "segment_ids": segment_ids,
+        "positions": positions,
+        "token_types": np.zeros_like(ids),
+        "index": np.arange(rows) + 1000 * seed,
+    }
+    return {name: jnp.asarray(x, jnp.int32) for name, x in out.items()}
+
+
+def make(
+    groups=((".*", "train"),), accumulate=1, losses=None, mesh=None, changes=None, **model
+) -> SimpleNamespace:
+    """Model, loss, optimizer, a fresh state and the jitted step, put together as `train.setup` does."""
+    net, assigned = train.grouped(bert.Model("tiny", **{**SIZES, **model}), groups)
+    split = functools.partial(optim.split, assigned=assigned)
+    goals = objectives.build(losses or {"mlm": {"rate": 0.3}}, vocab=VOCAB)
+    made = optim.make(
+        split(state.abstract_params(net))[0],
+        assigned,
+        steps=lambda duration: {"100%": 100}.get(duration, duration),
+        depth=net.cfg.depth,
+        optim=OPTIM | (changes or {}),
+        group_optim={},
+    )
+    mesh = mesh or sharding.make_mesh()
+    abstract = state.abstract(net, made.tx, split, mesh)
+    step = train.make_train_step(build.apply(net), goals, made.tx, split, accumulate)
+    return SimpleNamespace(
+        model=net,
+        assigned=assigned,
+        split=split,
+        objectives=goals,
+        tx=made.tx,
+        abstract=abstract,
+        mesh=mesh,
+        raw_step=step,
+        step=jax.jit(step),
+        state=lambda seed=0, params=None: state.create(abstract, net, made.tx, split, seed, params),
+    )
