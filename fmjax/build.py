@@ -1,5 +1,6 @@
 """From a config to the things that tasks share: devices, model, initial parameters."""
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from fmjax import sharding
+from fmjax import checkpoint, convert, sharding, state
 from fmjax.errors import ConfigError
 
 
@@ -68,9 +69,22 @@ def apply(model: nn.Module) -> Callable:
     return applied
 
 
-def initial(config: Any, model: nn.Module, abstract: Any, dataset: Any) -> Any:
-    """Parameters to start from: None (fresh) unless `config.init` names a folder."""
-    assert not config.init, "not yet"
+def initial(config: Any, model: nn.Module, abstract: Any) -> Any:
+    """Parameters to start from: None (fresh) unless `config.init` names a run folder, a folder in Hugging Face format
+    or a hub id (`id@revision`). Heads that the source does not have start fresh, and are named."""
+    if not config.init:
+        return None
+    folder = Path(config.init)
+    if (folder / "checkpoints").is_dir():
+        params, saved = checkpoint.load_params(folder, abstract=abstract)
+        print(f"starting from step {saved['step']} of {folder}")
+        return params
+    fresh = functools.partial(state.init_params, model, jax.random.key(config.seed))
+    params, report = convert.load(
+        convert.find(config.init), abstract, may_miss=r"head/.*", initial=fresh
+    )
+    print(f"starting from {config.init}: {report}")
+    return params
 
 
 def peak_flops(device: jax.Device) -> float | None:

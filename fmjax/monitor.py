@@ -27,7 +27,7 @@ class Monitor:
     last_bad: (step, batch) of the last update that was skipped; bad_in_a_row: how many were skipped without a break.
     """
 
-    def __init__(self, run: Any, folder: Any, first: int, started: float, tokens: int = 0):
+    def __init__(self, run: Any, folder: Any, first: int, tokens: int, started: float):
         config, main = run.config, jax.process_index() == 0
         self.run, self.folder, self.first, self.tokens = run, folder, first, tokens
         self.flops = 0
@@ -99,13 +99,14 @@ class Monitor:
         self._logger.write(step, named)
         self._progress.log(step, named)
 
-    def at(self, step: int) -> dict[str, float] | None:
-        """The validation metrics of exactly this step, which decide whether it is the best."""
-        return self._results[1] if self._results[0] == step and self._results[1] else None
-
-    def saved(self, step: int) -> None:
-        self._logger.event("checkpoint", step=step)
-        self._progress.saved(step)
+    def save(self, saver: Any, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+        """Starts a checkpoint, with the validation metrics if they are of this very step."""
+        measured, metrics = self._results
+        with self.timed("saving"):
+            if saver.save(step, state, meta, metrics if measured == step else None):
+                self._logger.event("checkpoint", step=step)
+        if saver.committed is not None:
+            self._progress.saved(saver.committed)
 
     def finish(self, step: int, signal: str, changed: Sequence[tuple[str, Any, Any]]) -> None:
         """The last line, summary.json and report.html; `changed` is what differs from the config file."""

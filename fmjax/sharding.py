@@ -98,10 +98,17 @@ def like_params(tree: Any, params: Any, mesh: jax.sharding.Mesh, rules=RULES) ->
 
 def constrain_batch(x: jax.Array) -> jax.Array:
     """Keeps activations split by example; the identity when no mesh is set (`jax.set_mesh`)."""
+    return _constrain(x, BATCH)
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """The whole array on every device; the identity when no mesh is set."""
+    return _constrain(x, P())
+
+
+def _constrain(x: jax.Array, spec: P) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or "fsdp" not in mesh.axis_names:
-        return x
-    return jax.lax.with_sharding_constraint(x, BATCH)
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec)
 
 
 def to_device(

@@ -3,9 +3,11 @@
 A batch walks: data -> mesh -> train_step (corrupt, forward, backward, update) -> log -> evaluate -> save.
 """
 
+import contextlib
 import functools
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -69,7 +71,12 @@ def run(
             workdir_path, config, fresh=fresh, process_index=jax.process_index()
         ) as folder:
             with jax.set_mesh(mesh):
-                loop(setup(config, mesh, stop), folder, stop, started, changed)
+                parts = setup(config, mesh, stop)
+                if jax.process_index() == 0:
+                    # The run folder reads alone: evaluation, export and people need the tokenizer.
+                    source = parts.dataset.tokenizer_dir
+                    shutil.copytree(source, folder.path / "tokenizer", dirs_exist_ok=True)
+                loop(parts, folder, stop, started, changed)
 
 
 def setup(config: Any, mesh: jax.sharding.Mesh, stop: interrupt.Stop) -> Run:
@@ -202,37 +209,36 @@ def loop(
     config = run.config
     every = {name: run.steps(config[f"{name}_every"]) for name in ("log", "eval", "save")}
     due = lambda name: step == run.total or (every[name] and step % every[name] == 0)
-    saver = checkpoint.Checkpointer(folder.path, keep=config.keep, best=config.best)
-    batches = train_batches(run)
-    current, step = start(run, saver, batches)
-    if step >= run.total:
-        print(f"{folder.path}: already finished at step {step}; --fresh starts over")
-        return
-    with Monitor(run, folder, step, started) as monitor:
+    with contextlib.ExitStack() as cleanup:
+        saver = checkpoint.Checkpointer(folder.path, keep=config.keep, best=config.best)
+        cleanup.callback(saver.close)
+        batches = train_batches(run)
+        cleanup.callback(batches.close)
+        current, step, tokens = start(run, saver, batches)
+        if step >= run.total:
+            print(f"{folder.path}: already finished at step {step}; --fresh starts over")
+            return
+        monitor = cleanup.enter_context(Monitor(run, folder, step, tokens, started))
         train_step, eval_step = compiled(run, monitor)
-        while step < run.total and not (stop.requested and step == monitor.first):
+        while step < run.total and not stop.requested:
             with monitor.timed("data_wait"):
                 batch = sharding.put(next(batches), run.batch_sharding)
             current, found = train_step(current, batch)
             step += 1
             if monitor.step(step, found, batch) >= config.max_skipped:
                 raise numerics_error(run, folder, current, monitor)
-            if due("log") or stop.requested:
+            if due("log"):
                 monitor.log(step)
-            if due("eval") and not stop.requested:
+            if due("eval"):
                 with monitor.timed("evaluation"):
                     monitor.evaluated(step, validate(run, eval_step, current, stop))
-            if due("save") or due("eval") or stop.requested or saver.check():
-                with monitor.timed("saving"):
-                    saver.save(step, current, meta(run, batches, monitor), monitor.at(step))
-                monitor.saved(step)
-            if stop.requested:
-                break
+            if due("save") or due("eval") or saver.check():
+                monitor.save(saver, step, current, meta(run, batches, monitor))
+        if stop.requested and step > monitor.first:
+            monitor.save(saver, step, current, meta(run, batches, monitor))
         with monitor.timed("saving"):
             saver.wait()
         monitor.finish(step, stop.signal, changed)
-    batches.close()
-    saver.close()
     if step < run.total:
         raise Preempted(
             f"stopped by {stop.signal} after step {step}, which is saved; the same command goes on"
@@ -250,19 +256,19 @@ def train_batches(run: Run) -> Any:
     )
 
 
-def start(run: Run, saver: checkpoint.Checkpointer, batches: Any) -> tuple[TrainState, int]:
-    """The newest verified checkpoint with the data where it stood, else a new state at step 0."""
+def start(run: Run, saver: checkpoint.Checkpointer, batches: Any) -> tuple[TrainState, int, int]:
+    """(state, step, tokens seen) of the newest verified checkpoint, data where it stood; else new at 0."""
     restored = saver.restore(run.abstract)
     if restored is None:
-        params = build.initial(run.config, run.model, run.abstract.params, run.dataset)
+        params = build.initial(run.config, run.model, run.abstract.params)
         create = functools.partial(state.create, run.abstract, run.model, run.optimizer.tx)
-        return create(run.split, run.config.seed, params), 0
+        return create(run.split, run.config.seed, params), 0, 0
     current, saved = restored
     data.check_fingerprint(saved["fingerprint"], fingerprint(run))
     batches.restore(saved["data"])
     step = int(current.step)
     print(f"resuming at step {step} of {run.total} (verified checkpoint)")
-    return current, step
+    return current, step, saved["tokens"]
 
 
 def fingerprint(run: Run) -> dict[str, Any]:

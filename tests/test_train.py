@@ -210,7 +210,7 @@ def test_frozen_parameters_stay_and_hold_no_optimizer_memory():
 def compiled_flops(groups):
     """The compiler's count for 12 unrolled layers, 0.25 % of it optimizer and norms."""
     made = tiny.make(
-        groups=groups, scan=False, depth=12, width=64, mlp=256, mesh=one_device(),
+        groups=groups, scan=False, depth=12, width=512, mlp=2048, mesh=one_device(),
         losses={"mlm": {"rate": 0.15}},
     )  # fmt: skip
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tiny.batch(64).items()}
@@ -229,6 +229,7 @@ def test_what_is_frozen_costs_nothing_by_the_compilers_count():
     everything, memory = compiled_flops(((".*", "train"),))
     head, head_memory = compiled_flops(((r"head/.*", "train"), (".*", "freeze")))
     last_two, _ = compiled_flops(((r"block_1[01]/.*|head/.*", "train"), (".*", "freeze")))
+    print(head/everything,last_two/everything,head_memory/memory)
     assert head <= 0.34 * everything
     assert last_two <= 0.45 * everything
     assert head_memory < 0.3 * memory

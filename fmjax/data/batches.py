@@ -80,7 +80,7 @@ def eval_batches(
         places = step * batch_size + mine
         inside = places < len(split)
         rows = order.permuted(np.where(inside, places, 0), len(split), EVALUATION)
-        batch = split.rows(rows, rows, 0) | {"index": rows.astype(np.int32)}
+        batch = split.rows(rows) | {"index": rows.astype(np.int32)}
         for array in batch.values():
             array[~inside] = 0
         yield batch

@@ -33,7 +33,9 @@ class PackedSplit:
     def __len__(self) -> int:
         return self._rows
 
-    def rows(self, index: np.ndarray, examples: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    def rows(
+        self, index: np.ndarray, examples: np.ndarray | None = None, seed: int = 0
+    ) -> dict[str, np.ndarray]:
         """The rows `index` [n] as int32 [n, T], whatever `examples` and `seed` (pairs use them)."""
         segments = self._segments[index].astype(np.int32)
         return {

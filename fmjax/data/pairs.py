@@ -43,10 +43,13 @@ class PairSplit:
     def __len__(self) -> int:
         return len(self._anchors)
 
-    def rows(self, index: np.ndarray, examples: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    def rows(
+        self, index: np.ndarray, examples: np.ndarray | None = None, seed: int = 0
+    ) -> dict[str, np.ndarray]:
         """Pairs of the anchors `index` [n], drawn by (seed, examples [n]): int32 [n, T], labels
         [n].
         """
+        examples = index if examples is None else examples
         first, count, document = self._anchors[index].T
         cut = first + 1 + (order.uniform(seed, examples, 1) * (count - 1)).astype(np.int64)
         label = (order.hashed(seed, examples, 2) & order.U(1)).astype(np.int32)

@@ -102,12 +102,12 @@ def _make(folder, source, tokenizer, workers, log, poll) -> Iterator[tuple[dict,
 
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, initializer=_start_worker)
-    pending = collections.deque()  # in order
+    pending = collections.deque()  # in order: (index or future, its documents)
     try:
         for shard, *job in jobs:
             poll()
             index = cache.verified(shard, log)
-            pending.append((index or pool.submit(_write_shard, shard, *job), job[-1]))
+            pending.append((index or _submit(pool, shard, *job), job[-1]))
             if len(pending) > 2 * workers:  # bounds the texts held in memory
                 yield _finished(*pending.popleft())
         while pending:
@@ -117,15 +117,26 @@ def _make(folder, source, tokenizer, workers, log, poll) -> Iterator[tuple[dict,
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _submit(pool: ProcessPoolExecutor, *job) -> Future:
+    try:
+        return pool.submit(_write_shard, *job)
+    except Exception as error:  # what a pool raises whose processes are dying depends on the moment
+        raise _died(job[-1]) from error
+
+
 def _finished(index: dict | Future, chunk: list[Document]) -> tuple[dict, float]:
     try:
         return index.result() if isinstance(index, Future) else index, chunk[-1].done
     except BrokenProcessPool as error:
-        raise DataError(
-            f"A process died (killed, or out of memory?) while {chunk[0].where} to "
-            f"{chunk[-1].where} were tokenised. Start again to resume; fewer processes "
-            "(config.data.workers) need less memory."
-        ) from error
+        raise _died(chunk) from error
+
+
+def _died(chunk: list[Document]) -> DataError:
+    return DataError(
+        f"A process died while it tokenised documents from {chunk[0].where} on: killed, or out of "
+        "memory? Start again to resume; fewer processes (config.data.workers) need less memory. "
+        "(A script of your own must call fmjax under `if __name__ == '__main__':`.)"
+    )
 
 
 def _start_worker() -> None:

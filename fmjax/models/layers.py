@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fmjax import precision, streams
+from fmjax import precision, sharding, streams
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -75,8 +75,11 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", self.embedding_init, shape, jnp.float32)
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        # Gathered whole before the lookup: rows of a table cut along its width would come out cut
+        # along the width, and the partitioner could only replicate them to cut them by example.
+        table = sharding.replicate(self.embedding)
         # Ids are checked on the host (fmjax.data); a stray one here must not read a wrong row.
-        return self.embedding.at[ids].get(mode="fill", fill_value=jnp.nan)
+        return table.at[ids].get(mode="fill", fill_value=jnp.nan)
 
     def table(self) -> Float[Array, "V D"]:
         return self.embedding

@@ -113,8 +113,8 @@ def loss(objectives: list[Objective], found: Metrics, weights: Mapping[str, jax.
     return total
 
 
-def mean(found: Mapping[str, tuple[float, float]], objectives: list[Objective]) -> dict[str, float]:
-    """Printable means of (sum, weight) metrics, with "loss" the total that is minimised."""
+def mean(found: Mapping[str, Any], objectives: list[Objective]) -> dict[str, float]:
+    """Printable means of (sum, weight) metrics on the host, with "loss" the total that is minimised."""
     means = {name: float(s) / float(w) if w else float("nan") for name, (s, w) in found.items()}
     parts = [(o.weight, means.get(f"{o.name}/loss", float("nan"))) for o in objectives]
     return {"loss": sum(weight * value for weight, value in parts), **means}

@@ -29,7 +29,7 @@ def prepare(tmp_path, letters):
     """prepare(text or path, **config.data): everything in the training split, a cache of its "
     "own."""
 
-    def prepare(text, tokenizer=None, log=lambda line: None, **settings):
+    def prepare(text, tokenizer=None, log=lambda line: None, poll=lambda: None, **settings):
         path = text
         if isinstance(text, str):
             path = tmp_path / "corpus.txt"
@@ -41,7 +41,8 @@ def prepare(tmp_path, letters):
             "seq_len": 16,
             "cache": str(tmp_path / "cache"),
         }
-        return data.prepare(defaults | settings, tokenizer or {"name": str(letters)}, log=log)
+        words = tokenizer or {"name": str(letters)}
+        return data.prepare(defaults | settings, words, log=log, poll=poll)
 
     return prepare
 

@@ -55,10 +55,12 @@ def test_a_limit_stops_reading(read):
 
 
 def test_streaming_prepares_the_same_dataset(tmp_path, prepare):
-    (tmp_path / "train.jsonl").write_text("\n".join(rows("one two", "three")))
-    settings = {"name": "hub", "train": "", "path": str(tmp_path), "seq_len": 16}
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(rows("one two", "three")))
+    settings = {"name": "hub", "train": "", "path": str(folder)}
     found = [
-        prepare("", streaming=streaming, cache=f"{tmp_path}-{streaming}", **settings).digest
+        prepare("", streaming=streaming, cache=str(tmp_path / str(streaming)), **settings).digest
         for streaming in (False, True)
     ]
     assert found[0] == found[1]

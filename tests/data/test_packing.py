@@ -15,7 +15,7 @@ PAD, CLS, SEP = 0, 2, 3
 
 def test_two_documents_share_a_row_by_hand(prepare):
     split = prepare("abc\n\ndd", seq_len=10).splits["train"]
-    rows = split.rows(np.array([0]), np.array([0]), 0)
+    rows = split.rows(np.array([0]))
     assert len(split) == 1 and split.tokens == 9
     assert rows["input_ids"].tolist() == [[CLS, A, B, C, SEP, CLS, D, D, SEP, PAD]]
     assert rows["segment_ids"].tolist() == [[1, 1, 1, 1, 1, 2, 2, 2, 2, 0]]
@@ -26,7 +26,7 @@ def test_two_documents_share_a_row_by_hand(prepare):
 
 def test_padded_puts_one_piece_in_a_row(prepare):
     split = prepare("abc\n\ndd", seq_len=8, format="padded").splits["train"]
-    rows = split.rows(np.arange(2), np.arange(2), 0)
+    rows = split.rows(np.arange(2))
     assert rows["input_ids"].tolist() == [
         [CLS, A, B, C, SEP, PAD, PAD, PAD],
         [CLS, D, D, SEP, PAD, PAD, PAD, PAD],

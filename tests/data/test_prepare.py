@@ -111,7 +111,7 @@ def test_a_split_without_rows_is_an_error(prepare):
 def test_real_text_in_every_format(pydocs):
     for settings in ({"format": "padded"}, {"format": "pairs"}, {"seq_len": 512}):
         split = pydocs(**settings).splits["validation"]
-        rows = split.rows(np.arange(len(split)), np.arange(len(split)), 0)
+        rows = split.rows(np.arange(len(split)))
         assert rows["input_ids"].max() < 8192
         assert (rows["input_ids"][rows["segment_ids"] > 0] != 0).all()
         assert rows["positions"].max() < split.seq_len

@@ -15,25 +15,26 @@ import pytest
 from fmjax.data import cache, store
 from fmjax.errors import DataError
 
-DOCUMENTS = [f"{a}{b}c. {a}d." for a in "abcdefghij" for b in "abcdefghij"]  # 100 of 9 characters
+DOCUMENTS = [f"{a}{b}c. {a}d." for a in "abcdefghij" for b in "abcdefghij"]  # 100 of 8 characters
 TEXT = "\n\n".join(DOCUMENTS)
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(store, "SHARD_CHARACTERS", 100)  # twelve documents in each of nine shards
+    monkeypatch.setattr(store, "SHARD_CHARACTERS", 100)  # 13 documents in each of 8 shards
+    monkeypatch.setattr(store, "IN_PROCESS_SHARDS", 100)
 
 
 def shards(tmp_path):
-    (home,) = (tmp_path / "cache").glob("tokens-*[!k]")
+    (home,) = (path for path in (tmp_path / "cache").glob("tokens-*") if path.is_dir())
     return sorted(path for path in home.iterdir() if path.name.isdigit())
 
 
 def test_shards_hold_the_tokens_of_every_document_in_order(prepare, tmp_path):
     dataset = prepare(TEXT)
-    assert len(shards(tmp_path)) == 9
+    assert len(shards(tmp_path)) == 8
     found = []
-    for shard in store.read(shards(tmp_path)[0].parent, 9, "train"):
+    for shard in store.read(shards(tmp_path)[0].parent, 8, "train"):
         assert shard.tokens.dtype == np.uint16
         ends = shard.documents
         for start, end in zip(ends[:-1], ends[1:], strict=True):
@@ -100,7 +101,7 @@ def test_an_interrupted_preparation_resumes_where_it_stopped(prepare, tmp_path, 
     done = {path: path.stat().st_mtime_ns for path in shards(tmp_path)}
     assert len(done) == 5
     resumed = prepare(TEXT)
-    assert len(shards(tmp_path)) == 9
+    assert len(shards(tmp_path)) == 8
     assert all(path.stat().st_mtime_ns == at for path, at in done.items())
     assert resumed.digest == straight.digest and resumed.counts == straight.counts
 
@@ -109,7 +110,7 @@ PREPARE = """
 import os, signal, sys
 from fmjax import data
 from fmjax.data import store
-store.SHARD_CHARACTERS = 100
+store.SHARD_CHARACTERS = store.IN_PROCESS_SHARDS = 100
 settings = {"train": sys.argv[1], "cache": sys.argv[2], "validation_fraction": 0, "seq_len": 16}
 def run(**more):
     print(data.prepare(settings | more.pop("data", {}), {"name": sys.argv[3]}, **more).digest)
@@ -149,7 +150,7 @@ def test_two_processes_at_once_prepare_one_store(prepare, tmp_path, letters):
     output = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [0, 0], output
     digests = {out.splitlines()[-1] for out, _ in output}
-    assert digests == {prepare(TEXT).digest} and len(shards(tmp_path)) == 9
+    assert digests == {prepare(TEXT).digest} and len(shards(tmp_path)) == 8
 
 
 def test_who_comes_second_waits_and_says_so(tmp_path):
@@ -173,7 +174,7 @@ def test_who_comes_second_waits_and_says_so(tmp_path):
 @pytest.mark.parametrize("part", ["packed-16-split/train.tokens", "00004/train.tokens.npy"])
 def test_a_damaged_cache_is_noticed_and_made_again(prepare, tmp_path, damage, part):
     before = prepare(TEXT)
-    expected = before.splits["train"].rows(np.arange(len(before.splits["train"])), None, 0)
+    expected = before.splits["train"].rows(np.arange(len(before.splits["train"])))
     home = shards(tmp_path)[0].parent
     path = home / part
     content = bytearray(path.read_bytes())
@@ -190,7 +191,7 @@ def test_a_damaged_cache_is_noticed_and_made_again(prepare, tmp_path, damage, pa
     lines = []
     after = prepare(TEXT, log=lines.append)
     assert any("damaged" in line or "incomplete" in line for line in lines)
-    found = after.splits["train"].rows(np.arange(len(after.splits["train"])), None, 0)
+    found = after.splits["train"].rows(np.arange(len(after.splits["train"])))
     assert after.digest == before.digest
     np.testing.assert_array_equal(found["input_ids"], expected["input_ids"])
 
@@ -213,7 +214,7 @@ def test_row52_a_killed_worker_is_an_error_that_says_where(prepare, tmp_path):
         for child in multiprocessing.active_children():
             os.kill(child.pid, signal.SIGKILL)
 
-    with pytest.raises(DataError, match=r"died .*corpus\.txt:1 to .*config\.data\.workers"):
+    with pytest.raises(DataError, match=r"died .*from .*corpus\.txt:\d+ on.*config\.data\.workers"):
         prepare(TEXT, workers=2, poll=kill)
     assert not multiprocessing.active_children()
 

@@ -46,7 +46,7 @@ def test_a_trained_tokenizer_loads_in_transformers(prepare, kind, size):
     assert pair["input_ids"].count(vocab.sep_id) == 2
 
     # What the store holds is what the tokenizer gives.
-    row = dataset.splits["train"].rows(np.array([0]), np.array([0]), 0)
+    row = dataset.splits["train"].rows(np.array([0]))
     first = row["input_ids"][0][row["segment_ids"][0] == 1]
     again = loaded(loaded.decode(first, skip_special_tokens=True).strip())["input_ids"]
     assert again == first.tolist()
@@ -115,7 +115,7 @@ def test_word_starts_by_the_convention_of_the_model(letters, prepare):
 
 def test_special_tokens_in_a_text_are_text(prepare):
     dataset = prepare("ab [MASK] [SEP]", seq_len=32)
-    ids = dataset.splits["train"].rows(np.array([0]), np.array([0]), 0)["input_ids"][0].tolist()
+    ids = dataset.splits["train"].rows(np.array([0]))["input_ids"][0].tolist()
     assert dataset.vocab.mask_id not in ids and ids.count(dataset.vocab.sep_id) == 1
     assert ids[:4] == [2, 5, 6, 1]  # "[" and the capitals are unknown to this tokenizer
 
