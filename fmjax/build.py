@@ -1,17 +1,44 @@
-"""From a config to the things that tasks share: devices, model, initial parameters."""
+"""From a config or a folder to the things that tasks share: devices, model, parameters."""
 
 import functools
 import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
+from ml_collections import ConfigDict
 
-from fmjax import checkpoint, convert, sharding, state
-from fmjax.errors import ConfigError
+from fmjax import checkpoint, convert, sharding, state, trees
+from fmjax import config as configs
+from fmjax.errors import CheckpointError, ConfigError
+
+
+class Opened(NamedTuple):
+    """A model from a folder, ready to be applied."""
+
+    source: str  # the folder or hub id that was asked for
+    model: nn.Module
+    params: Any  # stored tree on the mesh
+    tokenizer: Path  # in transformers format
+    missing: tuple[str, ...]  # parameters that the folder lacks: freshly initialised
+    config: ConfigDict | None  # what the run was started with; None for Hugging Face format
+    step: int | None  # of the run
+
+    def __str__(self) -> str:
+        return self.source if self.step is None else f"{self.source} at step {self.step}"
+
+    def require_head(self, name: str) -> None:
+        """Refuses to go on with a head whose numbers would be noise."""
+        if any(parameter.startswith(f"head/{name}/") for parameter in self.missing):
+            raise ConfigError(
+                f"config.folder={self.source!r} has no trained head {name!r}: its predictions "
+                "would be random. Use a folder of a model trained for it, or train one with "
+                f"--config=configs/mlm.py --config.init={self.source}"
+            )
 
 
 def cache_dir() -> Path:
@@ -52,12 +79,17 @@ def model(config: Any, vocab_size: int) -> nn.Module:
     built = importlib.import_module(f"fmjax.models.{name}").Model(
         **fields, vocab_size=wanted or vocab_size, dtype=config.precision
     )
-    if config.data.seq_len > built.cfg.max_len:
-        raise ConfigError(
-            f"config.data.seq_len={config.data.seq_len} is longer than the {built.cfg.max_len} positions of "
-            f"config.model.name={name!r}: lower it or raise config.model.max_len."
-        )
+    check_length(built, config.data.seq_len)
     return built
+
+
+def check_length(model: nn.Module, seq_len: int) -> None:
+    """Refuses rows that the model has no positions for."""
+    if seq_len > model.cfg.max_len:
+        raise ConfigError(
+            f"config.data.seq_len={seq_len} is longer than the {model.cfg.max_len} positions of the model: "
+            "lower it, or train a model with a larger config.model.max_len."
+        )
 
 
 def apply(model: nn.Module) -> Callable:
@@ -74,17 +106,62 @@ def initial(config: Any, model: nn.Module, abstract: Any) -> Any:
     or a hub id (`id@revision`). Heads that the source does not have start fresh, and are named."""
     if not config.init:
         return None
-    folder = Path(config.init)
-    if (folder / "checkpoints").is_dir():
-        params, saved = checkpoint.load_params(folder, abstract=abstract)
-        print(f"starting from step {saved['step']} of {folder}")
+    fresh = functools.partial(
+        state.init_params, model, jax.random.fold_in(jax.random.key(config.seed), 0)
+    )
+    if is_run(config.init):
+        params, saved = checkpoint.load_params(config.init)
+        params, report = _laid_out(params, model.stacks, abstract, config.init, fresh)
+        print(f"starting from step {saved['step']} of {config.init}: {report}")
         return params
-    fresh = functools.partial(state.init_params, model, jax.random.key(config.seed))
     params, report = convert.load(
         convert.find(config.init), abstract, may_miss=r"head/.*", initial=fresh
     )
     print(f"starting from {config.init}: {report}")
     return params
+
+
+def is_run(source: str | Path) -> bool:
+    """Whether `source` is the folder of a run, as opposed to one in Hugging Face format."""
+    return any(Path(source, name).exists() for name in ("checkpoints", "status.json"))
+
+
+def open_folder(source: str, mesh: jax.sharding.Mesh, precision: str | None = None) -> Opened:
+    """The model of `config.folder`: a run folder (its newest undamaged checkpoint), a folder in Hugging Face format or
+    a hub id (`id@revision`). What lies in it is read as data; nothing is executed.
+
+    `precision`: that of the computation; None takes the run's, float32 for Hugging Face format.
+
+    Raises ConfigError for what is no such folder, CheckpointError for damage.
+    """
+    if not source:
+        raise ConfigError(
+            "config.folder is empty. Give a run folder, such as --config.folder=runs/mlm-1a2b3c4d, "
+            "a folder in Hugging Face format, or a hub id."
+        )
+    if is_run(source):
+        return _open_run(Path(source), mesh, precision)
+    folder = convert.find(source)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
+        raise ConfigError(f"config.folder={source!r} has no tokenizer (tokenizer.json).")
+    name, options = convert.describe(folder)
+    built = importlib.import_module(f"fmjax.models.{name}").Model(
+        **options, dtype=precision or "float32"
+    )
+    built = built.clone(stacks=trees.runs(built.kinds))
+    fresh = functools.partial(state.init_params, built, jax.random.key(0))
+    abstract = state.abstract_params(built, mesh)
+    params, report = convert.load(folder, abstract, may_miss=r"head/.*", initial=fresh)
+    return Opened(source, built, params, folder, report.kept, config=None, step=None)
+
+
+def tokenizer(folder: Path) -> Any:
+    """The `transformers` tokenizer of a folder."""
+    # Its import tells people without torch that models will not work: they are not used here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import AutoTokenizer  # slow to import
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -96,3 +173,55 @@ def peak_flops(device: jax.Device) -> float | None:
     return next((peak for kind, peak in kinds.items() if kind in device.device_kind), None)
 
 
+def _open_run(folder: Path, mesh: jax.sharding.Mesh, precision: str | None) -> Opened:
+    try:
+        saved = configs.from_json((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{folder}/config.json cannot be read: {error.strerror}.") from error
+    if precision:
+        with saved.unlocked():
+            saved.precision = precision
+    params, meta = checkpoint.load_params(folder)
+    built = model(saved, meta["fingerprint"]["vocab_size"])
+    built = built.clone(stacks=trees.runs(built.kinds))
+    abstract = state.abstract_params(built, mesh)
+    params, _ = _laid_out(params, built.stacks, abstract, str(folder))
+    return Opened(str(folder), built, params, folder / "tokenizer", (), saved, meta["step"])
+
+
+def _laid_out(
+    found: trees.Tree,
+    stacks: tuple[int, ...] | None,
+    abstract: trees.Tree,
+    source: str,
+    fresh: Callable[[], trees.Tree] | None = None,
+) -> tuple[trees.Tree, convert.Report]:
+    """`found`, on the host and in any stacks, in those of `abstract` and where its shardings say.
+
+    Heads that `found` lacks are taken from `fresh()`, a whole tree; only they are computed.
+    """
+    have, wanted = trees.unstack(found), trees.unstack(abstract)
+    kept = [name for name in wanted.keys() - have.keys() if fresh and name.startswith("head/")]
+    shown = lambda x: "nothing" if x is None else f"{x.dtype}{list(x.shape)}"
+    problems = [
+        f"  {name}: {shown(leaf)} in the model, {shown(have.get(name))} in the checkpoint"
+        for name, leaf in wanted.items()
+        if name not in kept and shown(leaf) != shown(have.get(name))
+    ]
+    if problems:
+        more = [f"  and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise CheckpointError(
+            f"{source} does not fit the model:\n" + "\n".join(problems[:20] + more) + "\n"
+            "Set config.model and config.tokenizer as in its config.json."
+        )
+    places = {path: leaf.sharding for path, leaf in trees.flatten(abstract).items()}
+    stored = trees.stack({name: have[name] for name in wanted if name in have}, stacks)
+    params = {
+        path: jax.device_put(np.asarray(leaf), places[path])
+        for path, leaf in trees.flatten(stored).items()
+    }
+    if kept:
+        heads = lambda: {name: trees.flatten(fresh())[name] for name in kept}
+        params |= jax.jit(heads, out_shardings={name: places[name] for name in kept})()
+    unused = sorted(have.keys() - wanted.keys())
+    return trees.unflatten(params), convert.Report(tuple(sorted(kept)), tuple(unused))

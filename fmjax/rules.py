@@ -74,6 +74,8 @@ def check(config: Mapping[str, Any]) -> None:
     Raises:
       ConfigError: names the first offending key and what is possible.
     """
+    if config.get("task", "train") != "train":
+        config = _given(config)
     for key, value in flatten(config).items():
         rule = rule_of(key)
         if isinstance(rule, Check):
@@ -107,6 +109,15 @@ def task_flags(task: str) -> set[str]:
     tree = ast.parse((PACKAGE / f"{task}.py").read_text(encoding="utf-8"))
     run = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "run")
     return {argument.arg for argument in run.args.args + run.args.kwonlyargs}
+
+
+def _given(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without None, by which a task leaves a value to the run that it opens."""
+    return {
+        key: _given(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if value is not None
+    }
 
 
 def _check_choice(key: str, value: Any, possible) -> None:
@@ -180,10 +191,10 @@ LENGTH = Check(_is_length, "a duration above 0: 1500, '1500 steps', '3 epochs' o
 RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("total", LENGTH),
     (r"(log|eval|save)_every|.*\.(warmup|cooldown)", DURATION),
-    (r"batch_size|accumulate|keep|data\.seq_len|tokenizer\.vocab_size", POSITIVE),
+    (r"batch_size|accumulate|keep|top_k|data\.seq_len|tokenizer\.vocab_size", POSITIVE),
     (r"model\.(width|depth|heads|mlp|max_len|window|full_every)", POSITIVE),
     (r"distributed\.num_processes", POSITIVE),
-    (r"seed|max_skipped|data\.(max_documents|workers)|distributed\.process_id", COUNT),
+    (r"seed|max_skipped|limit|data\.(max_documents|workers)|distributed\.process_id", COUNT),
     (r"model\.(vocab_size|types|classes\..*)", COUNT),
     (r"mesh\..*", AXIS),
     (r".*\.(rate|\w*dropout|layer_decay|end|span_stop)", PROBABILITY),
@@ -191,6 +202,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r".*\.(lr|weight_decay|clip|eps|weight)", NON_NEGATIVE),
     (r".*\.decay", REGEX),
     ("precision", ("float32", "bfloat16")),
+    ("split", ("train", "validation")),
     (r".*optim.*\.schedule", ("linear", "cosine", "wsd", "rsqrt", "constant")),
     (r"data\.name", ("pydocs", "text", "hub")),
     (r"data\.format", ("packed", "padded", "pairs")),

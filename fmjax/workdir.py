@@ -34,6 +34,7 @@ WRITES = (
     "wandb",
     "dumps",
     "metrics.jsonl",
+    "evaluation.jsonl",
     "summary.json",
     "report.html",
     "status.json",

@@ -108,6 +108,11 @@ def lock(path: Path, log: Callable[[str], None], poll: Callable[[], None]) -> It
             with contextlib.suppress(filelock.Timeout):
                 guard.acquire(timeout=1)
                 break
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be locked ({error.strerror or error}). "
+            "Set config.data.cache or $FMJAX_CACHE to a folder on a disk that supports file locks."
+        ) from error
     try:
         yield
     finally:

@@ -7,7 +7,6 @@ import ast
 import functools
 import importlib
 import os
-import pydoc_data.topics
 import sys
 import sysconfig
 import types
@@ -41,7 +40,11 @@ def digest() -> str:
 @functools.cache
 def texts() -> list[tuple[str, str]]:
     """(where, text) of every document, each once, in the same order in every process."""
-    found = [(f"pydoc topic {name}", text) for name, text in pydoc_data.topics.topics.items()]
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions leave it out
+        topics = {}
+    found = [(f"pydoc topic {name}", text) for name, text in topics.items()]
     root = sysconfig.get_path("stdlib")
     for path in _library_files():
         found.append((f"docstrings of {path.relative_to(root)}", _docstrings(path)))

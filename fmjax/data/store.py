@@ -249,8 +249,7 @@ _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s+[^\sa-z])|[。！�
 
 
 def sentence_starts(text: str, characters: np.ndarray) -> np.ndarray:
-    """Which tokens start a sentence of `text`; `characters` [n] is where each token starts in "
-    "it."""
+    """Tokens that start a sentence of `text`; `characters` [n]: where each token starts in it."""
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     starts = np.searchsorted(characters, ends)  # the first token at or after each end
     return np.unique(np.concatenate([[0], starts[starts < len(characters)]]).astype(np.int64))

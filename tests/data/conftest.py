@@ -26,8 +26,7 @@ def letters(tmp_path_factory):
 
 @pytest.fixture
 def prepare(tmp_path, letters):
-    """prepare(text or path, **config.data): everything in the training split, a cache of its "
-    "own."""
+    """prepare(text or path, **config.data): all in the training split, in a cache of its own."""
 
     def prepare(text, tokenizer=None, log=lambda line: None, poll=lambda: None, **settings):
         path = text
