@@ -10,12 +10,13 @@ A config file is executed, with the argument after its colon; a saved config.jso
 
 import argparse
 import importlib
+import logging
 import sys
 from pathlib import Path
 
 from fmjax import config as configs
 from fmjax import rules, workdir
-from fmjax.errors import ConfigError, FmjaxError, did_you_mean
+from fmjax.errors import ConfigError, FmjaxError, Preempted, did_you_mean
 
 
 def main(words: list[str]) -> None:
@@ -52,8 +53,9 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")  # else a library sets another format
     try:
         main(sys.argv[1:])
     except FmjaxError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("" if isinstance(error, Preempted) else "error: ", error, sep="", file=sys.stderr)
         sys.exit(error.exit_code)

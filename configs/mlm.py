@@ -1,37 +1,49 @@
-"""Masked-language-model pretraining of a BERT on real text (Devlin et al. 2019), from nothing.
+"""Masked-language-model pretraining from nothing (Devlin et al. 2019), of a small ModernBERT.
 
-    python run.py --config=configs/mlm.py                 on the documentation that ships with Python
-    python run.py --config=configs/mlm.py --config.data.train=my.txt --config.data.name=text
+On the documentation that ships with Python, on your own text, or BERT-base on a dataset of the hub:
+
+    python run.py --config=configs/mlm.py
+    python run.py --config=configs/mlm.py --config.data.train=my.txt
+    python run.py --config=configs/mlm.py:bert_base --config.data.name=hub --config.data.path=…
+
+Variants: `tiny` (seconds, to see that everything works), `bert_base` (Devlin et al. 2019, appendix
+A.2: batch 256, 1M steps, lr 1e-4, warm-up 10k; phase 1 at length 128), `runlocal` (any variant, cut
+to a handful of steps).
 """
 
 from ml_collections import ConfigDict
 
 from fmjax.config import parse_arg
+from fmjax.errors import ConfigError, did_you_mean
+
+VARIANTS = ("small", "tiny", "bert_base")
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, variant="mini", runlocal=False)
+    arg = parse_arg(arg, variant="small", runlocal=False)
+    if arg.variant not in VARIANTS:
+        raise ConfigError(f"unknown variant {arg.variant!r}.{did_you_mean(arg.variant, VARIANTS)}")
     config = ConfigDict()
 
     config.task = "train"
     config.seed = 0
-    config.total = "600 steps"
-    config.batch_size = 64
-    config.accumulate = 1
-    config.precision = "bfloat16"
-    config.init = ""  # start from a Hugging Face folder or hub id, or from a run folder
+    config.total = "1200 steps"
+    config.batch_size = 16
+    config.accumulate = 1  # microbatches per update
+    config.precision = "float32"  # of the computation; parameters are always float32
+    config.init = ""  # a run folder, a folder in Hugging Face format, or a hub id, to start from
 
     config.data = dict(
-        name="pydocs",
+        name="pydocs",  # or text (data.train=files), or hub (data.path=id)
         seq_len=128,
-        format="packed",
+        format="packed",  # several documents a row, kept apart; or padded, or pairs (for nsp, sop)
         pair="nsp",
         train="",
         validation="",
         validation_fraction=0.05,
         column="text",
-        document="blank_line",
-        long="split",
+        document="blank_line",  # what separates documents in .txt files; or line, file
+        long="split",  # documents longer than seq_len; or truncate, drop, error
         on_bad_record="raise",
         path="",
         subset="",
@@ -42,30 +54,37 @@ def get_config(arg=None):
         cache="",
     )
     config.tokenizer = dict(
-        name="train", kind="wordpiece", vocab_size=8192, lowercase=True, revision=""
+        name="train",  # on the corpus; or a hub id or folder
+        kind="wordpiece",
+        vocab_size=4096,
+        lowercase=True,
+        revision="",
     )
     config.model = dict(
         name="bert",
-        variant="mini",
-        vocab_size=0,  # the tokenizer's
-        max_len=512,
-        dropout=0.0,
-        attention_dropout=0.0,
-        classes={},
+        variant="modernbert_tiny",
+        # None is the variant's own value.
+        vocab_size=None,
+        max_len=None,
+        width=None,
+        depth=None,
+        heads=None,
+        mlp=None,
+        dropout=None,
+        attention_dropout=None,
+        classes={},  # linear heads on the first token: {"nsp": 2}
         attention="auto",
         scan=True,
         remat="none",
     )
-    config.objectives = dict(
-        mlm=dict(weight=1.0, rate=0.15, mask="token", replace=(0.8, 0.1)),
-    )
+    config.objectives = dict(mlm=dict(weight=1.0, rate=0.15, mask="token", replace=(0.8, 0.1)))
 
-    config.groups = ((".*", "train"),)
-    config.group_optim = {}
+    config.groups = ((".*", "train"),)  # (regex over parameter names, group), first match wins
+    config.group_optim = {}  # what a group sets differently: {"head": {"lr": 1e-2}}
     config.optim = dict(
         name="adamw",
         args=dict(b1=0.9, b2=0.98, eps=1e-6),
-        lr=1e-3,
+        lr=3e-3,
         schedule="linear",
         warmup="10%",
         cooldown="0%",
@@ -79,12 +98,30 @@ def get_config(arg=None):
 
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.distributed = dict(auto=False, coordinator="", num_processes=1, process_id=0)
-    config.log_every = 20
-    config.eval_every = 200
-    config.save_every = 100
+    config.log_every = 50
+    config.eval_every = 300
+    config.save_every = 300
     config.keep = 2
     config.best = "validation/loss"
     config.max_skipped = 10
     config.tensorboard = True
     config.wandb = False
+
+    if arg.variant == "tiny":
+        config.total, config.batch_size = "20 steps", 8
+        config.log_every = config.eval_every = config.save_every = 10
+        config.data.seq_len, config.data.max_documents = 32, 100
+        config.tokenizer.vocab_size = 512
+        config.model.update(width=32, depth=2, heads=2, mlp=64)
+    if arg.variant == "bert_base":
+        config.total, config.batch_size = "1000000 steps", 256
+        config.precision = "bfloat16"
+        config.tokenizer.vocab_size = 30522
+        config.model.variant = "base"
+        config.optim.args.b2 = 0.999
+        config.optim.update(lr=1e-4, warmup="10000 steps")
+        config.log_every, config.eval_every, config.save_every = 100, 10_000, 5_000
+    if arg.runlocal:
+        config.total, config.batch_size = "10 steps", 8
+        config.log_every = config.eval_every = config.save_every = 5
     return config

@@ -47,7 +47,7 @@ def cache_dir() -> Path:
 
 
 def start_jax(config: Any) -> jax.sharding.Mesh:
-    """Joins the other processes if the config says so, turns on the compilation cache, makes the mesh."""
+    """Joins the other processes if the config says so; sets the compilation cache and the mesh."""
     distributed = config.distributed
     if distributed.auto:
         jax.distributed.initialize()
@@ -66,15 +66,16 @@ def start_jax(config: Any) -> jax.sharding.Mesh:
 def model(config: Any, vocab_size: int) -> nn.Module:
     """The model of a config, sized for a vocabulary.
 
-    `config.model.vocab_size = 0` takes the tokenizer's size; a larger one leaves unused rows. Raises ConfigError where
-    vocabulary or sequence length do not fit the model.
+    Keys that are None are the variant's own; `config.model.vocab_size=None` takes the tokenizer's
+    size, a larger one leaves unused rows. Raises ConfigError where vocabulary or sequence length do
+    not fit the model.
     """
-    fields = config.model.to_dict()
-    name, wanted = fields.pop("name"), fields.pop("vocab_size")
-    if 0 < wanted < vocab_size:
+    fields = {key: value for key, value in config.model.to_dict().items() if value is not None}
+    name, wanted = fields.pop("name"), fields.pop("vocab_size", None)
+    if wanted and wanted < vocab_size:
         raise ConfigError(
-            f"config.model.vocab_size={wanted} is smaller than the tokenizer's {vocab_size}: its ids would have no row. "
-            f"Set it to 0 (the tokenizer's size) or at least {vocab_size}."
+            f"config.model.vocab_size={wanted} is smaller than the tokenizer's {vocab_size}: its "
+            f"ids would have no row. Set it to None (the tokenizer's size) or {vocab_size} or more."
         )
     built = importlib.import_module(f"fmjax.models.{name}").Model(
         **fields, vocab_size=wanted or vocab_size, dtype=config.precision
@@ -87,8 +88,8 @@ def check_length(model: nn.Module, seq_len: int) -> None:
     """Refuses rows that the model has no positions for."""
     if seq_len > model.cfg.max_len:
         raise ConfigError(
-            f"config.data.seq_len={seq_len} is longer than the {model.cfg.max_len} positions of the model: "
-            "lower it, or train a model with a larger config.model.max_len."
+            f"config.data.seq_len={seq_len} is longer than the {model.cfg.max_len} positions of "
+            "the model: lower it, or train a model with a larger config.model.max_len."
         )
 
 
@@ -102,8 +103,11 @@ def apply(model: nn.Module) -> Callable:
 
 
 def initial(config: Any, model: nn.Module, abstract: Any) -> Any:
-    """Parameters to start from: None (fresh) unless `config.init` names a run folder, a folder in Hugging Face format
-    or a hub id (`id@revision`). Heads that the source does not have start fresh, and are named."""
+    """Parameters to start from: None (fresh), unless `config.init` names a source.
+
+    That is a run folder, a folder in Hugging Face format or a hub id (`id@revision`). Heads that it
+    does not have start fresh, and are named. Raises CheckpointError where shapes differ.
+    """
     if not config.init:
         return None
     fresh = functools.partial(
@@ -121,16 +125,30 @@ def initial(config: Any, model: nn.Module, abstract: Any) -> Any:
     return params
 
 
+def check_tokenizer(config: Any, folder: Path) -> None:
+    """Refuses to start from `config.init` where the ids of the tokenizer in `folder` differ."""
+    if not config.init:
+        return
+    source = Path(config.init, "tokenizer") if is_run(config.init) else convert.find(config.init)
+    if _has_tokenizer(source) and tokenizer(source).get_vocab() != tokenizer(folder).get_vocab():
+        raise ConfigError(
+            f"config.init={config.init!r} was trained with another vocabulary: its embeddings "
+            f"would stand for other tokens. Set --config.tokenizer.name={source}"
+        )
+
+
 def is_run(source: str | Path) -> bool:
     """Whether `source` is the folder of a run, as opposed to one in Hugging Face format."""
     return any(Path(source, name).exists() for name in ("checkpoints", "status.json"))
 
 
 def open_folder(source: str, mesh: jax.sharding.Mesh, precision: str | None = None) -> Opened:
-    """The model of `config.folder`: a run folder (its newest undamaged checkpoint), a folder in Hugging Face format or
-    a hub id (`id@revision`). What lies in it is read as data; nothing is executed.
+    """The model of `config.folder`, wherever it comes from.
 
-    `precision`: that of the computation; None takes the run's, float32 for Hugging Face format.
+    Args:
+        source: a run folder, whose newest undamaged checkpoint is taken, a folder in Hugging Face
+            format, or a hub id (`id@revision`). It is read as data; nothing in it is executed.
+        precision: of the computation; None takes the run's, float32 for Hugging Face format.
 
     Raises ConfigError for what is no such folder, CheckpointError for damage.
     """
@@ -142,7 +160,7 @@ def open_folder(source: str, mesh: jax.sharding.Mesh, precision: str | None = No
     if is_run(source):
         return _open_run(Path(source), mesh, precision)
     folder = convert.find(source)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
+    if not _has_tokenizer(folder):
         raise ConfigError(f"config.folder={source!r} has no tokenizer (tokenizer.json).")
     name, options = convert.describe(folder)
     built = importlib.import_module(f"fmjax.models.{name}").Model(
@@ -171,6 +189,10 @@ def peak_flops(device: jax.Device) -> float | None:
         "v4": 275e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v6 lite": 918e12,
     }  # fmt: skip
     return next((peak for kind, peak in kinds.items() if kind in device.device_kind), None)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json"))
 
 
 def _open_run(folder: Path, mesh: jax.sharding.Mesh, precision: str | None) -> Opened:

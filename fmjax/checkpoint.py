@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -135,13 +135,19 @@ class Checkpointer:
         self._orbax.close()
         self._worker.shutdown()
 
-    def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict] | None:
+    def restore(
+        self,
+        abstract: Any,
+        step: int | None = None,
+        check: Callable[[dict], None] = lambda meta: None,
+    ) -> tuple[Any, dict] | None:
         """(state, meta) of the newest undamaged step, or of `step`; None if nothing was ever saved.
 
         `abstract` is the state as a tree of jax.ShapeDtypeStruct with shardings, on any number of
         devices. Damaged steps on the way to the newest are renamed to <step>.corrupt. Raises
         CheckpointError when all steps or the requested one are damaged, and when shapes, dtypes or
-        structure differ from `abstract`: nothing is cast, dropped or initialised.
+        structure differ from `abstract`: nothing is cast, dropped or initialised. `check(meta)` may
+        raise first, before the arrays are compared and read.
         """
         leaves = jax.tree.leaves(abstract)
         assert all(leaf.sharding is not None for leaf in leaves), "abstract state without shardings"
@@ -151,6 +157,7 @@ class Checkpointer:
             return None
         folder = self._directory / str(found)
         meta = step_folders.read_meta(folder)
+        check(meta)
         _require_equal(meta["arrays"], _described(abstract), folder)
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         state = self._orbax.restore(folder, args=arguments)["state"]

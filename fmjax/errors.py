@@ -1,7 +1,7 @@
 """Errors a user can cause, each with the exit code that a supervisor can act on.
 
-The codes: 2 configuration, 3 numerics, 4 checkpoint or storage, 5 data, 6 resources, 75 preempted (start me again).
-Everything else is a bug in fmjax and keeps its traceback.
+The codes: 2 configuration, 3 numerics, 4 checkpoint or storage, 5 data, 6 resources, 75 preempted
+(start me again). Everything else is a bug in fmjax and keeps its traceback.
 """
 
 import difflib

@@ -1,7 +1,8 @@
 """Floating-point operations of a program, counted from its matrix products.
 
-The compiler's own count takes the body of a `scan` once; this one multiplies by its length, and needs no
-compilation. Element-wise work is not counted, as in every published model-FLOPs utilisation.
+The compiler's own count takes the body of a `scan` once; this one multiplies by its length, and
+needs no compilation. Element-wise work is not counted, as in every published model-FLOPs
+utilisation.
 """
 
 import math
@@ -12,7 +13,7 @@ from jax.extend import core
 
 
 def count(function: Any, *args: Any) -> int:
-    """FLOPs (two per multiply-add) of all dots in `function(*args)`; args may be ShapeDtypeStructs."""
+    """FLOPs (two per multiply-add) of all dots in `function(*args)`; args may be abstract."""
     return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 

@@ -220,7 +220,7 @@ def _cut(path: Path, last_step: int) -> tuple[list[dict], float]:
     return lines, everything[-1]["time"] if everything else 0.0
 
 
-def _history(path: Path, last_step: float = math.inf) -> tuple[list[dict], int]:
+def _history(path: Path, last_step: int | float = math.inf) -> tuple[list[dict], int]:
     """The lines up to `last_step`, and the bytes they take.
 
     History ends at a line that is torn (the writer was killed in the middle of it) or foreign.

@@ -1,7 +1,7 @@
 """What happens beside the steps: numbers are fetched, averaged, written, shown, and judged.
 
-The loop hands over each step's metrics as device arrays. They are read one step late, when the next step is already
-running, so that looking at numbers never makes the device wait.
+The loop hands over each step's metrics as device arrays. They are read one step late, when the next
+step is already running, so that looking at numbers never makes the device wait.
 """
 
 import resource
@@ -13,26 +13,28 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmjax import build, evaluate, report, trees
+from fmjax import build, evaluate, logs, report, trees
 from fmjax import config as configs
 from fmjax import objectives as losses
-from fmjax.logs import Logger
 from fmjax.progress import Progress
 
 
 class Monitor:
     """The log of one sitting of a run; a context manager.
 
-    first: steps done before this sitting; tokens: real tokens trained on in all sittings (a Python int);
-    last_bad: (step, batch) of the last update that was skipped; bad_in_a_row: how many were skipped without a break.
+    first: steps done before this sitting; saved: the meta of the checkpoint it goes on from, {} for
+    a new run; tokens: real tokens trained on in all sittings (a Python int);
+    last_bad: (step, batch) of the last update that was skipped; bad_in_a_row: how many were skipped
+    without a break.
     """
 
-    def __init__(self, run: Any, folder: Any, first: int, tokens: int, started: float):
+    def __init__(self, run: Any, folder: Any, first: int, saved: Mapping, started: float):
         config, main = run.config, jax.process_index() == 0
-        self.run, self.folder, self.first, self.tokens = run, folder, first, tokens
+        self.run, self.folder, self.first = run, folder, first
+        self.tokens = saved.get("tokens", 0)
         self.flops = 0
         self.bad_in_a_row, self.last_bad = 0, None
-        self._logger = Logger(
+        self._logger = logs.Logger(
             folder.path,
             resume_step=first,
             tensorboard=config.tensorboard,
@@ -43,9 +45,17 @@ class Monitor:
         )
         self._progress = Progress(run.total, start=first, enabled=main)
         self._pending: tuple[int, Any, Any] | None = None
-        self._results: tuple[int, dict[str, float]] = (first, {})
+        rows, _ = logs.read(folder.path)
+        known = any(row["step"] == first and "validation/loss" in row for row in rows)
+        self._results: tuple[int, dict[str, float]] = (first if known or first == 0 else -1, {})
         self._new_window()
+        # The means go on from the last sitting: being stopped changes no number in the log.
+        window = saved.get("window", {"sums": {}, "scalars": {}})
+        self._sums |= {name: np.asarray(pair) for name, pair in window["sums"].items()}
+        self._scalars |= {name: list(map(float, past)) for name, past in window["scalars"].items()}
         self.timed = self._logger.timed
+        if first:
+            self._progress.print(f"resuming at step {first} of {run.total} (verified checkpoint)")
 
     def step(self, step: int, found: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> int:
         """Takes the metrics of the step just dispatched, reads those of the step before.
@@ -86,18 +96,19 @@ class Monitor:
         self._new_window()
 
     def evaluated(self, step: int, metrics: Mapping[str, float] | None) -> None:
-        """Takes the validation metrics, None when a signal cut the evaluation short."""
+        """Takes the validation metrics: None when a signal cut it short, {} when there are none."""
         if metrics is None:
             return
+        metrics = {**metrics, **evaluate.perplexity(metrics)}
         named = {f"validation/{name}": value for name, value in metrics.items()}
-        named |= {
-            f"validation/{name.removesuffix('loss')}perplexity": float(np.exp(value))
-            for name, value in metrics.items()
-            if name.endswith("mlm/loss")
-        }
         self._results = (step, named)
-        self._logger.write(step, named)
-        self._progress.log(step, named)
+        if named:
+            self._logger.write(step, named)
+            self._progress.log(step, named)
+
+    def owes_evaluation(self, step: int) -> bool:
+        """Whether a signal has cut the evaluation of `step` short, in this sitting or the last."""
+        return self._results[0] != step
 
     def save(self, saver: Any, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Starts a checkpoint, with the validation metrics if they are of this very step."""
@@ -108,12 +119,22 @@ class Monitor:
         if saver.committed is not None:
             self._progress.saved(saver.committed)
 
-    def finish(self, step: int, signal: str, changed: Sequence[tuple[str, Any, Any]]) -> None:
-        """The last line, summary.json and report.html; `changed` is what differs from the config file."""
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint keeps (JSON): the tokens so far, and the means being taken."""
         self._read()
-        done = step == self.run.total
-        self._logger.event("done" if done else "preempted", step=step, signal=signal)
-        self.folder.update(step=step, state="done" if done else "preempted")
+        sums = {name: pair.tolist() for name, pair in self._sums.items()}
+        window = logs.plain({"sums": sums, "scalars": self._scalars})
+        return {"tokens": self.tokens, "window": window}
+
+    def finish(self, step: int, signal: str, changed: Sequence[tuple[str, Any, Any]]) -> None:
+        """The last line, summary.json and report.html.
+
+        `signal` is what ended the run early, `changed` what differs from the config file.
+        """
+        self._read()
+        how = "preempted" if signal else "done"
+        self._logger.event(how, step=step, signal=signal)
+        self.folder.update(step=step, state=how)
         if jax.process_index() != 0:
             return
         device = jax.devices()[0]
@@ -130,7 +151,7 @@ class Monitor:
         page = report.write(self.folder.path)
         for name in ("loss", "mlm/accuracy", "nsp/accuracy", "sop/accuracy"):
             value = summary["metrics"].get(f"validation/{name}")
-            if value is not None:
+            if value is not None and not signal:
                 print(f"validation/{name} {value:.4f}")
         print(f"report: {page}")
 
@@ -175,4 +196,6 @@ def _peak_bytes() -> int:
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     # Kilobytes on Linux, bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

@@ -1,8 +1,9 @@
 """What moves, and how: parameter groups, optimizers, schedules.
 
-Groups are ordered (regex over parameter names, group name); the first full match wins and an uncovered parameter is an
-error. "freeze" does not train: its parameters are split off before the gradient is taken, so they cost neither a
-weight gradient nor optimizer memory. Every other group has its own optimizer under one `optax.multi_transform`.
+Groups are ordered (regex over parameter names, group name); the first full match wins and an
+uncovered parameter is an error. "freeze" does not train: its parameters are split off before the
+gradient is taken, so they cost neither a weight gradient nor optimizer memory. Every other group
+has its own optimizer under one `optax.multi_transform`.
 """
 
 import functools
@@ -26,7 +27,8 @@ SCHEDULES = ("constant", "linear", "cosine", "rsqrt", "wsd")
 def assign(names: Sequence[str], groups: Sequence[tuple[str, str]]) -> dict[str, str]:
     """{parameter name: group}, first full match wins.
 
-    Raises ConfigError for an uncovered parameter, a pattern that decides nothing, or when nothing trains.
+    Raises ConfigError for an uncovered parameter, a pattern that decides nothing, or when nothing
+    trains.
     """
     assigned, used = {}, set()
     for name in names:
@@ -75,7 +77,8 @@ def merge(trainable: Any, frozen: Any) -> Any:
 def schedule(
     name: str, *, lr: float, warmup: int, total: int, decay: int, end: float
 ) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate as a function of the step: linear warm-up to `lr`, then the named shape down to `end * lr`.
+    """Learning rate as a function of the step: linear warm-up to `lr`, then the named shape down to
+    `end * lr`.
 
     "wsd" (warm-up, stable, decay) falls linearly over the last `decay` steps; "rsqrt" follows
     √(warmup / step), as in Vaswani et al. 2017 (§5.3), with the same linear cool-down at the end.
@@ -125,7 +128,8 @@ def make(
     """The optimizer of a run.
 
     Args:
-        trainable: stored tree of ShapeDtypeStructs or arrays, the part that `split` calls trainable.
+        trainable: stored tree of ShapeDtypeStructs or arrays, the part that `split` calls
+            trainable.
         assigned: {parameter name: group}.
         steps: converts a duration ("10%", "2 epochs") to steps; `steps("100%")` is the whole run.
         depth: number of layers, for `layer_decay`.
@@ -171,7 +175,8 @@ class MovingAverage(NamedTuple):
 
 
 def moving_average(decay: float) -> optax.GradientTransformation:
-    """Keeps an exponential average of the parameters after each update; must be the last link of a chain.
+    """Keeps an exponential average of the parameters after each update; must be the last link of a
+    chain.
 
     The decay rises as (1 + n) / (10 + n), so that the start is forgotten quickly.
     """
@@ -198,7 +203,8 @@ def averaged(opt_state: Any) -> Any | None:
 
 
 def _named(settings: Mapping[str, Any], rate: Callable) -> optax.GradientTransformation:
-    """An optax optimizer by name, with weight decay masked to the parameters that `decay` matches."""
+    """An optax optimizer by name, with weight decay masked to the parameters that `decay`
+    matches."""
     name, args = settings["name"], dict(settings["args"])
     factory = getattr(optax, name, None) or getattr(optax.contrib, name, None)
     takes = inspect.signature(factory).parameters if callable(factory) else {}
@@ -234,14 +240,17 @@ def _matching(pattern: str, params: Any) -> Any:
 
 
 def _per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx` on stacked leaves as if each layer were a leaf of its own (LAMB's and Muon's norms are per matrix)."""
+    """`tx` on stacked leaves as if each layer were a leaf of its own (LAMB's and Muon's norms are
+    per matrix)."""
     return optax.GradientTransformation(
-        jax.vmap(tx.init), lambda updates, state, params: jax.vmap(tx.update)(updates, state, params)
+        jax.vmap(tx.init),
+        lambda updates, state, params: jax.vmap(tx.update)(updates, state, params),
     )
 
 
 def _layerwise(trainable: Any, decay: float, depth: int) -> Any:
-    """Factors decay^(depth + 1 - position): embeddings at 0, block i at i + 1, heads at depth + 1."""
+    """Factors decay^(depth + 1 - position): embeddings at 0, block i at i + 1, heads at depth +
+    1."""
 
     def factor(name):
         match = re.match(r"block_(\d+)/", name)

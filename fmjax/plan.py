@@ -10,11 +10,10 @@ from fmjax.progress import count
 
 
 def show(run: Any) -> None:
-    """Prints data, parameters with their groups, memory and FLOPs of a step, and one masked batch."""
+    """Prints data, parameters with groups, memory and FLOPs of a step, and one masked batch."""
     config, dataset = run.config, run.dataset
     split = dataset.splits["train"]
-    print(f"\ndata        {config.data.name}: {_counts(dataset.counts)}")
-    print(f"            {len(split):,} rows of {split.seq_len}; {split.tokens:,} tokens an epoch")
+    print(f"\ndata        {len(split):,} rows of {split.seq_len}; {split.tokens:,} tokens an epoch")
     steps = max(len(split) // config.batch_size, 1)
     print(f"run         {run.total:,} steps = {run.total / steps:.2f} epochs of {steps:,} steps")
     print(f"mesh        {dict(run.mesh.shape)} on {jax.device_count()} x {jax.devices()[0]}")
@@ -30,7 +29,8 @@ def _parameters(run: Any) -> None:
     for path, leaf in trees.flatten(run.abstract.params).items():
         names = trees.names(path)
         stacked = trees.is_stacked(path)
-        shown = path if stacked else names[0]
+        # block_00/… for one layer, block_00…11/… for a stack of them.
+        shown = names[0].replace("/", f"…{names[-1][6:8]}/", 1) if len(names) > 1 else names[0]
         shape = leaf.shape[1:] if stacked else leaf.shape
         rows[(shown, shape, run.assigned[names[0]])] = len(names)
     total = {}
@@ -55,9 +55,13 @@ def _cost(run: Any) -> None:
     operations = flops.count(step, run.abstract, spec)
     tokens = run.config.batch_size * run.config.data.seq_len
     frozen = trees.size(run.split(run.abstract.params)[1])
-    print(f"\nstep        {count(operations)}FLOP in matrix products, {count(operations / tokens)} a token")
+    print(
+        f"\nstep        {count(operations)}FLOP in matrix products, {count(operations / tokens)} a token"
+    )
     cost = compiled.cost_analysis() or {}
-    print(f"            {count(cost.get('flops', 0))}FLOP by the compiler (a scanned layer counts once)")
+    print(
+        f"            {count(cost.get('flops', 0))}FLOP by the compiler (a scanned layer counts once)"
+    )
     for name, size in {
         "state": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
@@ -69,9 +73,7 @@ def _cost(run: Any) -> None:
 
 def _batch(run: Any) -> None:
     """The first row of the first batch as the model sees it, decoded."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(run.dataset.tokenizer_dir, trust_remote_code=False)
+    tokenizer = build.tokenizer(run.dataset.tokenizer_dir)
     batches = train.train_batches(run)
     batch = sharding.put(next(batches), run.batch_sharding)
     batches.close()
@@ -87,11 +89,3 @@ def _batch(run: Any) -> None:
         order = np.argsort(np.asarray(prepared["mlm_positions"][0])[kept])
         labels = np.asarray(prepared["mlm_labels"][0])[kept][order]
         print("\ntargets     " + " ".join(tokenizer.convert_ids_to_tokens(labels)))
-
-
-def _counts(counts: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{value:,} {name.replace('_', ' ')}" if isinstance(value, int) else f"{name} {value:.1%}"
-        for name, value in counts.items()
-        if isinstance(value, int | float)
-    )

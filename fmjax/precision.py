@@ -1,8 +1,9 @@
-"""One rule for every matrix product: compute-dtype operands, float32 accumulation, forwards and backwards.
+"""One rule for every matrix product: compute-dtype operands, float32 accumulation, both passes.
 
-Parameters and optimizer stay in float32. On a CPU with AMX the same bfloat16 product runs five times faster when its
-result is asked for in float32, and JAX's derived gradients lose that (they multiply a float32 cotangent with a bfloat16
-operand, which upcasts), so both products below carry their own VJP whose dots are all written out.
+Parameters and optimizer stay in float32. On a CPU with AMX the same bfloat16 product runs five
+times faster when its result is asked for in float32, and JAX's derived gradients lose that (they
+multiply a float32 cotangent with a bfloat16 operand, which upcasts), so both products below carry
+their own VJP whose dots are all written out.
 """
 
 import functools
@@ -21,8 +22,9 @@ def linear(
 ) -> Float[Array, "... F"]:
     """`x @ kernel` with operands in `dtype`, accumulated and returned in float32.
 
-    The kernel is (in, out), or (out, in) with `out_in`: the layout decides which operand of the weight gradient has to
-    be transposed, and a tied embedding (vocabulary, width) must not become a transpose of a transpose.
+    The kernel is (in, out), or (out, in) with `out_in`: the layout decides which operand of the
+    weight gradient has to be transposed, and a tied embedding (vocabulary, width) must not become a
+    transpose of a transpose.
     """
     return _linear_forward(x, kernel, dtype, out_in)[0]
 
@@ -49,8 +51,8 @@ linear.defvjp(_linear_forward, _linear_backward)
 def transposed(x: Float[Array, "*B N D"]) -> Float[Array, "*B D N"]:
     """The last two axes swapped, and on CPU kept from being folded into the dot that reads it.
 
-    XLA:CPU's fast bfloat16 kernel does not take a transposed operand: the folded dot runs at a fifth of the speed.
-    A transpose assembled from two halves is not recognised as one.
+    XLA:CPU's fast bfloat16 kernel does not take a transposed operand: the folded dot runs at a
+    fifth of the speed. A transpose assembled from two halves is not recognised as one.
     """
 
     def halves(x):

@@ -27,7 +27,7 @@ class Progress:
         self.total, self.enabled = total, enabled
         self._file = file or sys.stdout
         self._metrics: dict[str, float] = {}
-        self._saved: int | None = None
+        self._shown = self._saved = None
         self._anchor, self._logged = (start, time.monotonic()), False
         self._bar = _Bar(total, start, self._file) if enabled and _terminal(self._file) else None
 
@@ -40,12 +40,13 @@ class Progress:
         """Show new numbers. Those not given keep the value shown last; unknown ones are ignored.
 
         Shown are train/loss, validation/loss, optim/lr, perf/tokens_per_sec and, as fractions of
-        one, perf/mfu and perf/data_wait.
+        one, perf/mfu and perf/data_wait. A second plain line on a step holds only what is new.
         """
         if not self.enabled:
             return
         self._metrics |= metrics
-        fields = _fields(self._metrics) | {"eta": f"eta {self._eta(step)}"}
+        again, self._shown = step == self._shown and not self._bar, step
+        fields = _fields(metrics if again else self._metrics) | {"eta": f"eta {self._eta(step)}"}
         if self._bar:
             saved = {} if self._saved is None else {"saved": f"saved {self._saved}"}
             self._bar.step(step)

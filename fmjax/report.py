@@ -214,17 +214,12 @@ def _goodput(seconds: Mapping[str, float]) -> str:
 
 def _commands(workdir: Path, config: Mapping, summary: Mapping) -> str:
     folder = f"--config.folder={shlex.quote(str(workdir))}"
-    tasks = {"Evaluate": "evaluate"}
+    task = lambda name: f"python run.py --config=configs/{name}.py {folder}"
+    commands = {"Resume: the same command": summary["command"], "Evaluate": task("evaluate")}
     if "mlm" in config.get("objectives", {}):
-        tasks["Fill in masked words"] = "fill_mask"
-    tasks["Export for transformers"] = "export"
-    return page.commands(
-        {"Resume: the same command": summary["command"]}
-        | {
-            title: f"python run.py --config=configs/{name}.py {folder}"
-            for title, name in tasks.items()
-        }
-    )
+        text = '--config.text="The [MASK] of a function."'
+        commands["Fill in masked words"] = f"{task('fill_mask')} {text}"
+    return page.commands(commands | {"Export for transformers": task("export")})
 
 
 def _config(config: Mapping, difference: list) -> str:

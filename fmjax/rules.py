@@ -74,8 +74,7 @@ def check(config: Mapping[str, Any]) -> None:
     Raises:
       ConfigError: names the first offending key and what is possible.
     """
-    if config.get("task", "train") != "train":
-        config = _given(config)
+    config = _given(config)
     for key, value in flatten(config).items():
         rule = rule_of(key)
         if isinstance(rule, Check):
@@ -112,7 +111,8 @@ def task_flags(task: str) -> set[str]:
 
 
 def _given(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without None, by which a task leaves a value to the run that it opens."""
+    """Without None, which leaves a value to the model's variant, or to the run that a task
+    opens."""
     return {
         key: _given(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
@@ -191,10 +191,10 @@ LENGTH = Check(_is_length, "a duration above 0: 1500, '1500 steps', '3 epochs' o
 RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("total", LENGTH),
     (r"(log|eval|save)_every|.*\.(warmup|cooldown)", DURATION),
-    (r"batch_size|accumulate|keep|top_k|data\.seq_len|tokenizer\.vocab_size", POSITIVE),
+    (r"batch_size|accumulate|keep|top_k|max_skipped|data\.seq_len|tokenizer\.vocab_size", POSITIVE),
     (r"model\.(width|depth|heads|mlp|max_len|window|full_every)", POSITIVE),
     (r"distributed\.num_processes", POSITIVE),
-    (r"seed|max_skipped|limit|data\.(max_documents|workers)|distributed\.process_id", COUNT),
+    (r"seed|limit|data\.(max_documents|workers)|distributed\.process_id", COUNT),
     (r"model\.(vocab_size|types|classes\..*)", COUNT),
     (r"mesh\..*", AXIS),
     (r".*\.(rate|\w*dropout|layer_decay|end|span_stop)", PROBABILITY),

@@ -1,8 +1,8 @@
 """Where arrays lie: one mesh, one table of rules, one program for any number of devices.
 
-The mesh has the axes `data` (batch), `fsdp` (batch, and parameters cut along one dimension) and `tensor` (heads and
-hidden units). Rules are ordered (regex over parameter names, PartitionSpec); the first full match wins. A stacked
-parameter gets its layer's spec behind an unsharded layer axis.
+The mesh has the axes `data` (batch), `fsdp` (batch, and parameters cut along one dimension) and
+`tensor` (heads and hidden units). Rules are ordered (regex over parameter names, PartitionSpec);
+the first full match wins. A stacked parameter gets its layer's spec behind an unsharded layer axis.
 """
 
 import re
@@ -46,7 +46,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Me
             f"one axis may be -1 (takes the rest), sizes can be {divisors}."
         )
     shape = tuple(devices // fixed if size == -1 else size for size in sizes.values())
-    # Auto: the compiler propagates layouts. Explicit axes (the default of make_mesh) reject Linen's modules.
+    # Auto: the compiler propagates layouts. Explicit axes (the default of make_mesh) reject Linen's
+    # modules.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -79,8 +80,8 @@ def spec_of(name: str, rules=RULES) -> P:
 def like_params(tree: Any, params: Any, mesh: jax.sharding.Mesh, rules=RULES) -> Any:
     """Shardings for a tree that contains copies of parameters (an optimizer state).
 
-    A leaf whose path ends in a parameter's path and that has its shape lies as the parameter does; anything else is
-    replicated.
+    A leaf whose path ends in a parameter's path and that has its shape lies as the parameter does;
+    anything else is replicated.
     """
     flat = trees.flatten(params)
     placed = trees.flatten(shardings(params, mesh, rules))

@@ -24,7 +24,7 @@ class TrainState:
 
 
 def init_params(model: nn.Module, key: jax.Array) -> Any:
-    """Fresh parameters in the model's stacks; the numbers do not depend on how layers are stacked."""
+    """Fresh parameters in the model's stacks; the numbers do not depend on the stacking."""
     canonical = model.clone(stacks=trees.runs(model.kinds))
     params = canonical.init(key, *model.example())["params"]
     return params if model.stacks == canonical.stacks else trees.restack(params, model.stacks)
@@ -41,7 +41,7 @@ def abstract_params(model: nn.Module, mesh: jax.sharding.Mesh | None = None) -> 
 def abstract(
     model: nn.Module, tx: optax.GradientTransformation, split: Any, mesh: jax.sharding.Mesh
 ) -> TrainState:
-    """The whole state as ShapeDtypeStructs with shardings: what `create` makes and checkpoints restore."""
+    """The whole state as ShapeDtypeStructs with shardings, for `create` and for restoring."""
     params = abstract_params(model, mesh)
     shapes = jax.eval_shape(tx.init, split(params)[0])
     here = NamedSharding(mesh, P())

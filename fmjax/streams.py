@@ -1,13 +1,14 @@
 """Addressable randomness: a random number is a pure function of (key, example, stream, element).
 
-JAX's own generator gives one key for a whole array, so a draw depends on the shape of the batch it is made in,
-and on a CPU it costs seven times the matrix product beside it. Here every *example* carries its own 64-bit seed,
-derived from the step's key and the example's index, and elements are hashed from it by counters. A dropout mask or
-an MLM mask then does not change when the batch is split over devices, processes or accumulation steps, and it
-costs a few integer operations that XLA fuses into whatever uses them, so nothing is stored for the backward pass.
+JAX's own generator gives one key for a whole array, so a draw depends on the shape of the batch it
+is made in, and on a CPU it costs seven times the matrix product beside it. Here every *example*
+carries its own 64-bit seed, derived from the step's key and the example's index, and elements are
+hashed from it by counters. A dropout mask or an MLM mask then does not change when the batch is
+split over devices, processes or accumulation steps, and it costs a few integer operations that XLA
+fuses into whatever uses them, so nothing is stored for the backward pass.
 
-The hash is the two-round multiply-xorshift finaliser with the constants of C. Wellons' search for low-bias
-32-bit functions ("Prospecting for Hash Functions", 2018: lowbias32).
+The hash is the two-round multiply-xorshift finaliser with the constants of C. Wellons' search for
+low-bias 32-bit functions ("Prospecting for Hash Functions", 2018: lowbias32).
 """
 
 import math
@@ -21,7 +22,7 @@ Seeds = UInt32[Array, "B 2"]
 
 
 def seeds(key: jax.Array, index: Int[Array, "B"]) -> Seeds:
-    """One 64-bit seed per example from a scalar typed `key` and the example's `index` in the run."""
+    """One 64-bit seed per example, from a scalar typed `key` and its `index` in the run."""
     words = jax.random.key_data(key).astype(jnp.uint32)
     index = index.astype(jnp.uint32)
     low = _hash(index ^ words[0])

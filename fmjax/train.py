@@ -1,6 +1,7 @@
 """Training: everything is put together in `setup`, and `loop` is the only loop there is.
 
-A batch walks: data -> mesh -> train_step (corrupt, forward, backward, update) -> log -> evaluate -> save.
+A batch walks: data -> mesh -> train_step (corrupt, forward, backward, update) -> log -> evaluate ->
+save.
 """
 
 import contextlib
@@ -18,10 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fmjax import build, checkpoint, data, evaluate, flops, interrupt, optim, plan, report
+from fmjax import (
+    build,
+    checkpoint,
+    data,
+    evaluate,
+    flops,
+    interrupt,
+    optim,
+    plan,
+    report,
+    sharding,
+    state,
+    trees,
+    workdir,
+)
 from fmjax import config as configs
 from fmjax import objectives as losses
-from fmjax import sharding, state, trees, workdir
 from fmjax.errors import NumericsError, Preempted
 from fmjax.monitor import Monitor
 from fmjax.state import TrainState
@@ -59,7 +73,8 @@ def run(
 ) -> None:
     """Trains until `config.total`, resuming from the newest verified checkpoint of the folder.
 
-    `changed` are the (key, default, value) in which the config differs from its file, for the report.
+    `changed` are the (key, default, value) in which the config differs from its file, for the
+    report.
     """
     started = time.monotonic()
     with interrupt.catch() as stop:
@@ -71,12 +86,7 @@ def run(
             workdir_path, config, fresh=fresh, process_index=jax.process_index()
         ) as folder:
             with jax.set_mesh(mesh):
-                parts = setup(config, mesh, stop)
-                if jax.process_index() == 0:
-                    # The run folder reads alone: evaluation, export and people need the tokenizer.
-                    source = parts.dataset.tokenizer_dir
-                    shutil.copytree(source, folder.path / "tokenizer", dirs_exist_ok=True)
-                loop(parts, folder, stop, started, changed)
+                loop(setup(config, mesh, stop), folder, stop, started, changed)
 
 
 def setup(config: Any, mesh: jax.sharding.Mesh, stop: interrupt.Stop) -> Run:
@@ -84,10 +94,13 @@ def setup(config: Any, mesh: jax.sharding.Mesh, stop: interrupt.Stop) -> Run:
 
     def poll():
         if stop.requested:
-            raise Preempted(f"stopped by {stop.signal} while preparing data; start again to go on")
+            raise Preempted(
+                f"stopped by {stop.signal} while preparing data; the same command goes on"
+            )
 
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
     dataset = data.prepare(config.data.to_dict(), config.tokenizer.to_dict(), poll=poll)
+    build.check_tokenizer(config, dataset.tokenizer_dir)
     train = dataset.splits["train"]
     sizes = dict(
         steps_per_epoch=max(len(train) // config.batch_size, 1),
@@ -133,8 +146,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, Any]]]:
     """`step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
-    metrics: "sums" {name: (sum, weight)}, "loss", "grad_norm" (of what trains, before clipping) and "skipped" (1.0 when
-    loss or gradient was not finite: parameters and optimizer then stay, the step still counts), "tokens" (not padding).
+    metrics: "sums" {name: (sum, weight)}, "loss", "grad_norm" (of what trains, before clipping) and
+    "skipped" (1.0 when loss or gradient was not finite: parameters and optimizer then stay, the
+    step still counts), "tokens" (not padding).
     """
 
     def train_step(state, batch):
@@ -214,12 +228,15 @@ def loop(
         cleanup.callback(saver.close)
         batches = train_batches(run)
         cleanup.callback(batches.close)
-        current, step, tokens = start(run, saver, batches)
-        if step >= run.total:
+        current, saved = start(run, folder, saver, batches)
+        step = int(current.step)
+        if step == run.total and folder.finished:
             print(f"{folder.path}: already finished at step {step}; --fresh starts over")
             return
-        monitor = cleanup.enter_context(Monitor(run, folder, step, tokens, started))
+        monitor = cleanup.enter_context(Monitor(run, folder, step, saved, started))
         train_step, eval_step = compiled(run, monitor)
+        if due("eval") and monitor.owes_evaluation(step):
+            monitor.evaluated(step, validate(run, eval_step, current, stop, monitor))
         while step < run.total and not stop.requested:
             with monitor.timed("data_wait"):
                 batch = sharding.put(next(batches), run.batch_sharding)
@@ -230,19 +247,18 @@ def loop(
             if due("log"):
                 monitor.log(step)
             if due("eval"):
-                with monitor.timed("evaluation"):
-                    monitor.evaluated(step, validate(run, eval_step, current, stop))
+                monitor.evaluated(step, validate(run, eval_step, current, stop, monitor))
             if due("save") or due("eval") or saver.check():
                 monitor.save(saver, step, current, meta(run, batches, monitor))
         if stop.requested and step > monitor.first:
             monitor.save(saver, step, current, meta(run, batches, monitor))
         with monitor.timed("saving"):
             saver.wait()
-        monitor.finish(step, stop.signal, changed)
-    if step < run.total:
-        raise Preempted(
-            f"stopped by {stop.signal} after step {step}, which is saved; the same command goes on"
-        )
+        done = step == run.total and not monitor.owes_evaluation(step)
+        monitor.finish(step, "" if done else stop.signal, changed)
+    if not done:
+        where = f"after step {step}, which is saved" if step else "before the first step"
+        raise Preempted(f"stopped by {stop.signal} {where}; the same command goes on")
 
 
 def train_batches(run: Run) -> Any:
@@ -256,19 +272,26 @@ def train_batches(run: Run) -> Any:
     )
 
 
-def start(run: Run, saver: checkpoint.Checkpointer, batches: Any) -> tuple[TrainState, int, int]:
-    """(state, step, tokens seen) of the newest verified checkpoint, data where it stood; else new at 0."""
-    restored = saver.restore(run.abstract)
-    if restored is None:
-        params = build.initial(run.config, run.model, run.abstract.params)
-        create = functools.partial(state.create, run.abstract, run.model, run.optimizer.tx)
-        return create(run.split, run.config.seed, params), 0, 0
-    current, saved = restored
-    data.check_fingerprint(saved["fingerprint"], fingerprint(run))
-    batches.restore(saved["data"])
-    step = int(current.step)
-    print(f"resuming at step {step} of {run.total} (verified checkpoint)")
-    return current, step, saved["tokens"]
+def start(
+    run: Run, folder: workdir.Folder, saver: checkpoint.Checkpointer, batches: Any
+) -> tuple[TrainState, dict[str, Any]]:
+    """(state, meta) of the newest verified checkpoint, data where it stood; else (new state,
+    {})."""
+
+    def same_data(saved):
+        data.check_fingerprint(saved["fingerprint"], fingerprint(run))
+
+    restored = saver.restore(run.abstract, check=same_data)
+    if restored is not None:
+        batches.restore(restored[1]["data"])
+        return restored
+    if jax.process_index() == 0:
+        # The run folder reads alone: evaluation, export and people need the tokenizer.
+        source = run.dataset.tokenizer_dir
+        shutil.copytree(source, folder.path / "tokenizer", dirs_exist_ok=True)
+    params = build.initial(run.config, run.model, run.abstract.params)
+    create = functools.partial(state.create, run.abstract, run.model, run.optimizer.tx)
+    return create(run.split, run.config.seed, params), {}
 
 
 def fingerprint(run: Run) -> dict[str, Any]:
@@ -282,7 +305,7 @@ def meta(run: Run, batches: Any, monitor: Monitor) -> dict[str, Any]:
         "fingerprint": fingerprint(run),
         "config": configs.flatten(configs.redact(run.config)),
         "versions": report.environment(),
-        "tokens": monitor.tokens,
+        **monitor.saved(),
     }
 
 
@@ -312,9 +335,14 @@ def batch_spec(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def validate(
-    run: Run, eval_step: Callable, current: TrainState, stop: interrupt.Stop
+    run: Run, eval_step: Callable, current: TrainState, stop: interrupt.Stop, monitor: Monitor
 ) -> dict[str, float] | None:
-    """Metrics over the validation split, with averaged parameters where the config keeps them."""
+    """Metrics over the validation split, with averaged parameters where the config keeps them.
+
+    None if a signal ended it early, {} if there is no validation split.
+    """
+    if "validation" not in run.dataset.splits:
+        return {}
     params, average = current.params, optim.averaged(current.opt_state)
     if average is not None:
         params = optim.merge(average, run.split(params)[1])
@@ -324,9 +352,10 @@ def validate(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return evaluate.evaluate(
-        eval_step, params, batches, run.objectives, run.mesh, lambda: stop.requested
-    )
+    with monitor.timed("evaluation"):
+        return evaluate.evaluate(
+            eval_step, params, batches, run.objectives, run.mesh, lambda: stop.requested
+        )
 
 
 def numerics_error(
@@ -359,7 +388,7 @@ def numerics_error(
     }
     dump.write_text(json.dumps(facts, indent=2))
     return NumericsError(
-        f"{monitor.bad_in_a_row} updates in a row were not finite, the last at step {step}; none was applied. "
-        f"{dump} names the examples and each layer's gradient norm. The checkpoints are good: lower config.optim.lr, "
-        "raise config.optim.warmup, or look at the data."
+        f"{monitor.bad_in_a_row} updates in a row were not finite, the last at step {step}; none was "
+        f"applied or saved. {dump} names the examples and each layer's gradient norm. Lower "
+        "config.optim.lr, raise config.optim.warmup, or look at the data."
     )

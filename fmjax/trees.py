@@ -1,8 +1,9 @@
 """Parameter trees and their names.
 
-A parameter's name is its path, `block_07/attn/query/kernel`, and names are API: groups, checkpoints, exports and
-configs use them. In memory the blocks of one kind may be stacked under `blocks_00_11` (leading axis = layer), so
-that `scan` compiles one of them; that is storage and never part of a name. This file is the only one that knows both.
+A parameter's name is its path, `block_07/attn/query/kernel`, and names are API: groups,
+checkpoints, exports and configs use them. In memory the blocks of one kind may be stacked under
+`blocks_00_11` (leading axis = layer), so that `scan` compiles one of them; that is storage and
+never part of a name. This file is the only one that knows both.
 """
 
 import re

@@ -83,6 +83,11 @@ class Folder:
     def step(self) -> int:
         return self._status["step"]
 
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier sitting came to the end of the run, report and all."""
+        return self.previous.get("state") == "done" and self.previous.get("exit_code") == 0
+
 
 @contextlib.contextmanager
 def open(

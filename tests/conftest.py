@@ -1,4 +1,4 @@
-"""Strict by default: 8 CPU devices, no implicit rank promotion, warnings are errors, shapes are checked.
+"""Strict: 8 CPU devices, no implicit rank promotion, warnings are errors, shapes are checked.
 
 (Shapes and warnings: see `addopts` and `filterwarnings` in setup.cfg.)
 """

@@ -25,7 +25,7 @@ def get_config(arg=None):
         optim=dict(lr=1e-3, schedule="linear", warmup="10%", clip=1.0, args=dict(b1=0.9)),
         data=dict(name="pydocs", train="", streaming=False, shares=(0.5, 0.5), sizes=[1, 2]),
         objectives=dict(mlm=dict(weight=1.0, rate=0.15)),
-        groups=((".*", "train"),), group_optim={}, limit=None,
+        groups=((".*", "train"),), group_optim={}, untyped=None,
         window=config_dict.placeholder(int), hub_token="",
     ))
 """
@@ -69,9 +69,9 @@ def refusal(file, *words) -> str:
         ("--config.data.shares=(1,)", (1,)),
         ("--config.data.shares=[0.2, 0.3, 0.5]", (0.2, 0.3, 0.5)),
         ("--config.data.sizes=[3]", (3,)),
-        ("--config.limit=3", 3),
-        ("--config.limit='text'", "text"),
-        ("--config.limit=(1, None)", (1, None)),
+        ("--config.untyped=3", 3),
+        ("--config.untyped='text'", "text"),
+        ("--config.untyped=(1, None)", (1, None)),
         ("--config.window=1e2", 100),
         ("--config.window=None", None),
         ("--config.total=1e3", 1000),
@@ -121,9 +121,9 @@ def test_the_config_is_locked(file):
         ("--config.data.shares=0.8", "(0.9, 0.99)"),
         ("--config.data.shares=(1, 1e999)", "finite"),
         ("--config.data.shares=(1, __import__('os'))", "tuple"),
-        ("--config.limit=1e999", "finite"),
-        ("--config.limit=text", "'text'"),
-        ("--config.limit=" + "-" * 5000 + "1", "a Python literal"),
+        ("--config.untyped=1e999", "finite"),
+        ("--config.untyped=text", "'text'"),
+        ("--config.untyped=" + "-" * 5000 + "1", "a Python literal"),
         ("--config.group_optim={1: 2}", "not text"),
         ("--config.objectives.mlm.rate=1.01", "between 0 and 1"),
         ("--config.objectives={}", "nothing to train"),
@@ -330,7 +330,7 @@ def test_no_check_accepts_or_stumbles_over_nonsense(rule, value):
     assert not rule.accepts(value)
 
 
-@pytest.mark.parametrize("value", [None, 3, (), [], "x"])
+@pytest.mark.parametrize("value", [3, (), [], "x"])
 @pytest.mark.parametrize("key", ["precision", "task"])
 def test_no_choice_accepts_or_stumbles_over_nonsense(key, value):
     with pytest.raises(ConfigError, match=key):

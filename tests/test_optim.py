@@ -21,7 +21,12 @@ def make(params, assigned=None, group_optim=None, **changes):
     assigned = assigned or {name: "train" for name in trees.unstack(params)}
     trainable, _ = optim.split(params, assigned)
     return optim.make(
-        trainable, assigned, steps=steps, depth=4, optim=OPTIM | changes, group_optim=group_optim or {}
+        trainable,
+        assigned,
+        steps=steps,
+        depth=4,
+        optim=OPTIM | changes,
+        group_optim=group_optim or {},
     )
 
 
@@ -46,7 +51,14 @@ def run(tx, values, n=4):
 def test_first_full_match_wins():
     groups = ((r"block_0[01]/.*", "freeze"), (r"head/.*", "head"), (r".*", "train"))
     assigned = optim.assign(NAMES, groups)
-    assert [assigned[name] for name in NAMES] == ["train", "head", "freeze", "freeze", "train", "train"]
+    assert [assigned[name] for name in NAMES] == [
+        "train",
+        "head",
+        "freeze",
+        "freeze",
+        "train",
+        "train",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +93,8 @@ def test_split_and_merge_are_inverse():
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "lion", "adafactor", "muon", "sgd"])
 def test_stacked_layers_update_as_separate_ones(name):
-    """LAMB's trust ratio, Adafactor's factors and Muon's orthogonalisation are per matrix, not per stack."""
+    """LAMB's trust ratio, Adafactor's factors and Muon's orthogonalisation are per matrix, not per
+    stack."""
     decay = {} if name == "sgd" else {"weight_decay": 0.01}
     changes = dict(name=name, layer_decay=0.5, clip=1.0, **decay)
     if name == "adafactor":
@@ -93,7 +106,8 @@ def test_stacked_layers_update_as_separate_ones(name):
 
 
 def test_adamw_first_step_by_hand():
-    """Bias-corrected Adam moves by lr * sign(g); decay subtracts lr * wd * p where the pattern matches."""
+    """Bias-corrected Adam moves by lr * sign(g); decay subtracts lr * wd * p where the pattern
+    matches."""
     values = params((4,))
     out, _ = run(make(values, weight_decay=0.5).tx, values, n=1)
     for name, before in trees.unstack(values).items():
@@ -104,7 +118,8 @@ def test_adamw_first_step_by_hand():
 
 
 def test_layer_decay_factors():
-    """Depth 4: head 1, block_03 1/2, … block_00 1/16, embedding 1/32; the first Adam step is lr * factor."""
+    """Depth 4: head 1, block_03 1/2, … block_00 1/16, embedding 1/32; the first Adam step is lr *
+    factor."""
     values = jax.tree.map(jnp.ones_like, params((4,)))
     out, _ = run(make(values, layer_decay=0.5).tx, values, n=1)
     moved = {name: float(1 - x.ravel()[0]) / 0.1 for name, x in out.items()}
@@ -126,7 +141,8 @@ def test_groups_have_their_own_learning_rates():
 
 
 def test_clip_is_over_all_that_trains():
-    """Gradients (3, 4) have norm 5; clipped to 1 they are (0.6, 0.8), and SGD with lr 0.1 moves by a tenth."""
+    """Gradients (3, 4) have norm 5; clipped to 1 they are (0.6, 0.8), and SGD with lr 0.1 moves by
+    a tenth."""
     values = {"a": {"kernel": jnp.zeros(1)}, "b": {"kernel": jnp.zeros(1)}}
     tx = make(values, {"a/kernel": "train", "b/kernel": "train"}, name="sgd", clip=1.0).tx
     grads = {"a": {"kernel": jnp.full(1, 3.0)}, "b": {"kernel": jnp.full(1, 4.0)}}
@@ -136,7 +152,8 @@ def test_clip_is_over_all_that_trains():
 
 
 def test_moving_average_by_hand():
-    """SGD with gradient -10, lr 0.1: p = 1, 2, 3; decays min(d, (1+n)/(10+n)) = 1/10, 2/11, 3/12."""
+    """SGD with gradient -10, lr 0.1: p = 1, 2, 3; decays min(d, (1+n)/(10+n)) = 1/10, 2/11,
+    3/12."""
     values = {"kernel": jnp.zeros(1)}
     tx = make(values, {"kernel": "train"}, name="sgd", ema=0.999).tx
     state, p, average = tx.init(values), values, 0.0
@@ -175,7 +192,9 @@ def test_unknown_names_and_arguments_are_named():
         make(values, args={"beta1": 0.9})
     with pytest.raises(ConfigError, match="'sgd' has no weight decay"):
         make(values, name="sgd", weight_decay=0.1)
-    with pytest.raises(ConfigError, match="config.optim.schedule='cos'.*Did you mean 'cosine'|Possible"):
+    with pytest.raises(
+        ConfigError, match="config.optim.schedule='cos'.*Did you mean 'cosine'|Possible"
+    ):
         make(values, schedule="cos")
     with pytest.raises(ConfigError, match="more than the run's 100"):
         make(values, warmup=200)

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from conftest import dots
+
 from fmjax import precision
 
 SHAPES = [  # leading axes, D, F: square, wide, narrow, one row, odd rows, single output
@@ -55,7 +55,9 @@ def test_no_bfloat16_dot_is_upcast():
     def loss(x, w):
         return precision.linear(x, w, jnp.bfloat16).sum()
 
-    found = dots(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(jnp.ones((8, 32)), jnp.ones((32, 16))))
+    found = dots(
+        jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(jnp.ones((8, 32)), jnp.ones((32, 16)))
+    )
     assert len(found) == 3
     for dot in found:
         assert all(x.aval.dtype == jnp.bfloat16 for x in dot.invars)

@@ -113,8 +113,9 @@ def test_shares_of_time(page):
 
 def test_the_last_command_resumes_and_others_name_the_folder(folder, page):
     assert "python run.py a" in page.texts
-    for name in ("evaluate", "fill_mask", "export"):
-        assert f"python run.py --config=configs/{name}.py --config.folder={folder}" in page.texts
+    task = lambda name: f"python run.py --config=configs/{name}.py --config.folder={folder}"
+    assert task("evaluate") in page.texts and task("export") in page.texts
+    assert f'{task("fill_mask")} --config.text="The [MASK] of a function."' in page.texts
 
 
 def test_curves_share_a_figure_by_what_they_measure():

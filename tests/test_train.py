@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
 from conftest import dots
+
 from fmjax import flops, objectives, sharding, state, trees
 from fmjax.objectives import mlm
 
@@ -95,7 +95,8 @@ def test_scanned_and_unrolled_models_are_the_same(remat):
 
 
 @pytest.mark.parametrize(
-    "layout", [dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(data=1, tensor=4, fsdp=2)]
+    "layout",
+    [dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(data=1, tensor=4, fsdp=2)],
 )
 def test_row12_any_layout_gives_the_same_numbers(layout):
     """The mesh of the other tests is data=8; this compares with one device holding everything."""
@@ -136,8 +137,13 @@ def single_device(mesh):
 def test_row41_same_seed_same_numbers_other_seed_other_numbers():
     made = plain()
     a, b, c = (made.step(made.state(seed), tiny.batch(8))[0] for seed in (3, 3, 4))
-    assert all((x == y).all() for x, y in zip(values(a.params).values(), values(b.params).values(), strict=True))
-    assert (values(a.params)["block_00/mlp/up/kernel"] != values(c.params)["block_00/mlp/up/kernel"]).any()
+    assert all(
+        (x == y).all()
+        for x, y in zip(values(a.params).values(), values(b.params).values(), strict=True)
+    )
+    assert (
+        values(a.params)["block_00/mlp/up/kernel"] != values(c.params)["block_00/mlp/up/kernel"]
+    ).any()
 
 
 def poisoned(made, current, path, where="params"):
@@ -197,7 +203,9 @@ def test_frozen_parameters_stay_and_hold_no_optimizer_memory():
     assert made.model.stacks == (2, 1)
     before = made.state()
     after, _ = made.step(before, tiny.batch(8))
-    moved = {name for name, x in values(after.params).items() if (x != values(before.params)[name]).any()}
+    moved = {
+        name for name, x in values(after.params).items() if (x != values(before.params)[name]).any()
+    }
     trains = {name for name, group in made.assigned.items() if group == "train"}
     assert moved == trains - {n for n in trains if "pooler" in n}
     trainable = trees.size(made.split(before.params)[0])
@@ -229,7 +237,7 @@ def test_what_is_frozen_costs_nothing_by_the_compilers_count():
     everything, memory = compiled_flops(((".*", "train"),))
     head, head_memory = compiled_flops(((r"head/.*", "train"), (".*", "freeze")))
     last_two, _ = compiled_flops(((r"block_1[01]/.*|head/.*", "train"), (".*", "freeze")))
-    print(head/everything,last_two/everything,head_memory/memory)
+    print(head / everything, last_two / everything, head_memory / memory)
     assert head <= 0.34 * everything
     assert last_two <= 0.45 * everything
     assert head_memory < 0.3 * memory

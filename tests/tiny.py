@@ -15,10 +15,17 @@ VOCAB = SimpleNamespace(
     size=V, mask_id=4, special=np.arange(V) < 5, word_start=np.arange(V) % 3 > 0
 )
 SIZES = dict(vocab_size=V, width=32, depth=3, heads=4, mlp=64, max_len=T)
-# Adam divides by the gradient's size: a gradient that is zero on paper (the key bias) is then rounding noise of
-# size lr. A large eps keeps noise small, so that parameters can be compared.
+# Adam divides by the gradient's size: a gradient that is zero on paper (the key bias) is then
+# rounding noise of size lr. A large eps keeps noise small, so that parameters can be compared.
 OPTIM = dict(
-    name="adamw", args={"eps": 1e-3}, lr=1e-2, schedule="constant", warmup=0, cooldown=0, end=0.0, clip=1.0
+    name="adamw",
+    args={"eps": 1e-3},
+    lr=1e-2,
+    schedule="constant",
+    warmup=0,
+    cooldown=0,
+    end=0.0,
+    clip=1.0,
 ) | dict(weight_decay=0.01, decay=".*kernel", layer_decay=1.0, ema=0.0)
 
 
@@ -45,7 +52,8 @@ def batch(rows: int, seed: int = 0) -> dict[str, jax.Array]:
 def make(
     groups=((".*", "train"),), accumulate=1, losses=None, mesh=None, changes=None, **model
 ) -> SimpleNamespace:
-    """Model, loss, optimizer, a fresh state and the jitted step, put together as `train.setup` does."""
+    """Model, loss, optimizer, a fresh state and the jitted step, put together as `train.setup`
+    does."""
     net, assigned = train.grouped(bert.Model("tiny", **{**SIZES, **model}), groups)
     split = functools.partial(optim.split, assigned=assigned)
     goals = objectives.build(losses or {"mlm": {"rate": 0.3}}, vocab=VOCAB)

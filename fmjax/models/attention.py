@@ -1,7 +1,8 @@
 """Scaled dot-product attention: one function, with implementations chosen by device.
 
-Tokens see each other when they belong to the same segment: `segment_ids` are 1-based within a row and 0 is padding,
-so packing and padding are one mechanism. A query that may see nothing (padding) gets zeros, and a zero gradient.
+Tokens see each other when they belong to the same segment: `segment_ids` are 1-based within a row
+and 0 is padding, so packing and padding are one mechanism. A query that may see nothing (padding)
+gets zeros, and a zero gradient.
 """
 
 import functools
@@ -43,9 +44,10 @@ def attention(
 ) -> Float[Array, "B N T H"]:
     """softmax(q kᵀ / √H) v over the positions that `mask` allows (Vaswani et al. 2017, §3.2.1).
 
-    `implementation`: "xla" runs anywhere; "cudnn" is NVIDIA's fused kernel (float16/bfloat16); "tpu" is the Pallas flash
-    kernel, which reads `segment_ids` instead of the mask and so refuses `windowed`; "auto" takes the fused kernel of the
-    device where it applies. Probabilities can be dropped out only by "xla".
+    `implementation`: "xla" runs anywhere; "cudnn" is NVIDIA's fused kernel (float16/bfloat16);
+    "tpu" is the Pallas flash kernel, which reads `segment_ids` instead of the mask and so refuses
+    `windowed`; "auto" takes the fused kernel of the device where it applies. Probabilities can be
+    dropped out only by "xla".
 
     Raises ConfigError when a kernel is asked for by name and cannot serve the request.
     """
@@ -94,7 +96,7 @@ def _first(*cases: tuple[Any, str]) -> str:
     return next((why for condition, why in cases if condition), "")
 
 
-# --- XLA: explicit dots, so that both passes keep compute-dtype operands and float32 accumulation ---
+# --- XLA: all dots explicit, for compute-dtype operands and float32 accumulation in both passes ---
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -142,9 +144,7 @@ _xla.defvjp(_xla_forward, _xla_backward)
 
 def _cudnn(q, k, v, mask):
     swap = lambda x: jnp.swapaxes(x, 1, 2)  # (B, N, T, H) <-> (B, T, N, H)
-    out = jax.nn.dot_product_attention(
-        swap(q), swap(k), swap(v), mask=mask, implementation="cudnn"
-    )
+    out = jax.nn.dot_product_attention(swap(q), swap(k), swap(v), mask=mask, implementation="cudnn")
     return swap(out)
 
 

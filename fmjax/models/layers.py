@@ -1,7 +1,8 @@
 """What model families share: linear maps, norms, embeddings, MLPs, rotary positions, dropout.
 
-Every module computes in `dtype` with float32 accumulation (`fmjax.precision`), keeps its parameters in float32 and
-takes its randomness as one seed per example (`fmjax.streams`); `seeds=None` means deterministic.
+Every module computes in `dtype` with float32 accumulation (`fmjax.precision`), keeps its parameters
+in float32 and takes its randomness as one seed per example (`fmjax.streams`); `seeds=None` means
+deterministic.
 """
 
 from collections.abc import Callable
@@ -86,7 +87,7 @@ class Embedding(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two-layer perceptron; `gated` multiplies the activation with a second projection (GeGLU, SwiGLU)."""
+    """Two-layer perceptron; `gated` multiplies with a second projection (GeGLU, SwiGLU)."""
 
     hidden: int
     activation: str = "gelu"

@@ -2,13 +2,14 @@
 
 An objective module has up to two pure functions:
 
-    prepare(batch, seeds, **args) -> batch           optional: corrupts or extends the batch (masking)
-    loss_fn(apply, params, batch, **args) -> metrics  {name: (sum, weight)}; "loss" is what is minimised
+    prepare(batch, seeds, **args) -> batch             optional: corrupts the batch (masking)
+    loss_fn(apply, params, batch, **args) -> metrics   {name: (sum, weight)}, "loss" is minimised
 
-`apply(params, *arrays, method=…)` runs a method of the model; `batch["seeds"]` is there while training and turns
-dropout on. Sums are divided only once, by the weight of the whole batch, so that padding, accumulation and the number
-of devices cannot change a number. Arguments are what `config.objectives.<name>` holds plus facts about the data (the
-vocabulary) that a function asks for by name.
+`apply(params, *arrays, method=…)` runs a method of the model; `batch["seeds"]` is there while
+training and turns dropout on. Sums are divided only once, by the weight of the whole batch, so that
+padding, accumulation and the number of devices cannot change a number. Arguments are what
+`config.objectives.<name>` holds plus facts about the data (the vocabulary) that a function asks for
+by name.
 """
 
 import functools
@@ -77,7 +78,8 @@ def metrics(
 ) -> Metrics:
     """All objectives' (sum, weight) metrics as "<objective>/<metric>", on one shared forward pass.
 
-    Corruptions are applied in order; objectives that then ask for the same method of the same arrays share its result.
+    Corruptions are applied in order; objectives that then ask for the same method of the same
+    arrays share its result.
     """
     batch = prepare(objectives, batch, rng, train)
     shared = _remembering(apply)
@@ -101,8 +103,11 @@ def prepare(
     return batch
 
 
-def loss(objectives: list[Objective], found: Metrics, weights: Mapping[str, jax.Array]) -> jax.Array:
-    """The weighted sum of the objectives' means over `weights` ("<objective>/loss" -> global weight).
+def loss(
+    objectives: list[Objective], found: Metrics, weights: Mapping[str, jax.Array]
+) -> jax.Array:
+    """The weighted sum of the objectives' means over `weights` ("<objective>/loss" -> global
+    weight).
 
     An objective without a single target contributes zero.
     """
@@ -114,7 +119,8 @@ def loss(objectives: list[Objective], found: Metrics, weights: Mapping[str, jax.
 
 
 def mean(found: Mapping[str, Any], objectives: list[Objective]) -> dict[str, float]:
-    """Printable means of (sum, weight) metrics on the host, with "loss" the total that is minimised."""
+    """Printable means of (sum, weight) metrics on the host, with "loss" the total that is
+    minimised."""
     means = {name: float(s) / float(w) if w else float("nan") for name, (s, w) in found.items()}
     parts = [(o.weight, means.get(f"{o.name}/loss", float("nan"))) for o in objectives]
     return {"loss": sum(weight * value for weight, value in parts), **means}

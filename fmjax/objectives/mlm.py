@@ -1,8 +1,8 @@
 """Masked language modelling (Devlin et al. 2019, §3.1), with whole-word and span masking.
 
-A fixed share of each row's real tokens is chosen; of those 80 % become [MASK], 10 % a random token, 10 % stay. Only the
-chosen positions, a static number of them, go through the vocabulary projection. What is chosen is a pure function
-of (seed, step, example): see `fmjax.streams`.
+A fixed share of each row's real tokens is chosen; of those 80 % become [MASK], 10 % a random token,
+10 % stay. Only the chosen positions, a static number of them, go through the vocabulary projection.
+What is chosen is a pure function of (seed, step, example): see `fmjax.streams`.
 """
 
 import math
@@ -39,12 +39,14 @@ def prepare(
         rate: share of a row's real tokens to choose, rounded, at least one.
         mask: choose single tokens, whole words, or spans of whole words.
         replace: shares of the chosen that become [MASK] and a random token.
-        span_stop, span_max: spans have geometric lengths in words, stopping with probability `span_stop` after each
-            and at the latest after `span_max` (SpanBERT, Joshi et al. 2020, §3.1: 0.2 and 10).
+        span_stop, span_max: spans have geometric lengths in words, stopping with probability
+            `span_stop` after each and at the latest after `span_max` (SpanBERT, Joshi et al. 2020,
+            §3.1: 0.2 and 10).
 
     Returns:
-        The batch with corrupted `input_ids` and `mlm_positions`, `mlm_labels`, `mlm_weights` (B, K), K = ⌈rate · T⌉.
-        Words and spans are never cut, so a row may end up with fewer targets than its share: "mask_rate" tells.
+        The batch with corrupted `input_ids` and `mlm_positions`, `mlm_labels`, `mlm_weights` (B,
+        K), K = ⌈rate · T⌉. Words and spans are never cut, so a row may end up with fewer targets
+        than its share: "mask_rate" tells.
     """
     if mask not in MASKS:
         raise ConfigError(
@@ -87,7 +89,8 @@ def prepare(
 def loss_fn(
     apply: Callable, params: Any, batch: Mapping[str, jax.Array]
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Cross-entropy in nats at the chosen positions only; also accuracy and the realised mask rate."""
+    """Cross-entropy in nats at the chosen positions only; also accuracy and the realised mask
+    rate."""
     hidden = apply(
         params,
         batch["input_ids"],
@@ -121,7 +124,8 @@ def _units(
     span_stop: float,
     span_max: int,
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """Numbers (< T) of each token's word, and of the unit it is chosen with: itself, its word or its span."""
+    """Numbers (< T) of each token's word, and of the unit it is chosen with: itself, its word or
+    its span."""
     if mask == "token":
         each = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
         return each, each
@@ -130,7 +134,8 @@ def _units(
     starts = jnp.asarray(vocab.word_start)[ids] | after_gap
     word = jnp.cumsum(starts, axis=1) - 1
     if mask == "span":
-        # Gaps of a Bernoulli process are geometric: a span starts at a word with probability `span_stop`.
+        # Gaps of a Bernoulli process are geometric: a span starts at a word with probability
+        # `span_stop`.
         stop = streams.bernoulli(streams.named(seeds, "span"), span_stop, (ids.shape[1],))
         fresh = starts & (stop | after_gap)
         since = word - jax.lax.cummax(jnp.where(fresh, word, 0), axis=1)
@@ -143,8 +148,8 @@ def _whole(
 ) -> Bool[Array, "B T"]:
     """False for the unit that the budget `count` would cut, given tokens in the order of choice.
 
-    A first unit larger than the whole budget is cut after a word, and a first word anywhere, so that no row loses its
-    targets.
+    A first unit larger than the whole budget is cut after a word, and a first word anywhere, so
+    that no row loses its targets.
     """
 
     def cut(group):

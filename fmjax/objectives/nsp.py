@@ -1,6 +1,8 @@
-"""Next sentence prediction (Devlin et al. 2019, §3.1): does B follow A, or come from another document?
+"""Next sentence prediction (Devlin et al. 2019, §3.1): does B follow A, or come from another
+document?
 
-The pairs themselves are made by `fmjax.data` (`config.data.format = "pairs"`, `config.data.pair = "nsp"`).
+The pairs themselves are made by `fmjax.data` (`config.data.format = "pairs"`, `config.data.pair =
+"nsp"`).
 """
 
 from collections.abc import Callable, Mapping
@@ -15,9 +17,12 @@ from fmjax.errors import ConfigError
 def loss_fn(
     apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, head: str = "nsp"
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Two-class cross-entropy in nats of `pair_label` (B,), and accuracy; empty rows weigh nothing."""
+    """Two-class cross-entropy in nats of `pair_label` (B,), and accuracy; empty rows weigh
+    nothing."""
     if "pair_label" not in batch:
-        raise ConfigError(f"The objective {head!r} needs sentence pairs: set config.data.format=pairs.")
+        raise ConfigError(
+            f"The objective {head!r} needs sentence pairs: set config.data.format=pairs."
+        )
     hidden = apply(
         params,
         batch["input_ids"],

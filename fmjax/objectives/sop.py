@@ -1,4 +1,5 @@
-"""Sentence order prediction (ALBERT, Lan et al. 2020, §3.1): are two consecutive segments in order or swapped?
+"""Sentence order prediction (ALBERT, Lan et al. 2020, §3.1): are two consecutive segments in order
+or swapped?
 
 Differs from `nsp` only in how the pairs are made (`config.data.pair = "sop"`) and in its head.
 """

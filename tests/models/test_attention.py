@@ -83,9 +83,7 @@ def test_dropout_keeps_the_mean_and_its_gradient_uses_the_same_mask():
     seeds = streams.seeds(jax.random.key(3), jnp.arange(B))
 
     def out(v, seeds):
-        return attention(
-            q, k, v, may_see, segment_ids=segment_ids, dropout=0.5, seeds=seeds
-        )
+        return attention(q, k, v, may_see, segment_ids=segment_ids, dropout=0.5, seeds=seeds)
 
     many = [out(v, streams.fold(seeds, i)) for i in range(400)]
     plain = attention(q, k, v, may_see, segment_ids=segment_ids)
@@ -106,7 +104,9 @@ def test_gradient_through_dropout_matches_finite_differences():
     dq, dk = jax.grad(total, (0, 1))(q, k)
     for argument, gradient in enumerate((dq, dk)):
         direction = jax.random.normal(jax.random.key(argument), q.shape)
-        step = lambda e, a=argument, d=direction: total(*[x + e * d * (i == a) for i, x in enumerate((q, k))])
+        step = lambda e, a=argument, d=direction: total(
+            *[x + e * d * (i == a) for i, x in enumerate((q, k))]
+        )
         numeric = (step(1e-2) - step(-1e-2)) / 2e-2
         np.testing.assert_allclose((gradient * direction).sum(), numeric, rtol=2e-3)
 

@@ -32,7 +32,9 @@ def batch(n=64, time=40, seed=0):
 
 
 def prepared(b, key=0, **args):
-    run = jax.jit(lambda b, key: mlm.prepare(b, streams.seeds(key, b["index"]), vocab=VOCAB, **args))
+    run = jax.jit(
+        lambda b, key: mlm.prepare(b, streams.seeds(key, b["index"]), vocab=VOCAB, **args)
+    )
     return jax.tree.map(np.asarray, run(b, jax.random.key(key)))
 
 
@@ -112,9 +114,11 @@ def test_words_are_masked_whole(mask):
 
 
 def test_span_lengths_are_geometric():
-    """Words only of one token: runs of chosen spans have mean (1 - 0.8**10) / 0.2 = 4.46 words when isolated.
+    """Words only of one token: runs of chosen spans have mean (1 - 0.8**10) / 0.2 = 4.46 words when
+    isolated.
 
-    Neighbouring spans can touch, so the mean run is a little longer; single-token masking gives about 1 / 0.85.
+    Neighbouring spans can touch, so the mean run is a little longer; single-token masking gives
+    about 1 / 0.85.
     """
     rng = np.random.default_rng(0)
     ids = jnp.asarray(rng.integers(5, 50, (500, 120)), jnp.int32)
@@ -151,7 +155,8 @@ def test_row37_a_row_without_real_tokens_has_no_targets():
 
 
 def test_loss_by_hand():
-    """Uniform logits over V give ln V nats; a right-answer logit of log(9 (V - 1)) gives ln(10/9)."""
+    """Uniform logits over V give ln V nats; a right-answer logit of log(9 (V - 1)) gives
+    ln(10/9)."""
     labels = jnp.asarray([[7, 8, 9]])
     b = {name: jnp.zeros((1, 5), jnp.int32) for name in ("input_ids", "positions", "token_types")}
     b |= {"segment_ids": jnp.ones((1, 5), jnp.int32), "seeds": None}
@@ -172,5 +177,7 @@ def test_loss_by_hand():
 
 
 def test_unknown_mask_is_named():
-    with pytest.raises(ConfigError, match="config.objectives.mlm.mask='words'.*Did you mean 'word'"):
+    with pytest.raises(
+        ConfigError, match="config.objectives.mlm.mask='words'.*Did you mean 'word'"
+    ):
         prepared(batch(), mask="words")

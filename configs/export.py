@@ -1,0 +1,20 @@
+"""A run as a folder that transformers loads: weights, config and tokenizer.
+
+    python run.py --config=configs/export.py --config.folder=runs/mlm-1a2b3c4d \\
+        --config.output=my-bert
+
+What was written is read back and compared before the task says so.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    config = ConfigDict()
+
+    config.task = "export"
+    config.folder = ""
+    config.output = ""  # empty: export/ in the run folder; never one that holds files
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.distributed = dict(auto=False, coordinator="", num_processes=1, process_id=0)
+    return config

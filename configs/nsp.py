@@ -1,0 +1,27 @@
+"""BERT's whole pretraining recipe (Devlin et al. 2019, §3.1): masked tokens and next-sentence
+prediction.
+
+    python run.py --config=configs/nsp.py --config.data.train='books/train-*.jsonl.gz'
+
+Differs from configs/mlm.py in: rows are pairs of text segments, the second objective and its head.
+`:sop` predicts the order of two consecutive segments instead (ALBERT, Lan et al. 2020, §3.1).
+"""
+
+import runpy
+from pathlib import Path
+
+from fmjax.config import parse_arg
+from fmjax.errors import ConfigError, did_you_mean
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, pair="nsp", variant="small", runlocal=False)
+    if arg.pair not in ("nsp", "sop"):
+        raise ConfigError(f"unknown pair {arg.pair!r}.{did_you_mean(arg.pair, ('nsp', 'sop'))}")
+    mlm = runpy.run_path(str(Path(__file__).with_name("mlm.py")))["get_config"]
+    config = mlm(f"{arg.variant},runlocal={arg.runlocal}")
+    config.data.format = "pairs"
+    config.data.pair = arg.pair
+    config.objectives[arg.pair] = dict(weight=1.0)
+    config.model.classes = {arg.pair: 2}
+    return config

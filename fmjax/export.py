@@ -1,0 +1,59 @@
+"""A run folder as a folder that `transformers` loads."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fmjax import build, convert, state, trees
+from fmjax.errors import CheckpointError, ConfigError
+
+
+def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
+    """The task: writes the run `config.folder` to `config.output`, reads it back and compares."""
+    mesh = build.start_jax(config)
+    with jax.set_mesh(mesh):
+        opened = build.open_folder(config.folder, mesh)
+        if opened.config is None:
+            raise ConfigError(
+                f"config.folder={config.folder!r} is in Hugging Face format already; "
+                "give the folder of a run."
+            )
+        output = Path(config.output or Path(config.folder) / "export")
+        if dry_run:
+            print(f"would export {opened} to {output}")
+            return
+        left_out = convert.export(output, opened.model, opened.params, opened.tokenizer)
+        check(output, opened, left_out, state.abstract_params(opened.model, mesh))
+    if jax.process_index() != 0:
+        return
+    files = [path for path in output.iterdir() if path.is_file()]
+    size = sum(path.stat().st_size for path in files) / 2**20
+    print(f"exported {opened} to {output}: {len(files)} files, {size:,.1f} MiB")
+    print("read back: equal to the run's parameters bit by bit")
+    if heads := ", ".join(sorted({name.rpartition("/")[0] for name in left_out})):
+        print(f"left out, as transformers has no class with them beside the rest: {heads}")
+    print(f"to load: transformers.AutoModelForMaskedLM.from_pretrained({str(output)!r})")
+
+
+def check(output: Path, opened: build.Opened, left_out: tuple[str, ...], abstract: Any) -> None:
+    """Raises CheckpointError unless the folder holds every bit of the parameters exported."""
+    kept = {p: x for p, x in trees.flatten(opened.params).items() if p not in left_out}
+    like = {path: leaf for path, leaf in trees.flatten(abstract).items() if path in kept}
+    again, _ = convert.load(output, trees.unflatten(like))
+    again = trees.flatten(again)
+    if wrong := [path for path in kept if not _same_bits(kept[path], again[path])]:
+        raise CheckpointError(
+            f"{output} was written, but reads back differently: {', '.join(wrong[:5])}. Do not use "
+            "it; set config.output to another folder, on another disk if it happens again."
+        )
+
+
+def _same_bits(one: jax.Array, other: jax.Array) -> bool:
+    """Compares what this process holds, as bits: NaN equals itself, -0 differs from 0."""
+    return all(
+        np.asarray(a.data).tobytes() == np.asarray(b.data).tobytes()
+        for a, b in zip(one.addressable_shards, other.addressable_shards, strict=True)
+    )

@@ -1,0 +1,124 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from fmjax import trees
+from fmjax.errors import ConfigError
+from fmjax.models import bert
+
+FAMILIES = {
+    "bert": dict(),
+    "roberta": dict(types=1, position_shift=2),
+    "distilbert": dict(types=0),
+    "modernbert": dict(modern=True, types=0, window=3, depth=4),
+}
+
+
+def build(family, **changes):
+    model = bert.Model("tiny", **{**tiny.SIZES, "dropout": 0.0, **FAMILIES[family], **changes})
+    model = model.clone(stacks=trees.runs(model.kinds))
+    params = jax.jit(model.init)(jax.random.key(0), *model.example())["params"]
+    # Larger than at initialisation, so that attention really depends on what it sees.
+    return model, jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
+
+
+def logits(model, params, batch):
+    arrays = [batch[k] for k in ("input_ids", "segment_ids", "positions", "token_types")]
+
+    @jax.jit
+    def run(params, *arrays):
+        bound = lambda *args, method: model.apply({"params": params}, *args, method=method)
+        return bound(bound(*arrays, method="encode"), method="logits")
+
+    return np.asarray(run(params, *arrays))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_document_has_the_logits_of_the_document_alone(family):
+    """Each row of the batch holds two documents and padding; each document is run again by
+    itself."""
+    model, params = build(family)
+    packed = tiny.batch(4)
+    whole = logits(model, params, packed)
+    for segment in (1, 2):
+        mine = np.asarray(packed["segment_ids"]) == segment
+        lengths = mine.sum(1)
+        place = np.arange(tiny.T)[None]
+        inside = place < lengths[:, None]
+        start = mine.argmax(1)[:, None]
+        taken = np.take_along_axis(
+            np.asarray(packed["input_ids"]), np.minimum(place + start, tiny.T - 1), axis=1
+        )
+        alone = {
+            "input_ids": np.where(inside, taken, 0),
+            "segment_ids": inside.astype(np.int32),
+            "positions": np.where(inside, place, 0),
+            "token_types": np.zeros_like(taken),
+        }
+        alone = {name: jnp.asarray(x, jnp.int32) for name, x in alone.items()}
+        np.testing.assert_allclose(
+            logits(model, params, alone)[inside], whole[mine], atol=2e-5, rtol=0
+        )
+    # The test can fail: documents that see each other do not give these logits.
+    leaking = {**packed, "segment_ids": jnp.minimum(packed["segment_ids"], 1)}
+    real = np.asarray(packed["segment_ids"]) > 0
+    assert np.abs(logits(model, params, leaking) - whole)[real].max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_padding_changes_nothing(family):
+    model, params = build(family)
+    batch = tiny.batch(4)
+    longer = {name: jnp.pad(x, ((0, 0), (0, 8))) for name, x in batch.items() if x.ndim == 2}
+    real = np.asarray(batch["segment_ids"]) > 0
+    short, long = logits(model, params, batch), logits(model, params, longer)
+    np.testing.assert_allclose(long[:, : tiny.T][real], short[real], atol=2e-5, rtol=0)
+
+
+def test_modernbert_layers_see_a_window_except_every_third():
+    """Depth 4, window 3: only layers 0 and 3 see far; with one local layer more than window tokens
+    reach nobody."""
+    far = {}
+    for full_every in (1, 100):
+        model, params = build("modernbert", depth=2, full_every=full_every)
+        batch = {name: jnp.zeros((1, tiny.T), jnp.int32) for name in ("positions", "token_types")}
+        batch["positions"] = jnp.arange(tiny.T)[None]
+        batch["segment_ids"] = jnp.ones((1, tiny.T), jnp.int32)
+        one = {**batch, "input_ids": jnp.full((1, tiny.T), 7, jnp.int32)}
+        two = {**one, "input_ids": one["input_ids"].at[0, -1].set(9)}
+        # Layer 0 is always full; hide it by comparing layer 1 alone: block it with zeroed output.
+        flat = trees.flatten(params)
+        flat["blocks_00_00/attn/out/kernel"] = 0 * flat["blocks_00_00/attn/out/kernel"]
+        zeroed = trees.unflatten(flat)
+        far[full_every] = np.abs(logits(model, zeroed, one) - logits(model, zeroed, two))[0].max(-1)
+    assert (far[1] > 0).all()
+    assert (far[100][: tiny.T - 4] == 0).all() and (far[100][tiny.T - 4 :] > 0).all()
+
+
+def test_dropout_is_where_the_original_has_it_and_needs_seeds():
+    model, params = build("bert", dropout=0.5)
+    batch = tiny.batch(2)
+    arrays = [batch[k] for k in ("input_ids", "segment_ids", "positions", "token_types")]
+    encode = jax.jit(
+        lambda *seeds: model.apply({"params": params}, *arrays, *seeds, method="encode")
+    )
+    seeds = jnp.arange(4, dtype=jnp.uint32).reshape(2, 2)
+    assert (np.asarray(encode()) == np.asarray(encode(None))).all()
+    assert (np.asarray(encode()) != np.asarray(encode(seeds))).any()
+    assert (np.asarray(encode(seeds)) == np.asarray(encode(seeds))).all()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(variant="bse"), "config.model.variant='bse'.*Did you mean 'base'"),
+        (dict(widht=3), "config.model.widht is not known.*Did you mean 'width'"),
+        (dict(width=33), "config.model.heads=2 does not divide config.model.width=33"),
+        (dict(remat="dot"), "config.model.remat='dot'.*Did you mean 'dots'"),
+    ],
+)
+def test_models_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        bert.Model(**{"variant": "tiny", **changes})
