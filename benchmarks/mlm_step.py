@@ -72,14 +72,16 @@ def main() -> None:
             side["step"]()
             seconds[name].append(time.perf_counter() - start)
     tokens = flags.batch * flags.seq
+    how = " compiled" if flags.compile else ""
     print(
-        f"\n{flags.variant} {flags.batch} x {flags.seq} {flags.precision}, {flags.runs} alternated runs, "
-        f"{platform.processor() or platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}, "
-        f"torch {torch.__version__}{' compiled' if flags.compile else ''}, transformers {transformers.__version__}"
+        f"\n{flags.variant} {flags.batch} x {flags.seq} {flags.precision}, "
+        f"dropout {flags.dropout}, "
+        f"{flags.runs} alternated runs on {jax.devices()[0].device_kind} ({platform.machine()})\n"
+        f"jax {jax.__version__}, torch {torch.__version__}{how}, "
+        f"transformers {transformers.__version__}"
     )
-    print(
-        f"{'':8} {'median s':>9} {'min':>7} {'max':>7} {'tok/s':>8}  torch / this: median (min … max)"
-    )
+    header = f"{'':8} {'median s':>9} {'min':>7} {'max':>7} {'tok/s':>8}"
+    print(f"{header}  torch / this: median (min … max)")
     for name, values in seconds.items():
         ratios = [t / v for t, v in zip(seconds["torch"], values, strict=True)]
         print(
@@ -212,10 +214,8 @@ def ours(folder: str, flags, work: str, batch: dict[str, np.ndarray]) -> dict:
 def every_position(apply, params, batch):
     """The masked-language-model loss with logits for all positions, most of which nothing is asked
     of."""
-    hidden = apply(
-        params, batch["input_ids"], batch["segment_ids"], batch["positions"], batch["token_types"], batch["seeds"],
-        method="encode",
-    )  # fmt: skip
+    keys = ("input_ids", "segment_ids", "positions", "token_types", "seeds")
+    hidden = apply(params, *(batch[key] for key in keys), method="encode")
     logits = apply(params, hidden, method="logits")
     rows = jnp.arange(len(hidden))[:, None]
     weights = jnp.zeros(logits.shape[:2]).at[rows, batch["mlm_positions"]].set(1.0)

@@ -35,15 +35,17 @@ def assign(names: Sequence[str], groups: Sequence[tuple[str, str]]) -> dict[str,
         match = next((i for i, (p, _) in enumerate(groups) if re.fullmatch(p, name)), None)
         if match is None:
             raise ConfigError(
-                f"config.groups covers no group for parameter {name!r}: add a pattern, for example ('.*', 'train')."
+                f"config.groups covers no group for parameter {name!r}: add a pattern, for example "
+                "('.*', 'train')."
             )
         assigned[name] = groups[match][1]
         used.add(match)
     for i, (pattern, group) in enumerate(groups):
         if i not in used:
             raise ConfigError(
-                f"config.groups: the pattern {pattern!r} ({group!r}) decides no parameter; earlier patterns win, and "
-                f"patterns must match the whole name." + did_you_mean(pattern, names)
+                f"config.groups: the pattern {pattern!r} ({group!r}) decides no parameter; earlier "
+                "patterns win, and patterns must match the whole name."
+                + did_you_mean(pattern, names)
             )
     if all(group == FREEZE for group in assigned.values()):
         raise ConfigError("config.groups freezes every parameter, so nothing would train.")
@@ -224,7 +226,8 @@ def _named(settings: Mapping[str, Any], rate: Callable) -> optax.GradientTransfo
             args[mask] = functools.partial(_matching, settings["decay"])
     elif settings["weight_decay"]:
         raise ConfigError(
-            f"config.optim.name={name!r} has no weight decay: set config.optim.weight_decay=0 or choose adamw."
+            f"config.optim.name={name!r} has no weight decay: set config.optim.weight_decay=0 "
+            "or choose adamw."
         )
     return factory(learning_rate=rate, **args)
 

@@ -55,13 +55,11 @@ def _cost(run: Any) -> None:
     operations = flops.count(step, run.abstract, spec)
     tokens = run.config.batch_size * run.config.data.seq_len
     frozen = trees.size(run.split(run.abstract.params)[1])
-    print(
-        f"\nstep        {count(operations)}FLOP in matrix products, {count(operations / tokens)} a token"
-    )
+    a_token = count(operations / tokens)
+    print(f"\nstep        {count(operations)}FLOP in matrix products, {a_token} a token")
     cost = compiled.cost_analysis() or {}
-    print(
-        f"            {count(cost.get('flops', 0))}FLOP by the compiler (a scanned layer counts once)"
-    )
+    told = count(cost.get("flops", 0))
+    print(f"            {told}FLOP by the compiler, which counts a scanned layer once")
     for name, size in {
         "state": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,

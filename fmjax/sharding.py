@@ -42,8 +42,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Me
     if len(free) > 1 or devices % fixed or (not free and fixed != devices):
         divisors = [n for n in range(1, devices + 1) if devices % n == 0]
         raise ConfigError(
-            f"config.mesh={sizes} does not fit {devices} devices: the product of the axes must be {devices}, "
-            f"one axis may be -1 (takes the rest), sizes can be {divisors}."
+            f"config.mesh={sizes} does not fit {devices} devices: the product of the axes must be "
+            f"{devices}, one axis may be -1 (takes the rest), sizes can be {divisors}."
         )
     shape = tuple(devices // fixed if size == -1 else size for size in sizes.values())
     # Auto: the compiler propagates layouts. Explicit axes (the default of make_mesh) reject Linen's
@@ -56,8 +56,9 @@ def check_batch(mesh: jax.sharding.Mesh, batch_size: int, accumulate: int = 1) -
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (ways * accumulate):
         raise ConfigError(
-            f"config.batch_size={batch_size} cannot be cut into {accumulate} (config.accumulate) microbatches over "
-            f"{ways} devices (config.mesh.data x config.mesh.fsdp): use a multiple of {ways * accumulate}."
+            f"config.batch_size={batch_size} cannot be cut into {accumulate} microbatches "
+            f"(config.accumulate) over {ways} devices (config.mesh.data x config.mesh.fsdp): "
+            f"use a multiple of {ways * accumulate}."
         )
 
 

@@ -388,7 +388,7 @@ def numerics_error(
     }
     dump.write_text(json.dumps(facts, indent=2))
     return NumericsError(
-        f"{monitor.bad_in_a_row} updates in a row were not finite, the last at step {step}; none was "
-        f"applied or saved. {dump} names the examples and each layer's gradient norm. Lower "
+        f"{monitor.bad_in_a_row} updates in a row were not finite, the last at step {step}; none "
+        f"was applied or saved. {dump} names the examples and each layer's gradient norm. Lower "
         "config.optim.lr, raise config.optim.warmup, or look at the data."
     )

@@ -7,7 +7,7 @@
 | BERT | after | learned, token types | GELU | full | Devlin et al. 2019 |
 | RoBERTa | after | learned, shifted by two | GELU | full | Liu et al. 2019 |
 | DistilBERT | after | learned, no types, no pooler | GELU | full | Sanh et al. 2019 |
-| ModernBERT | before | rotary | GeGLU, no biases | every third full, else local | Warner et al. 2024 |
+| ModernBERT | before | rotary | GeGLU, no biases | full every third | Warner et al. 2024 |
 
 Several documents can share a row: `segment_ids` keep them from seeing each other and `positions`
 restart at each. Letters: B batch, T time, D width, N heads, H head size, V vocabulary, L depth.
@@ -323,7 +323,7 @@ class Encoder(nn.Module):
         """Class logits in float32 of the head `name` on the pooled first token."""
         if name not in dict(self.cfg.classes):
             raise ConfigError(
-                f"The model has no head {name!r}; add it with config.model.classes.{name}=<classes>."
+                f"The model has no head {name!r}: set config.model.classes={{'{name}': <classes>}}."
             )
         return self.head.classify(hidden, name)
 
