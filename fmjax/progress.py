@@ -3,10 +3,11 @@
 Also how numbers are shown to people everywhere: `count(41234)` is "41.2k", `duration(80)` "1m20s".
 """
 
+import io
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any
 
 WIDTH = 100  # of a plain line
 # Left out in this order when a line has no room.
@@ -22,7 +23,7 @@ class Progress:
     """
 
     def __init__(
-        self, total: int, *, start: int = 0, enabled: bool = True, file: TextIO | None = None
+        self, total: int, *, start: int = 0, enabled: bool = True, file: io.TextIOBase | None = None
     ):
         self.total, self.enabled = total, enabled
         self._file = file or sys.stdout
@@ -110,7 +111,7 @@ def duration(seconds: float) -> str:
 class _Bar:
     """One rich bar with a text of numbers; anything printed meanwhile appears above it."""
 
-    def __init__(self, total: int, start: int, file: TextIO):
+    def __init__(self, total: int, start: int, file: io.TextIOBase):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
         from rich.table import Column
@@ -144,7 +145,7 @@ class _Bar:
         self._rich.stop()
 
 
-def _terminal(file: TextIO) -> bool:
+def _terminal(file: io.TextIOBase) -> bool:
     if not file.isatty():
         return False
     from rich.console import Console

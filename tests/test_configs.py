@@ -42,7 +42,7 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
             return rows | ({"pair_label": np.zeros(len(index), np.int32)} if "nsp" in name else {})
 
     vocab = Vocab(size, 0, 2, 3, 4, np.arange(size) < 5, np.ones(size, bool))
-    fake = SimpleNamespace(vocab=vocab, splits={"train": Rows()})
+    fake = SimpleNamespace(vocab=vocab, splits={"train": Rows()}, tokenizer_dir=ROOT)
     monkeypatch.setattr(train.data, "prepare", lambda *args, **kwargs: fake)
     run = train.setup(made, sharding.make_mesh(), interrupt.Stop())
     step = train.make_train_step(
