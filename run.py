@@ -24,7 +24,9 @@ def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", default="", help="FILE.py[:ARG] or config.json")
-    parser.add_argument("--workdir", help="default: runs/<config>-<digest of the config>")
+    parser.add_argument(
+        "--workdir", help="default: runs/<config>-<digest>, or where config.json is"
+    )
     parser.add_argument("--fresh", action="store_true", help="remove the old run and start over")
     parser.add_argument("--dry_run", action="store_true", help="describe the run, do not start it")
     parser.add_argument("--print_config", action="store_true", help="print the resolved config")
@@ -40,12 +42,15 @@ def main(words: list[str]) -> None:
             print(f"changed: {key}: {default!r} -> {value!r}", file=sys.stderr)
         return
 
+    if "task" not in config:
+        raise ConfigError(f"--config={file}: not a config of fmjax, it has no key 'task'")
     takes = rules.task_flags(config.task)
     given = {"dry_run": flags.dry_run, "fresh": flags.fresh}
     if refused := [name for name in given if given[name] and name not in takes]:
         raise ConfigError(f"--{refused[0]} means nothing to the task {config.task!r}")
     given = {name: value for name, value in (given | {"changed": changed}).items() if name in takes}
-    folder = Path(flags.workdir or f"runs/{file.stem}-{configs.digest(config)}")
+    own = file.parent if file.name == "config.json" else None  # the run that it was saved by
+    folder = Path(flags.workdir or own or f"runs/{file.stem}-{configs.digest(config)}")
     if "fresh" in takes and not flags.dry_run:
         workdir.check(folder, config, fresh=flags.fresh)  # Before the seconds that jax takes.
     with workdir.memory_errors():
@@ -59,3 +64,5 @@ if __name__ == "__main__":
     except FmjaxError as error:
         print("" if isinstance(error, Preempted) else "error: ", error, sep="", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # Where nothing catches signals, because nothing could be saved.
+        sys.exit(130)

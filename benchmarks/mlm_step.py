@@ -24,9 +24,10 @@ import numpy as np
 import torch
 import transformers
 
-from fmjax import build, convert, objectives, optim, sharding, state, train
+from fmjax import build, convert, objectives, optim, setup, sharding, state
 from fmjax.models import bert
 from fmjax.objectives import mlm
+from fmjax.step import make_train_step
 
 OPTIM = dict(
     name="adamw",
@@ -161,9 +162,11 @@ def torch_side(model, batch, flags) -> dict:
 
 def ours(folder: str, flags, work: str, batch: dict[str, np.ndarray]) -> dict:
     _, options = convert.describe(folder)
-    net, assigned = train.grouped(
+    net, assigned = setup.grouped(
         bert.Model(**{**options, "dtype": flags.precision, "remat": flags.remat}),
         ((".*", "train"),),
+        OPTIM,
+        {},
     )
     split = functools.partial(optim.split, assigned=assigned)
     mesh = sharding.make_mesh(data=1)
@@ -180,9 +183,7 @@ def ours(folder: str, flags, work: str, batch: dict[str, np.ndarray]) -> dict:
     current = state.create(abstract, net, made.tx, split, 0, params)
     loss_fn = mlm.loss_fn if work == "best" else every_position
     goals = [objectives.Objective("mlm", 1.0, None, loss_fn)]
-    step_fn = jax.jit(
-        train.make_train_step(build.apply(net), goals, made.tx, split), donate_argnums=0
-    )
+    step_fn = jax.jit(make_train_step(build.apply(net), goals, made.tx, split), donate_argnums=0)
     ids, places = batch["input_ids"], batch["positions"]
     arrays = {
         "input_ids": ids,

@@ -22,6 +22,7 @@ def get_config():
 
     config.task = "evaluate"
     config.folder = ""
+    config.step = placeholder(int)  # of a run; None: its newest
     config.split = "validation"
     config.limit = 0  # batches, 0 = all
     config.batch_size = placeholder(int)

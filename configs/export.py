@@ -7,6 +7,7 @@ What was written is read back and compared before the task says so.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config():
@@ -14,6 +15,7 @@ def get_config():
 
     config.task = "export"
     config.folder = ""
+    config.step = placeholder(int)  # of a run; None: its newest
     config.output = ""  # empty: export/ in the run folder; never one that holds files
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.distributed = dict(auto=False, coordinator="", num_processes=1, process_id=0)

@@ -16,6 +16,7 @@ def get_config():
 
     config.task = "fill_mask"
     config.folder = ""
+    config.step = placeholder(int)  # of a run; None: its newest
     config.text = ""
     config.top_k = 5
     config.precision = placeholder(str)  # None: as the run was trained, else float32

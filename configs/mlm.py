@@ -123,5 +123,6 @@ def get_config(arg=None):
         config.log_every, config.eval_every, config.save_every = 100, 10_000, 5_000
     if arg.runlocal:
         config.total, config.batch_size = "10 steps", 8
+        config.optim.warmup = "10%"
         config.log_every = config.eval_every = config.save_every = 5
     return config

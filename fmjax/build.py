@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from fmjax import checkpoint, convert, sharding, state, trees
 from fmjax import config as configs
+from fmjax.data import cache
 from fmjax.errors import CheckpointError, ConfigError
 
 
@@ -27,9 +28,11 @@ class Opened(NamedTuple):
     missing: tuple[str, ...]  # parameters that the folder lacks: freshly initialised
     config: ConfigDict | None  # what the run was started with; None for Hugging Face format
     step: int | None  # of the run
+    averaged: bool = False  # the run's moving average, which its validation measures too
 
     def __str__(self) -> str:
-        return self.source if self.step is None else f"{self.source} at step {self.step}"
+        step = "" if self.step is None else f" at step {self.step}"
+        return self.source + step + (" (averaged parameters)" if self.averaged else "")
 
     def require_head(self, name: str) -> None:
         """Refuses to go on with a head whose numbers would be noise."""
@@ -39,11 +42,6 @@ class Opened(NamedTuple):
                 "would be random. Use a folder of a model trained for it, or train one with "
                 f"--config=configs/mlm.py --config.init={self.source}"
             )
-
-
-def cache_dir() -> Path:
-    """$FMJAX_CACHE, else ~/.cache/fmjax: tokenised data and compiled programs, shared by runs."""
-    return Path(os.environ.get("FMJAX_CACHE") or Path.home() / ".cache" / "fmjax")
 
 
 def start_jax(config: Any) -> jax.sharding.Mesh:
@@ -56,7 +54,7 @@ def start_jax(config: Any) -> jax.sharding.Mesh:
         jax.distributed.initialize(
             distributed.coordinator, distributed.num_processes, distributed.process_id
         )
-    folder = cache_dir() / "xla"
+    folder = cache.root("") / "xla"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -114,14 +112,17 @@ def initial(config: Any, model: nn.Module, abstract: Any) -> Any:
         state.init_params, model, jax.random.fold_in(jax.random.key(config.seed), 0)
     )
     if is_run(config.init):
-        params, saved = checkpoint.load_params(config.init)
+        params, saved, averaged = checkpoint.load_params(config.init)
         params, report = _laid_out(params, model.stacks, abstract, config.init, fresh)
-        print(f"starting from step {saved['step']} of {config.init}: {report}")
-        return params
-    params, report = convert.load(
-        convert.find(config.init), abstract, may_miss=r"head/.*", initial=fresh
-    )
-    print(f"starting from {config.init}: {report}")
+        source = f"step {saved['step']} of {config.init}"
+        source += " (averaged parameters)" if averaged else ""
+    else:
+        params, report = convert.load(
+            convert.find(config.init), abstract, may_miss=r"head/.*", initial=fresh
+        )
+        source = config.init
+    if jax.process_index() == 0:
+        print(f"starting from {source}: {report}")
     return params
 
 
@@ -142,15 +143,20 @@ def is_run(source: str | Path) -> bool:
     return any(Path(source, name).exists() for name in ("checkpoints", "status.json"))
 
 
-def open_folder(source: str, mesh: jax.sharding.Mesh, precision: str | None = None) -> Opened:
+def open_folder(
+    source: str, mesh: jax.sharding.Mesh, precision: str | None = None, step: int | None = None
+) -> Opened:
     """The model of `config.folder`, wherever it comes from.
 
     Args:
-        source: a run folder, whose newest undamaged checkpoint is taken, a folder in Hugging Face
-            format, or a hub id (`id@revision`). It is read as data; nothing in it is executed.
+        source: a run folder, whose averaged parameters are taken where it keeps them, a folder in
+            Hugging Face format, or a hub id (`id@revision`). It is read as data; nothing in it is
+            executed.
         precision: of the computation; None takes the run's, float32 for Hugging Face format.
+        step: of the run; None takes its newest undamaged checkpoint.
 
-    Raises ConfigError for what is no such folder, CheckpointError for damage.
+    Raises ConfigError for what is no such folder, CheckpointError for damage and for a step that is
+    not there.
     """
     if not source:
         raise ConfigError(
@@ -158,7 +164,12 @@ def open_folder(source: str, mesh: jax.sharding.Mesh, precision: str | None = No
             "a folder in Hugging Face format, or a hub id."
         )
     if is_run(source):
-        return _open_run(Path(source), mesh, precision)
+        return _open_run(Path(source), mesh, precision, step)
+    if step is not None:
+        raise ConfigError(
+            f"config.step={step}, but config.folder={source!r} is not the folder of a run and has "
+            "no steps: leave config.step out."
+        )
     folder = convert.find(source)
     if not _has_tokenizer(folder):
         raise ConfigError(f"config.folder={source!r} has no tokenizer (tokenizer.json).")
@@ -195,7 +206,9 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json"))
 
 
-def _open_run(folder: Path, mesh: jax.sharding.Mesh, precision: str | None) -> Opened:
+def _open_run(
+    folder: Path, mesh: jax.sharding.Mesh, precision: str | None, step: int | None
+) -> Opened:
     try:
         saved = configs.from_json((folder / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
@@ -203,12 +216,14 @@ def _open_run(folder: Path, mesh: jax.sharding.Mesh, precision: str | None) -> O
     if precision:
         with saved.unlocked():
             saved.precision = precision
-    params, meta = checkpoint.load_params(folder)
+    params, meta, averaged = checkpoint.load_params(folder, step)
     built = model(saved, meta["fingerprint"]["vocab_size"])
     built = built.clone(stacks=trees.runs(built.kinds))
     abstract = state.abstract_params(built, mesh)
     params, _ = _laid_out(params, built.stacks, abstract, str(folder))
-    return Opened(str(folder), built, params, folder / "tokenizer", (), saved, meta["step"])
+    return Opened(
+        str(folder), built, params, folder / "tokenizer", (), saved, meta["step"], averaged
+    )
 
 
 def _laid_out(

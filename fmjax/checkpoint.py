@@ -11,8 +11,9 @@ fails, which step is restored, and that a checkpoint of another model is refused
 import json
 import logging
 import math
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from fmjax.errors import CheckpointError, ConfigError, did_you_mean
 
 MAX_FAILURES = 3  # this many failed saves in a row end the run
 RETRY_SEC = 5.0  # pause after the first failure, doubled after each further one
+# Where a moving average of the parameters lies in a state: a link of the optimizer's chain.
+AVERAGE = r"opt_state/\d+/average/(.*)"
 
 log = logging.getLogger(__name__)
 
@@ -224,14 +227,13 @@ class Checkpointer:
         )
 
 
-def load_params(
-    workdir: str | Path, step: int | None = None, abstract: Any = None
-) -> tuple[Any, dict]:
-    """(params, meta) of the newest undamaged step of a run folder, or of `step`, verified.
+def load_params(workdir: str | Path, step: int | None = None) -> tuple[Any, dict, bool]:
+    """(params, meta, averaged) of a run folder's newest undamaged step, or of `step`, verified.
 
-    The optimizer's arrays are neither read nor known. Without `abstract` (a tree of
-    jax.ShapeDtypeStruct with shardings) the parameters are nested dicts of numpy arrays. The
-    folder may belong to a run in progress: nothing in it is changed.
+    The parameters are nested dicts of numpy arrays. Where the optimizer keeps their moving average
+    (config.optim.ema), that is read instead, and `averaged` is True; what does not train has none.
+    Of the optimizer nothing else is read. The folder may belong to a run in progress: nothing in it
+    is changed.
     """
     directory = _directory(workdir)
     found = _find(directory, step, quarantine=False)
@@ -239,27 +241,20 @@ def load_params(
         raise CheckpointError(f"{directory} holds no checkpoint. Is {workdir} a run folder?")
     folder = directory / str(found)
     meta = step_folders.read_meta(folder)
-    saved = {path: text for path, text in meta["arrays"].items() if path.startswith("params/")}
-    if abstract is None:
-        item = unflatten_dict({path: jax.ShapeDtypeStruct((), np.float32) for path in saved}, "/")
-        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    else:
-        item = {"params": abstract}
-        _require_equal(saved, _described(item), folder)
-        how = ocp.checkpoint_utils.construct_restore_args(item)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        arguments = ocp.args.PyTreeRestore(item, restore_args=how, partial_restore=True)
-        return orbax.restore(folder / "state", args=arguments)["params"], meta
-
-
-def steps(workdir: str | Path) -> list[int]:
-    """The finished steps of a run folder, oldest first."""
-    return step_folders.finished(_directory(workdir))
-
-
-def verify(workdir: str | Path, step: int) -> list[str]:
-    """What is damaged in a step, one line a file; empty when every byte is as it was written."""
-    return manifest.problems(_directory(workdir) / str(step))
+    average = _named(AVERAGE, meta["arrays"])
+    paths = {**_named("params/(.*)", meta["arrays"]), **average}
+    wanted = set(paths.values())
+    handler = ocp.PyTreeCheckpointHandler()
+    item = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if _path(path) in wanted else ocp.PLACEHOLDER,
+        handler.metadata(folder / "state").tree,
+    )
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    with ocp.Checkpointer(handler) as orbax:
+        state = orbax.restore(folder / "state", args=ocp.args.PyTreeRestore(item, restore_args=how))
+    found = {_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
+    params = unflatten_dict({name: found[path] for name, path in paths.items()}, "/")
+    return params, meta, bool(average)
 
 
 def _directory(workdir: str | Path) -> Path:
@@ -288,6 +283,15 @@ def _find(directory: Path, step: int | None, *, quarantine: bool) -> int | None:
     return found
 
 
+def _path(keys: Iterable[Any]) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def _named(pattern: str, paths: Iterable[str]) -> dict[str, str]:
+    """{what the pattern's group holds: path} of the paths that match."""
+    return {match[1]: path for path in paths if (match := re.fullmatch(pattern, path))}
+
+
 def _finite(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
@@ -296,7 +300,7 @@ def _described(tree: Any) -> dict[str, str]:
     """{path: "float32[8,16]"} of a tree of arrays. Refuses dtypes that cannot be stored."""
     described = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = _path(path)
         described[name] = f"{leaf.dtype}[{','.join(str(size) for size in leaf.shape)}]"
         if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             try:

@@ -12,9 +12,9 @@ from fmjax import rules
 from fmjax.errors import ConfigError, did_you_mean
 from fmjax.rules import flatten
 
-# Dicts whose keys are the user's choice: the command line replaces them whole.
-OPEN = ("objectives", "group_optim", "optim.args", "model.classes")
 FLAGS = ("--config", "--workdir", "--fresh", "--dry_run", "--print_config", "--help")
+# What reading a value raises; the literal reader's own words are about syntax trees.
+UNREADABLE = (ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError)
 
 
 def apply(config: ConfigDict, words: Iterable[str]) -> None:
@@ -45,8 +45,8 @@ def parse(shown: str, text: str, default, kind: type | None = None, rule=None):
         return None
     try:
         return read(text)
-    # The literal reader's own words are about syntax trees; ours say what to write.
-    except (ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+    except UNREADABLE as error:
+        default = default.to_dict() if isinstance(default, ConfigDict) else default
         message = f"{shown}: got {text!r}, expected {words}; the default is {default!r}"
         raise ConfigError(message) from error
 
@@ -83,12 +83,14 @@ def _assign(config: ConfigDict, key: str, text: str) -> None:
     for name in parents:
         node = node.get(name) if isinstance(node, ConfigDict) else None
     if not isinstance(node, ConfigDict) or leaf not in node:
-        raise ConfigError(f"unknown key --config.{key}.{_near_keys(config, key)}")
+        raise ConfigError(
+            f"unknown key --config.{key}.{_near_keys(config, key)}{_addition(config, key, text)}"
+        )
     try:
         default = node[leaf]
     except RequiredValueError:
         default = None
-    if isinstance(default, ConfigDict) and default and key not in OPEN:
+    if isinstance(default, ConfigDict) and default and key not in rules.OPEN:
         inside = ", ".join(f"--config.{key}.{name}" for name in default)
         raise ConfigError(f"--config.{key} holds several keys, set one of them: {inside}")
     value = parse(f"--config.{key}", text, default, node.get_type(leaf), rules.rule_of(key))
@@ -108,11 +110,40 @@ def _near_keys(config: ConfigDict, key: str) -> str:
     level = ".".join(path)
     same_leaf = [known for known in flatten(config) if known.split(".")[-1] == key.split(".")[-1]]
     hint = f" Did you mean --config.{same_leaf[0]}?" if same_leaf else did_you_mean(leaf, node)
-    if "Possible:" not in hint:
+    if not node:
+        hint = f" --config.{level} is empty."
+    elif "Possible:" not in hint:
         hint += f" Possible{f' in {level}' if level else ''}: {', '.join(sorted(node))}."
-    if level in OPEN:
-        hint += f" To add an entry, set --config.{level}=\"{{'{leaf}': {{…}}}}\" as a whole."
     return hint
+
+
+def _addition(config: ConfigDict, key: str, text: str) -> str:
+    """How to set an unknown `key` of an open dict to `text`: the dict with it, as a whole."""
+    for opened in rules.OPEN:
+        section, _, name = opened.rpartition(".")
+        node = config.get(section) if section else config
+        if key.startswith(f"{opened}.") and isinstance(node, ConfigDict) and name in node:
+            entries = node[name].to_dict() if node[name] else {}
+            whole = _with(entries, key.removeprefix(f"{opened}.").split("."), _value(text))
+            return f' To add an entry, set --config.{opened}="{whole}" as a whole.'
+    return ""
+
+
+def _with(entries: dict, path: list[str], value) -> dict:
+    """Nested `entries` in which `path` leads to `value`."""
+    name, *rest = path
+    if rest:
+        inner = entries.get(name)
+        value = _with(inner if isinstance(inner, dict) else {}, rest, value)
+    return entries | {name: value}
+
+
+def _value(text: str):
+    """What `text` is as a Python literal, else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except UNREADABLE:
+        return text
 
 
 def _int(text: str) -> int:

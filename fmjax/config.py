@@ -85,8 +85,8 @@ def steps(
     duration: int | str,
     *,
     total: int | None = None,
-    steps_per_epoch: int | None = None,
-    tokens_per_step: int | None = None,
+    steps_per_epoch: int | Fraction | None = None,
+    tokens_per_step: int | Fraction | None = None,
 ) -> int:
     """A duration in optimizer steps, rounded up: never less than was asked for.
 

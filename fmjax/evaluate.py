@@ -29,7 +29,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     """
     mesh = build.start_jax(config)
     with jax.set_mesh(mesh):
-        opened = build.open_folder(config.folder, mesh, config.precision)
+        opened = build.open_folder(config.folder, mesh, config.precision, config.step)
         saved = opened.config
         settings, goals, batch_size = _settings(config, saved)
         sharding.check_batch(mesh, batch_size)
@@ -44,7 +44,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         _show(f"\n{opened}: {config.split} of {source}, {rows:,} rows of {split.seq_len}, {dtype}")
         if dry_run:
             return
-        objectives = losses.build(goals, vocab=dataset.vocab)
+        pair = settings["pair"] if settings["format"] == "pairs" else ""
+        objectives = losses.build(goals, vocab=dataset.vocab, pair=pair)
         batches = data.eval_batches(
             split,
             batch_size=batch_size,
@@ -57,12 +58,11 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     metrics |= perplexity(metrics)
     for name, value in metrics.items():
         _show(f"  {name:<16} {value:>12,.4f}")
-    if saved and saved.optim.ema:
-        _show("  (of the last step's parameters; training measured their average, optim.ema)")
     record = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "folder": opened.source,
         "step": opened.step,
+        "averaged": opened.averaged,
         "split": config.split,
         "rows": rows,
         "precision": dtype,

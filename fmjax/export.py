@@ -15,7 +15,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     """The task: writes the run `config.folder` to `config.output`, reads it back and compares."""
     mesh = build.start_jax(config)
     with jax.set_mesh(mesh):
-        opened = build.open_folder(config.folder, mesh)
+        opened = build.open_folder(config.folder, mesh, step=config.step)
         if opened.config is None:
             raise ConfigError(
                 f"config.folder={config.folder!r} is in Hugging Face format already; "
@@ -23,7 +23,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             )
         output = Path(config.output or Path(config.folder) / "export")
         if dry_run:
-            print(f"would export {opened} to {output}")
+            if jax.process_index() == 0:
+                print(f"would export {opened} to {output}")
             return
         left_out = convert.export(output, opened.model, opened.params, opened.tokenizer)
         check(output, opened, left_out, state.abstract_params(opened.model, mesh))

@@ -28,13 +28,15 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     sentences = [line.strip() for line in config.text.splitlines() if line.strip()]
     mesh = build.start_jax(config)
     with jax.set_mesh(mesh):
-        opened = build.open_folder(config.folder, mesh, config.precision)
+        opened = build.open_folder(config.folder, mesh, config.precision, config.step)
         opened.require_head("mlm")
         tokenizer = build.tokenizer(opened.tokenizer)
         rows = encode(sentences, tokenizer, opened.model.cfg.max_len)
         if dry_run:
             return
         found = guesses(opened, tokenizer, rows, config.top_k)
+    if jax.process_index() != 0:
+        return
     print(f"\n{opened}")
     for sentence, masks in zip(sentences, found, strict=True):
         print(f"\n{sentence}\n{table(masks, tokenizer.mask_token)}")

@@ -5,16 +5,27 @@ needs no compilation. Element-wise work is not counted, as in every published mo
 utilisation.
 """
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
 from jax.extend import core
 
+from fmjax import build
+from fmjax.step import make_train_step
+
 
 def count(function: Any, *args: Any) -> int:
     """FLOPs (two per multiply-add) of all dots in `function(*args)`; args may be abstract."""
     return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def of_step(run: Any, batch: Any) -> int:
+    """FLOPs that the mathematics of one update needs: nothing recomputed, nothing twice."""
+    model = run.model.clone(cfg=dataclasses.replace(run.model.cfg, remat="none"))
+    step = make_train_step(build.apply(model), run.objectives, run.optimizer.tx, run.split)
+    return count(step, run.abstract, batch)
 
 
 def _jaxpr(jaxpr: Any) -> int:

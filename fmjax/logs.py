@@ -40,6 +40,7 @@ class Logger:
     resume_step: steps already done in the restored state; 0 starts from the beginning.
     config: a plain mapping, shown by W&B.
     started: `time.monotonic()` when this sitting began; from then to now counts as "init".
+    restore_sec: the part of that time in which a checkpoint was read; it counts as "restore".
 
     A "start" or "resume" line is written at once, with the date and the command. `spent` holds the
     seconds of this sitting by kind, for whoever wants the share of a window.
@@ -56,6 +57,7 @@ class Logger:
         config: Mapping[str, Any] | None = None,
         process_index: int = 0,
         started: float | None = None,
+        restore_sec: float = 0.0,
     ):
         if wandb and not _installed("wandb"):
             raise ConfigError(
@@ -65,7 +67,7 @@ class Logger:
         now = time.monotonic()
         started = now if started is None else started
         self.spent = dict.fromkeys(SPENT, 0.0)
-        self.spent["init"] = now - started
+        self.spent |= {"init": now - started - restore_sec, "restore": restore_sec}
         self._told = dict.fromkeys(SPENT, 0.0)
         self._timing = False
         self._file = self._tensorboard = self._wandb = None
@@ -96,7 +98,7 @@ class Logger:
             self._tensorboard = SummaryWriter(folder, purge_step=purge, flush_secs=10)
         self.event("resume" if lines else "start", step=resume_step, **fields)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line of metrics, valid after `step` steps.
 
         Values are numbers or scalar arrays and become Python ints or floats, so that counters
@@ -106,7 +108,7 @@ class Logger:
         assert not clash, f"metric names {sorted(clash)} are taken by the log itself"
         if self._file is None:
             return
-        step, metrics = int(step), {name: _number(value) for name, value in metrics.items()}
+        metrics = {name: _number(value) for name, value in metrics.items()}
         self._append({"step": step, **self._clock(), **metrics})
         for name, value in metrics.items() if self._tensorboard else ():
             self._tensorboard.add_scalar(name, value, step)

@@ -28,10 +28,12 @@ class Monitor:
     without a break.
     """
 
-    def __init__(self, run: Any, folder: Any, first: int, saved: Mapping, started: float):
+    def __init__(
+        self, run: Any, folder: Any, first: int, saved: Mapping, started: float, restore_sec: float
+    ):
         config, main = run.config, jax.process_index() == 0
         self.run, self.folder, self.first = run, folder, first
-        self.tokens = saved.get("tokens", 0)
+        self.tokens, self.skipped = saved.get("tokens", 0), saved.get("skipped", 0)
         self.flops = 0
         self.bad_in_a_row, self.last_bad = 0, None
         self._logger = logs.Logger(
@@ -42,6 +44,7 @@ class Monitor:
             config=configs.redact(config).to_dict(),
             process_index=jax.process_index(),
             started=started,
+            restore_sec=restore_sec,
         )
         self._progress = Progress(run.total, start=first, enabled=main)
         self._pending: tuple[int, Any, Any] | None = None
@@ -75,10 +78,12 @@ class Monitor:
         stepping = max(seconds - sum(spent.values()) + spent["data_wait"], 1e-9)
         train = losses.mean(self._sums, self.run.objectives)
         metrics = {f"train/{name}": value for name, value in train.items()}
-        metrics |= {f"optim/{name}": np.mean(values) for name, values in self._scalars.items()}
+        for name, values in self._scalars.items():
+            metrics[f"optim/{name}"] = np.mean(values) if values else float("nan")
         for group, rate in self.run.optimizer.rates.items():
-            name = "optim/lr" if len(self.run.optimizer.rates) == 1 else f"optim/lr_{group}"
-            metrics[name] = float(rate(step - 1))
+            name = "optim/lr" if len(self.run.optimizer.rates) == 1 else f"optim/lr/{group}"
+            # The optimizer's count, which a skipped update does not advance.
+            metrics[name] = float(rate(step - 1 - self.skipped))
         metrics |= {
             "perf/tokens_per_sec": self._tokens / stepping,
             "perf/step_sec": stepping / max(self._steps, 1),
@@ -118,13 +123,14 @@ class Monitor:
                 self._logger.event("checkpoint", step=step)
         if saver.committed is not None:
             self._progress.saved(saver.committed)
+            self.folder.update(checkpoint=saver.committed)
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint keeps (JSON): the tokens so far, and the means being taken."""
         self._read()
         sums = {name: pair.tolist() for name, pair in self._sums.items()}
         window = logs.plain({"sums": sums, "scalars": self._scalars})
-        return {"tokens": self.tokens, "window": window}
+        return {"tokens": self.tokens, "skipped": self.skipped, "window": window}
 
     def finish(self, step: int, signal: str, changed: Sequence[tuple[str, Any, Any]]) -> None:
         """The last line, summary.json and report.html.
@@ -134,7 +140,7 @@ class Monitor:
         self._read()
         how = "preempted" if signal else "done"
         self._logger.event(how, step=step, signal=signal)
-        self.folder.update(step=step, state=how)
+        self.folder.update(step=step, state=how, checkpoint=step)
         if jax.process_index() != 0:
             return
         device = jax.devices()[0]
@@ -173,20 +179,21 @@ class Monitor:
             return
         (step, found, batch), self._pending = self._pending, None
         found = jax.device_get(found)
-        for name, values in self._scalars.items():
-            values.append(float(found[name]))
         tokens = int(found["tokens"])
         self._steps, self._tokens, self.tokens = (
             self._steps + 1, self._tokens + tokens, self.tokens + tokens,
         )  # fmt: skip
+        self._scalars["skipped"].append(float(found["skipped"]))
         if found["skipped"]:
-            # Its sums are not finite and would hide the rest of the window; the count tells.
+            # Its numbers are not finite and would hide the rest of the window; the count tells.
             self.bad_in_a_row, self.last_bad = self.bad_in_a_row + 1, (step, batch)
+            self.skipped += 1
             loss, norm = float(found["loss"]), float(found["grad_norm"])
             self._logger.event("skipped_update", step=step, loss=loss, grad_norm=norm)
             self._progress.print(f"step {step}: update skipped, loss {loss}, gradient norm {norm}")
             return
         self.bad_in_a_row = 0
+        self._scalars["grad_norm"].append(float(found["grad_norm"]))
         evaluate.add(self._sums, found["sums"])
 
 

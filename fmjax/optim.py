@@ -52,13 +52,21 @@ def assign(names: Sequence[str], groups: Sequence[tuple[str, str]]) -> dict[str,
     return assigned
 
 
-def stacks(kinds: Sequence[str], assigned: Mapping[str, str]) -> tuple[int, ...]:
-    """Run lengths of neighbouring layers that are of one kind and train in the same groups."""
+def stacks(
+    kinds: Sequence[str],
+    assigned: Mapping[str, str],
+    optim: Mapping[str, Any],
+    group_optim: Mapping[str, Mapping[str, Any]],
+) -> tuple[int, ...]:
+    """Run lengths of neighbouring layers that are of one kind, train in the same groups and decay
+    alike."""
     keys: list[Any] = [(kind, []) for kind in kinds]
     for name, group in assigned.items():
         match = re.fullmatch(r"block_(\d+)/(.*)", name)
         if match:
-            keys[int(match[1])][1].append((match[2], group))
+            pattern = group_optim.get(group, {}).get("decay", optim["decay"])
+            decays = re.fullmatch(pattern, name) is not None
+            keys[int(match[1])][1].append((match[2], group, decays))
     return trees.runs([(kind, tuple(sorted(members))) for kind, members in keys])
 
 
@@ -218,9 +226,9 @@ def _named(settings: Mapping[str, Any], rate: Callable) -> optax.GradientTransfo
     for key in args:
         if key not in takes:
             raise ConfigError(f"config.optim.args.{key} is not known." + did_you_mean(key, takes))
-    decay = next((key for key in ("weight_decay", "weight_decay_rate") if key in takes), None)
-    if decay:
-        args[decay] = settings["weight_decay"]
+    # Not Adafactor's weight_decay_rate, which takes its share at every step whatever the rate is.
+    if "weight_decay" in takes:
+        args["weight_decay"] = settings["weight_decay"]
         mask = next((key for key in ("mask", "weight_decay_mask") if key in takes), None)
         if mask:
             args[mask] = functools.partial(_matching, settings["decay"])
@@ -236,8 +244,10 @@ def _matching(pattern: str, params: Any) -> Any:
     """True where a parameter's name matches, in the shape of a (masked) stored tree."""
 
     def matches(path, _):
-        stored = "/".join(str(key.key) for key in path)
-        return re.fullmatch(pattern, trees.names(stored)[0]) is not None
+        names = trees.names("/".join(str(key.key) for key in path))
+        found = {re.fullmatch(pattern, name) is not None for name in names}
+        assert len(found) == 1, f"{names} are stacked, but {pattern!r} matches only some"
+        return found.pop()
 
     return jax.tree_util.tree_map_with_path(matches, params)
 
@@ -252,8 +262,7 @@ def _per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 def _layerwise(trainable: Any, decay: float, depth: int) -> Any:
-    """Factors decay^(depth + 1 - position): embeddings at 0, block i at i + 1, heads at depth +
-    1."""
+    """Factors decay^(depth + 1 - position): embeddings 0, block i at i + 1, heads depth + 1."""
 
     def factor(name):
         match = re.match(r"block_(\d+)/", name)

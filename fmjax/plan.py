@@ -1,25 +1,28 @@
 """`--dry_run`: what a run would be, before it costs anything."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from fmjax import build, flops, objectives, sharding, train, trees
+from fmjax import build, flops, objectives, sharding, trees
 from fmjax.progress import count
+from fmjax.setup import batch_spec
+from fmjax.step import make_train_step
 
 
-def show(run: Any) -> None:
-    """Prints data, parameters with groups, memory and FLOPs of a step, and one masked batch."""
+def show(run: Any, batch: Mapping[str, np.ndarray]) -> None:
+    """Prints data, parameters with groups, memory and FLOPs of a step, and the first batch."""
     config, dataset = run.config, run.dataset
     split = dataset.splits["train"]
     print(f"\ndata        {len(split):,} rows of {split.seq_len}; {split.tokens:,} tokens an epoch")
-    steps = max(len(split) // config.batch_size, 1)
-    print(f"run         {run.total:,} steps = {run.total / steps:.2f} epochs of {steps:,} steps")
+    epochs = run.total * config.batch_size / len(split)
+    print(f"run         {run.total:,} steps of {config.batch_size} rows = {epochs:.2f} epochs")
     print(f"mesh        {dict(run.mesh.shape)} on {jax.device_count()} x {jax.devices()[0]}")
     _parameters(run)
     _cost(run)
-    _batch(run)
+    _batch(run, batch)
 
 
 def _parameters(run: Any) -> None:
@@ -46,13 +49,13 @@ def _parameters(run: Any) -> None:
 
 def _cost(run: Any) -> None:
     apply = build.apply(run.model)
-    step = train.make_train_step(
+    step = make_train_step(
         apply, run.objectives, run.optimizer.tx, run.split, run.config.accumulate
     )
-    spec = train.batch_spec(run)
+    spec = batch_spec(run)
     compiled = jax.jit(step, donate_argnums=0).lower(run.abstract, spec).compile()
     memory = compiled.memory_analysis()
-    operations = flops.count(step, run.abstract, spec)
+    operations = flops.of_step(run, spec)
     tokens = run.config.batch_size * run.config.data.seq_len
     frozen = trees.size(run.split(run.abstract.params)[1])
     a_token = count(operations / tokens)
@@ -69,12 +72,10 @@ def _cost(run: Any) -> None:
     print(f"frozen      {frozen:,} parameters")
 
 
-def _batch(run: Any) -> None:
+def _batch(run: Any, batch: Mapping[str, np.ndarray]) -> None:
     """The first row of the first batch as the model sees it, decoded."""
     tokenizer = build.tokenizer(run.dataset.tokenizer_dir)
-    batches = train.train_batches(run)
-    batch = sharding.put(next(batches), run.batch_sharding)
-    batches.close()
+    batch = sharding.put(batch, run.batch_sharding)
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.config.seed), 1), 0)
     prepared = objectives.prepare(run.objectives, batch, rng, train=True)
     real = np.asarray(batch["segment_ids"][0]) > 0

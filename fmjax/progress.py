@@ -40,8 +40,9 @@ class Progress:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show new numbers. Those not given keep the value shown last; unknown ones are ignored.
 
-        Shown are train/loss, validation/loss, optim/lr, perf/tokens_per_sec and, as fractions of
-        one, perf/mfu and perf/data_wait. A second plain line on a step holds only what is new.
+        Shown are train/loss, validation/loss, optim/lr (the largest optim/lr/<group>),
+        perf/tokens_per_sec and, as fractions of one, perf/mfu and perf/data_wait. A second plain
+        line on a step holds only what is new.
         """
         if not self.enabled:
             return
@@ -155,6 +156,9 @@ def _terminal(file: io.TextIOBase) -> bool:
 
 def _fields(metrics: Mapping[str, float]) -> dict[str, str]:
     """The known metrics as short texts of constant width, in the order of the line."""
+    rates = [value for name, value in metrics.items() if name.startswith("optim/lr")]
+    if rates:
+        metrics = {**metrics, "optim/lr": max(rates)}
     shown = {
         "loss": ("train/loss", lambda v: f"loss {v:5.3f}"),
         "val": ("validation/loss", lambda v: f"val {v:5.3f}"),

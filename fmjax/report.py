@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 from collections.abc import Mapping
 from html import escape
@@ -147,8 +148,9 @@ def _verdict(status: Mapping, summary: Mapping) -> str:
     metrics = summary["metrics"]
     if "validation/loss" in metrics:
         text += f" Validation loss {metrics['validation/loss']:.3f}"
-        if "validation/accuracy" in metrics:
-            text += f", accuracy {metrics['validation/accuracy']:.1%}"
+        for name, value in metrics.items():
+            if re.fullmatch("validation/.*/accuracy", name):
+                text += f", {name.split('/')[1]} accuracy {value:.1%}"
         text += "."
     if summary["resumes"]:
         text += f" Resumed {summary['resumes']}×."

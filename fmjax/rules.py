@@ -64,7 +64,8 @@ def is_duration(value: Any) -> bool:
 
 
 def rule_of(key: str) -> Check | Modules | tuple[str, ...] | None:
-    """The first rule whose expression matches the whole `key`."""
+    """The first rule whose expression matches the whole `key`; a group obeys the rules of optim."""
+    key = re.sub(r"^group_optim\.[^.]+\.", "optim.", key)
     return next((rule for pattern, rule in RULES if re.fullmatch(pattern, key)), None)
 
 
@@ -76,6 +77,8 @@ def check(config: Mapping[str, Any]) -> None:
     """
     config = _given(config)
     for key, value in flatten(config).items():
+        if re.fullmatch(DICTS, key) and value != {}:
+            raise ConfigError(f"--config.{key}: got {value!r}, expected a dict")
         rule = rule_of(key)
         if isinstance(rule, Check):
             if not rule.accepts(value):
@@ -83,7 +86,9 @@ def check(config: Mapping[str, Any]) -> None:
         elif rule is not None:
             _check_choice(key, value, rule.names() if isinstance(rule, Modules) else rule)
     _check_objectives(config)
+    _check_best(config)
     _check_groups(config)
+    _check_optim(config)
     batch_size, accumulate = config.get("batch_size", 1), config.get("accumulate", 1)
     if batch_size % accumulate:
         raise ConfigError(
@@ -110,14 +115,16 @@ def task_flags(task: str) -> set[str]:
     return {argument.arg for argument in run.args.args + run.args.kwonlyargs}
 
 
-def _given(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without None, which leaves a value to the model's variant, or to the run that a task
-    opens."""
-    return {
-        key: _given(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if value is not None
-    }
+def _given(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Without None, which leaves a value to the model's variant, or to the run that a task opens;
+    what an open dict holds is left to nobody."""
+    given = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and f"{prefix}{name}" not in OPEN:
+            value = _given(value, f"{prefix}{name}.")
+        if value is not None:
+            given[name] = value
+    return given
 
 
 def _check_choice(key: str, value: Any, possible) -> None:
@@ -127,14 +134,26 @@ def _check_choice(key: str, value: Any, possible) -> None:
 
 
 def _check_objectives(config: Mapping[str, Any]) -> None:
-    objectives = config.get("objectives", {"": 1})
-    if not isinstance(objectives, dict) or not objectives:
+    if "objectives" not in config:
+        return
+    if not config["objectives"]:
         raise ConfigError(
             "--config.objectives is empty: nothing to train. Set it to a dict such as "
             "{'mlm': {'weight': 1.0}}"
         )
-    for name in filter(None, objectives):
+    for name in config["objectives"]:
         _check_choice(f"objectives.{name}", name, Modules("objectives", "loss_fn").names())
+
+
+def _check_best(config: Mapping[str, Any]) -> None:
+    best, names = config.get("best", ""), list(config.get("objectives", ()))
+    metric = rf"validation/(loss|({'|'.join(map(re.escape, names))})/[A-Za-z_]+)"
+    if best != "" and not (isinstance(best, str) and re.fullmatch(metric, best)):
+        possible = ", ".join(f"'validation/{name}/…'" for name in names)
+        raise ConfigError(
+            f"--config.best: got {best!r}, expected '', 'validation/loss' or a metric of an "
+            f"objective: {possible}"
+        )
 
 
 def _check_groups(config: Mapping[str, Any]) -> None:
@@ -149,6 +168,45 @@ def _check_groups(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"--config.groups: no group {row[1]!r} in group_optim.{hint}")
 
 
+def _check_optim(config: Mapping[str, Any]) -> None:
+    optim = config.get("optim", {})
+    _check_settings("optim", optim, optim)
+    trained = {group for _, group in config.get("groups", ())} - {"freeze"}
+    possible = [name for name in optim if name not in ALL_GROUPS]
+    for group, settings in config.get("group_optim", {}).items():
+        key = f"group_optim.{group}"
+        if group not in trained:
+            raise ConfigError(
+                f"--config.{key}: no row of --config.groups trains {group!r}."
+                + did_you_mean(group, trained)
+            )
+        for name in settings:
+            if name not in possible:
+                raise ConfigError(
+                    f"--config.{key}.{name}: no setting that a group can have of its own."
+                    + did_you_mean(name, possible)
+                )
+        _check_settings(key, settings, optim | settings)
+
+
+def _check_settings(key: str, own: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """`own` is what the dict `key` says itself, `settings` with what it inherits."""
+    for name in own.get("args", {}):
+        if name in NOT_ARGS:
+            raise ConfigError(
+                f"--config.{key}.args.{name}: set --config.{key}.{NOT_ARGS[name]} instead"
+            )
+    schedule, cooldown = settings.get("schedule"), settings.get("cooldown", 0)
+    cools = duration(cooldown)[0] > 0
+    unused = cools and "cooldown" in own and schedule not in ("wsd", "rsqrt")
+    if unused or schedule == "wsd" and not cools:
+        raise ConfigError(
+            f"--config.{key}.cooldown={cooldown!r} does not go with "
+            f"--config.{key}.schedule={schedule!r}: wsd needs a cooldown such as '20%', rsqrt can "
+            "have one, the others have none"
+        )
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -156,6 +214,11 @@ def _is_whole(value: Any) -> bool:
 def _is_real(value: Any, low: float = 0.0, high: float = math.inf) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and math.isfinite(value) and low <= value <= high
+
+
+def _is_shares(value: Any) -> bool:
+    numbers = isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_real, value))
+    return numbers and sum(value) <= 1
 
 
 def _is_regex(value: Any) -> bool:
@@ -173,6 +236,24 @@ def _is_length(value: Any) -> bool:
     return _is_span(value) and duration(value)[0] > 0 and duration(value)[1] != "%"
 
 
+def _whole(low: int, high: int) -> Check:
+    accepts = lambda value: _is_whole(value) and low <= value <= high
+    return Check(accepts, f"a number from {low} to {high} without decimals")
+
+
+# Dicts whose keys are the user's choice: the command line replaces them whole.
+OPEN = ("objectives", "group_optim", "optim.args", "model.classes")
+DICTS = r"optim|(objectives|group_optim)(\.[^.]+)?|(optim|group_optim\.[^.]+)\.args|model\.classes"
+ALL_GROUPS = ("clip", "layer_decay", "ema")  # keys of optim that no group has for itself
+# Arguments of optimizers that are made from other keys of optim.
+NOT_ARGS = {
+    "learning_rate": "lr",
+    "weight_decay": "weight_decay",
+    "weight_decay_rate": "weight_decay",
+    "mask": "decay",
+    "weight_decay_mask": "decay",
+}
+
 DURATION_TEXT = re.compile(
     r"\s*(?P<number>\d+(_\d+)*(\.\d+)?(e\d\d?)?)\s*(?P<scale>[KkMmBbTt]?)\s*"
     r"(?P<unit>steps?|epochs?|tokens?|%)\s*"
@@ -183,6 +264,8 @@ AXIS = Check(lambda v: _is_whole(v) and (v >= 1 or v == -1), "at least 1, or -1:
 PROBABILITY = Check(lambda v: _is_real(v, 0.0, 1.0), "a number between 0 and 1")
 FRACTION = Check(lambda v: _is_real(v, 0.0, 1.0) and v < 1, "a number from 0 to below 1")
 NON_NEGATIVE = Check(_is_real, "a finite number of at least 0")
+SHARES = Check(_is_shares, "two numbers of at least 0 that add up to at most 1")
+NAME = Check(lambda v: isinstance(v, str) and v.isidentifier(), "the name of an optimizer of optax")
 REGEX = Check(_is_regex, "a regular expression")
 DURATION = Check(_is_span, "a duration: 1500, '1500 steps', '3 epochs', '10M tokens' or '10%'")
 LENGTH = Check(_is_length, "a duration above 0: 1500, '1500 steps', '3 epochs' or '10M tokens'")
@@ -191,19 +274,24 @@ LENGTH = Check(_is_length, "a duration above 0: 1500, '1500 steps', '3 epochs' o
 RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("total", LENGTH),
     (r"(log|eval|save)_every|.*\.(warmup|cooldown)", DURATION),
-    (r"batch_size|accumulate|keep|top_k|max_skipped|data\.seq_len|tokenizer\.vocab_size", POSITIVE),
+    (r"batch_size|accumulate|keep|top_k|max_skipped|objectives\.mlm\.span_max", POSITIVE),
     (r"model\.(width|depth|heads|mlp|max_len|window|full_every)", POSITIVE),
     (r"distributed\.num_processes", POSITIVE),
-    (r"seed|limit|data\.(max_documents|workers)|distributed\.process_id", COUNT),
+    (r"seed|limit|step|data\.max_documents|distributed\.process_id", COUNT),
+    (r"data\.seq_len", _whole(8, 2**20)),
+    (r"data\.workers", _whole(0, 1024)),
+    (r"tokenizer\.vocab_size", _whole(32, 2**24)),
     (r"model\.(vocab_size|types|classes\..*)", COUNT),
     (r"mesh\..*", AXIS),
-    (r".*\.(rate|\w*dropout|layer_decay|end|span_stop)", PROBABILITY),
-    (r"data\.validation_fraction|.*\.(ema|b1|b2)", FRACTION),
+    (r".*\.(rate|layer_decay|end|span_stop)", PROBABILITY),
+    (r"data\.validation_fraction|.*\.(\w*dropout|ema|b1|b2)", FRACTION),
     (r".*\.(lr|weight_decay|clip|eps|weight)", NON_NEGATIVE),
+    (r"objectives\.mlm\.replace", SHARES),
     (r".*\.decay", REGEX),
+    (r"optim\.name", NAME),
     ("precision", ("float32", "bfloat16")),
     ("split", ("train", "validation")),
-    (r".*optim.*\.schedule", ("linear", "cosine", "wsd", "rsqrt", "constant")),
+    (r"optim\.schedule", ("linear", "cosine", "wsd", "rsqrt", "constant")),
     (r"data\.name", ("pydocs", "text", "hub")),
     (r"data\.format", ("packed", "padded", "pairs")),
     (r"data\.document", ("blank_line", "line", "file")),

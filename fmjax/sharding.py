@@ -54,6 +54,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Me
 def check_batch(mesh: jax.sharding.Mesh, batch_size: int, accumulate: int = 1) -> None:
     """Refuses a batch that the batch axes of the mesh do not divide."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if ways % jax.process_count():
+        raise ConfigError(
+            f"config.mesh.data x config.mesh.fsdp = {ways} must be a multiple of the "
+            f"{jax.process_count()} processes: each feeds its own rows, so config.mesh.tensor must "
+            "stay within a process."
+        )
     if batch_size % (ways * accumulate):
         raise ConfigError(
             f"config.batch_size={batch_size} cannot be cut into {accumulate} microbatches "

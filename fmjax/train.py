@@ -1,7 +1,7 @@
-"""Training: everything is put together in `setup`, and `loop` is the only loop there is.
+"""Training: `loop` is the only loop there is, and the only place that knows the order of things.
 
-A batch walks: data -> mesh -> train_step (corrupt, forward, backward, update) -> log -> evaluate ->
-save.
+A batch walks: data -> mesh -> train step (corrupt, forward, backward, update) -> log -> evaluate
+-> save.
 """
 
 import contextlib
@@ -10,14 +10,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
+from jax.experimental import multihost_utils
 
 from fmjax import (
     build,
@@ -35,32 +33,11 @@ from fmjax import (
     workdir,
 )
 from fmjax import config as configs
-from fmjax import objectives as losses
-from fmjax.errors import NumericsError, Preempted
+from fmjax.errors import CheckpointError, NumericsError, Preempted
 from fmjax.monitor import Monitor
+from fmjax.setup import Run, batch_spec, setup
 from fmjax.state import TrainState
-
-
-class Run(NamedTuple):
-    """What a config means: every part that the loop uses, nothing yet computed."""
-
-    config: Any
-    mesh: jax.sharding.Mesh
-    dataset: data.Dataset
-    model: nn.Module
-    objectives: list[losses.Objective]
-    assigned: dict[str, str]  # parameter name -> group
-    optimizer: optim.Optimizer
-    abstract: TrainState
-    total: int  # steps
-    steps: Callable[[Any], int]  # duration -> steps
-
-    def split(self, params: Any) -> tuple[Any, Any]:
-        return optim.split(params, self.assigned)
-
-    @property
-    def batch_sharding(self) -> jax.sharding.NamedSharding:
-        return jax.sharding.NamedSharding(self.mesh, sharding.BATCH)
+from fmjax.step import make_gradient, make_train_step
 
 
 def run(
@@ -77,139 +54,25 @@ def run(
     report.
     """
     started = time.monotonic()
-    with interrupt.catch() as stop:
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(interrupt.catch())
+
+        def poll():
+            if stop.requested:
+                raise Preempted(
+                    f"stopped by {stop.signal} while preparing data; the same command goes on"
+                )
+
         mesh = build.start_jax(config)
+        stack.enter_context(jax.set_mesh(mesh))
         if dry_run:
-            with jax.set_mesh(mesh):
-                return plan.show(setup(config, mesh, stop))
-        with workdir.open(
-            workdir_path, config, fresh=fresh, process_index=jax.process_index()
-        ) as folder:
-            with jax.set_mesh(mesh):
-                loop(setup(config, mesh, stop), folder, stop, started, changed)
-
-
-def setup(config: Any, mesh: jax.sharding.Mesh, stop: interrupt.Stop) -> Run:
-    """Builds and checks all parts of a run; compiles nothing."""
-
-    def poll():
-        if stop.requested:
-            raise Preempted(
-                f"stopped by {stop.signal} while preparing data; the same command goes on"
-            )
-
-    sharding.check_batch(mesh, config.batch_size, config.accumulate)
-    dataset = data.prepare(config.data.to_dict(), config.tokenizer.to_dict(), poll=poll)
-    build.check_tokenizer(config, dataset.tokenizer_dir)
-    train = dataset.splits["train"]
-    sizes = dict(
-        steps_per_epoch=max(len(train) // config.batch_size, 1),
-        tokens_per_step=config.batch_size * config.data.seq_len,
-    )
-    total = configs.steps(config.total, total=None, **sizes)
-    steps = functools.partial(configs.steps, total=total, **sizes)
-
-    model = build.model(config, dataset.vocab.size)
-    objectives = losses.build(config.objectives.to_dict(), vocab=dataset.vocab)
-    model, assigned = grouped(model, config.groups)
-    trainable, _ = optim.split(state.abstract_params(model), assigned)
-    optimizer = optim.make(
-        trainable,
-        assigned,
-        steps=steps,
-        depth=model.cfg.depth,
-        optim=config.optim.to_dict(),
-        group_optim=config.group_optim.to_dict(),
-    )
-    split = functools.partial(optim.split, assigned=assigned)
-    abstract = state.abstract(model, optimizer.tx, split, mesh)
-    return Run(
-        config, mesh, dataset, model, objectives, assigned, optimizer, abstract, total, steps
-    )
-
-
-def grouped(model: nn.Module, groups: Any) -> tuple[nn.Module, dict[str, str]]:
-    """The model, stacked where neighbouring layers train alike, and {parameter name: group}."""
-    canonical = model.clone(stacks=trees.runs(model.kinds))
-    names = list(trees.unstack(state.abstract_params(canonical)))
-    assigned = optim.assign(names, groups)
-    stacks = optim.stacks(model.kinds, assigned) if model.cfg.scan else None
-    return model.clone(stacks=stacks), assigned
-
-
-def make_train_step(
-    apply: Callable,
-    objectives: list[losses.Objective],
-    tx: optax.GradientTransformation,
-    split: Callable,
-    accumulate: int = 1,
-) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, dict[str, Any]]]:
-    """`step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
-
-    metrics: "sums" {name: (sum, weight)}, "loss", "grad_norm" (of what trains, before clipping) and
-    "skipped" (1.0 when loss or gradient was not finite: parameters and optimizer then stay, the
-    step still counts), "tokens" (not padding).
-    """
-
-    def train_step(state, batch):
-        rng = jax.random.fold_in(state.rng, state.step)
-        trainable, frozen = split(state.params)
-
-        def forward(trainable, part):
-            params = optim.merge(trainable, frozen)
-            return losses.metrics(objectives, apply, params, part, rng, train=True)
-
-        def loss_fn(trainable, part, weights):
-            found = forward(trainable, part)
-            weights = weights or {name: weight for name, (_, weight) in found.items()}
-            return losses.loss(objectives, found, weights), found
-
-        gradient = jax.value_and_grad(loss_fn, has_aux=True)
-        if accumulate == 1:
-            (loss, sums), grads = gradient(trainable, batch, None)
-        else:
-            # Only the weights of this forward pass are used, and they do not depend on the
-            # parameters: the compiler removes the pass.
-            weights = {name: weight for name, (_, weight) in forward(trainable, batch).items()}
-            (loss, sums), grads = _accumulated(
-                lambda part: gradient(trainable, part, weights), batch, accumulate
-            )
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = tx.update(grads, state.opt_state, trainable)
-        moved = optax.apply_updates(trainable, updates)
-        # Selected, never multiplied: 0 * NaN is NaN.
-        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-        state = state.replace(
-            step=state.step + 1,
-            params=optim.merge(keep(moved, trainable), frozen),
-            opt_state=keep(opt_state, state.opt_state),
+            parts = setup(config, mesh, poll)
+            with contextlib.closing(train_batches(parts)) as batches:
+                return plan.show(parts, next(batches))
+        folder = stack.enter_context(
+            workdir.open(workdir_path, config, fresh=fresh, process_index=jax.process_index())
         )
-        return state, {
-            "sums": sums,
-            "loss": loss,
-            "grad_norm": norm,
-            "skipped": 1.0 - finite.astype(jnp.float32),
-            "tokens": jnp.sum(batch["segment_ids"] > 0),
-        }
-
-    return train_step
-
-
-def _accumulated(gradient: Callable, batch: Mapping[str, jax.Array], parts: int) -> Any:
-    """The sum of `gradient(part)` over microbatches, one at a time in memory.
-
-    Part i holds the rows i, i + parts, …, so that every device keeps the rows it has.
-    """
-
-    def cut(x):
-        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-
-    micro = {name: cut(x) for name, x in batch.items()}
-    first = jax.eval_shape(gradient, {name: x[0] for name, x in micro.items()})
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-    add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)
-    return jax.lax.scan(add, zero, micro)[0]
+        loop(setup(config, mesh, poll), folder, stop, started, changed)
 
 
 def loop(
@@ -224,16 +87,22 @@ def loop(
     every = {name: run.steps(config[f"{name}_every"]) for name in ("log", "eval", "save")}
     due = lambda name: step == run.total or (every[name] and step % every[name] == 0)
     with contextlib.ExitStack() as cleanup:
-        saver = checkpoint.Checkpointer(folder.path, keep=config.keep, best=config.best)
+        mode = "max" if config.best.endswith("accuracy") else "min"
+        saver = checkpoint.Checkpointer(
+            folder.path, keep=config.keep, best=config.best, best_mode=mode
+        )
         cleanup.callback(saver.close)
         batches = train_batches(run)
         cleanup.callback(batches.close)
+        begin = time.monotonic()
         current, saved = start(run, folder, saver, batches)
+        restore_sec = time.monotonic() - begin if saved else 0.0
         step = int(current.step)
         if step == run.total and folder.finished:
             print(f"{folder.path}: already finished at step {step}; --fresh starts over")
             return
-        monitor = cleanup.enter_context(Monitor(run, folder, step, saved, started))
+        folder.update(checkpoint=step)
+        monitor = cleanup.enter_context(Monitor(run, folder, step, saved, started, restore_sec))
         train_step, eval_step = compiled(run, monitor)
         if due("eval") and monitor.owes_evaluation(step):
             monitor.evaluated(step, validate(run, eval_step, current, stop, monitor))
@@ -285,6 +154,11 @@ def start(
     if restored is not None:
         batches.restore(restored[1]["data"])
         return restored
+    if folder.previous.get("checkpoint"):
+        raise CheckpointError(
+            f"{folder.path} had a checkpoint of step {folder.previous['checkpoint']}, which is no "
+            "longer there. Put checkpoints/ back, or start from zero with --fresh."
+        )
     if jax.process_index() == 0:
         # The run folder reads alone: evaluation, export and people need the tokenizer.
         source = run.dataset.tokenizer_dir
@@ -317,21 +191,10 @@ def compiled(run: Run, monitor: Monitor) -> tuple[Callable, Callable]:
     )
     eval_step = jax.jit(evaluate.make_step(apply, run.objectives))
     spec = batch_spec(run)
-    monitor.flops = flops.count(train_step, run.abstract, spec)
+    monitor.flops = flops.of_step(run, spec)
     with monitor.timed("compile"):
         lowered = jax.jit(train_step, donate_argnums=0).lower(run.abstract, spec)
         return lowered.compile(), eval_step
-
-
-def batch_spec(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and layout of one global training batch."""
-    rows = next(data.eval_batches(run.dataset.splits["train"], batch_size=1))
-    return {
-        name: jax.ShapeDtypeStruct(
-            (run.config.batch_size, *x.shape[1:]), x.dtype, sharding=run.batch_sharding
-        )
-        for name, x in rows.items()
-    }
 
 
 def validate(
@@ -348,7 +211,8 @@ def validate(
         params = optim.merge(average, run.split(params)[1])
     batches = data.eval_batches(
         run.dataset.splits["validation"],
-        batch_size=run.config.batch_size,
+        # Numbers do not depend on it: evaluation needs no more memory than a microbatch.
+        batch_size=run.config.batch_size // run.config.accumulate,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -363,30 +227,25 @@ def numerics_error(
 ) -> NumericsError:
     """Writes down what went wrong at the last bad step: which examples, which layers."""
     step, batch = monitor.last_bad
+    gradient = make_gradient(
+        build.apply(run.model), run.objectives, run.split, run.config.accumulate
+    )
 
     def norms(state, batch):
-        trainable, frozen = run.split(state.params)
-        apply, rng = build.apply(run.model), jax.random.fold_in(state.rng, step - 1)
-
-        def loss_fn(trainable):
-            params = optim.merge(trainable, frozen)
-            found = losses.metrics(run.objectives, apply, params, batch, rng, train=True)
-            weights = {name: weight for name, (_, weight) in found.items()}
-            return losses.loss(run.objectives, found, weights)
-
-        loss, grads = jax.value_and_grad(loss_fn)(trainable)
+        (loss, _), grads = gradient(state.replace(step=step - 1), batch)
         return loss, {name: jnp.linalg.norm(g) for name, g in trees.unstack(grads).items()}
 
     loss, gradients = jax.device_get(jax.jit(norms)(current, batch))
     dump = folder.path / "dumps" / f"step_{step}.json"
-    dump.parent.mkdir(exist_ok=True)
     facts = {
         "step": step,
         "loss": str(loss),
-        "examples": np.asarray(batch["index"]).tolist(),
+        "examples": multihost_utils.process_allgather(batch["index"], tiled=True).tolist(),
         "gradient_norms": {name: str(norm) for name, norm in gradients.items()},
     }
-    dump.write_text(json.dumps(facts, indent=2))
+    if jax.process_index() == 0:
+        dump.parent.mkdir(exist_ok=True)
+        dump.write_text(json.dumps(facts, indent=2))
     return NumericsError(
         f"{monitor.bad_in_a_row} updates in a row were not finite, the last at step {step}; none "
         f"was applied or saved. {dump} names the examples and each layer's gradient norm. Lower "

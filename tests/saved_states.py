@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fmjax import manifest, step_folders
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -48,6 +50,16 @@ def save(ckpt, *numbers, metric=None):
 
 def step_folder(tmp_path, step):
     return tmp_path / "checkpoints" / str(step)
+
+
+def steps(tmp_path):
+    """The finished steps."""
+    return step_folders.finished(tmp_path / "checkpoints")
+
+
+def problems(tmp_path, step):
+    """What is damaged in a step."""
+    return manifest.problems(step_folder(tmp_path, step))
 
 
 def array_file(folder):

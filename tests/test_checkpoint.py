@@ -17,10 +17,19 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from saved_states import TrainState, abstract, assert_equal, make_state, save, step_folder
+from saved_states import (
+    TrainState,
+    abstract,
+    assert_equal,
+    make_state,
+    problems,
+    save,
+    step_folder,
+    steps,
+)
 
-from fmjax import checkpoint, manifest
-from fmjax.checkpoint import Checkpointer, load_params, steps, verify
+from fmjax import checkpoint, manifest, optim
+from fmjax.checkpoint import Checkpointer, load_params
 from fmjax.errors import CheckpointError, ConfigError
 
 
@@ -83,7 +92,7 @@ def test_save_does_not_wait_for_the_manifest_but_wait_does(checkpointer, monkeyp
     assert ckpt.check() is False and ckpt.committed is None and steps(tmp_path) == []
     threading.Timer(0.1, go.set).start()
     ckpt.wait()
-    assert ckpt.committed == 1 and steps(tmp_path) == [1] and verify(tmp_path, 1) == []
+    assert ckpt.committed == 1 and steps(tmp_path) == [1] and problems(tmp_path, 1) == []
 
 
 def test_saving_a_committed_step_again_is_idle_unless_forced(checkpointer, tmp_path):
@@ -158,7 +167,7 @@ def test_row23_disk_full_is_survived(checkpointer, tmp_path, full_disk, monkeypa
     full_disk()
     assert ckpt.save(3, large_state(), {})
     ckpt.wait()
-    assert ckpt.check() is False and steps(tmp_path) == [1, 3] and verify(tmp_path, 3) == []
+    assert ckpt.check() is False and steps(tmp_path) == [1, 3] and problems(tmp_path, 3) == []
 
 
 def test_row23_disk_full_for_good_aborts(checkpointer, tmp_path, full_disk):
@@ -300,17 +309,25 @@ def test_load_params_without_knowing_the_optimizer(checkpointer, tmp_path):
     with pytest.raises(CheckpointError, match="Is .* a run folder"):
         load_params(tmp_path)
     save(checkpointer(), 1, 2)
-    params, meta = load_params(tmp_path)
+    params, meta, averaged = load_params(tmp_path)
     assert meta["step"] == 2 and isinstance(params["dense"]["kernel"], np.ndarray)
+    assert not averaged
     assert_equal(params, jax.device_get(make_state(2).params))
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    target = abstract(make_state().params, NamedSharding(mesh, P()))
-    params, _ = load_params(tmp_path, 1, target)
-    assert_equal(params, make_state(1).params)
-    assert len(params["dense"]["bias"].sharding.device_set) == jax.device_count()
-    wide = abstract(make_state(width=4).params)
-    with pytest.raises(CheckpointError, match=r"checkpoint float32\[16,8\], model float32\[16,4\]"):
-        load_params(tmp_path, 1, wide)
+    assert_equal(load_params(tmp_path, 1)[0], jax.device_get(make_state(1).params))
+
+
+def test_load_params_takes_the_average_of_what_trains(checkpointer, tmp_path):
+    """The bias is frozen here: the optimizer does not know it."""
+    state = make_state(1)
+    tx = optax.chain(optax.adamw(1e-3), optim.moving_average(0.5))
+    average = {"dense": {"kernel": make_state(7).params["dense"]["kernel"]}}
+    ckpt = checkpointer()
+    ckpt.save(1, state.replace(opt_state=tx.init(average)), {})
+    ckpt.wait()
+    params, _, averaged = load_params(tmp_path)
+    assert averaged
+    expected = {"dense": {"bias": state.params["dense"]["bias"], **average["dense"]}}
+    assert_equal(params, jax.device_get(expected))
 
 
 def test_relative_folder(checkpointer, tmp_path, monkeypatch):

@@ -14,10 +14,20 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from saved_states import abstract, array_file, assert_equal, flip, make_state, save, step_folder
+from saved_states import (
+    abstract,
+    array_file,
+    assert_equal,
+    flip,
+    make_state,
+    problems,
+    save,
+    step_folder,
+    steps,
+)
 
 from fmjax import step_folders
-from fmjax.checkpoint import Checkpointer, load_params, steps, verify
+from fmjax.checkpoint import Checkpointer, load_params
 from fmjax.errors import CheckpointError
 
 
@@ -88,11 +98,11 @@ def test_row18_every_flipped_bit_is_found(ckpt, tmp_path, count):
         path = files[trial % len(files)]
         bit = rng.randrange(8 * path.stat().st_size)
         flip(path, bit)
-        found = verify(tmp_path, 1)
+        found = problems(tmp_path, 1)
         name = path.relative_to(step_folder(tmp_path, 1))
         assert len(found) == 1 and found[0].startswith(f"{name}: "), (path, bit, found)
         flip(path, bit)
-        assert verify(tmp_path, 1) == []
+        assert problems(tmp_path, 1) == []
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Configs and the command line: what is accepted, and what is said about the rest."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 
 from fmjax import config as configs
 from fmjax import rules
+from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -22,8 +24,15 @@ from ml_collections import ConfigDict, config_dict
 def get_config(arg=None):
     return ConfigDict(dict(
         seed=0, total="100 steps", batch_size=64, accumulate=1, precision="float32", log_every=50,
-        optim=dict(lr=1e-3, schedule="linear", warmup="10%", clip=1.0, args=dict(b1=0.9)),
-        data=dict(name="pydocs", train="", streaming=False, shares=(0.5, 0.5), sizes=[1, 2]),
+        optim=dict(
+            name="adamw", args=dict(b1=0.9), lr=1e-3, schedule="linear", warmup="10%",
+            cooldown="0%", clip=1.0, weight_decay=0.0,
+        ),
+        data=dict(
+            name="pydocs", train="", streaming=False, seq_len=128, workers=0, shares=(0.5, 0.5),
+            sizes=[1, 2],
+        ),
+        model=dict(dropout=0.1, classes={}), tokenizer=dict(vocab_size=512), best="",
         objectives=dict(mlm=dict(weight=1.0, rate=0.15)),
         groups=((".*", "train"),), group_optim={}, untyped=None,
         window=config_dict.placeholder(int), hub_token="",
@@ -99,6 +108,58 @@ def test_open_dicts_are_replaced_whole(file, monkeypatch):
     assert "group_optim.head.lr: got -1" in refusal(file, word.replace("0.1", "-1"))
 
 
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ("3", "head: got 3, expected a dict"),
+        ("{'lrr': 1}", "head.lrr: no setting that a group can have of its own. Did you mean 'lr'"),
+        ("{'clip': 1.0}", "head.clip: no setting"),
+        ("{'ema': 0.9}", "head.ema: no setting"),
+        ("{'layer_decay': 0.9}", "head.layer_decay: no setting"),
+        ("{'lr': None}", "head.lr: got None"),
+        ("{'name': 3}", "head.name: got 3, expected the name of an optimizer"),
+        ("{'schedule': 'lineal'}", "Did you mean 'linear'"),
+        ("{'schedule': 'wsd'}", "head.cooldown='0%' does not go with"),
+        ("{'cooldown': '10%'}", "head.schedule='linear': wsd needs"),
+        ("{'args': 3}", "head.args: got 3, expected a dict"),
+        ("{'args': {'b1': 1}}", "head.args.b1: got 1, expected"),
+        ("{'args': {'weight_decay': 0.1}}", "set --config.group_optim.head.weight_decay instead"),
+    ],
+)
+def test_a_group_obeys_the_rules_of_optim(file, settings, said):
+    groups = "--config.groups=(('head/.*', 'head'), ('.*', 'freeze'))"
+    assert said in refusal(file, groups, f"--config.group_optim={{'head': {settings}}}")
+
+
+def test_a_group_that_nothing_trains_in_is_refused(file):
+    said = refusal(file, "--config.group_optim={'trian': {'lr': 1.0}}")
+    assert "no row of --config.groups trains 'trian'. Did you mean 'train'?" in said
+
+
+def test_a_group_may_leave_the_schedule_whose_cooldown_it_inherits(file):
+    config = load(
+        file,
+        "--config.optim.schedule=wsd",
+        "--config.optim.cooldown=20%",
+        "--config.group_optim={'train': {'schedule': 'constant'}}",
+    )
+    assert config.group_optim.train.schedule == "constant"
+
+
+@pytest.mark.parametrize("best", ["", "validation/loss", "validation/mlm/mask_rate"])
+def test_best_is_a_metric_of_the_run(file, best):
+    assert load(file, f"--config.best={best}").best == best
+
+
+def test_data_settings_have_the_rules_of_the_config():
+    """What a config may hold, preparation takes, and the other way round."""
+    assert DataSettings(validation_fraction=0.995).validation_fraction == 0.995
+    rules.check({"data": dataclasses.asdict(DataSettings(validation_fraction=0.995))})
+    for value in (1, -0.1, float("nan"), True):
+        with pytest.raises(ConfigError, match="validation_fraction"):
+            DataSettings(validation_fraction=value)
+
+
 def test_the_config_is_locked(file):
     with pytest.raises(AttributeError):
         load(file).optim.lrr = 1.0
@@ -136,6 +197,25 @@ def test_the_config_is_locked(file):
         ("--config.accumulate=3", "batch_size=64 is not a multiple of"),
         ("--config.groups=(('.*', 'trian'),)", "Did you mean 'train'"),
         ("--config.groups=(('(', 'train'),)", "regular expression"),
+        ("--config.model.dropout=1", "below 1"),
+        ("--config.model.classes=3", "a Python dict"),
+        ("--config.data.seq_len=7", "from 8 to"),
+        ("--config.data.workers=1025", "to 1024"),
+        ("--config.tokenizer.vocab_size=31", "from 32"),
+        ("--config.optim.args={'learning_rate': 1.0}", "set --config.optim.lr instead"),
+        ("--config.optim.args={'mask': None}", "set --config.optim.decay instead"),
+        ("--config.optim.cooldown=1", "schedule='linear': wsd needs"),
+        ("--config.optim.schedule=wsd", "cooldown='0%' does not go with"),
+        ("--config.objectives={'mlm': 3}", "objectives.mlm: got 3, expected a dict"),
+        ("--config.objectives={'mlm': None}", "objectives.mlm: got None, expected a dict"),
+        ("--config.objectives={'mlm': {'rate': None}}", "objectives.mlm.rate: got None"),
+        ("--config.objectives={'mlm': {'replace': (0.8,)}}", "two numbers"),
+        ("--config.objectives={'mlm': {'replace': (0.8, -0.1)}}", "two numbers"),
+        ("--config.objectives={'mlm': {'replace': (0.8, 0.3)}}", "at most 1"),
+        ("--config.objectives={'mlm': {'span_max': 0}}", "at least 1"),
+        ("--config.best=validation/los", "'validation/mlm/…'"),
+        ("--config.best=validation/nsp/accuracy", "'validation/mlm/…'"),
+        ("--config.best=train/loss", "'validation/loss'"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused_with_what_can(file, word, said):
@@ -152,6 +232,16 @@ def test_a_value_that_cannot_be_used_is_refused_with_what_can(file, word, said):
         (["--config.optin.lr=3"], "Did you mean --config.optim.lr?"),
         (["--config.zzz=3"], "Possible: accumulate, batch_size"),
         (["--config.objectives.nsp.weight=1"], "Possible in objectives: mlm. To add"),
+        (
+            ["--config.objectives.mlm.mask=span"],
+            """="{'mlm': {'rate': 0.15, 'weight': 1.0, 'mask': 'span'}}" as a whole""",
+        ),
+        (["--config.model.classes.nsp=2"], """--config.model.classes="{'nsp': 2}" as a whole"""),
+        (
+            ["--config.group_optim.head.lr=1e-2"],
+            """--config.group_optim="{'head': {'lr': 0.01}}" as a whole""",
+        ),
+        (["--config.optim.args.b2=0.9"], """--config.optim.args="{'b1': 0.9, 'b2': 0.9}" as"""),
         (["--config.seed.x=1"], "unknown key --config.seed.x"),
         (["--config.optim=1"], "--config.optim.lr"),
         (["config.optim.lr=3"], "Did you mean --config.optim.lr=3?"),
@@ -390,10 +480,10 @@ def test_a_saved_config_loads_as_data(file, tmp_path):
 
 
 def test_diff_names_keys_with_both_values(file):
-    words = ["--config.optim.lr=5", "--config.group_optim={'head': {'lr': 1.0}}"]
+    words = ["--config.optim.lr=5", "--config.group_optim={'train': {'lr': 1.0}}"]
     assert configs.diff(load(file), load(file, *words)) == [
         ("group_optim", {}, configs.ABSENT),
-        ("group_optim.head.lr", configs.ABSENT, 1.0),
+        ("group_optim.train.lr", configs.ABSENT, 1.0),
         ("optim.lr", 1e-3, 5.0),
     ]
 
@@ -485,3 +575,18 @@ def test_print_config_is_json_and_the_difference(run, file):
     assert printed.optim.lr == 5.0 and printed.hub_token == "***"
     assert done.stderr == "changed: hub_token: '' -> '***'\nchanged: optim.lr: 0.001 -> 5.0\n"
     assert "s3" not in done.stdout + done.stderr
+
+
+def test_a_saved_config_goes_on_in_its_folder(run, file):
+    saved = file.parent / "old" / "config.json"
+    saved.parent.mkdir()
+    saved.write_text(configs.to_json(ConfigDict(load(file).to_dict() | {"task": "train"})))
+    done = run("--config=old/config.json", "--config.seed=1")
+    assert done.returncode == 2
+    assert "old holds a run with another config (seed: 0 -> 1)" in done.stderr
+
+
+def test_a_file_that_is_no_config_is_refused(run, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    done = run("--config=config.json")
+    assert done.returncode == 2 and "not a config of fmjax" in done.stderr

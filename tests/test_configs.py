@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from common import ROOT
 
-from fmjax import build, config, interrupt, sharding, train, trees
+from fmjax import build, config, setup, sharding, train, trees
 from fmjax.data import Vocab
+from fmjax.step import make_train_step
 
 FULL = ["mlm.py", "mlm.py:bert_base", "nsp.py", "nsp.py:sop", "nsp.py:nsp,variant=bert_base"]
+FULL += ["mlm.py:bert_base,runlocal", "nsp.py:nsp,variant=bert_base,runlocal"]
 
 
 def test_every_config_is_in_this_list():
@@ -43,12 +45,12 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
 
     vocab = Vocab(size, 0, 2, 3, 4, np.arange(size) < 5, np.ones(size, bool))
     fake = SimpleNamespace(vocab=vocab, splits={"train": Rows()}, tokenizer_dir=ROOT)
-    monkeypatch.setattr(train.data, "prepare", lambda *args, **kwargs: fake)
-    run = train.setup(made, sharding.make_mesh(), interrupt.Stop())
-    step = train.make_train_step(
+    monkeypatch.setattr(setup.data, "prepare", lambda *args, **kwargs: fake)
+    run = setup.setup(made, sharding.make_mesh())
+    step = make_train_step(
         build.apply(run.model), run.objectives, run.optimizer.tx, run.split, made.accumulate
     )
-    after, found = jax.eval_shape(step, run.abstract, train.batch_spec(run))
+    after, found = jax.eval_shape(step, run.abstract, setup.batch_spec(run))
     shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
     assert shapes(after) == shapes(run.abstract)
     assert found["loss"].shape == ()

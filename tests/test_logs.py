@@ -41,7 +41,7 @@ def test_numbers_become_python_numbers(tmp_path):
     big = 2**53 + 1  # Not a float64.
     with open_log(tmp_path) as log:
         log.write(1, {"tokens": np.int64(big), "loss": np.float32(0.5), "n": np.array(3)})
-        log.write(np.int64(2), {"tokens": 2**70})
+        log.write(2, {"tokens": 2**70})
     (first, second), _ = logs.read(tmp_path)
     assert (first["tokens"], first["loss"], first["n"]) == (big, 0.5, 3)
     assert (type(first["tokens"]), type(first["loss"])) == (int, float)
@@ -162,6 +162,15 @@ def test_goodput_adds_up_to_the_running_time(tmp_path, clock):
             "lost": 10,
         }
     )
+
+
+def test_reading_the_checkpoint_is_no_part_of_the_start_up(tmp_path, clock):
+    started = clock.now
+    clock.now += 5
+    with open_log(tmp_path, started=started, restore_sec=3):
+        pass
+    found = logs.goodput(*logs.read(tmp_path))
+    assert (found["init"], found["restore"]) == (2, 3)
 
 
 def test_losing_the_same_steps_twice_is_counted_twice(tmp_path, clock):

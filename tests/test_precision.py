@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import dots
+from common import dots
 
 from fmjax import precision
 

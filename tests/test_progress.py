@@ -67,6 +67,13 @@ def test_plain_lines(clock):
     ]
 
 
+def test_of_several_groups_the_largest_learning_rate_is_shown(clock):
+    file = io.StringIO()
+    with progress.Progress(10, file=file) as shown:
+        shown.log(0, {"optim/lr/head": 1e-2, "optim/lr/train": 1e-3, "optim/grad_norm": 7.0})
+    assert file.getvalue() == "step  0/10  lr 1.0e-02  eta ?\n"
+
+
 def test_long_lines_lose_what_matters_least(clock):
     file = io.StringIO()
     with progress.Progress(10**9, file=file) as shown:

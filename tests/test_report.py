@@ -27,7 +27,7 @@ def folder(tmp_path):
         {"step": 10, "time": 10, "spent": {"compile": 1}, "train/loss": 9.0, "optim/lr": 1e-4},
         {"step": 20, "time": 12, "train/loss": "NaN", "optim/lr": 2e-4, NASTY: 0.1},
         {"event": "skipped_update", "step": 20, "time": 12},
-        {"step": 20, "time": 13, "validation/loss": 7.25, "validation/accuracy": 0.125},
+        {"step": 20, "time": 13, "validation/loss": 7.25, "validation/mlm/accuracy": 0.125},
         {"event": "resume", "step": 20, "time": 18, "lost_sec": 5, "command": "python run.py a"},
         {"step": 40, "time": 20, "train/loss": 6.5, "tokens": 12345, NASTY: 0.2},
     ]
@@ -92,7 +92,7 @@ def test_every_text_is_escaped(page):
 def test_the_verdict_says_what_happened(page):
     verdict = next(text for text in page.texts if text.startswith("Failed after"))
     assert verdict.startswith("Failed after 40 of 1,500 steps (<script>")
-    assert "in 20s. Validation loss 7.250, accuracy 12.5%. Resumed 1×." in verdict
+    assert "in 20s. Validation loss 7.250, mlm accuracy 12.5%. Resumed 1×." in verdict
     assert verdict.endswith("Updates skipped as not finite: 1.")
 
 

@@ -19,9 +19,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import CACHE, ROOT
+import saved_states
+from common import CACHE, ROOT
 
-from fmjax import checkpoint, interrupt, logs, sharding, step_folders, train, workdir
+from fmjax import checkpoint, logs, setup, sharding, step_folders, workdir
 from fmjax import config as configs
 
 TOTAL = 40
@@ -92,7 +93,7 @@ def abstract(home, straight):
     config = configs.load(str(straight / "config.json"), [f"--config.data.train={home}/text.txt"])
     with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMJAX_CACHE", str(CACHE))
-        return train.setup(config, mesh, interrupt.Stop()).abstract
+        return setup.setup(config, mesh).abstract
 
 
 def write_corpus(folder: Path, seed: int) -> None:
@@ -245,7 +246,7 @@ def test_a_run_stopped_at_every_moment_ends_bit_identical(home, tmp_path, straig
         assert "stopped by SIGTERM" in error and "the same command goes on" in error
         step = status(folder)["step"]
         assert step in steps, patch
-        assert step == 0 or step in checkpoint.steps(folder) and f"after step {step}," in error
+        assert step == 0 or step in saved_states.steps(folder) and f"after step {step}," in error
     done = run(home, folder, cache)
     assert (done.returncode, done.stderr) == (0, "")
     assert_same_end(folder, straight, abstract)
@@ -257,6 +258,16 @@ def test_a_finished_run_is_left_as_it_is(home, straight):
     assert done.returncode == 0 and done.stdout.count("already finished at step 40") == 1
     assert "resuming" not in done.stdout
     assert contents(straight) == before
+
+
+def test_row22_lost_checkpoints_are_not_a_silent_start_from_zero(home, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = contents(tmp_path / "run")
+    again = run(home, tmp_path / "run")
+    assert again.returncode == 4
+    assert f"had a checkpoint of step {TOTAL}" in again.stderr and "--fresh" in again.stderr
+    assert contents(tmp_path / "run")["metrics.jsonl"] == before["metrics.jsonl"]
 
 
 def test_a_second_process_is_refused_and_told_who_works_there(home, tmp_path, monkeypatch):
@@ -324,7 +335,7 @@ objectives.metrics = poisoned
     assert skipped == [11, 12, 13, 14, 15]
 
     # Nothing was applied: what was saved since is what there was before.
-    assert checkpoint.steps(folder) == [10, 15]
+    assert saved_states.steps(folder) == [10, 15]
     before, after = (checkpoint.load_params(folder, step)[0] for step in (10, 15))
     jax.tree.map(np.testing.assert_array_equal, before, after)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
@@ -338,13 +349,13 @@ evaluate.evaluate = lambda *args: {"loss": next(losses)}
 """
     done = run(home, tmp_path, "--config.eval_every=5", "--config.keep=1", patch=patch)
     assert done.returncode == 0, done.stderr
-    assert checkpoint.steps(tmp_path) == [10, 40]
+    assert saved_states.steps(tmp_path) == [10, 40]
 
 
 def test_a_run_goes_on_with_another_number_of_devices(home, tmp_path, straight, abstract):
     folder = tmp_path / "run"
     shutil.copytree(straight, folder)
-    for step in checkpoint.steps(folder):
+    for step in saved_states.steps(folder):
         if step > 10:
             shutil.rmtree(folder / "checkpoints" / str(step))
     done = run(home, folder, "--config.mesh.data=8", devices=8)

@@ -1,7 +1,10 @@
 """evaluate, fill_mask, export and config.init, on one tiny run and what is exported of it."""
 
+import html
 import json
 import random
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,9 +13,22 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from conftest import CACHE, ROOT
+from common import CACHE, ROOT
 
-from fmjax import build, checkpoint, evaluate, export, fill_mask, report, state, train, trees
+from fmjax import (
+    build,
+    checkpoint,
+    convert,
+    evaluate,
+    export,
+    fill_mask,
+    objectives,
+    report,
+    setup,
+    state,
+    train,
+    trees,
+)
 from fmjax import config as configs
 from fmjax.errors import CheckpointError, ConfigError, DataError
 from fmjax.models import bert
@@ -44,7 +60,7 @@ def tmp(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp):
-    """A run of four steps."""
+    """A run of four steps that keeps the second and averages its parameters."""
     config = load(
         "mlm",
         "--config.data.name=text",
@@ -53,7 +69,8 @@ def folder(tmp):
         f"--config.data.train={write_text(tmp / 'train.txt', 200, 0)}",
         "--config.tokenizer.vocab_size=128",
         "--config.model.variant=tiny",
-        total=4, batch_size=16, log_every=4, eval_every=4, save_every=4, tensorboard=False,
+        "--config.optim.ema=0.5",
+        total=4, batch_size=16, log_every=4, eval_every=4, save_every=2, tensorboard=False,
     )  # fmt: skip
     with config.unlocked():
         config.model.update(SIZES)
@@ -86,12 +103,36 @@ def assert_same(one, other):
 # ---- open_folder ----
 
 
-def test_a_run_folder_opens_with_its_last_parameters(folder, opened):
-    saved, _ = checkpoint.load_params(folder)
+def test_a_run_folder_opens_with_its_newest_average(folder, opened):
+    saved, _, averaged = checkpoint.load_params(folder)
+    assert averaged
     assert_same(opened.params, saved)
     assert (opened.step, opened.config.total, opened.tokenizer) == (4, 4, folder / "tokenizer")
     assert opened.model.stacks == (3,)
-    assert str(opened) == f"{folder} at step 4"
+    assert str(opened) == f"{folder} at step 4 (averaged parameters)"
+
+
+def test_the_tasks_take_the_step_that_is_asked_for(folder, exported, tmp, capsys):
+    evaluate.run(load("evaluate", folder=folder, step=2), tmp, dry_run=True)
+    fill_mask.run(load("fill_mask", folder=folder, step=2, text="[MASK]"), tmp)
+    export.run(load("export", folder=folder, step=2), tmp, dry_run=True)
+    assert capsys.readouterr().out.count(f"{folder} at step 2 (averaged parameters)") == 3
+    mesh = build.sharding.make_mesh()
+    params = build.open_folder(str(folder), mesh, step=2).params
+    assert_same(params, checkpoint.load_params(folder, 2)[0])
+    with pytest.raises(CheckpointError, match="no finished step 3. There are: 2, 4."):
+        build.open_folder(str(folder), mesh, step=3)
+    with pytest.raises(ConfigError, match="config.step=4, but config.folder='.*' is not the fold"):
+        build.open_folder(str(exported), mesh, step=4)
+
+
+def test_process_0_alone_prints(exported, opened, tmp, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    fill_mask.run(load("fill_mask", folder=exported, text="[MASK]"), tmp)
+    target(exported)
+    monkeypatch.setattr(build, "open_folder", lambda *args, **kwargs: opened)
+    export.run(load("export", folder=opened.source), tmp, dry_run=True)
+    assert capsys.readouterr().out == ""
 
 
 def test_an_exported_folder_opens_with_the_same_parameters(exported, opened):
@@ -136,7 +177,8 @@ def test_evaluation_gives_the_number_of_training(folder, tmp, capsys):
     assert "mlm/perplexity" in found["metrics"]
     assert not (tmp / "unused").exists()
     out = capsys.readouterr().out
-    assert f"{folder} at step 4: validation of " in out and "  mlm/accuracy " in out
+    assert f"{folder} at step 4 (averaged parameters): validation of " in out
+    assert found["averaged"] is True and "  mlm/accuracy " in out
 
 
 def test_an_exported_folder_evaluates_to_the_same_number(folder, exported, tmp):
@@ -171,6 +213,39 @@ def test_a_dry_run_measures_nothing(folder, tmp, capsys):
     evaluate.run(load("evaluate", folder=folder), tmp, dry_run=True)
     assert len(records(folder)) == before
     assert "rows of 32, float32" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp, folder):
+    """A BertForPreTraining's folder."""
+    model = bert.Model("tiny", **{**SIZES, "vocab_size": 92, "classes": {"nsp": 2}})
+    params = state.init_params(model, jax.random.key(0))
+    convert.export(tmp / "pretrained", model, params, folder / "tokenizer")
+    return tmp / "pretrained"
+
+
+def test_next_sentence_prediction_of_a_folder_that_has_it(folder, pretrained, tmp):
+    words = [f"--config.data.train={folder.parent / 'train.txt'}", "--config.data.seq_len=32"]
+    words += ["--config.data.format=pairs", "--config.limit=2", "--config.batch_size=16"]
+    words += ["--config.objectives={'nsp': {}, 'mlm': {}}"]
+    evaluate.run(load("evaluate", *words, folder=pretrained), tmp)
+    found = records(tmp)[-1]["metrics"]
+    assert found["nsp/loss"] == pytest.approx(np.log(2), abs=0.1)
+    assert 0 <= found["nsp/accuracy"] <= 1
+    fill_mask.run(load("fill_mask", folder=pretrained, text="the [MASK]"), tmp)
+    head = target(pretrained, classes={"nsp": 2})["head/nsp/kernel"]
+    opened = build.open_folder(str(pretrained), build.sharding.make_mesh())
+    np.testing.assert_array_equal(head, opened.params["head"]["nsp"]["kernel"])
+    with pytest.raises(ConfigError, match="'nsp' cannot use .* made for 'sop'"):
+        evaluate.run(load("evaluate", *words, "--config.data.pair=sop", folder=pretrained), tmp)
+
+
+@pytest.mark.parametrize("name, pair", [("nsp", "sop"), ("sop", "nsp"), ("nsp", ""), ("sop", "")])
+def test_labels_of_another_kind_are_refused(name, pair):
+    goal = objectives.build({name: {}}, pair=pair)[0]
+    said = f"config.data.format=pairs and config.data.pair={name}"
+    with pytest.raises(ConfigError, match=said):
+        goal.loss_fn(lambda *args, method: None, {}, {})
 
 
 # ---- fill_mask ----
@@ -282,7 +357,7 @@ def test_export_notices_one_flipped_bit(exported, opened, tmp):
 def target(init, groups=((".*", "train"),), **changes):
     """(initial parameters, model) as `train.setup` and `train.start` make them."""
     model = bert.Model("tiny", **{**SIZES, "vocab_size": 92, "dropout": 0.0, **changes})
-    model, _ = train.grouped(model, groups)
+    model, _ = setup.grouped(model, groups, {"decay": ".*"}, {})
     config = SimpleNamespace(init=str(init), seed=0)
     abstract = state.abstract_params(model, build.sharding.make_mesh(fsdp=2))
     params = build.initial(config, model, abstract)
@@ -295,7 +370,8 @@ def test_starting_from_a_run_gives_its_parameters_in_any_stacks(folder, opened, 
     freeze = ((r"block_00/.*|embed/.*", "freeze"), (".*", "train"))
     for found in (target(folder), target(folder, freeze), target(folder, scan=False)):
         assert_same(trees.unflatten(found), opened.params)
-    assert f"starting from step 4 of {folder}: every parameter loaded" in capsys.readouterr().out
+    said = f"starting from step 4 of {folder} (averaged parameters): every parameter loaded"
+    assert said in capsys.readouterr().out
 
 
 def test_starting_with_a_head_that_the_run_lacks(folder, opened, capsys):
@@ -339,9 +415,10 @@ def test_starting_from_a_run_of_another_shape_is_refused(folder):
 
 def test_the_commands_of_the_report_are_understood(folder):
     """Each loads its config; what they then do is tested above."""
-    page = report.write(folder).read_text(encoding="utf-8")
+    page = html.unescape(report.write(folder).read_text(encoding="utf-8"))
     for name in ("evaluate", "fill_mask", "export"):
-        assert f"--config=configs/{name}.py --config.folder=" in page
+        command = re.search(rf"run\.py --config=configs/{name}\.py (--[^<]*)", page)
+        assert load(name, *shlex.split(command[1])).folder == str(folder)
 
 
 def test_run_py_runs_a_task(folder):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from conftest import dots
+from common import dots
 
 from fmjax import flops, objectives, sharding, state, trees
 from fmjax.objectives import mlm
@@ -237,7 +237,7 @@ def test_what_is_frozen_costs_nothing_by_the_compilers_count():
     everything, memory = compiled_flops(((".*", "train"),))
     head, head_memory = compiled_flops(((r"head/.*", "train"), (".*", "freeze")))
     last_two, _ = compiled_flops(((r"block_1[01]/.*|head/.*", "train"), (".*", "freeze")))
-    print(head / everything, last_two / everything, head_memory / memory)
+
     assert head <= 0.34 * everything
     assert last_two <= 0.45 * everything
     assert head_memory < 0.3 * memory
@@ -268,6 +268,27 @@ def test_flops_by_hand():
     per_token = depth * (4 * d * d + 2 * d * f + 2 * t * d)
     forward = 2 * rows * (t * per_token + k * (d * d + d * tiny.V))
     assert flops.count(made.raw_step, made.abstract, tiny.batch(rows)) == 3 * forward
+
+
+def test_flops_count_what_the_mathematics_needs():
+    """Neither the accumulation's discarded pass nor recomputation is part of the model."""
+    plain, batch = tiny.make(), tiny.batch(8)
+    for made in (tiny.make(accumulate=2), tiny.make(remat="block")):
+        assert flops.count(made.raw_step, made.abstract, batch) > flops.of_step(made, batch)
+        assert flops.of_step(made, batch) == flops.of_step(plain, batch)
+
+
+def test_decay_of_single_layers_is_the_same_scanned_and_unrolled():
+    """lr 0.01, decay 0.5, no gradient but on batches of no targets: p becomes p (1 - 0.005)."""
+    changes = {"weight_decay": 0.5, "decay": r"block_01/mlp/up/kernel"}
+    empty = {name: 0 * x for name, x in tiny.batch(8).items()}
+    for scan in (True, False):
+        made = tiny.make(scan=scan, changes=changes)
+        before = made.state()
+        after = values(made.step(before, empty)[0].params)
+        for name, x in values(before.params).items():
+            factor = 1 - 0.01 * 0.5 if name == "block_01/mlp/up/kernel" else 1.0
+            np.testing.assert_allclose(after[name], x * factor, rtol=1e-6, err_msg=name)
 
 
 def test_sentence_pairs_and_masks_share_one_forward_pass():

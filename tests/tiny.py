@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, objectives, optim, sharding, state, train
+from fmjax import build, objectives, optim, setup, sharding, state
 from fmjax.models import bert
+from fmjax.step import make_train_step
 
 V, T = 64, 16
 VOCAB = SimpleNamespace(
@@ -52,11 +53,13 @@ def batch(rows: int, seed: int = 0) -> dict[str, jax.Array]:
 def make(
     groups=((".*", "train"),), accumulate=1, losses=None, mesh=None, changes=None, **model
 ) -> SimpleNamespace:
-    """Model, loss, optimizer, a fresh state and the jitted step, put together as `train.setup`
+    """Model, loss, optimizer, a fresh state and the jitted step, put together as `setup`
     does."""
-    net, assigned = train.grouped(bert.Model("tiny", **{**SIZES, **model}), groups)
+    net, assigned = setup.grouped(
+        bert.Model("tiny", **{**SIZES, **model}), groups, OPTIM | (changes or {}), {}
+    )
     split = functools.partial(optim.split, assigned=assigned)
-    goals = objectives.build(losses or {"mlm": {"rate": 0.3}}, vocab=VOCAB)
+    goals = objectives.build(losses or {"mlm": {"rate": 0.3}}, vocab=VOCAB, pair="nsp")
     made = optim.make(
         split(state.abstract_params(net))[0],
         assigned,
@@ -67,12 +70,13 @@ def make(
     )
     mesh = mesh or sharding.make_mesh()
     abstract = state.abstract(net, made.tx, split, mesh)
-    step = train.make_train_step(build.apply(net), goals, made.tx, split, accumulate)
+    step = make_train_step(build.apply(net), goals, made.tx, split, accumulate)
     return SimpleNamespace(
         model=net,
         assigned=assigned,
         split=split,
         objectives=goals,
+        optimizer=made,
         tx=made.tx,
         abstract=abstract,
         mesh=mesh,

@@ -94,6 +94,8 @@ ARCHITECTURES: dict[str, tuple[tuple[str, frozenset[str]], ...]] = {
     "distilbert": (("DistilBertForMaskedLM", frozenset({"mlm"})),),
     "modernbert": (("ModernBertForMaskedLM", frozenset({"mlm"})),),
 }
+# Those with the head nsp.
+NEXT_SENTENCE = {"BertForPreTraining", "BertForNextSentencePrediction"}
 
 # Tensors that repeat another one (the tied output projection); older files hold both.
 TIED: dict[str, str] = {
@@ -235,6 +237,8 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
     constant: dict[str, Any] = dict(position_shift=0, pooler=model_type == "bert", modern=False)
     if model_type == "bert":
         constant["head_activation"] = found["activation"]
+        if NEXT_SENTENCE.intersection(hf.get("architectures") or ()):
+            constant["classes"] = {"nsp": 2}
     elif model_type == "roberta":
         pad = hf.get("pad_token_id", 1)
         if not isinstance(pad, int):

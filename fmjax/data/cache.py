@@ -16,9 +16,13 @@ from fmjax.errors import DataError
 INDEX = "index.json"
 
 
-def root(configured: str) -> Path:
-    """The cache folder: `config.data.cache`, else $FMJAX_CACHE, else ~/.cache/fmjax."""
-    folder = Path(configured or os.environ.get("FMJAX_CACHE") or "~/.cache/fmjax").expanduser()
+def root(cache: str = "") -> Path:
+    """The folder for what runs share (data; compiled programs), made if need be: `cache`, which is
+    `config.data.cache`, else $FMJAX_CACHE, else ~/.cache/fmjax.
+
+    Raises DataError where it cannot be made.
+    """
+    folder = Path(cache or os.environ.get("FMJAX_CACHE") or "~/.cache/fmjax").expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

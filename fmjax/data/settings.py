@@ -1,8 +1,12 @@
-"""The keys of `config.data` and `config.tokenizer`: their defaults, and what they may hold."""
+"""The keys of `config.data` and `config.tokenizer`: their defaults, and what fits together.
+
+What a single key may hold is a row of `fmjax.rules.RULES`.
+"""
 
 import dataclasses
 from collections.abc import Mapping
 
+from fmjax import rules
 from fmjax.errors import ConfigError, did_you_mean
 
 
@@ -25,21 +29,12 @@ class DataSettings:
     subset: str = ""
     revision: str = ""
     streaming: bool = False
-    max_documents: int = 0  # per split, 0 = all
+    max_documents: int = 0  # of each part given (train, validation) before it is split; 0 = all
     workers: int = 0  # processes that tokenise, 0 = chosen by the size of the corpus
     cache: str = ""  # empty: $FMJAX_CACHE, else ~/.cache/fmjax
 
     def __post_init__(self):
-        _choice("data.name", self.name, ("pydocs", "text", "hub"))
-        _choice("data.format", self.format, ("packed", "padded", "pairs"))
-        _choice("data.pair", self.pair, ("nsp", "sop"))
-        _choice("data.document", self.document, ("blank_line", "line", "file"))
-        _choice("data.long", self.long, ("split", "truncate", "drop", "error"))
-        _choice("data.on_bad_record", self.on_bad_record, ("raise", "skip", "quarantine"))
-        _range("data.seq_len", self.seq_len, 8, 2**20)
-        _range("data.validation_fraction", self.validation_fraction, 0, 0.99)
-        _range("data.max_documents", self.max_documents, 0, 2**62)
-        _range("data.workers", self.workers, 0, 1024)
+        _check("data", self)
         if self.validation and not self.train and self.name != "hub":
             raise ConfigError("config.data.validation needs config.data.train beside it.")
         if self.name == "text" and not self.train:
@@ -71,8 +66,7 @@ class TokenizerSettings:
     revision: str = ""
 
     def __post_init__(self):
-        _choice("tokenizer.kind", self.kind, ("wordpiece", "bpe", "unigram"))
-        _range("tokenizer.vocab_size", self.vocab_size, 32, 2**24)
+        _check("tokenizer", self)
         if not self.name:
             raise ConfigError("config.tokenizer.name is empty. Give 'train', a hub id or a folder.")
 
@@ -88,11 +82,12 @@ def read(kind: type, values: Mapping, section: str):
     return kind(**values)
 
 
-def _choice(key: str, value: str, possible: tuple[str, ...]) -> None:
-    if value not in possible:
-        raise ConfigError(f"config.{key}={value!r} is not known." + did_you_mean(value, possible))
-
-
-def _range(key: str, value: int | float, low: int | float, high: int | float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ConfigError(f"config.{key}={value!r} must be a number from {low} to {high}.")
+def _check(section: str, settings: DataSettings | TokenizerSettings) -> None:
+    """Refuses values that the rules of their keys refuse."""
+    for name, value in dataclasses.asdict(settings).items():
+        key, rule = f"config.{section}.{name}", rules.rule_of(f"{section}.{name}")
+        if isinstance(rule, rules.Check):
+            if not rule.accepts(value):
+                raise ConfigError(f"{key}={value!r} must be {rule.words}.")
+        elif rule is not None and value not in rule:
+            raise ConfigError(f"{key}={value!r} is not known." + did_you_mean(value, rule))

@@ -323,7 +323,7 @@ class Encoder(nn.Module):
         """Class logits in float32 of the head `name` on the pooled first token."""
         if name not in dict(self.cfg.classes):
             raise ConfigError(
-                f"The model has no head {name!r}: set config.model.classes={{'{name}': <classes>}}."
+                f"The model has no head {name!r}: --config.model.classes=\"{{'{name}': 2}}\""
             )
         return self.head.classify(hidden, name)
 

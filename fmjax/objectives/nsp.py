@@ -15,14 +15,32 @@ from fmjax.errors import ConfigError
 
 
 def loss_fn(
-    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, head: str = "nsp"
+    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pair: str, head: str = "nsp"
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Two-class cross-entropy in nats of `pair_label` (B,), and accuracy; empty rows weigh
-    nothing."""
-    if "pair_label" not in batch:
+    nothing.
+
+    Raises ConfigError where the data are not pairs of this kind: `pair` is how they were made, ""
+    for no pairs.
+    """
+    check_pairs("nsp", pair)
+    return pair_loss(apply, params, batch, head)
+
+
+def check_pairs(objective: str, pair: str) -> None:
+    """Refuses labels that mean something else than the objective says."""
+    if pair != objective:
+        made = f"pairs made for {pair!r}" if pair else "no pairs"
         raise ConfigError(
-            f"The objective {head!r} needs sentence pairs: set config.data.format=pairs."
+            f"The objective {objective!r} cannot use these data, which are {made}: set "
+            f"config.data.format=pairs and config.data.pair={objective}."
         )
+
+
+def pair_loss(
+    apply: Callable, params: Any, batch: Mapping[str, jax.Array], head: str
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The metrics of a two-class `head` against `pair_label`."""
     hidden = apply(
         params,
         batch["input_ids"],

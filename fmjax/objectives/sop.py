@@ -4,11 +4,17 @@ or swapped?
 Differs from `nsp` only in how the pairs are made (`config.data.pair = "sop"`) and in its head.
 """
 
-import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
 
 from fmjax.objectives import nsp
 
 
-@functools.wraps(nsp.loss_fn)
-def loss_fn(apply, params, batch, *, head="sop"):
-    return nsp.loss_fn(apply, params, batch, head=head)
+def loss_fn(
+    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pair: str, head: str = "sop"
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """What `nsp.loss_fn` gives, of the order of two segments."""
+    nsp.check_pairs("sop", pair)
+    return nsp.pair_loss(apply, params, batch, head)

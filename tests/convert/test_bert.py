@@ -132,8 +132,7 @@ def ours(request, reference):
 def load(folder, scanned):
     """The model of a folder and its parameters, all of them from the files."""
     _, options = convert.describe(folder)
-    nsp = "BertForPreTraining" in json.loads((folder / "config.json").read_text())["architectures"]
-    model = bert.Model(**options, classes={"nsp": 2} if nsp else {}, attention="xla")
+    model = bert.Model(**options, attention="xla")
     model = model.clone(stacks=trees.runs(model.kinds) if scanned else None)
     params, report = convert.load(folder, abstract(model))
     assert report == ((), ())

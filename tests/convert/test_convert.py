@@ -94,7 +94,7 @@ def test_described_options_rebuild_the_model(exported):
     folder, model, _ = exported
     name, options = convert.describe(folder)
     assert name == "bert"
-    assert bert.Model("base", **options, classes=model.cfg.classes).cfg == model.cfg
+    assert bert.Model("base", **options).cfg == model.cfg
 
 
 def test_eight_devices_hold_what_one_holds(exported):
@@ -231,7 +231,7 @@ def test_heads_without_a_counterpart_are_left_out_and_named(tmp_path):
     assert left_out == (
         "head/pooler/bias", "head/pooler/kernel", "head/sop/bias", "head/sop/kernel",
     )  # fmt: skip
-    assert convert.describe(tmp_path / "out")[0] == "bert"
+    assert "classes" not in convert.describe(tmp_path / "out")[1]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["BertForMaskedLM"]
 
@@ -428,7 +428,7 @@ def test_loading_and_exporting_work_where_torch_is_missing(folder, tmp_path):
         from fmjax import convert
         from fmjax.models import bert
         source, target = sys.argv[1:]
-        model = bert.Model(**convert.describe(source)[1], classes={"nsp": 2})
+        model = bert.Model(**convert.describe(source)[1])
         ids = jnp.ones((1, 4), jnp.int32)
         like = jax.eval_shape(model.init, jax.random.key(0), ids, ids, ids, ids)["params"]
         convert.export(target, model, convert.load(source, like)[0])

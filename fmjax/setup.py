@@ -1,0 +1,108 @@
+"""What a config means: every part of a run, built and checked, with nothing computed yet."""
+
+import functools
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from fmjax import build, data, optim, sharding, state, trees
+from fmjax import config as configs
+from fmjax import objectives as losses
+from fmjax.state import TrainState
+
+
+class Run(NamedTuple):
+    """What a config means: every part that the loop uses, nothing yet computed."""
+
+    config: Any
+    mesh: jax.sharding.Mesh
+    dataset: data.Dataset | None  # None until it is prepared
+    model: nn.Module
+    objectives: list[losses.Objective]
+    assigned: dict[str, str]  # parameter name -> group
+    optimizer: optim.Optimizer
+    abstract: TrainState
+    total: int  # steps
+    steps: Callable[[Any], int]  # duration -> steps
+
+    def split(self, params: Any) -> tuple[Any, Any]:
+        return optim.split(params, self.assigned)
+
+    @property
+    def batch_sharding(self) -> jax.sharding.NamedSharding:
+        return jax.sharding.NamedSharding(self.mesh, sharding.BATCH)
+
+
+def setup(config: Any, mesh: jax.sharding.Mesh, poll: Callable[[], None] = lambda: None) -> Run:
+    """Builds and checks all parts of a run; compiles nothing. `poll` may raise while data is read.
+
+    Everything is put together once before the data is prepared, with stand-ins for what only data
+    can tell, so that a mistake in the config is not found hours later.
+    """
+    sharding.check_batch(mesh, config.batch_size, config.accumulate)
+    size = config.tokenizer.vocab_size if config.tokenizer.name == "train" else 8
+    none = np.zeros(size, bool)
+    stand_in = data.Vocab(size, 0, 1, 2, 3, none, none)
+    many = config.batch_size * 2**30  # so that no duration looks longer than the run
+    assemble(config, mesh, stand_in, rows=many, tokens=many)
+
+    dataset = data.prepare(config.data.to_dict(), config.tokenizer.to_dict(), poll=poll)
+    build.check_tokenizer(config, dataset.tokenizer_dir)
+    train = dataset.splits["train"]
+    run = assemble(config, mesh, dataset.vocab, rows=len(train), tokens=train.tokens)
+    return run._replace(dataset=dataset)
+
+
+def assemble(
+    config: Any, mesh: jax.sharding.Mesh, vocab: data.Vocab, *, rows: int, tokens: int
+) -> Run:
+    """All parts of a run but its data, of which the training split has `rows` and real `tokens`."""
+    sizes = dict(
+        steps_per_epoch=Fraction(rows, config.batch_size),
+        tokens_per_step=Fraction(config.batch_size * tokens, rows),
+    )
+    total = configs.steps(config.total, total=None, **sizes)
+    steps = functools.partial(configs.steps, total=total, **sizes)
+    pair = config.data.pair if config.data.format == "pairs" else ""
+    objectives = losses.build(config.objectives.to_dict(), vocab=vocab, pair=pair)
+    optimizers = config.optim.to_dict(), config.group_optim.to_dict()
+    model, assigned = grouped(build.model(config, vocab.size), config.groups, *optimizers)
+    split = functools.partial(optim.split, assigned=assigned)
+    optimizer = optim.make(
+        split(state.abstract_params(model))[0],
+        assigned,
+        steps=steps,
+        depth=model.cfg.depth,
+        optim=optimizers[0],
+        group_optim=optimizers[1],
+    )
+    abstract = state.abstract(model, optimizer.tx, split, mesh)
+    return Run(config, mesh, None, model, objectives, assigned, optimizer, abstract, total, steps)
+
+
+def grouped(
+    model: nn.Module, groups: Any, optim_: Mapping[str, Any], group_optim: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, str]]:
+    """The model, stacked where neighbouring layers train alike, and {parameter name: group}."""
+    canonical = model.clone(stacks=trees.runs(model.kinds))
+    names = list(trees.unstack(state.abstract_params(canonical)))
+    assigned = optim.assign(names, groups)
+    stacks = None
+    if model.cfg.scan:
+        stacks = optim.stacks(model.kinds, assigned, optim_, group_optim)
+    return model.clone(stacks=stacks), assigned
+
+
+def batch_spec(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and layout of one global training batch."""
+    rows = next(data.eval_batches(run.dataset.splits["train"], batch_size=1))
+    return {
+        name: jax.ShapeDtypeStruct(
+            (run.config.batch_size, *x.shape[1:]), x.dtype, sharding=run.batch_sharding
+        )
+        for name, x in rows.items()
+    }

@@ -1,0 +1,100 @@
+"""The training step: gradient over what trains, update, and nothing applied that is not finite."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fmjax import objectives as losses
+from fmjax import optim
+from fmjax.state import TrainState
+
+Batch = Mapping[str, jax.Array]
+
+
+def make_train_step(
+    apply: Callable,
+    objectives: list[losses.Objective],
+    tx: optax.GradientTransformation,
+    split: Callable,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+    """`step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    metrics: "sums" {name: (sum, weight)}, "loss", "grad_norm" (of what trains, before clipping) and
+    "skipped" (1.0 when loss or gradient was not finite: parameters and optimizer then stay, the
+    step still counts), "tokens" (not padding).
+    """
+    gradient = make_gradient(apply, objectives, split, accumulate)
+
+    def train_step(state, batch):
+        (loss, sums), grads = gradient(state, batch)
+        trainable, frozen = split(state.params)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = tx.update(grads, state.opt_state, trainable)
+        moved = optax.apply_updates(trainable, updates)
+        # Selected, never multiplied: 0 * NaN is NaN.
+        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+        state = state.replace(
+            step=state.step + 1,
+            params=optim.merge(keep(moved, trainable), frozen),
+            opt_state=keep(opt_state, state.opt_state),
+        )
+        return state, {
+            "sums": sums,
+            "loss": loss,
+            "grad_norm": norm,
+            "skipped": 1.0 - finite.astype(jnp.float32),
+            "tokens": jnp.sum(batch["segment_ids"] > 0),
+        }
+
+    return train_step
+
+
+def make_gradient(
+    apply: Callable, objectives: list[losses.Objective], split: Callable, accumulate: int = 1
+) -> Callable[[TrainState, Batch], tuple[tuple[jax.Array, losses.Metrics], Any]]:
+    """`gradient(state, batch) -> ((loss, sums), gradients)` over the trainable part only."""
+
+    def gradient(state, batch):
+        rng = jax.random.fold_in(state.rng, state.step)
+        trainable, frozen = split(state.params)
+
+        def forward(trainable, part):
+            params = optim.merge(trainable, frozen)
+            return losses.metrics(objectives, apply, params, part, rng, train=True)
+
+        def loss_fn(trainable, part, weights):
+            found = forward(trainable, part)
+            weights = weights or {name: weight for name, (_, weight) in found.items()}
+            return losses.loss(objectives, found, weights), found
+
+        part_gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        if accumulate == 1:
+            return part_gradient(trainable, batch, None)
+        # Only the weights of this forward pass are used, and they do not depend on the parameters:
+        # the compiler removes the pass.
+        weights = {name: weight for name, (_, weight) in forward(trainable, batch).items()}
+        return _accumulated(lambda part: part_gradient(trainable, part, weights), batch, accumulate)
+
+    return gradient
+
+
+def _accumulated(gradient: Callable, batch: Mapping[str, jax.Array], parts: int) -> Any:
+    """The sum of `gradient(part)` over microbatches, one at a time in memory.
+
+    Part i holds the rows i, i + parts, …, so that every device keeps the rows it has.
+    """
+
+    def cut(x):
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    micro = {name: cut(x) for name, x in batch.items()}
+    first = jax.eval_shape(gradient, {name: x[0] for name, x in micro.items()})
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)
+    return jax.lax.scan(add, zero, micro)[0]
