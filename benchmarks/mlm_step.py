@@ -151,7 +151,7 @@ def torch_side(model, batch, flags) -> dict:
         value = loss(run.train())
         value.backward()
         optimizer.step()
-        return float(value)
+        return float(value.detach())
 
     def evaluated():
         with torch.no_grad():

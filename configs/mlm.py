@@ -6,6 +6,10 @@ On the documentation that ships with Python, on your own text, or BERT-base on a
     python run.py --config=configs/mlm.py --config.data.train=my.txt
     python run.py --config=configs/mlm.py:bert_base --config.data.name=hub --config.data.path=…
 
+The first, on two cores of a Xeon at 2.5 GHz without AMX, Python 3.11, 2026-11-21: 3.0 to 3.3
+minutes; validation loss 4.384, 4.468, 4.388 nats and accuracy 28.0, 27.1, 28.6 % for seeds 0, 1, 2.
+BERT's own layout at this size (variant tiny, batch 32, lr 2e-3) is at 5.72 after as many tokens.
+
 Variants: `tiny` (seconds, to see that everything works), `bert_base` (Devlin et al. 2019, appendix
 A.2: batch 256, 1M steps, lr 1e-4, warm-up 10k; phase 1 at length 128), `runlocal` (any variant, cut
 to a handful of steps).
