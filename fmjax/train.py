@@ -101,7 +101,6 @@ def loop(
         if step == run.total and folder.finished:
             print(f"{folder.path}: already finished at step {step}; --fresh starts over")
             return
-        folder.update(checkpoint=step)
         monitor = cleanup.enter_context(Monitor(run, folder, step, saved, started, restore_sec))
         train_step, eval_step = compiled(run, monitor)
         if due("eval") and monitor.owes_evaluation(step):

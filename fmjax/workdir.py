@@ -50,7 +50,9 @@ class Folder:
         self.path = path
         self.previous = previous
         self._writes = writes
-        self._status = {"state": "running", "step": previous.get("step", 0), "reason": ""}
+        self._status = {"state": "running", "step": 0, "checkpoint": 0, "reason": ""}
+        # What is known to be saved stays known until something else is: see fmjax.train.start.
+        self._status |= {key: previous[key] for key in ("step", "checkpoint") if key in previous}
 
     def update(self, **facts) -> None:
         """Merges `facts` (step=…, and anything JSON) into status.json.
