@@ -6,9 +6,9 @@ Differs from configs/mlm.py in: rows are pairs of text segments, the second obje
 and both layers see the whole row. `:sop` predicts the order of two consecutive segments instead
 (ALBERT, Lan et al. 2020, §3.1).
 
-No good number yet: 2,500 steps of 32 rows (20 minutes on two CPU cores) with the last layer still
-local reached 58 % on pairs of 207 books. BERT's 97 % takes a larger model and a GPU; see
-benchmarks/RESULTS.md for what is known about the pairs.
+No good number yet: 2,500 steps of 32 rows (26 minutes on two busy CPU cores, 2026-11-21) with the
+last layer still local reached 58.6 % on training pairs of 207 books. BERT's 97 % was not
+reproduced; see benchmarks/RESULTS.md for what is known about the pairs.
 """
 
 import runpy
