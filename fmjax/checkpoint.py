@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 class Checkpointer:
     """Saves and restores the training state of one run folder. Used by one thread.
 
-    Keeps the last `keep` steps and the best one by the metric named `best` ("" for none;
+    Keeps the last `keep` steps and the best `keep_best` by the metric named `best` ("" for none;
     `best_mode` "min" or "max"). `committed` is the newest step known to be safely stored.
 
     With several processes all of them call every method; process 0 does the work on files, so that
@@ -48,7 +48,13 @@ class Checkpointer:
     """
 
     def __init__(
-        self, workdir: str | Path, *, keep: int = 2, best: str = "", best_mode: str = "min"
+        self,
+        workdir: str | Path,
+        *,
+        keep: int = 2,
+        keep_best: int = 1,
+        best: str = "",
+        best_mode: str = "min",
     ):
         if keep < 1:
             raise ConfigError(f"config.keep = {keep}: at least 1 checkpoint must be kept.")
@@ -58,7 +64,8 @@ class Checkpointer:
             )
         self.committed: int | None = None
         self._directory = _directory(workdir)
-        self._keep, self._best, self._best_mode = keep, best, best_mode
+        self._keep, self._keep_best = keep, keep_best
+        self._best, self._best_mode = best, best_mode
         atomicity = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(), atomicity_options=atomicity
@@ -195,7 +202,11 @@ class Checkpointer:
             raise
         if jax.process_index() == 0:
             step_folders.delete_old(
-                self._directory, keep=self._keep, best=self._best, mode=self._best_mode
+                self._directory,
+                keep=self._keep,
+                keep_best=self._keep_best,
+                best=self._best,
+                mode=self._best_mode,
             )
 
     def _collect(self, *, block: bool) -> None:

@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "eval_every",
     "save_every",
     "keep",
+    "keep_best",
     "max_skipped",
     "tensorboard",
     "wandb",

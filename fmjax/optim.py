@@ -17,11 +17,10 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from fmjax import trees
+from fmjax import rules, trees
 from fmjax.errors import ConfigError, did_you_mean
 
 FREEZE = "freeze"
-SCHEDULES = ("constant", "linear", "cosine", "rsqrt", "wsd")
 
 
 def assign(names: Sequence[str], groups: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -93,9 +92,9 @@ def schedule(
     "wsd" (warm-up, stable, decay) falls linearly over the last `decay` steps; "rsqrt" follows
     √(warmup / step), as in Vaswani et al. 2017 (§5.3), with the same linear cool-down at the end.
     """
-    if name not in SCHEDULES:
+    if name not in rules.SCHEDULES:
         raise ConfigError(
-            f"config.optim.schedule={name!r} is not known." + did_you_mean(name, SCHEDULES)
+            f"config.optim.schedule={name!r} is not known." + did_you_mean(name, rules.SCHEDULES)
         )
     if warmup > total:
         raise ConfigError(f"config.optim.warmup is {warmup} steps, more than the run's {total}.")

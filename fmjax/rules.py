@@ -244,6 +244,8 @@ def _whole(low: int, high: int) -> Check:
 # Dicts whose keys are the user's choice: the command line replaces them whole.
 OPEN = ("objectives", "group_optim", "optim.args", "model.classes")
 DICTS = r"optim|(objectives|group_optim)(\.[^.]+)?|(optim|group_optim\.[^.]+)\.args|model\.classes"
+SCHEDULES = ("linear", "cosine", "wsd", "rsqrt", "constant")
+MASKS = ("token", "word", "span")  # what masked language modelling chooses
 ALL_GROUPS = ("clip", "layer_decay", "ema")  # keys of optim that no group has for itself
 # Arguments of optimizers that are made from other keys of optim.
 NOT_ARGS = {
@@ -277,7 +279,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"batch_size|accumulate|keep|top_k|max_skipped|objectives\.mlm\.span_max", POSITIVE),
     (r"model\.(width|depth|heads|mlp|max_len|window|full_every)", POSITIVE),
     (r"distributed\.num_processes", POSITIVE),
-    (r"seed|limit|step|data\.max_documents|distributed\.process_id", COUNT),
+    (r"seed|limit|step|keep_best|data\.max_documents|distributed\.process_id", COUNT),
     (r"data\.seq_len", _whole(8, 2**20)),
     (r"data\.workers", _whole(0, 1024)),
     (r"tokenizer\.vocab_size", _whole(32, 2**24)),
@@ -291,7 +293,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"optim\.name", NAME),
     ("precision", ("float32", "bfloat16")),
     ("split", ("train", "validation")),
-    (r"optim\.schedule", ("linear", "cosine", "wsd", "rsqrt", "constant")),
+    (r"optim\.schedule", SCHEDULES),
     (r"data\.name", ("pydocs", "text", "hub")),
     (r"data\.format", ("packed", "padded", "pairs")),
     (r"data\.document", ("blank_line", "line", "file")),
@@ -299,7 +301,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"data\.on_bad_record", ("raise", "skip", "quarantine")),
     (r"data\.pair", ("nsp", "sop")),
     (r"tokenizer\.kind", ("wordpiece", "bpe", "unigram")),
-    (r"objectives\.mlm\.mask", ("token", "word", "span")),
+    (r"objectives\.mlm\.mask", MASKS),
     (r"model\.name", Modules("models", "Model")),
     ("task", Modules("", "run")),
 )

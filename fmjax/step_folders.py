@@ -82,14 +82,16 @@ def make_room(directory: Path, step: int) -> None:
     (directory / str(step)).unlink(missing_ok=True)  # a stray file of that name
 
 
-def delete_old(directory: Path, *, keep: int, best: str, mode: str) -> None:
-    """Keeps the last `keep` steps and, unless `best` is "", the one whose metric is best."""
+def delete_old(directory: Path, *, keep: int, keep_best: int, best: str, mode: str) -> None:
+    """Keeps the last `keep` steps and, unless `best` is "", the `keep_best` with the best metric.
+
+    Of equal ones the older is better.
+    """
     there = finished(directory)
     kept = set(there[-keep:])
     scores = {step: _score(directory / str(step), best) for step in there} if best else {}
     scores = {step: score for step, score in scores.items() if score is not None}
-    if scores:
-        kept.add((min if mode == "min" else max)(scores, key=scores.get))
+    kept |= set(sorted(scores, key=scores.get, reverse=mode == "max")[:keep_best])
     for step in there:
         if step not in kept:
             remove(directory / str(step))

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ from fmjax import (
     workdir,
 )
 from fmjax import config as configs
-from fmjax.errors import CheckpointError, NumericsError, Preempted
+from fmjax.errors import CheckpointError, ConfigError, NumericsError, Preempted, did_you_mean
 from fmjax.monitor import Monitor
 from fmjax.setup import Run, batch_spec, setup
 from fmjax.state import TrainState
@@ -89,7 +89,11 @@ def loop(
     with contextlib.ExitStack() as cleanup:
         mode = "max" if config.best.endswith("accuracy") else "min"
         saver = checkpoint.Checkpointer(
-            folder.path, keep=config.keep, best=config.best, best_mode=mode
+            folder.path,
+            keep=config.keep,
+            keep_best=config.keep_best,
+            best=config.best,
+            best_mode=mode,
         )
         cleanup.callback(saver.close)
         batches = train_batches(run)
@@ -193,7 +197,16 @@ def compiled(run: Run, monitor: Monitor) -> tuple[Callable, Callable]:
     monitor.flops = flops.of_step(run, spec)
     with monitor.timed("compile"):
         lowered = jax.jit(train_step, donate_argnums=0).lower(run.abstract, spec)
+        check_best(run.config.best, lowered.out_info[1]["sums"])
         return lowered.compile(), eval_step
+
+
+def check_best(best: str, metrics: Iterable[str]) -> None:
+    """Refuses a `config.best` that no evaluation will bring, before the first step."""
+    names = dict.fromkeys(("loss", *metrics), 0.0)
+    possible = [f"validation/{name}" for name in (*names, *evaluate.perplexity(names))]
+    if best and best not in possible:
+        raise ConfigError(f"config.best = {best!r} is no metric.{did_you_mean(best, possible)}")
 
 
 def validate(

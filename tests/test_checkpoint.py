@@ -280,6 +280,14 @@ def test_row29_best_is_the_best_finite_one(checkpointer, tmp_path, mode, values,
     assert steps(tmp_path) == kept
 
 
+@pytest.mark.parametrize("mode, kept", [("min", [1, 3, 6]), ("max", [1, 2, 6])])
+def test_several_best_ones_are_kept_and_of_equal_ones_the_older(checkpointer, tmp_path, mode, kept):
+    ckpt = checkpointer(keep=1, keep_best=2, best="loss", best_mode=mode)
+    for step, value in enumerate([1.0, 3.0, 0.5, 1.0, 1.0, 0.9 if mode == "max" else 2.0], 1):
+        save(ckpt, step, metric=value)
+    assert steps(tmp_path) == kept
+
+
 def test_row30_saves_after_a_roll_back_are_written(checkpointer, tmp_path):
     ckpt = checkpointer(keep=3)
     save(ckpt, 1, 2, 3)

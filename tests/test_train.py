@@ -7,7 +7,8 @@ import pytest
 import tiny
 from common import dots
 
-from fmjax import flops, objectives, sharding, state, trees
+from fmjax import flops, objectives, sharding, state, train, trees
+from fmjax.errors import ConfigError
 from fmjax.objectives import mlm
 
 
@@ -71,6 +72,14 @@ def test_accumulation_does_no_work_twice():
     once = cost(tiny.make(scan=False))
     # A scan body counts once: one part in eight is an eighth of the work, plus the optimizer.
     assert cost(tiny.make(scan=False, accumulate=8)) < 0.45 * once
+
+
+def test_best_must_be_a_metric_that_evaluation_brings():
+    metrics = ["mlm/loss", "mlm/accuracy"]
+    for best in ("", "validation/loss", "validation/mlm/accuracy", "validation/mlm/perplexity"):
+        train.check_best(best, metrics)
+    with pytest.raises(ConfigError, match="config.best = .*acuracy.*'validation/mlm/accuracy'"):
+        train.check_best("validation/mlm/acuracy", metrics)
 
 
 def test_empty_rows_change_nothing():

@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from fmjax import streams
+from fmjax import rules, streams
 from fmjax.errors import ConfigError, did_you_mean
-
-MASKS = ("token", "word", "span")
 
 
 def prepare(
@@ -48,9 +46,9 @@ def prepare(
         K), K = ⌈rate · T⌉. Words and spans are never cut, so a row may end up with fewer targets
         than its share: "mask_rate" tells.
     """
-    if mask not in MASKS:
+    if mask not in rules.MASKS:
         raise ConfigError(
-            f"config.objectives.mlm.mask={mask!r} is not known." + did_you_mean(mask, MASKS)
+            f"config.objectives.mlm.mask={mask!r} is not known." + did_you_mean(mask, rules.MASKS)
         )
     ids = batch["input_ids"]
     time = ids.shape[1]

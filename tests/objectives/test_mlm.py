@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import streams
+from fmjax import rules, streams
 from fmjax.errors import ConfigError
 from fmjax.objectives import mlm
 
@@ -46,7 +46,7 @@ def chosen(out):
     return hit
 
 
-@pytest.mark.parametrize("mask", mlm.MASKS)
+@pytest.mark.parametrize("mask", rules.MASKS)
 @pytest.mark.parametrize("rate", [0.15, 0.4])
 def test_never_special_or_padding_and_labels_are_the_originals(mask, rate):
     b = batch()
