@@ -59,6 +59,7 @@ def main(words: list[str]) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")  # else a library sets another format
+    sys.stdout.reconfigure(errors="backslashreplace")  # for texts that the terminal cannot show
     try:
         main(sys.argv[1:])
     except FmjaxError as error:

@@ -7,11 +7,15 @@ The folder is a run's, one in Hugging Face format, or a hub id (id@commit). Some
 mask differently (RoBERTa: <mask>). Each line of the text is a sentence of its own.
 """
 
+import runpy
+from pathlib import Path
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
 def get_config():
+    mlm = runpy.run_path(str(Path(__file__).with_name("mlm.py")))["get_config"]()
     config = ConfigDict()
 
     config.task = "fill_mask"
@@ -20,6 +24,6 @@ def get_config():
     config.text = ""
     config.top_k = 5
     config.precision = placeholder(str)  # None: as the run was trained, else float32
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.distributed = dict(auto=False, coordinator="", num_processes=1, process_id=0)
+    config.mesh = mlm.mesh
+    config.distributed = mlm.distributed
     return config

@@ -55,6 +55,7 @@ def get_config(arg=None):
         streaming=False,
         max_documents=0,
         workers=0,
+        skip=(),  # examples never to train on: ((first, last + 1), ...), numbered as in dumps/
         cache="",
     )
     config.tokenizer = dict(
@@ -98,10 +99,18 @@ def get_config(arg=None):
         decay=r".*/(kernel|embedding)",
         layer_decay=1.0,
         ema=0.0,
+        skip_spikes=0.0,  # leave out updates so many deviations above the last; 6 in long runs
     )
 
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.distributed = dict(auto=False, coordinator="", num_processes=1, process_id=0)
+    config.distributed = dict(
+        auto=False,  # processes find each other: TPU VMs, SLURM, Open MPI, Kubernetes
+        coordinator="",  # else <host>:<port> of process 0
+        num_processes=1,
+        process_id=0,
+        timeout_sec=300,  # of waiting for all to start
+        heartbeat_sec=100,  # after which one that is dead, stuck or has failed ends the others
+    )
     config.log_every = 50
     config.eval_every = 300
     config.save_every = 300

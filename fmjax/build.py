@@ -1,4 +1,4 @@
-"""From a config or a folder to the things that tasks share: devices, model, parameters."""
+"""From a config or a folder to the things that tasks share: model, parameters, tokenizer."""
 
 import functools
 import importlib
@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fmjax import checkpoint, convert, sharding, state, trees
+from fmjax import checkpoint, convert, state, trees
 from fmjax import config as configs
-from fmjax.data import cache
+from fmjax.data.tokenizer import MAX_VOCAB
+from fmjax.data.tokenizer import load as tokenizer
 from fmjax.errors import CheckpointError, ConfigError
 
 
@@ -42,23 +43,6 @@ class Opened(NamedTuple):
                 "would be random. Use a folder of a model trained for it, or train one with "
                 f"--config=configs/mlm.py --config.init={self.source}"
             )
-
-
-def start_jax(config: Any) -> jax.sharding.Mesh:
-    """Joins the other processes if the config says so; sets the compilation cache and the mesh."""
-    distributed = config.distributed
-    if distributed.auto:
-        jax.distributed.initialize()
-    elif distributed.num_processes > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(
-            distributed.coordinator, distributed.num_processes, distributed.process_id
-        )
-    folder = cache.root("") / "xla"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    return sharding.make_mesh(**config.mesh)
 
 
 def model(config: Any, vocab_size: int) -> nn.Module:
@@ -140,7 +124,7 @@ def check_tokenizer(config: Any, folder: Path) -> None:
 
 def is_run(source: str | Path) -> bool:
     """Whether `source` is the folder of a run, as opposed to one in Hugging Face format."""
-    return any(Path(source, name).exists() for name in ("checkpoints", "status.json"))
+    return any(os.path.exists(Path(source, name)) for name in ("checkpoints", "status.json"))
 
 
 def open_folder(
@@ -184,15 +168,6 @@ def open_folder(
     return Opened(source, built, params, folder, report.kept, config=None, step=None)
 
 
-def tokenizer(folder: Path) -> Any:
-    """The `transformers` tokenizer of a folder."""
-    # Its import tells people without torch that models will not work: they are not used here.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers import AutoTokenizer  # slow to import
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
 def peak_flops(device: jax.Device) -> float | None:
     """Dense bfloat16 FLOP/s that the vendor states for a device, None where unknown (CPUs)."""
     kinds = {
@@ -209,15 +184,20 @@ def _has_tokenizer(folder: Path) -> bool:
 def _open_run(
     folder: Path, mesh: jax.sharding.Mesh, precision: str | None, step: int | None
 ) -> Opened:
-    try:
-        saved = configs.from_json((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{folder}/config.json cannot be read: {error.strerror}.") from error
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file} cannot be read: there is no such file.")
+    saved = configs.load(str(file))
+    if missing := {"model.name", "data.seq_len", "precision"} - configs.flatten(saved).keys():
+        raise CheckpointError(f"{file} is not that of a training run: it lacks {sorted(missing)}.")
     if precision:
         with saved.unlocked():
             saved.precision = precision
     params, meta, averaged = checkpoint.load_params(folder, step)
-    built = model(saved, meta["fingerprint"]["vocab_size"])
+    size = configs.flatten(meta).get("fingerprint.vocab_size")
+    if not isinstance(size, int) or not 0 < size <= MAX_VOCAB:
+        raise CheckpointError(f"{folder}: its checkpoint has fingerprint.vocab_size={size!r}.")
+    built = model(saved, size)
     built = built.clone(stacks=trees.runs(built.kinds))
     abstract = state.abstract_params(built, mesh)
     params, _ = _laid_out(params, built.stacks, abstract, str(folder))

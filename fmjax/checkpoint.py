@@ -32,7 +32,7 @@ from fmjax.errors import CheckpointError, ConfigError, did_you_mean
 MAX_FAILURES = 3  # this many failed saves in a row end the run
 RETRY_SEC = 5.0  # pause after the first failure, doubled after each further one
 # Where a moving average of the parameters lies in a state: a link of the optimizer's chain.
-AVERAGE = r"opt_state/\d+/average/(.*)"
+AVERAGE = r"opt_state/(?:inner/)?\d+/average/(.*)"
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError
 
 from fmjax import rules
-from fmjax.errors import ConfigError, did_you_mean
-from fmjax.rules import flatten
+from fmjax.errors import ConfigError, did_you_mean, quoted
+from fmjax.plain import flatten, plain
 
 FLAGS = ("--config", "--workdir", "--fresh", "--dry_run", "--print_config", "--help")
 # What reading a value raises; the literal reader's own words are about syntax trees.
@@ -47,7 +47,7 @@ def parse(shown: str, text: str, default, kind: type | None = None, rule=None):
         return read(text)
     except UNREADABLE as error:
         default = default.to_dict() if isinstance(default, ConfigDict) else default
-        message = f"{shown}: got {text!r}, expected {words}; the default is {default!r}"
+        message = f"{shown}: got {quoted(text)}, expected {words}; the default is {default!r}"
         raise ConfigError(message) from error
 
 
@@ -57,8 +57,9 @@ def _overrides(config: ConfigDict, words: list[str]) -> list[tuple[str, str]]:
     while words:
         word = words.pop(0)
         name, given, text = word.partition("=")
-        if not re.match(r"--config\.\w", name):
-            raise ConfigError(f"argument {word!r} is not understood.{_spelling(config, word)}")
+        if not re.fullmatch(r"--config(\.[\w-]+)+", name):
+            hint = _spelling(config, word)
+            raise ConfigError(f"argument {quoted(word)} is not understood.{hint}")
         if not given:
             if not words or words[0].startswith("--"):
                 raise ConfigError(f"{word} needs a value: {word}=…")
@@ -72,7 +73,7 @@ def _spelling(config: ConfigDict, word: str) -> str:
     name, given, text = word.lstrip("-").partition("=")
     name = name.removeprefix("config.")
     found = [key for key in flatten(config) if name and f".{key}".endswith(f".{name}")]
-    if found:
+    if found and text.isprintable():
         return f" Did you mean --config.{found[0]}{given}{text}?"
     return did_you_mean(f"--{name}", FLAGS)
 
@@ -95,7 +96,7 @@ def _assign(config: ConfigDict, key: str, text: str) -> None:
         raise ConfigError(f"--config.{key} holds several keys, set one of them: {inside}")
     value = parse(f"--config.{key}", text, default, node.get_type(leaf), rules.rule_of(key))
     with config.unlocked(), config.ignore_type():
-        node[leaf] = value
+        node[leaf] = plain(value, key)
 
 
 def _near_keys(config: ConfigDict, key: str) -> str:

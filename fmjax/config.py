@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import re
 import runpy
 import traceback
@@ -19,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import RequiredValueError
 
 from fmjax import command_line, rules
-from fmjax.errors import ConfigError, FmjaxError, did_you_mean
-from fmjax.rules import flatten
+from fmjax.errors import ConfigError, FmjaxError, did_you_mean, quoted
+from fmjax.plain import flatten, plain
 
 # What may differ between two starts of one run, and is therefore not part of its identity: where it
 # runs, how often it speaks and saves, and which task reads it. None of these changes the numbers
-# beyond the order of floating-point sums.
+# beyond the order of floating-point sums; data.skip only those of steps that are still to come.
 MAY_CHANGE = (
     "task",
     "log_every",
@@ -40,10 +40,13 @@ MAY_CHANGE = (
     "wandb",
     "mesh",
     "distributed",
+    "data.skip",
     "data.cache",
     "data.workers",
 )
-SECRET = re.compile(r"(^|_)(token|key|secret|password)s?($|_)", re.IGNORECASE)
+SECRET = re.compile(
+    r"(^|_)(token|(api)?key|secret|passw(or)?d|passphrase|credential)s?($|_)", re.IGNORECASE
+)
 ABSENT = "(absent)"
 
 
@@ -114,7 +117,7 @@ def steps(
 
 def to_json(config: Mapping | ConfigDict) -> str:
     """The config as indented JSON with sorted keys; tuples become arrays."""
-    return json.dumps(_plain(config), indent=2, sort_keys=True, allow_nan=False)
+    return json.dumps(plain(config), indent=2, sort_keys=True, allow_nan=False)
 
 
 def from_json(text: str) -> ConfigDict:
@@ -123,7 +126,7 @@ def from_json(text: str) -> ConfigDict:
         content = json.loads(text)
         if not isinstance(content, dict):
             raise ConfigError(f"expected an object, got {type(content).__name__}")
-        return ConfigDict(_plain(content)).lock()
+        return ConfigDict(plain(content)).lock()
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"not a JSON config: {error}") from error
 
@@ -142,19 +145,16 @@ def diff(a: ConfigDict, b: ConfigDict) -> list[tuple[str, Any, Any]]:
 
 
 def redact(config: ConfigDict) -> ConfigDict:
-    """A locked copy whose token, key, secret and password texts read "***", for saving and logs."""
+    """A locked copy for saving and logs: text in and under keys named as a secret is "***"."""
 
-    def hide(node):
+    def hide(node, secret=False):
+        if isinstance(node, dict):
+            return {k: hide(v, secret or bool(SECRET.search(k))) for k, v in node.items()}
         if isinstance(node, tuple):
-            return tuple(hide(item) for item in node)
-        if not isinstance(node, dict):
-            return node
-        return {
-            name: "***" if item and isinstance(item, str) and SECRET.search(name) else hide(item)
-            for name, item in node.items()
-        }
+            return tuple(hide(item, secret) for item in node)
+        return "***" if secret and node and isinstance(node, str) else node
 
-    return ConfigDict(hide(_plain(config))).lock()
+    return ConfigDict(hide(plain(config))).lock()
 
 
 def may_change(key: str) -> bool:
@@ -163,10 +163,11 @@ def may_change(key: str) -> bool:
 
 
 def _read(path: Path, arg: str | None) -> ConfigDict:
-    if path.suffix not in (".py", ".json") or not path.is_file():
-        folder = path.parent if path.parent.is_dir() else Path("configs")
+    # os.path: a Path raises for names that are too long.
+    if path.suffix not in (".py", ".json") or not os.path.isfile(path):
+        folder = path.parent if os.path.isdir(path.parent) else Path("configs")
         hint = did_you_mean(str(path), map(str, folder.glob("*.py")))
-        raise ConfigError(f"--config={path}: no such .py or .json file.{hint}")
+        raise ConfigError(f"--config: got {quoted(str(path))}, no .py or .json file.{hint}")
     try:
         if path.suffix == ".json":
             return ConfigDict(from_json(path.read_text(encoding="utf-8")))
@@ -197,30 +198,6 @@ def _execute(path: Path, arg: str | None) -> ConfigDict:
 
 
 def _checked(config: ConfigDict) -> ConfigDict:
-    config = ConfigDict(_plain(config))
+    config = ConfigDict(plain(config))
     rules.check(config.to_dict())
     return config.lock()
-
-
-def _plain(value, key: str = ""):
-    """Nested dicts and tuples of plain finite values, or a ConfigError that names the key."""
-    if isinstance(value, ConfigDict | Mapping):
-        plain = {}
-        for name in value:
-            if not isinstance(name, str) or "." in name:
-                raise ConfigError(f"{key or 'config'}: the key {name!r} is not text without dots")
-            child = f"{key}.{name}" if key else name
-            try:
-                plain[name] = _plain(value[name], child)
-            except RequiredValueError as error:
-                raise ConfigError(f"--config.{child}=… must be given") from error
-        return plain
-    if isinstance(value, list | tuple):
-        return tuple(_plain(item, f"{key}[{i}]") for i, item in enumerate(value))
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{key} is {value}: expected a finite number")
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise ConfigError(f"{key} is an integer of more than 64 bits")
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise ConfigError(f"{key} is a {type(value).__name__}: a config holds only plain data")

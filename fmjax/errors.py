@@ -50,6 +50,18 @@ class Preempted(FmjaxError):
     exit_code = 75
 
 
+def quoted(value: object, most: int = 200) -> str:
+    """`repr(value)`, cut after `most` characters: an error is one line that a person reads."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
+
+
+def of_exit_code(code: int) -> type[FmjaxError]:
+    """The error that a process has ended with."""
+    known = {error.exit_code: error for error in FmjaxError.__subclasses__()}
+    return known.get(code, FmjaxError)
+
+
 def did_you_mean(given: str, possible: Iterable[str]) -> str:
     """A sentence naming near misses of `given`, and all possibilities when they are few."""
     possible = sorted(str(name) for name in possible)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmjax import build, data, logs, sharding
+from fmjax import build, data, logs, processes, sharding
 from fmjax import objectives as losses
 from fmjax.data.settings import DataSettings, read
 from fmjax.errors import ConfigError, DataError
@@ -27,8 +27,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     Where the config has None, a run folder is measured as while it was trained, any other as
     configs/mlm.py trains. Adds a line to evaluation.jsonl in the run folder, else in `workdir`.
     """
-    mesh = build.start_jax(config)
-    with jax.set_mesh(mesh):
+    with processes.start(config) as mesh:
         opened = build.open_folder(config.folder, mesh, config.precision, config.step)
         saved = opened.config
         settings, goals, batch_size = _settings(config, saved)

@@ -7,14 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmjax import build, convert, state, trees
+from fmjax import build, convert, processes, state, trees
 from fmjax.errors import CheckpointError, ConfigError
 
 
 def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
     """The task: writes the run `config.folder` to `config.output`, reads it back and compares."""
-    mesh = build.start_jax(config)
-    with jax.set_mesh(mesh):
+    with processes.start(config) as mesh:
         opened = build.open_folder(config.folder, mesh, step=config.step)
         if opened.config is None:
             raise ConfigError(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build
+from fmjax import build, processes
 from fmjax.errors import ConfigError
 
 
@@ -26,8 +26,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     format, or a hub id.
     """
     sentences = [line.strip() for line in config.text.splitlines() if line.strip()]
-    mesh = build.start_jax(config)
-    with jax.set_mesh(mesh):
+    with processes.start(config) as mesh:
         opened = build.open_folder(config.folder, mesh, config.precision, config.step)
         opened.require_head("mlm")
         tokenizer = build.tokenizer(opened.tokenizer)

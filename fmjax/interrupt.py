@@ -13,19 +13,22 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stop:
-    """Whether a stop was requested, and the name of the first signal that did."""
+    """`signal` is the name of the first signal, "" before; `requested` whether the last poll said
+    to stop. With several processes both may come from another (fmjax/processes.py)."""
 
     def __init__(self):
-        self.signal = ""
+        self.signal, self.requested = "", False
+        self.peers = None  # the other processes, if there are any
 
-    @property
-    def requested(self) -> bool:
-        return bool(self.signal)
+    def poll(self) -> bool:
+        """Whether to stop now; all processes poll equally often, and stop at the same poll."""
+        self.requested = self.peers.poll() if self.peers else bool(self.signal)
+        return self.requested
 
 
 @contextlib.contextmanager
 def catch() -> Iterator[Stop]:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into `stop.requested` until the block ends.
+    """Turns SIGTERM, SIGINT and SIGUSR1 into `stop.signal` until the block ends.
 
     Poll it wherever the program waits: between steps, evaluation batches and pieces of data
     preparation. During compilation the signal is kept and seen at the next poll. Repeats change

@@ -17,6 +17,7 @@ import json
 import math
 import numbers
 import os
+import re
 import secrets
 import shlex
 import sys
@@ -259,11 +260,16 @@ def _number(value: Any) -> int | float:
 
 def _command(words: list[str]) -> str:
     """The command that goes on with this run: without --fresh, and without secrets."""
-    shown = ["python"]
+    shown, flag = ["python"], ""
     for word in words:
-        flag, given, _ = word.partition("=")
-        secret = given and SECRET.search(flag.rpartition(".")[2])
-        shown += [f"{flag}=***" if secret else word] if word != "--fresh" else []
+        if word.startswith("--"):
+            flag, given, value = word.partition("=")
+        else:  # the value of the flag before it
+            given, value = "", word
+        names = flag.split(".") + re.findall(r"['\"]([\w-]+)['\"]\s*:", value)  # keys of a dict
+        if value and any(SECRET.search(name) for name in names):
+            word = f"{flag}=***" if given else "***"
+        shown += [word] if word != "--fresh" else []
     return shlex.join(shown)
 
 

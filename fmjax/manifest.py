@@ -8,9 +8,10 @@ unfinished.
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import xxhash
 
@@ -49,26 +50,31 @@ def problems(folder: Path) -> list[str]:
         raw = (folder / NAME).read_bytes()
         body = json.loads(raw)
         # The digest covers the manifest's own bytes, so damage cannot pass as a newer format.
-        intact = raw == _seal({key: body[key] for key in body if key != "digest"})
-    except (OSError, ValueError, TypeError) as error:
-        return [f"{NAME}: {error}"]
-    if not intact:
-        return [f"{NAME}: its bytes differ from its own digest"]
-    check_format(body["format"], folder)
+        if raw != _seal({key: body[key] for key in body if key != "digest"}):
+            return [f"{NAME}: its bytes differ from its own digest"]
+        check_format(int(body["format"]), folder)
+        files = {name: (size, digest) for name, (size, digest) in body["files"].items()}
+        # Anybody can make a digest: what is read here is in this folder.
+        if outside := [name for name in files if _leaves(name)]:
+            return [f"{NAME}: names files outside of its folder: {outside[:3]}"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return [f"{NAME}: {error!r}"]
 
-    def problem(item: tuple[str, list]) -> str | None:
+    def problem(item: tuple[str, tuple]) -> str | None:
         name, (size, digest) = item
         path = folder / name
         try:
-            found = path.stat().st_size
-            if found != size:
-                return f"{name}: {found} bytes, {size} were written"
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                return f"{name}: no plain file"
+            if found.st_size != size:
+                return f"{name}: {found.st_size} bytes, {size} were written"
             return None if _digest(path) == [size, digest] else f"{name}: its bytes have changed"
         except OSError as error:
             return f"{name}: {error.strerror}"
 
     with ThreadPoolExecutor(8) as pool:
-        return [line for line in pool.map(problem, body["files"].items()) if line]
+        return [line for line in pool.map(problem, files.items()) if line]
 
 
 def check_format(saved: int, folder: Path) -> None:
@@ -78,6 +84,11 @@ def check_format(saved: int, folder: Path) -> None:
             f"{folder} has checkpoint format {saved}; this fmjax ({__version__}) reads up to "
             f"{FORMAT}. Use the newer fmjax that wrote it."
         )
+
+
+def _leaves(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -8,12 +8,13 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from fmjax import build, evaluate, logs, report, trees
+from fmjax import build, data, evaluate, logs, processes, report, trees
 from fmjax import config as configs
 from fmjax import objectives as losses
 from fmjax.progress import Progress
@@ -24,8 +25,8 @@ class Monitor:
 
     first: steps done before this sitting; saved: the meta of the checkpoint it goes on from, {} for
     a new run; tokens: real tokens trained on in all sittings (a Python int);
-    last_bad: (step, batch) of the last update that was skipped; bad_in_a_row: how many were skipped
-    without a break.
+    last_bad: (step, batch) of the last update that was not finite; bad_in_a_row: how many there
+    were with no update applied in between. A spike is no sign of a broken model and does not count.
     """
 
     def __init__(
@@ -48,8 +49,7 @@ class Monitor:
         )
         self._progress = Progress(run.total, start=first, enabled=main)
         self._pending: tuple[int, Any, Any] | None = None
-        rows, _ = logs.read(folder.path)
-        known = any(row["step"] == first and "validation/loss" in row for row in rows)
+        known = processes.first(lambda: _is_evaluated(folder.path, first))
         self._results: tuple[int, dict[str, float]] = (first if known or first == 0 else -1, {})
         self._new_window()
         # The means go on from the last sitting: being stopped changes no number in the log.
@@ -63,7 +63,7 @@ class Monitor:
     def step(self, step: int, found: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> int:
         """Takes the metrics of the step just dispatched, reads those of the step before.
 
-        Returns how many updates in a row were skipped, up to the one read.
+        Returns how many updates in a row were not finite, up to the one read.
         """
         self._read()
         self._pending = (step, found, batch)
@@ -172,6 +172,8 @@ class Monitor:
         self._since, self._spent = time.monotonic(), dict(self._logger.spent)
         self._sums: dict[str, np.ndarray] = {}
         self._scalars: dict[str, list[float]] = {"grad_norm": [], "skipped": []}
+        if self.run.config.optim.skip_spikes:
+            self._scalars["spike"] = []
         self._steps = self._tokens = 0
 
     def _read(self) -> None:
@@ -183,18 +185,41 @@ class Monitor:
         self._steps, self._tokens, self.tokens = (
             self._steps + 1, self._tokens + tokens, self.tokens + tokens,
         )  # fmt: skip
-        self._scalars["skipped"].append(float(found["skipped"]))
-        if found["skipped"]:
+        for name in self._scalars.keys() - {"grad_norm"}:
+            self._scalars[name].append(float(found[name]))
+        bad, spike = bool(found["skipped"]), bool(found["spike"])
+        if bad or spike:
+            self._tell_skipped(step, found, bad)
+        if bad:
             # Its numbers are not finite and would hide the rest of the window; the count tells.
             self.bad_in_a_row, self.last_bad = self.bad_in_a_row + 1, (step, batch)
-            self.skipped += 1
-            loss, norm = float(found["loss"]), float(found["grad_norm"])
-            self._logger.event("skipped_update", step=step, loss=loss, grad_norm=norm)
-            self._progress.print(f"step {step}: update skipped, loss {loss}, gradient norm {norm}")
             return
-        self.bad_in_a_row = 0
+        if not spike:
+            self.bad_in_a_row = 0
         self._scalars["grad_norm"].append(float(found["grad_norm"]))
         evaluate.add(self._sums, found["sums"])
+
+    def _tell_skipped(self, step: int, found: Mapping[str, Any], bad: bool) -> None:
+        self.skipped += 1
+        config = self.run.config
+        facts = {
+            "step": step,
+            "examples": data.examples(
+                step - 1, batch_size=config.batch_size, skip=config.data.skip
+            ),
+            "loss": float(found["loss"]),
+            "grad_norm": float(found["grad_norm"]),
+        }
+        self._logger.event("skipped_update" if bad else "skipped_spike", **facts)
+        self._progress.print(
+            f"step {step}: update skipped{'' if bad else ' as a spike'}, loss {facts['loss']}, "
+            f"gradient norm {facts['grad_norm']}"
+        )
+
+
+def _is_evaluated(folder: Path, step: int) -> bool:
+    rows, _ = logs.read(folder)
+    return any(row["step"] == step and "validation/loss" in row for row in rows)
 
 
 def _peak_bytes() -> int:

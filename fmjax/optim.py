@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
-from fmjax import rules, trees
+from fmjax import rules, spikes, trees
 from fmjax.errors import ConfigError, did_you_mean
 
 FREEZE = "freeze"
+# Parameters that an optimizer is tried on before a run is built with it.
+PROBE = {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
 
 
 def assign(names: Sequence[str], groups: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -85,7 +88,7 @@ def merge(trainable: Any, frozen: Any) -> Any:
 
 def schedule(
     name: str, *, lr: float, warmup: int, total: int, decay: int, end: float
-) -> Callable[[jax.Array], jax.Array]:
+) -> Callable[[jax.Array | int], jax.Array | float]:
     """Learning rate as a function of the step: linear warm-up to `lr`, then the named shape down to
     `end * lr`.
 
@@ -96,21 +99,26 @@ def schedule(
         raise ConfigError(
             f"config.optim.schedule={name!r} is not known." + did_you_mean(name, rules.SCHEDULES)
         )
-    if warmup > total:
-        raise ConfigError(f"config.optim.warmup is {warmup} steps, more than the run's {total}.")
+    for key, length in (("warmup", warmup), ("cooldown", decay)):
+        if length > total:
+            raise ConfigError(f"config.optim.{key} is {length} steps, more than the run's {total}.")
+    # As floats, since arithmetic with integers of more than 31 bits overflows.
+    warmup, total, decay = float(warmup), float(total), float(decay)
 
     def rate(step):
-        step = jnp.asarray(step, jnp.float32)
+        # For the log, which asks with Python numbers, in numpy: no device waits for it.
+        xp = jnp if isinstance(step, jax.Array) else np
+        step = xp.asarray(step, xp.float32)
         # Step 0 already moves: the first update uses lr / warmup.
-        rising = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
-        done = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
-        cooling = jnp.clip((total - step) / max(decay, 1), 0.0, 1.0)
+        rising = xp.minimum(1.0, (step + 1) / max(warmup, 1))
+        done = xp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
+        cooling = xp.clip((total - step) / max(decay, 1), 0.0, 1.0)
         cooled = end + (1 - end) * cooling if decay else 1.0
         shape = {
             "constant": 1.0,
             "linear": end + (1 - end) * (1 - done),
-            "cosine": end + (1 - end) * 0.5 * (1 + jnp.cos(jnp.pi * done)),
-            "rsqrt": jnp.sqrt(max(warmup, 1) / jnp.maximum(step + 1, max(warmup, 1))) * cooled,
+            "cosine": end + (1 - end) * 0.5 * (1 + xp.cos(np.pi * done)),
+            "rsqrt": xp.sqrt(max(warmup, 1) / xp.maximum(step + 1, max(warmup, 1))) * cooled,
             "wsd": cooled,
         }[name]
         return lr * rising * shape
@@ -121,7 +129,7 @@ def schedule(
 class Optimizer(NamedTuple):
     """`tx` over the trainable tree; `rates` are the learning rates of the groups, for the log."""
 
-    tx: optax.GradientTransformation
+    tx: optax.GradientTransformationExtraArgs  # `update` takes the loss as a keyword
     rates: dict[str, Callable[[jax.Array], jax.Array]]
 
 
@@ -146,7 +154,7 @@ def make(
     """
     optim = dict(optim)
     clip, ema = optim.pop("clip"), optim.pop("ema")
-    layer_decay = optim.pop("layer_decay")
+    layer_decay, sigma = optim.pop("layer_decay"), optim.pop("skip_spikes")
     transforms, rates, labels = {}, {}, {}
     for path, leaf in trees.flatten(trainable).items():
         group = assigned[trees.names(path)[0]]
@@ -164,7 +172,8 @@ def make(
             )
         if labels[path] not in transforms:
             settings = {**optim, **group_optim.get(group, {})}
-            tx = _named(settings, rates[group])
+            section = f"group_optim.{group}" if group in group_optim else "optim"
+            tx = _named(section, settings, rates[group])
             transforms[labels[path]] = _per_layer(tx) if length else tx
     parts = [optax.multi_transform(transforms, trees.unflatten(labels))]
     if clip:
@@ -173,7 +182,8 @@ def make(
         parts.append(_scale(_layerwise(trainable, layer_decay, depth)))
     if ema:
         parts.append(moving_average(ema))
-    return Optimizer(optax.chain(*parts), rates)
+    tx = optax.with_extra_args_support(optax.chain(*parts))
+    return Optimizer(spikes.guard(tx, sigma) if sigma else tx, rates)
 
 
 class MovingAverage(NamedTuple):
@@ -211,20 +221,28 @@ def averaged(opt_state: Any) -> Any | None:
     return found[0].average if found else None
 
 
-def _named(settings: Mapping[str, Any], rate: Callable) -> optax.GradientTransformation:
-    """An optax optimizer by name, with weight decay masked to the parameters that `decay`
-    matches."""
+def _named(
+    section: str, settings: Mapping[str, Any], rate: Callable
+) -> optax.GradientTransformation:
+    """An optax optimizer by name, with weight decay masked to the parameters that `decay` matches.
+
+    Raises ConfigError, naming keys of `config.<section>`, for one that cannot be made or applied.
+    """
     name, args = settings["name"], dict(settings["args"])
     factory = getattr(optax, name, None) or getattr(optax.contrib, name, None)
     takes = inspect.signature(factory).parameters if callable(factory) else {}
     if "learning_rate" not in takes:
         known = ("adamw", "lamb", "lion", "adafactor", "muon", "sgd", "adam", "nadamw", "adan")
         raise ConfigError(
-            f"config.optim.name={name!r} is not an optimizer of optax." + did_you_mean(name, known)
+            f"config.{section}.name={name!r} is not an optimizer of optax."
+            + did_you_mean(name, known)
         )
     for key in args:
         if key not in takes:
-            raise ConfigError(f"config.optim.args.{key} is not known." + did_you_mean(key, takes))
+            raise ConfigError(
+                f"config.{section}.args.{key} is not known to config.{section}.name={name!r}."
+                + did_you_mean(key, takes)
+            )
     # Not Adafactor's weight_decay_rate, which takes its share at every step whatever the rate is.
     if "weight_decay" in takes:
         args["weight_decay"] = settings["weight_decay"]
@@ -233,10 +251,18 @@ def _named(settings: Mapping[str, Any], rate: Callable) -> optax.GradientTransfo
             args[mask] = functools.partial(_matching, settings["decay"])
     elif settings["weight_decay"]:
         raise ConfigError(
-            f"config.optim.name={name!r} has no weight decay: set config.optim.weight_decay=0 "
-            "or choose adamw."
+            f"config.{section}.name={name!r} has no weight decay: set "
+            f"config.{section}.weight_decay=0 or choose adamw."
         )
-    return factory(learning_rate=rate, **args)
+    try:
+        tx = factory(learning_rate=rate, **args)
+        jax.eval_shape(lambda params: tx.update(params, tx.init(params), params), PROBE)
+    except Exception as error:  # whatever optax and jax raise for values that they cannot use
+        raise ConfigError(
+            f"config.{section}.name={name!r} does not work with config.{section}.args="
+            f"{settings['args']!r}: {' '.join(str(error).split())[:200]}"
+        ) from error
+    return tx
 
 
 def _matching(pattern: str, params: Any) -> Any:

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, flops, objectives, sharding, trees
+from fmjax import build, flops, objectives, trees
 from fmjax.progress import count
 from fmjax.setup import batch_spec
 from fmjax.step import make_train_step
@@ -75,7 +76,7 @@ def _cost(run: Any) -> None:
 def _batch(run: Any, batch: Mapping[str, np.ndarray]) -> None:
     """The first row of the first batch as the model sees it, decoded."""
     tokenizer = build.tokenizer(run.dataset.tokenizer_dir)
-    batch = sharding.put(batch, run.batch_sharding)
+    batch = {name: jnp.asarray(x) for name, x in batch.items()}  # of several processes, this one's
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.config.seed), 1), 0)
     prepared = objectives.prepare(run.objectives, batch, rng, train=True)
     real = np.asarray(batch["segment_ids"][0]) > 0

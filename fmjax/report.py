@@ -19,7 +19,7 @@ from typing import Any
 import fmjax
 from fmjax import logs, page, svg
 from fmjax.config import flatten
-from fmjax.errors import ConfigError
+from fmjax.errors import CheckpointError, ConfigError, quoted
 from fmjax.progress import count, duration
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
@@ -53,10 +53,10 @@ GOODPUT = {
 def run(config: Any, workdir: str | os.PathLike, dry_run: bool = False) -> None:
     """The task: write report.html of the run folder `config.folder` again."""
     folder = Path(config.folder)
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         raise ConfigError(
-            f"config.folder={str(config.folder)!r} is not a run folder (it has no config.json); "
-            "give the folder of a run, such as runs/mlm-1a2b3c4d"
+            f"config.folder={quoted(str(config.folder))} is not a run folder (it has no "
+            "config.json); give the folder of a run, such as runs/mlm-1a2b3c4d"
         )
     if not dry_run:
         print(f"report: {write(folder)}")
@@ -66,8 +66,9 @@ def summarize(workdir: str | os.PathLike, **facts: Any) -> dict[str, Any]:
     """Write summary.json: what the log says, and `facts` (JSON) that only the task knows.
 
     From the log: "step", "seconds", "metrics" (last value of each), "goodput" (seconds by kind),
-    "resumes", "skipped_updates", "command". Facts the page knows how to show: "total" (steps),
-    "parameters", "config_difference" ([key, default, value]…), "environment" (name -> text).
+    "resumes", "skipped_updates", "skipped_spikes", "command". Facts the page knows how to show:
+    "total" (steps), "parameters", "config_difference" ([key, default, value]…), "environment"
+    (name -> text).
     """
     workdir = Path(workdir)
     summary = facts | _from_log(*logs.read(workdir))
@@ -128,6 +129,7 @@ def _from_log(rows: list[dict], events: list[dict]) -> dict[str, Any]:
         "goodput": goodput,
         "resumes": names.count("resume"),
         "skipped_updates": names.count("skipped_update"),
+        "skipped_spikes": names.count("skipped_spike"),
         "command": commands[-1] if commands else "",
     }
 
@@ -156,6 +158,8 @@ def _verdict(status: Mapping, summary: Mapping) -> str:
         text += f" Resumed {summary['resumes']}×."
     if summary["skipped_updates"]:
         text += f" Updates skipped as not finite: {summary['skipped_updates']}."
+    if summary["skipped_spikes"]:
+        text += f" Updates skipped as spikes: {summary['skipped_spikes']}."
     return text
 
 
@@ -271,11 +275,18 @@ def _json(value: Any) -> str:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it holds a {type(content).__name__}")
+    return content
 
 
 def _replace(path: Path, text: str) -> None:
     """Write a file that is always whole: the old one or the new one."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(text, encoding="utf-8")
+    # Names of files that are no UTF-8 hold characters that cannot be encoded.
+    new.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(new, path)

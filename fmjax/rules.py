@@ -7,14 +7,12 @@ applies. Names of tasks, models and objectives are looked up in the folders, not
 import ast
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
-from fmjax.errors import ConfigError, did_you_mean
+from fmjax.errors import ConfigError, did_you_mean, quoted
 
 PACKAGE = Path(__file__).parent
 
@@ -76,36 +74,19 @@ def check(config: Mapping[str, Any]) -> None:
       ConfigError: names the first offending key and what is possible.
     """
     config = _given(config)
-    for key, value in flatten(config).items():
-        if re.fullmatch(DICTS, key) and value != {}:
-            raise ConfigError(f"--config.{key}: got {value!r}, expected a dict")
-        rule = rule_of(key)
-        if isinstance(rule, Check):
-            if not rule.accepts(value):
-                raise ConfigError(f"--config.{key}: got {value!r}, expected {rule.words}")
-        elif rule is not None:
-            _check_choice(key, value, rule.names() if isinstance(rule, Modules) else rule)
+    for key, value in _nodes(config):
+        _check_node(key, value)
     _check_objectives(config)
     _check_best(config)
     _check_groups(config)
     _check_optim(config)
+    _check_distributed(config.get("distributed", {}))
     batch_size, accumulate = config.get("batch_size", 1), config.get("accumulate", 1)
     if batch_size % accumulate:
         raise ConfigError(
             f"--config.batch_size={batch_size} is not a multiple of "
             f"--config.accumulate={accumulate}, the number of parts it is cut into"
         )
-
-
-def flatten(config: Mapping | ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """{dotted key: value}; an empty dict is a value, so that nothing disappears."""
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, ConfigDict | dict) and value:
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = {} if isinstance(value, ConfigDict) else value
-    return flat
 
 
 def task_flags(task: str) -> set[str]:
@@ -127,10 +108,31 @@ def _given(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return given
 
 
+def _nodes(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in the config, dicts before what they hold."""
+    for name, value in config.items():
+        yield f"{prefix}{name}", value
+        if isinstance(value, Mapping):
+            yield from _nodes(value, f"{prefix}{name}.")
+
+
+def _check_node(key: str, value: Any) -> None:
+    if re.fullmatch(DICTS, key):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"--config.{key}: got {quoted(value)}, expected a dict")
+        return
+    rule = rule_of(key)
+    if isinstance(rule, Check):
+        if not rule.accepts(value):
+            raise ConfigError(f"--config.{key}: got {quoted(value)}, expected {rule.words}")
+    elif rule is not None:
+        _check_choice(key, value, rule.names() if isinstance(rule, Modules) else rule)
+
+
 def _check_choice(key: str, value: Any, possible) -> None:
     if value not in possible:
         hint = did_you_mean(str(value), possible)
-        raise ConfigError(f"--config.{key}: got {value!r}, which does not exist.{hint}")
+        raise ConfigError(f"--config.{key}: got {quoted(value)}, which does not exist.{hint}")
 
 
 def _check_objectives(config: Mapping[str, Any]) -> None:
@@ -151,7 +153,7 @@ def _check_best(config: Mapping[str, Any]) -> None:
     if best != "" and not (isinstance(best, str) and re.fullmatch(metric, best)):
         possible = ", ".join(f"'validation/{name}/…'" for name in names)
         raise ConfigError(
-            f"--config.best: got {best!r}, expected '', 'validation/loss' or a metric of an "
+            f"--config.best: got {quoted(best)}, expected '', 'validation/loss' or a metric of an "
             f"objective: {possible}"
         )
 
@@ -160,12 +162,11 @@ def _check_groups(config: Mapping[str, Any]) -> None:
     possible = ("freeze", "train", *config.get("group_optim", {}))
     for row in config.get("groups", ()):
         if not (isinstance(row, tuple) and len(row) == 2 and _is_regex(row[0])):
-            raise ConfigError(
-                f"--config.groups: got {row!r}, expected (regular expression, group name) pairs"
-            )
+            words = "(regular expression, group name) pairs"
+            raise ConfigError(f"--config.groups: got {quoted(row)}, expected {words}")
         if row[1] not in possible:
             hint = did_you_mean(str(row[1]), possible)
-            raise ConfigError(f"--config.groups: no group {row[1]!r} in group_optim.{hint}")
+            raise ConfigError(f"--config.groups: no group {quoted(row[1])} in group_optim.{hint}")
 
 
 def _check_optim(config: Mapping[str, Any]) -> None:
@@ -187,6 +188,27 @@ def _check_optim(config: Mapping[str, Any]) -> None:
                     + did_you_mean(name, possible)
                 )
         _check_settings(key, settings, optim | settings)
+
+
+def _check_distributed(distributed: Mapping[str, Any]) -> None:
+    count, index = distributed.get("num_processes", 1), distributed.get("process_id", 0)
+    coordinator = distributed.get("coordinator", "")
+    if distributed.get("auto"):
+        if count > 1 or index or coordinator:
+            raise ConfigError(
+                "--config.distributed.auto=True finds coordinator, num_processes and process_id by "
+                "itself: leave them out"
+            )
+    elif index >= count:
+        raise ConfigError(
+            f"--config.distributed.process_id={index}: processes are numbered from 0 to "
+            f"{count - 1}, as --config.distributed.num_processes={count}"
+        )
+    elif count > 1 and not coordinator:
+        raise ConfigError(
+            f"--config.distributed.num_processes={count} needs --config.distributed.coordinator="
+            "<host>:<port>: where process 0 is, and a port that is free there"
+        )
 
 
 def _check_settings(key: str, own: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -221,11 +243,25 @@ def _is_shares(value: Any) -> bool:
     return numbers and sum(value) <= 1
 
 
+def _is_ranges(value: Any) -> bool:
+    pairs = isinstance(value, tuple | list) and all(
+        isinstance(pair, tuple | list) and len(pair) == 2 and all(map(_is_whole, pair))
+        for pair in value
+    )
+    ends = [end for pair in value for end in pair] if pairs else [-1]
+    return all(a < b for a, b in zip([-1, *ends], [*ends, 2**62], strict=True))
+
+
 def _is_regex(value: Any) -> bool:
     try:
         return isinstance(value, str) and bool(re.compile(value))
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
+
+
+def _is_address(value: Any) -> bool:
+    address = r"|([\w.-]+|\[[0-9a-fA-F:.]+\]):\d{1,5}"
+    return isinstance(value, str) and bool(re.fullmatch(address, value))
 
 
 def _is_span(value: Any) -> bool:
@@ -243,10 +279,14 @@ def _whole(low: int, high: int) -> Check:
 
 # Dicts whose keys are the user's choice: the command line replaces them whole.
 OPEN = ("objectives", "group_optim", "optim.args", "model.classes")
-DICTS = r"optim|(objectives|group_optim)(\.[^.]+)?|(optim|group_optim\.[^.]+)\.args|model\.classes"
+DICTS = (
+    r"data|tokenizer|model|mesh|distributed|optim|(objectives|group_optim)(\.[^.]+)?"
+    r"|(optim|group_optim\.[^.]+)\.args|model\.classes"
+)
 SCHEDULES = ("linear", "cosine", "wsd", "rsqrt", "constant")
 MASKS = ("token", "word", "span")  # what masked language modelling chooses
-ALL_GROUPS = ("clip", "layer_decay", "ema")  # keys of optim that no group has for itself
+# Keys of optim that no group has for itself.
+ALL_GROUPS = ("clip", "layer_decay", "ema", "skip_spikes")
 # Arguments of optimizers that are made from other keys of optim.
 NOT_ARGS = {
     "learning_rate": "lr",
@@ -267,6 +307,8 @@ PROBABILITY = Check(lambda v: _is_real(v, 0.0, 1.0), "a number between 0 and 1")
 FRACTION = Check(lambda v: _is_real(v, 0.0, 1.0) and v < 1, "a number from 0 to below 1")
 NON_NEGATIVE = Check(_is_real, "a finite number of at least 0")
 SHARES = Check(_is_shares, "two numbers of at least 0 that add up to at most 1")
+RANGES = Check(_is_ranges, "(first, last + 1) pairs in ascending order: ((80, 96), (112, 120))")
+ADDRESS = Check(_is_address, "<host>:<port>, or '' with one process")
 NAME = Check(lambda v: isinstance(v, str) and v.isidentifier(), "the name of an optimizer of optax")
 REGEX = Check(_is_regex, "a regular expression")
 DURATION = Check(_is_span, "a duration: 1500, '1500 steps', '3 epochs', '10M tokens' or '10%'")
@@ -277,20 +319,27 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("total", LENGTH),
     (r"(log|eval|save)_every|.*\.(warmup|cooldown)", DURATION),
     (r"batch_size|accumulate|keep|top_k|max_skipped|objectives\.mlm\.span_max", POSITIVE),
-    (r"model\.(width|depth|heads|mlp|max_len|window|full_every)", POSITIVE),
+    (r"model\.depth", _whole(1, 1000)),
+    (r"model\.(width|heads|mlp|max_len|window|full_every)", _whole(1, 2**24)),
     (r"distributed\.num_processes", POSITIVE),
+    (r"distributed\.coordinator", ADDRESS),
+    (r"distributed\.(timeout|heartbeat)_sec", _whole(10, 86400)),
     (r"seed|limit|step|keep_best|data\.max_documents|distributed\.process_id", COUNT),
     (r"data\.seq_len", _whole(8, 2**20)),
+    (r"data\.skip", RANGES),
     (r"data\.workers", _whole(0, 1024)),
     (r"tokenizer\.vocab_size", _whole(32, 2**24)),
-    (r"model\.(vocab_size|types|classes\..*)", COUNT),
+    (r"model\.(vocab_size|types|position_shift)", _whole(0, 2**24)),
+    (r"model\.classes\.[^.]+", _whole(1, 2**24)),
+    (r"model\.theta_(full|local)", Check(lambda v: _is_real(v, 1.0), "a finite number from 1")),
     (r"mesh\..*", AXIS),
     (r".*\.(rate|layer_decay|end|span_stop)", PROBABILITY),
     (r"data\.validation_fraction|.*\.(\w*dropout|ema|b1|b2)", FRACTION),
-    (r".*\.(lr|weight_decay|clip|eps|weight)", NON_NEGATIVE),
+    (r".*\.(lr|weight_decay|clip|eps|weight|skip_spikes)", NON_NEGATIVE),
     (r"objectives\.mlm\.replace", SHARES),
     (r".*\.decay", REGEX),
     (r"optim\.name", NAME),
+    ("groups", Check(lambda v: isinstance(v, tuple) and v, "(regular expression, group) pairs")),
     ("precision", ("float32", "bfloat16")),
     ("split", ("train", "validation")),
     (r"optim\.schedule", SCHEDULES),

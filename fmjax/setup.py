@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from fmjax import build, data, optim, sharding, state, trees
+from fmjax import build, data, optim, rules, sharding, state, trees
 from fmjax import config as configs
 from fmjax import objectives as losses
 from fmjax.state import TrainState
@@ -47,8 +47,11 @@ def setup(config: Any, mesh: jax.sharding.Mesh, poll: Callable[[], None] = lambd
     size = config.tokenizer.vocab_size if config.tokenizer.name == "train" else 8
     none = np.zeros(size, bool)
     stand_in = data.Vocab(size, 0, 1, 2, 3, none, none)
-    many = config.batch_size * 2**30  # so that no duration looks longer than the run
-    assemble(config, mesh, stand_in, rows=many, tokens=many)
+    # An upper bound of the steps in the unit of the run's length, next to nothing in the others, so
+    # that no duration looks longer than the run.
+    unit = rules.duration(config.total)[1]
+    rows = config.batch_size * 2**30 if unit == "epoch" else 1
+    assemble(config, mesh, stand_in, rows=rows, tokens=rows if unit == "token" else rows * 2**40)
 
     dataset = data.prepare(config.data.to_dict(), config.tokenizer.to_dict(), poll=poll)
     build.check_tokenizer(config, dataset.tokenizer_dir)

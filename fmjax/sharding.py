@@ -5,6 +5,8 @@ The mesh has the axes `data` (batch), `fsdp` (batch, and parameters cut along on
 the first full match wins. A stacked parameter gets its layer's spec behind an unsharded layer axis.
 """
 
+import collections
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -37,7 +39,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Me
     Raises ConfigError naming the legal counts.
     """
     sizes, devices = {"data": data, "fsdp": fsdp, "tensor": tensor}, jax.device_count()
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or devices % fixed or (not free and fixed != devices):
         divisors = [n for n in range(1, devices + 1) if devices % n == 0]
@@ -45,20 +47,48 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Me
             f"config.mesh={sizes} does not fit {devices} devices: the product of the axes must be "
             f"{devices}, one axis may be -1 (takes the rest), sizes can be {divisors}."
         )
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        raise ConfigError(
+            f"the processes have different numbers of devices ({dict(counts)}): give each the same "
+            "number, for each feeds the same number of rows."
+        )
     shape = tuple(devices // fixed if size == -1 else size for size in sizes.values())
     # Auto: the compiler propagates layouts. Explicit axes (the default of make_mesh) reject Linen's
     # modules.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def table(mesh: jax.sharding.Mesh) -> str:
+    """What the program runs on, for people; "" for the one CPU device that every machine has.
+
+    devices     16 x TPU v5 lite, 15.7 GiB each, 4 in each of 4 processes
+    mesh        data 2 x fsdp 4 x tensor 2
+    """
+    device = mesh.local_mesh.devices.flat[0]
+    if mesh.size == 1 and device.platform == "cpu":
+        return ""
+    facts = [f"{mesh.size} x {device.device_kind}"]
+    if memory := (device.memory_stats() or {}).get("bytes_limit"):
+        facts.append(f"{memory / 2**30:.1f} GiB each")
+    if jax.process_count() > 1:
+        facts.append(f"{mesh.local_mesh.size} in each of {jax.process_count()} processes")
+    lines = [f"devices     {', '.join(facts)}"]
+    if mesh.size > 1:
+        lines.append("mesh        " + " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items()))
+    return "\n".join(lines)
+
+
 def check_batch(mesh: jax.sharding.Mesh, batch_size: int, accumulate: int = 1) -> None:
-    """Refuses a batch that the batch axes of the mesh do not divide."""
+    """Refuses a batch that the batch axes of the mesh do not divide, or the processes not."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if ways % jax.process_count():
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    owners = owners.reshape(ways, mesh.shape["tensor"])
+    if (owners != owners[:, :1]).any():
         raise ConfigError(
-            f"config.mesh.data x config.mesh.fsdp = {ways} must be a multiple of the "
-            f"{jax.process_count()} processes: each feeds its own rows, so config.mesh.tensor must "
-            "stay within a process."
+            f"config.mesh.tensor={mesh.shape['tensor']} joins devices of several processes, but "
+            f"each process feeds rows of its own: use a divisor of the {mesh.local_mesh.size} "
+            "devices that a process has."
         )
     if batch_size % (ways * accumulate):
         raise ConfigError(

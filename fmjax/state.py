@@ -1,5 +1,6 @@
 """The training state: arrays only, laid over the mesh from the moment they exist."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -32,7 +33,7 @@ def init_params(model: nn.Module, key: jax.Array) -> Any:
 
 def abstract_params(model: nn.Module, mesh: jax.sharding.Mesh | None = None) -> Any:
     """Shapes (and shardings, given a mesh) of the stored parameters; costs no memory."""
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    shapes = _shapes(model)
     if mesh is None:
         return shapes
     return _placed(shapes, sharding.shardings(shapes, mesh))
@@ -78,6 +79,11 @@ def create(
         opt_state=init(params),
         rng=jax.device_put(jax.random.fold_in(key, 1), abstract.rng.sharding),
     )
+
+
+@functools.cache  # several parts of a run ask, and each trace takes a tenth of a second and more
+def _shapes(model: nn.Module) -> Any:
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

@@ -1,6 +1,5 @@
 """The training step: gradient over what trains, update, and nothing applied that is not finite."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fmjax import objectives as losses
-from fmjax import optim
+from fmjax import optim, spikes
 from fmjax.state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -18,15 +17,16 @@ Batch = Mapping[str, jax.Array]
 def make_train_step(
     apply: Callable,
     objectives: list[losses.Objective],
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     split: Callable,
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """`step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
-    metrics: "sums" {name: (sum, weight)}, "loss", "grad_norm" (of what trains, before clipping) and
-    "skipped" (1.0 when loss or gradient was not finite: parameters and optimizer then stay, the
-    step still counts), "tokens" (not padding).
+    metrics: "sums" {name: (sum, weight)}, "loss", "grad_norm" (of what trains, before clipping),
+    "skipped" (1.0 when loss or gradient was not finite), "spike" (1.0 when they stood too far above
+    the last ones), "tokens" (not padding). After either of the two, parameters and optimizer stay
+    what they were; the step still counts.
     """
     gradient = make_gradient(apply, objectives, split, accumulate)
 
@@ -35,20 +35,20 @@ def make_train_step(
         trainable, frozen = split(state.params)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = tx.update(grads, state.opt_state, trainable)
+        updates, opt_state = tx.update(grads, state.opt_state, trainable, loss=loss)
+        spike = spikes.spiked(opt_state)  # which keeps the optimizer itself; it remembers the spike
         moved = optax.apply_updates(trainable, updates)
-        # Selected, never multiplied: 0 * NaN is NaN.
-        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
         state = state.replace(
             step=state.step + 1,
-            params=optim.merge(keep(moved, trainable), frozen),
-            opt_state=keep(opt_state, state.opt_state),
+            params=optim.merge(_where(finite & ~spike, moved, trainable), frozen),
+            opt_state=_where(finite, opt_state, state.opt_state),
         )
         return state, {
             "sums": sums,
             "loss": loss,
             "grad_norm": norm,
             "skipped": 1.0 - finite.astype(jnp.float32),
+            "spike": spike.astype(jnp.float32),
             "tokens": jnp.sum(batch["segment_ids"] > 0),
         }
 
@@ -98,3 +98,8 @@ def _accumulated(gradient: Callable, batch: Mapping[str, jax.Array], parts: int)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
     add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)
     return jax.lax.scan(add, zero, micro)[0]
+
+
+def _where(condition: jax.Array, new: Any, old: Any) -> Any:
+    """One of two trees. Selected, never multiplied: 0 * NaN is NaN."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

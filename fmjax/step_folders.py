@@ -63,10 +63,19 @@ def intact(directory: Path, step: int) -> int:
 
 
 def read_meta(folder: Path) -> dict:
-    """The JSON saved with a step. Raises CheckpointError for a format newer than this fmjax."""
-    # Orbax's JsonSave gives the file this name.
-    meta = json.loads((folder / "meta" / "metadata").read_bytes())
-    manifest.check_format(meta["format"], folder)
+    """The JSON saved with a step.
+
+    Raises CheckpointError where it cannot be read or its format is newer than this fmjax.
+    """
+    try:
+        # Orbax's JsonSave gives the file this name.
+        meta = json.loads((folder / "meta" / "metadata").read_bytes())
+        manifest.check_format(int(meta["format"]), folder)
+        kinds = {key: type(meta[key]) for key in ("step", "metrics", "arrays")}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{folder}/meta cannot be read: {error!r}") from error
+    if kinds != {"step": int, "metrics": dict, "arrays": dict}:
+        raise CheckpointError(f"{folder}/meta is not what fmjax writes: {kinds}")
     return meta
 
 
@@ -99,6 +108,8 @@ def delete_old(directory: Path, *, keep: int, keep_best: int, best: str, mode: s
 
 def remove(folder: Path) -> None:
     """Deletes a step. Killed half-way, it leaves an unfinished one."""
+    if folder.is_symlink():  # what it leads to is not this run's
+        return folder.unlink()
     (folder / manifest.NAME).unlink(missing_ok=True)
     # Threads of a failed save may still be writing here; make_room takes what they leave.
     shutil.rmtree(folder, ignore_errors=True)
@@ -114,7 +125,7 @@ def _numbered(directory: Path) -> dict[int, Path]:
 def _score(folder: Path, metric: str) -> float | None:
     try:
         return read_meta(folder)["metrics"].get(metric)
-    except (OSError, ValueError):
+    except CheckpointError:
         return None  # damage is judged on restoring, where it matters
 
 

@@ -26,6 +26,7 @@ from fmjax import (
     interrupt,
     optim,
     plan,
+    processes,
     report,
     sharding,
     state,
@@ -58,21 +59,24 @@ def run(
         stop = stack.enter_context(interrupt.catch())
 
         def poll():
-            if stop.requested:
+            if stop.signal:
                 raise Preempted(
                     f"stopped by {stop.signal} while preparing data; the same command goes on"
                 )
 
-        mesh = build.start_jax(config)
-        stack.enter_context(jax.set_mesh(mesh))
+        mesh = stack.enter_context(processes.start(config, stop))
         if dry_run:
             parts = setup(config, mesh, poll)
             with contextlib.closing(train_batches(parts)) as batches:
                 return plan.show(parts, next(batches))
+        if table := sharding.table(mesh):
+            print(table)
+        writes = jax.process_index() == 0
         folder = stack.enter_context(
-            workdir.open(workdir_path, config, fresh=fresh, process_index=jax.process_index())
+            workdir.open(workdir_path, config, fresh=fresh, writes=writes, first=processes.first)
         )
-        loop(setup(config, mesh, poll), folder, stop, started, changed)
+        with processes.together(folder.close), workdir.memory_errors():
+            loop(setup(config, mesh, poll), folder, stop, started, changed)
 
 
 def loop(
@@ -109,7 +113,7 @@ def loop(
         train_step, eval_step = compiled(run, monitor)
         if due("eval") and monitor.owes_evaluation(step):
             monitor.evaluated(step, validate(run, eval_step, current, stop, monitor))
-        while step < run.total and not stop.requested:
+        while step < run.total and not stop.poll():
             with monitor.timed("data_wait"):
                 batch = sharding.put(next(batches), run.batch_sharding)
             current, found = train_step(current, batch)
@@ -128,6 +132,7 @@ def loop(
             saver.wait()
         done = step == run.total and not monitor.owes_evaluation(step)
         monitor.finish(step, "" if done else stop.signal, changed)
+    processes.meet()  # An error ends all: not before the last has saved.
     if not done:
         where = f"after step {step}, which is saved" if step else "before the first step"
         raise Preempted(f"stopped by {stop.signal} {where}; the same command goes on")
@@ -139,6 +144,7 @@ def train_batches(run: Run) -> Any:
         run.dataset.splits["train"],
         batch_size=run.config.batch_size,
         seed=run.config.seed,
+        skip=run.config.data.skip,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -194,9 +200,10 @@ def compiled(run: Run, monitor: Monitor) -> tuple[Callable, Callable]:
     )
     eval_step = jax.jit(evaluate.make_step(apply, run.objectives))
     spec = batch_spec(run)
-    monitor.flops = flops.of_step(run, spec)
     with monitor.timed("compile"):
-        lowered = jax.jit(train_step, donate_argnums=0).lower(run.abstract, spec)
+        traced = jax.jit(train_step, donate_argnums=0).trace(run.abstract, spec)
+        monitor.flops = flops.of_step(run, spec, traced)
+        lowered = traced.lower()
         check_best(run.config.best, lowered.out_info[1]["sums"])
         return lowered.compile(), eval_step
 
@@ -229,9 +236,7 @@ def validate(
         process_count=jax.process_count(),
     )
     with monitor.timed("evaluation"):
-        return evaluate.evaluate(
-            eval_step, params, batches, run.objectives, run.mesh, lambda: stop.requested
-        )
+        return evaluate.evaluate(eval_step, params, batches, run.objectives, run.mesh, stop.poll)
 
 
 def numerics_error(
@@ -261,5 +266,5 @@ def numerics_error(
     return NumericsError(
         f"{monitor.bad_in_a_row} updates in a row were not finite, the last at step {step}; none "
         f"was applied or saved. {dump} names the examples and each layer's gradient norm. Lower "
-        "config.optim.lr, raise config.optim.warmup, or look at the data."
+        "config.optim.lr, raise config.optim.warmup, or leave examples out with config.data.skip."
     )

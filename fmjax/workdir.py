@@ -65,7 +65,8 @@ class Folder:
                 status = self._status | {"time": _now()}
                 write_atomic(self.path / "status.json", json.dumps(status, indent=2))
 
-    def _close(self, error: BaseException | None) -> None:
+    def close(self, error: BaseException | None) -> None:
+        """Records how the run has ended: well if there is no error."""
         before = self.previous
         if error is None and before.get("state") == "done" and before["step"] == self.step:
             # The run had already ended: leave no trace of having looked.
@@ -97,46 +98,50 @@ def open(
     config: ConfigDict,
     *,
     fresh: bool = False,
-    process_index: int = 0,
+    writes: bool = True,
+    first: Callable[[Callable[[], Any]], Any] = lambda call: call(),
     log: Callable[[str], None] = print,
 ) -> Iterator[Folder]:
     """Opens the run folder for one process, creating it if need be, and records how the run ends.
 
-    Process 0 locks and writes; the others only learn the path (let them wait for process 0 before
-    they read). An XLA out-of-memory error leaves as a ResourceError.
+    Of several processes one writes; `first(call)` gives what `call()` returns or raises there, so
+    that the others neither look before it is ready nor go on where it refuses. An XLA out-of-memory
+    error leaves as a ResourceError.
 
     Raises:
       ConfigError: another process works here, or the folder holds a run with another config.
       CheckpointError: the folder cannot be written, or its config.json cannot be read.
     """
     path = Path(path).absolute()
-    check(path, config, fresh=fresh)
-    if process_index:
-        yield Folder(path, {}, writes=False)
-        return
-    with _locked(path, log):
-        if fresh:
-            _remove(path)
-        check(path, config)
-        _keep_config(path / "config.json", config, log)
-        folder = Folder(path, _read_json(path / "status.json"), writes=True)
+    with contextlib.ExitStack() as stack:
+
+        def begin():
+            check(path, config, fresh=fresh)
+            stack.enter_context(_locked(path, log))
+            if fresh:
+                _remove(path)
+            check(path, config)
+            _keep_config(path / "config.json", config, log)
+            return _read_json(path / "status.json")
+
+        folder = Folder(path, first(begin), writes)
         folder.update(exit_code=None)
         try:
             with memory_errors():
                 yield folder
         except BaseException as error:
-            folder._close(error)
+            folder.close(error)
             raise
-        folder._close(None)
+        folder.close(None)
 
 
 def check(path: str | os.PathLike, config: ConfigDict, *, fresh: bool = False) -> None:
     """Refuses a folder that `open` would refuse for its content. Reads only; takes no lock."""
     path = Path(path)
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):  # a Path raises for too long names
         raise ConfigError(f"--workdir={path} is a file: name a folder")
     if fresh:
-        found = sorted(os.listdir(path)) if path.is_dir() else []
+        found = sorted(os.listdir(path)) if os.path.isdir(path) else []
         if found and not set(MARKS) & set(found):
             raise ConfigError(
                 f"--fresh: {path} holds no run of fmjax (no config.json) but {found[0]!r}: "

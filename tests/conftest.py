@@ -19,6 +19,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+pytest.register_assert_rewrite("runs")  # a module of fixtures and assertions
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,5 @@
-"""Saving and restoring. The numbers in the names are the rows of the list of faults that a run has
-to survive; the values expected are derived by hand in each test."""
+"""Saving and restoring. What `row12` in a name means is in faults/test_table.py; the values
+expected are derived by hand in each test."""
 
 import os
 import resource
@@ -28,7 +28,7 @@ from saved_states import (
     steps,
 )
 
-from fmjax import checkpoint, manifest, optim
+from fmjax import checkpoint, manifest, optim, spikes
 from fmjax.checkpoint import Checkpointer, load_params
 from fmjax.errors import CheckpointError, ConfigError
 
@@ -324,10 +324,12 @@ def test_load_params_without_knowing_the_optimizer(checkpointer, tmp_path):
     assert_equal(load_params(tmp_path, 1)[0], jax.device_get(make_state(1).params))
 
 
-def test_load_params_takes_the_average_of_what_trains(checkpointer, tmp_path):
+@pytest.mark.parametrize("sigma", [0.0, 6.0])
+def test_load_params_takes_the_average_of_what_trains(checkpointer, tmp_path, sigma):
     """The bias is frozen here: the optimizer does not know it."""
     state = make_state(1)
     tx = optax.chain(optax.adamw(1e-3), optim.moving_average(0.5))
+    tx = spikes.guard(tx, sigma) if sigma else tx
     average = {"dense": {"kernel": make_state(7).params["dense"]["kernel"]}}
     ckpt = checkpointer()
     ckpt.save(1, state.replace(opt_state=tx.init(average)), {})

@@ -1,5 +1,4 @@
-"""Damaged and unfinished checkpoints. The numbers in the names are the rows of the list of faults
-that a run has to survive."""
+"""Damaged and unfinished checkpoints. What `row02` in a name means is in faults/test_table.py."""
 
 import contextlib
 import logging
@@ -89,20 +88,23 @@ def test_row18_flipped_bit_falls_back_and_quarantines(ckpt, tmp_path, caplog):
 
 @pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
 def test_row18_every_flipped_bit_is_found(ckpt, tmp_path, count):
-    """Over all files of a step, the manifest included; and no whole step is called damaged."""
-    save(ckpt, 1)
-    files = [path for path in step_folder(tmp_path, 1).rglob("*") if path.is_file()]
+    """Over all files of a step, the manifest included; then the step before is used. And no whole
+    step is called damaged."""
+    save(ckpt, 1, 2)
+    newest = lambda: step_folders.newest(tmp_path / "checkpoints", quarantine=False)
+    files = [path for path in step_folder(tmp_path, 2).rglob("*") if path.is_file()]
     assert len(files) > 10
     rng = random.Random(0)
     for trial in range(count):
         path = files[trial % len(files)]
         bit = rng.randrange(8 * path.stat().st_size)
         flip(path, bit)
-        found = problems(tmp_path, 1)
-        name = path.relative_to(step_folder(tmp_path, 1))
+        found = problems(tmp_path, 2)
+        name = path.relative_to(step_folder(tmp_path, 2))
         assert len(found) == 1 and found[0].startswith(f"{name}: "), (path, bit, found)
+        assert newest() == 1
         flip(path, bit)
-        assert problems(tmp_path, 1) == []
+        assert newest() == 2
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_lines_are_on_disk_at_once(tmp_path, clock):
     log.close()
 
 
-def test_numbers_become_python_numbers(tmp_path):
+def test_row39_numbers_become_python_numbers(tmp_path):
     big = 2**53 + 1  # Not a float64.
     with open_log(tmp_path) as log:
         log.write(1, {"tokens": np.int64(big), "loss": np.float32(0.5), "n": np.array(3)})

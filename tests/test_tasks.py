@@ -25,6 +25,7 @@ from fmjax import (
     objectives,
     report,
     setup,
+    sharding,
     state,
     train,
     trees,
@@ -86,7 +87,7 @@ def exported(tmp, folder):
 
 @pytest.fixture(scope="module")
 def opened(folder):
-    return build.open_folder(str(folder), build.sharding.make_mesh())
+    return build.open_folder(str(folder), sharding.make_mesh())
 
 
 def records(path):
@@ -117,7 +118,7 @@ def test_the_tasks_take_the_step_that_is_asked_for(folder, exported, tmp, capsys
     fill_mask.run(load("fill_mask", folder=folder, step=2, text="[MASK]"), tmp)
     export.run(load("export", folder=folder, step=2), tmp, dry_run=True)
     assert capsys.readouterr().out.count(f"{folder} at step 2 (averaged parameters)") == 3
-    mesh = build.sharding.make_mesh()
+    mesh = sharding.make_mesh()
     params = build.open_folder(str(folder), mesh, step=2).params
     assert_same(params, checkpoint.load_params(folder, 2)[0])
     with pytest.raises(CheckpointError, match="no finished step 3. There are: 2, 4."):
@@ -136,7 +137,7 @@ def test_process_0_alone_prints(exported, opened, tmp, capsys, monkeypatch):
 
 
 def test_an_exported_folder_opens_with_the_same_parameters(exported, opened):
-    again = build.open_folder(str(exported), build.sharding.make_mesh(fsdp=2), "bfloat16")
+    again = build.open_folder(str(exported), sharding.make_mesh(fsdp=2), "bfloat16")
     kept = {n: x for n, x in trees.unstack(opened.params).items() if n not in LEFT_OUT}
     assert_same(again.params, trees.unflatten(kept))
     assert (again.missing, again.config, again.step) == ((), None, None)
@@ -147,7 +148,7 @@ def test_an_exported_folder_opens_with_the_same_parameters(exported, opened):
     "source, error, said",
     [
         ("", ConfigError, "config.folder is empty"),
-        ("nowhere/at/all", ConfigError, "neither a folder nor the id"),
+        ("nowhere/at/all", ConfigError, "neither a folder nor an id"),
         ("{tmp}/no_config", CheckpointError, "config.json cannot be read"),
         ("{tmp}/code", CheckpointError, "config.json cannot be read"),
         ("{tmp}/empty", ConfigError, "has no tokenizer"),
@@ -160,7 +161,7 @@ def test_what_is_no_folder_of_a_model_is_refused(tmp, source, error, said):
     (tmp / "code" / "config.py").write_text("raise SystemExit('executed')")
     (tmp / "empty").mkdir(exist_ok=True)
     with pytest.raises(error, match=said):
-        build.open_folder(source.format(tmp=tmp), build.sharding.make_mesh())
+        build.open_folder(source.format(tmp=tmp), sharding.make_mesh())
 
 
 # ---- evaluate ----
@@ -234,7 +235,7 @@ def test_next_sentence_prediction_of_a_folder_that_has_it(folder, pretrained, tm
     assert 0 <= found["nsp/accuracy"] <= 1
     fill_mask.run(load("fill_mask", folder=pretrained, text="the [MASK]"), tmp)
     head = target(pretrained, classes={"nsp": 2})["head/nsp/kernel"]
-    opened = build.open_folder(str(pretrained), build.sharding.make_mesh())
+    opened = build.open_folder(str(pretrained), sharding.make_mesh())
     np.testing.assert_array_equal(head, opened.params["head"]["nsp"]["kernel"])
     with pytest.raises(ConfigError, match="'nsp' cannot use .* made for 'sop'"):
         evaluate.run(load("evaluate", *words, "--config.data.pair=sop", folder=pretrained), tmp)
@@ -283,7 +284,7 @@ def test_guesses_are_those_of_torch(exported):
     torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
     from transformers import BertForMaskedLM
 
-    opened = build.open_folder(str(exported), build.sharding.make_mesh())
+    opened = build.open_folder(str(exported), sharding.make_mesh())
     tokenizer = build.tokenizer(exported)
     sentences = ["the [MASK] of a function", "is [MASK] by a [MASK] when given"]
     rows = fill_mask.encode(sentences, tokenizer, 48)
@@ -345,7 +346,7 @@ def test_export_notices_one_flipped_bit(exported, opened, tmp):
     data = bytearray((damaged / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (damaged / "model.safetensors").write_bytes(data)
-    abstract = state.abstract_params(opened.model, build.sharding.make_mesh())
+    abstract = state.abstract_params(opened.model, sharding.make_mesh())
     export.check(exported, opened, LEFT_OUT, abstract)
     with pytest.raises(CheckpointError, match="reads back differently"):
         export.check(damaged, opened, LEFT_OUT, abstract)
@@ -359,7 +360,7 @@ def target(init, groups=((".*", "train"),), **changes):
     model = bert.Model("tiny", **{**SIZES, "vocab_size": 92, "dropout": 0.0, **changes})
     model, _ = setup.grouped(model, groups, {"decay": ".*"}, {})
     config = SimpleNamespace(init=str(init), seed=0)
-    abstract = state.abstract_params(model, build.sharding.make_mesh(fsdp=2))
+    abstract = state.abstract_params(model, sharding.make_mesh(fsdp=2))
     params = build.initial(config, model, abstract)
     for leaf, like in zip(jax.tree.leaves(params), jax.tree.leaves(abstract), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (like.shape, like.dtype, like.sharding)

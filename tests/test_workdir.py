@@ -61,7 +61,7 @@ def test_an_error_is_recorded_and_passed_on(tmp_path, error, state, code):
     assert type(error).__name__ in status(tmp_path)["reason"]
 
 
-def test_out_of_memory_says_what_to_change_and_exits_6(tmp_path):
+def test_row16_out_of_memory_says_what_to_change_and_exits_6(tmp_path):
     with pytest.raises(ResourceError, match="batch_size.*accumulate.*remat.*mesh") as caught:
         with workdir.open(tmp_path, config()):
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\n...")
@@ -121,7 +121,7 @@ def test_a_reader_never_sees_a_part(tmp_path, monkeypatch):
 # ---- config.json ---------------------------------------------------------------------------
 
 
-def test_another_config_is_refused_with_the_difference(tmp_path):
+def test_row28_another_config_is_refused_with_the_difference(tmp_path):
     finish(tmp_path)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(ConfigError, match=r"\(seed: 0 -> 1\).*--workdir.*--fresh"):
@@ -132,7 +132,7 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
     assert status(tmp_path)["state"] == "done"
 
 
-def test_settings_that_do_not_change_the_numbers_may_change(tmp_path):
+def test_row28_settings_that_do_not_change_the_numbers_may_change(tmp_path):
     said = []
     finish(tmp_path, log=said.append)
     assert said == []
@@ -185,7 +185,7 @@ def test_fresh_starts_an_empty_or_missing_folder(tmp_path):
 # ---- access --------------------------------------------------------------------------------
 
 
-def test_a_second_run_is_refused_at_once_and_told_who_is_here(tmp_path):
+def test_row15_a_second_run_is_refused_at_once_and_told_who_is_here(tmp_path):
     with workdir.open(tmp_path, config()):
         start = time.monotonic()
         with pytest.raises(ConfigError, match=f"in use .*pid {os.getpid()}, start 2"):
@@ -205,7 +205,7 @@ with workdir.open(sys.argv[1], ConfigDict({"seed": 0, "log_every": 10, "hub_toke
 """
 
 
-def test_the_lock_of_a_killed_run_is_stale(tmp_path):
+def test_row15_the_lock_of_a_killed_run_is_stale(tmp_path):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
@@ -233,17 +233,25 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     assert len(said) == 1 and "no locks" in said[0]
 
 
-def test_other_processes_neither_lock_nor_write(tmp_path):
+def test_other_processes_neither_look_nor_lock_nor_write(tmp_path):
+    """They know what process 0 has found, and are refused where it is."""
+    others = dict(writes=False, first=lambda call: {"state": "done", "step": 4, "exit_code": 0})
     with workdir.open(tmp_path, config()):
-        with workdir.open(tmp_path, config(), process_index=1) as folder:
+        with workdir.open(tmp_path, config(seed=1), **others) as folder:
+            assert folder.step == 4 and folder.finished
             folder.update(step=9)
         assert status(tmp_path).items() >= {"state": "running", "step": 0}.items()
-    with pytest.raises(ConfigError, match="seed: 0 -> 1"):
-        with workdir.open(tmp_path, config(seed=1), process_index=1):
-            pass
+
+    def refuse(call):
+        raise ConfigError("process 0 of 2: in use")
+
+    with pytest.raises(ConfigError, match="process 0 of 2"):
+        with workdir.open(tmp_path / "other", config(), writes=False, first=refuse):
+            raise AssertionError
+    assert not (tmp_path / "other").exists()
 
 
-def test_a_folder_that_cannot_be_made_or_written_is_an_error_of_its_own(tmp_path):
+def test_row24_a_folder_that_cannot_be_made_or_written_is_an_error_of_its_own(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         finish(tmp_path / "file")
@@ -252,7 +260,7 @@ def test_a_folder_that_cannot_be_made_or_written_is_an_error_of_its_own(tmp_path
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_refused(tmp_path):
+def test_row24_a_read_only_folder_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(CheckpointError, match="Permission denied"):
         finish(tmp_path)

@@ -27,7 +27,7 @@ OPTIM = dict(
     cooldown=0,
     end=0.0,
     clip=1.0,
-) | dict(weight_decay=0.01, decay=".*kernel", layer_decay=1.0, ema=0.0)
+) | dict(weight_decay=0.01, decay=".*kernel", layer_decay=1.0, ema=0.0, skip_spikes=0.0)
 
 
 def batch(rows: int, seed: int = 0) -> dict[str, jax.Array]:

@@ -13,7 +13,6 @@ as the model's (`bert.py`).
 import importlib
 import json
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -23,17 +22,17 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from fmjax import trees
+from fmjax import rules, trees
 from fmjax.convert import files
 from fmjax.convert.files import Place, Tensors
 from fmjax.convert.writer import export
-from fmjax.errors import CheckpointError, ConfigError, did_you_mean
+from fmjax.errors import CheckpointError, ConfigError, did_you_mean, quoted
+from fmjax.snapshot import find, read_json
 
 __all__ = ["Report", "describe", "export", "find", "load"]
 
 # `model_type` of config.json -> the file in fmjax/models and in fmjax/convert
 MODEL_TYPES = {"bert": "bert", "roberta": "bert", "distilbert": "bert", "modernbert": "bert"}
-_PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "vocab*", "merges*"]
 
 
 class Report(NamedTuple):
@@ -48,45 +47,14 @@ class Report(NamedTuple):
         return "; ".join(lines) or "every parameter loaded, every tensor used"
 
 
-def find(source: str | Path, revision: str = "") -> Path:
-    """The local folder of a checkpoint: `source` itself, or the snapshot of a hub id.
-
-    `id@commit` says the revision too. Raises ConfigError when it is neither; warns when a hub id is
-    not pinned to a commit.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    name, _, commit = str(source).partition("@")
-    revision = revision or commit
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise ConfigError(f"{str(source)!r} is neither a folder nor the id of a model on the hub.")
-    import huggingface_hub  # slow to import
-
-    try:
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision or None, allow_patterns=_PATTERNS
-            )
-        )
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise ConfigError(
-            f"{str(source)!r} is not a folder, and the hub did not give it: {error}"
-        ) from error
-    if not re.fullmatch(r"[0-9a-f]{40}", revision):
-        warnings.warn(
-            f"{name!r} is not pinned and can change; today's is {name}@{folder.name}.", stacklevel=2
-        )
-    return folder
-
-
 def describe(source: str | Path) -> tuple[str, dict[str, Any]]:
     """(model name, arguments of its `Model`) of a checkpoint, from its config.json.
 
     Raises ConfigError for an architecture or an option that fmjax does not have.
     """
-    hf, family = _read_config(find(source))
-    return MODEL_TYPES[hf["model_type"]], family.model_options(hf)
+    folder = find(source)
+    hf, family = _read_config(folder)
+    return MODEL_TYPES[hf["model_type"]], _options(folder, hf, family)
 
 
 def load(
@@ -135,7 +103,7 @@ def load(
         if problems:
             raise CheckpointError(
                 f"{folder} does not fit the model:\n  " + _some(problems, "\n  ") + "\n"
-                f"Its options (config.model) are {json.dumps(family.model_options(hf))}."
+                f"Its options (config.model) are {json.dumps(_options(folder, hf, family))}."
             )
         loaded = {path: _read(path, leaf, row, tensors) for path, (leaf, row) in places.items()}
         used = {place.key for _, row in places.values() for place in row}
@@ -149,18 +117,32 @@ def load(
 def _read_config(folder: Path) -> tuple[dict[str, Any], ModuleType]:
     """config.json and the tables of its family."""
     try:
-        hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        hf = read_json(folder / "config.json")
         model_type = hf["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{folder} has no config.json that names a model_type: {error!r}"
         ) from error
-    if model_type not in MODEL_TYPES:
+    if not (isinstance(model_type, str) and model_type in MODEL_TYPES):
         raise ConfigError(
-            f"{folder}/config.json has model_type={model_type!r}, which fmjax does not have."
-            + did_you_mean(model_type, MODEL_TYPES)
+            f"{folder}/config.json has model_type={quoted(model_type)}, which fmjax does not have."
+            + did_you_mean(str(model_type), MODEL_TYPES)
         )
     return hf, importlib.import_module(f"fmjax.convert.{MODEL_TYPES[model_type]}")
+
+
+def _options(folder: Path, hf: Mapping[str, Any], family: ModuleType) -> dict[str, Any]:
+    """The arguments of `Model` for config.json, which anybody may have written."""
+    try:
+        options = family.model_options(hf)
+        rules.check({"model": options})
+        if empty := [name for name, value in options.items() if value is None]:
+            raise ConfigError(f"config.json has no value for what is config.model.{empty[0]} here.")
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from error
+    except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
+        raise ConfigError(f"{folder}/config.json is not one of a model: {error!r}") from error
+    return options
 
 
 def _canonical_keys(family: ModuleType, model_type: str, tensors: Tensors) -> dict[str, str]:

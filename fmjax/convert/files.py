@@ -1,7 +1,7 @@
 """Safetensors files, piece by piece: no tensor is read whole where a part of it is needed."""
 
 import contextlib
-import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -9,12 +9,14 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fmjax.errors import CheckpointError
+from fmjax.errors import CheckpointError, quoted
+from fmjax.snapshot import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+# Formats that can hold code, or that nobody has to read any more.
+REFUSED = "bin ckpt gguf h5 joblib msgpack npy npz onnx pb pickle pkl pt pth".split()
 
 
 class Place(NamedTuple):
@@ -83,21 +85,21 @@ def _locate(folder: Path) -> dict[str, str]:
     """{tensor key: file name} of the index; empty when there is one file and no index."""
     if (folder / INDEX).is_file():
         try:
-            located = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            located = dict(read_json(folder / INDEX)["weight_map"])
+            names = sorted(set(located.values()))
+            # Names only: an index must not point out of its folder, nor to another format.
+            bad = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
+            bad += [name for name in names if name not in bad and not (folder / name).is_file()]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder / INDEX} is damaged: {error!r}") from error
-        # Names only: an index must not point out of its folder.
-        names = sorted(set(located.values()))
-        if bad := [
-            name for name in names if Path(name).name != name or not (folder / name).exists()
-        ]:
-            raise CheckpointError(f"{folder} lacks files that {INDEX} lists: {bad}")
+        if bad:
+            raise CheckpointError(f"{folder} lacks files that {INDEX} lists: {quoted(bad)}")
         return located
     if (folder / SINGLE).is_file():
         return {}
-    if found := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
+    if found := sorted(path.name for kind in REFUSED for path in folder.glob(f"*.{kind}")):
         raise CheckpointError(
-            f"{folder} has its weights only in {found}. fmjax reads safetensors only, because "
+            f"{folder} has its weights only in {found[:5]}. fmjax reads safetensors only, because "
             "opening a pickle can run any code. If you trust it, convert it once with torch and "
             "transformers: AutoModelForMaskedLM.from_pretrained(source).save_pretrained(folder)."
         )

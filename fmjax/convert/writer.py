@@ -16,9 +16,11 @@ from safetensors.numpy import save_file
 from fmjax import trees
 from fmjax.convert.files import INDEX, Place
 from fmjax.errors import ConfigError
+from fmjax.snapshot import find, read_json
 
 _TOKENIZER = (
-    "tokenizer*", "vocab*", "merges*", "*.model", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer*.json", "vocab.txt", "vocab.json", "merges.txt", "*.model",
+    "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 _SPECIAL = ("pad", "bos", "eos", "cls", "sep")
 
@@ -95,15 +97,14 @@ def special_ids(tokenizer_dir: str | Path | None) -> dict[str, int]:
     files = [Path(tokenizer_dir, name) for name in ("tokenizer.json", "tokenizer_config.json")]
     if missing := [str(path) for path in files if not path.is_file()]:
         raise ConfigError(f"A tokenizer folder in transformers' format lacks {missing}.")
-    tokenizer, options = (json.loads(path.read_text(encoding="utf-8")) for path in files)
-    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    found = {}
-    for name in _SPECIAL:
-        token = options.get(f"{name}_token")
-        token = token["content"] if isinstance(token, dict) else token
-        if token in ids:
-            found[name] = ids[token]
-    return found
+    try:
+        tokenizer, options = map(read_json, files)
+        ids = {token["content"]: int(token["id"]) for token in tokenizer["added_tokens"]}
+        tokens = {name: options.get(f"{name}_token") for name in _SPECIAL}
+        tokens = {k: t["content"] if isinstance(t, dict) else t for k, t in tokens.items()}
+        return {name: ids[token] for name, token in tokens.items() if token in ids}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ConfigError(f"{tokenizer_dir} is no tokenizer of transformers: {error!r}") from error
 
 
 def _family(model: Any) -> ModuleType:
@@ -140,7 +141,7 @@ def _to_host(array: jax.Array) -> np.ndarray:
 
 def _copy_tokenizer(source: str | Path | None, folder: Path) -> None:
     if source is not None:
-        for path in {path for pattern in _TOKENIZER for path in Path(source).glob(pattern)}:
+        for path in {path for pattern in _TOKENIZER for path in find(source).glob(pattern)}:
             shutil.copyfile(path, folder / path.name)
 
 

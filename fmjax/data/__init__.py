@@ -9,7 +9,14 @@ from pathlib import Path
 
 from fmjax.data import cache, packing, pairs, settings, sources, store
 from fmjax.data import tokenizer as tokenizers
-from fmjax.data.batches import Batches, batches, check_fingerprint, eval_batches, fingerprint
+from fmjax.data.batches import (
+    Batches,
+    batches,
+    check_fingerprint,
+    eval_batches,
+    examples,
+    fingerprint,
+)
 from fmjax.data.tokenizer import Vocab
 from fmjax.errors import DataError
 
@@ -20,6 +27,7 @@ __all__ = [
     "batches",
     "check_fingerprint",
     "eval_batches",
+    "examples",
     "fingerprint",
     "prepare",
 ]

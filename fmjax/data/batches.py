@@ -1,12 +1,13 @@
 """Batches as a pure function of (seed, step), read ahead by Grain from a position one can save."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from fmjax.data import order
 from fmjax.errors import ConfigError, DataError
 
+Ranges = Sequence[Sequence[int]]  # (first, last + 1) each, in ascending order and apart
 EVALUATION = 0x45564C  # the key of the order of evaluation, which no seed changes
 
 
@@ -16,12 +17,13 @@ class Batches:
     def __init__(self, source: "_Steps", start: int):
         import grain  # brings jax along where it is installed, so not at the top
 
+        self._source = source
         data = grain.MapDataset.source(source)
         # Numpy holds the interpreter's lock most of the time: a second thread hides page faults,
         # more do nothing.
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         self._iterator = iter(data.to_iter_dataset(options))
-        self.restore({"next_index": start})
+        self._go(start)
 
     def __iter__(self) -> "Batches":
         return self
@@ -30,16 +32,25 @@ class Batches:
         return next(self._iterator)
 
     def state(self) -> dict:
-        """The position, as JSON: {"next_index": the step of the next batch}."""
-        return {"next_index": int(self._iterator.get_state()["next_index"])}
+        """The position, as JSON: {"next_index": the step of the next batch, "skip": the ranges}."""
+        skip = [list(span) for span in self._source.skip]
+        return {"next_index": int(self._iterator.get_state()["next_index"]), "skip": skip}
 
     def restore(self, state: dict) -> None:
-        """Go on at a position that `state` gave, on any number of processes."""
-        self._iterator.set_state({"next_index": int(state["next_index"])})
+        """Go on at a position that `state` gave, on any number of processes.
+
+        What is skipped may have changed, but not in the past: `DataError`.
+        """
+        step = int(state["next_index"])
+        self._source.check_past(step, state.get("skip", ()))
+        self._go(step)
 
     def close(self) -> None:
         """Stop reading ahead."""
         self._iterator.close()
+
+    def _go(self, step: int) -> None:
+        self._iterator.set_state({"next_index": step})
 
 
 def batches(
@@ -50,10 +61,12 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     start: int = 0,
+    skip: Ranges = (),
 ) -> Batches:
     """Training batches from step `start` on; every epoch visits each row once, in its own order.
 
     `batch_size` counts all processes, and each gets its block of rows. A batch may span two epochs.
+    Examples whose `index` lies in `skip` are passed over: those after them move up.
     """
     if len(split) < batch_size:
         raise DataError(
@@ -62,7 +75,16 @@ def batches(
             f"config.data.seq_len (now {split.seq_len})."
         )
     mine = _block(batch_size, process_index, process_count)
-    return Batches(_Steps(split, batch_size, seed, mine), start)
+    return Batches(_Steps(split, batch_size, seed, mine, skip), start)
+
+
+def examples(step: int, *, batch_size: int, skip: Ranges = ()) -> tuple[int, int]:
+    """(first, last + 1) of the examples in the batch of `step`, as `skip` and `index` count them.
+
+    Where `skip` cuts a batch, what it skips lies in between.
+    """
+    first, last = order.outside(np.array([0, batch_size - 1]) + step * batch_size, skip)
+    return int(first), int(last) + 1
 
 
 def eval_batches(
@@ -119,14 +141,15 @@ def check_fingerprint(saved: dict, now: dict) -> None:
 class _Steps:
     """The source that Grain indexes: item `step` is this process's whole batch."""
 
-    def __init__(self, split, batch_size: int, seed: int, mine: np.ndarray):
+    def __init__(self, split, batch_size: int, seed: int, mine: np.ndarray, skip: Ranges):
         self.split, self.batch_size, self.seed, self.mine = split, batch_size, seed, mine
+        self.skip = [(first, end) for first, end in skip]
 
     def __len__(self) -> int:
         return 2**62  # endless; every place below is computed
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        places = step * self.batch_size + self.mine
+        places = order.outside(step * self.batch_size + self.mine, self.skip)
         epoch, place = np.divmod(places, len(self.split))
         rows = order.permuted(place, len(self.split), self.seed, epoch)
         try:
@@ -138,6 +161,17 @@ class _Steps:
         # int32 for the accelerator; after 2^31 examples the masks keyed by it repeat, which harms
         # nobody.
         return batch | {"index": (places & 0x7FFFFFFF).astype(np.int32)}
+
+    def check_past(self, steps: int, skipped: Ranges) -> None:
+        """Refuses to go on after `steps` that skipped other examples than `skip` says they did."""
+        seen = int(order.outside(steps * self.batch_size - 1, skipped)) + 1 if steps else 0
+        past = lambda ranges: [(first, end) for first, end in ranges if first < seen]
+        if past(skipped) != past(self.skip):
+            raise DataError(
+                f"config.data.skip={self.skip} would change the past: of the {seen} examples "
+                f"before step {steps} the checkpoint skipped {past(skipped)}. Skip later ones, go "
+                "back by removing the newest folders of checkpoints/, or start anew with --fresh."
+            )
 
     def __repr__(self) -> str:  # Grain prints it in its errors
         return f"Steps(rows={len(self.split)}, batch_size={self.batch_size}, seed={self.seed})"

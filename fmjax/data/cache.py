@@ -11,7 +11,7 @@ from pathlib import Path
 
 import xxhash
 
-from fmjax.errors import DataError
+from fmjax.errors import DataError, quoted
 
 INDEX = "index.json"
 
@@ -22,15 +22,31 @@ def root(cache: str = "") -> Path:
 
     Raises DataError where it cannot be made.
     """
-    folder = Path(cache or os.environ.get("FMJAX_CACHE") or "~/.cache/fmjax").expanduser()
+    name = cache or os.environ.get("FMJAX_CACHE") or "~/.cache/fmjax"
+    folder = Path(os.path.expanduser(name))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise DataError(
-            f"The cache folder {folder} cannot be made ({error.strerror}). "
+            f"The cache folder {quoted(name)} cannot be made ({error}). "
             "Set config.data.cache or $FMJAX_CACHE to a writable folder."
         ) from error
     return folder.resolve()
+
+
+def private(folder: Path) -> Path:
+    """`folder`, made if need be, for this user alone: for compiled programs, which are run.
+
+    Raises DataError where it belongs to somebody else.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise DataError(
+            f"{folder} belongs to another user, whose compiled programs would be run as yours. "
+            "Set $FMJAX_CACHE to a folder of your own."
+        )
+    folder.chmod(0o700)
+    return folder
 
 
 def digest(value) -> str:

@@ -19,9 +19,10 @@ from typing import NamedTuple
 
 from fmjax.data.records import EXCERPT, MAX_RECORD_BYTES, Record, fault
 from fmjax.data.settings import DataSettings
-from fmjax.errors import ConfigError, DataError, did_you_mean
+from fmjax.errors import ConfigError, DataError, did_you_mean, quoted
 
-MAX_GZIP_RATIO = 200  # prose packs 3 : 1; a bomb 1000 : 1
+MAX_RATIO = 200  # prose packs 3 : 1; a bomb 1000 : 1
+PARQUET_ROWS = 16  # in memory at a time: a text that is stored once may stand in every row
 
 
 class _Line(NamedTuple):
@@ -33,28 +34,32 @@ class _Line(NamedTuple):
 
 def expand(names: str | tuple[str, ...] | list[str], key: str) -> list[Path]:
     """The files that a comma- or tuple-list of names and globs means, sorted within each glob."""
+    given = names
     if isinstance(names, str):
         one = os.path.exists(names)  # its name may hold a comma
         names = [names] if one else [name.strip() for name in names.split(",") if name.strip()]
     files = []
     for name in names:
-        path = Path(name).expanduser()
-        if any(mark in name for mark in "*?[") and not path.exists():
-            found = sorted(p for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        path = Path(os.path.expanduser(name))
+        # os.path: a Path raises for names that are too long.
+        if any(mark in name for mark in "*?[") and not os.path.exists(path):
+            found = sorted(p for p in glob.glob(str(path), recursive=True) if os.path.isfile(p))
             if not found:
-                raise ConfigError(f"config.{key}: the pattern {name!r} matches no file.")
+                raise ConfigError(f"config.{key}: the pattern {quoted(name)} matches no file.")
             files += map(Path, found)
-        elif path.is_file():
+        elif os.path.isfile(path):
             files.append(path)
-        elif path.is_dir():
+        elif os.path.isdir(path):
             raise ConfigError(
                 f"config.{key}: {name!r} is a folder. Give files, or a pattern like '{name}/*.txt'."
             )
         else:
-            near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            near = os.listdir(path.parent) if os.path.isdir(path.parent) else []
             raise ConfigError(
-                f"config.{key}: there is no file {name!r}." + did_you_mean(path.name, near)
+                f"config.{key}: there is no file {quoted(name)}." + did_you_mean(path.name, near)
             )
+    if not files:
+        raise ConfigError(f"config.{key}: {quoted(given)} names no file.")
     for path in files:
         _reader(path, key)
     return files
@@ -119,10 +124,10 @@ def _lines(path: Path) -> Iterator[_Line]:
 
 
 def _check_ratio(path: Path, unpacked: int, packed: int) -> None:
-    if unpacked > max(MAX_RECORD_BYTES, MAX_GZIP_RATIO * packed):
+    if unpacked > max(MAX_RECORD_BYTES, MAX_RATIO * packed):
         raise DataError(
             f"{path}: {packed:,} bytes unpack to more than {unpacked:,}, beyond the ratio of "
-            f"{MAX_GZIP_RATIO}: a decompression bomb? Unpack it yourself if you trust it."
+            f"{MAX_RATIO}: a decompression bomb? Unpack it yourself if you trust it."
         )
 
 
@@ -251,11 +256,15 @@ def _parquet(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
             raise DataError(
                 f"{path}: column {settings.column!r} (config.data.column) holds {kind}, not text."
             )
-        row, size = 0, path.stat().st_size
-        for batch in file.iter_batches(batch_size=1024, columns=[settings.column]):
+        groups = map(file.metadata.row_group, range(file.num_row_groups))
+        for part in (group.column(i) for group in groups for i in range(group.num_columns)):
+            _check_ratio(path, part.total_uncompressed_size, part.total_compressed_size)
+        row, unpacked, size = 0, 0, path.stat().st_size
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[settings.column]):
             # As bytes: pyarrow does not check that strings are UTF-8.
             for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                row += 1
+                row, unpacked = row + 1, unpacked + len(value or b"")
+                _check_ratio(path, unpacked, size)
                 text, bad = _decoded(value, len(value)) if value is not None else ("", fault(None))
                 yield text, f"row {row}", bad, size * row // file.metadata.num_rows
     except pyarrow.ArrowException as error:

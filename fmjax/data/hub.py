@@ -1,7 +1,7 @@
 """Records of a dataset on the hub, or of a local folder laid out like one, through `datasets`.
 
 Scripts in a repository are never run: `datasets` has no support for them any more, and nothing here
-asks for it.
+asks for it. Of the formats it reads, only those of text are let in.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from fmjax.data.records import EXCERPT, Record, fault
 from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError, DataError, FmjaxError, did_you_mean
+
+FORMATS = ("arrow", "csv", "json", "parquet", "text")
 
 
 def records(settings: DataSettings, split: str) -> Iterator[Record]:
@@ -18,12 +20,10 @@ def records(settings: DataSettings, split: str) -> Iterator[Record]:
     where = f"{settings.path}[{split}]"
     row = 0
     try:
+        which = dict(name=settings.subset or None, revision=settings.revision or None)
+        _check_format(datasets.load_dataset_builder(settings.path, **which).name, where)
         dataset = datasets.load_dataset(
-            settings.path,
-            settings.subset or None,
-            split=split,
-            revision=settings.revision or None,
-            streaming=settings.streaming,
+            settings.path, split=split, streaming=settings.streaming, **which
         )
         _check_column(dataset.features, settings.column, where)
         total = 0 if settings.streaming else len(dataset)
@@ -48,6 +48,15 @@ def records(settings: DataSettings, split: str) -> Iterator[Record]:
             f"{where} cannot be read beyond row {row}: {reason.rstrip('.')}. See config.data.path, "
             "subset, revision, and train and validation, which are names of splits."
         ) from error
+
+
+def _check_format(name: str, where: str) -> None:
+    """The others have parsers of native code, or unpack what a file says, and hold no text."""
+    if name not in FORMATS:
+        raise ConfigError(
+            f"config.data.path: {where} has its data in the format {name!r}, which is not one of "
+            f"{', '.join(FORMATS)}."
+        )
 
 
 def _check_column(features, column: str, where: str) -> None:

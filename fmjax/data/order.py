@@ -1,6 +1,7 @@
 """Order without state: keyed hashes and permutations of integers, in constant memory."""
 
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -43,6 +44,17 @@ def permuted(position: np.ndarray, size: int, *keys: Integers) -> np.ndarray:
         while (outside := result >= U(size)).any():
             result = np.where(outside, _feistel(result, U(a), U(b), rounds), result)
     return result.astype(np.int64)
+
+
+def outside(position: Integers, ranges: Iterable[Sequence[int]]) -> np.ndarray:
+    """The `position`-th number, from 0, that lies in none of the `ranges`.
+
+    These are (first, last + 1), in ascending order and apart.
+    """
+    position = np.asarray(position, np.int64)
+    for first, end in ranges:
+        position = np.where(position >= first, position + (end - first), position)
+    return position
 
 
 def _feistel(value: Bits, a: np.uint64, b: np.uint64, rounds: list[Bits]) -> Bits:

@@ -6,12 +6,14 @@ order.
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import xxhash
 
+from fmjax import snapshot
 from fmjax.data import cache, files, hub, pydocs
 from fmjax.data.records import Record
 from fmjax.data.settings import DataSettings
@@ -119,13 +121,13 @@ def _text(settings: DataSettings, log) -> tuple[dict, Parts]:
 
 
 def _hub(settings: DataSettings, log) -> tuple[dict, Parts]:
-    folder = Path(settings.path).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(settings.path))
+    if os.path.isdir(folder):
         found = sorted(path for path in folder.rglob("*") if path.is_file())
         identity = {"hub": {str(p.relative_to(folder)): cache.file_digest(p) for p in found}}
     else:
         identity = {"hub": settings.path, "revision": settings.revision}
-        if len(settings.revision) != 40:
+        if not snapshot.is_commit(settings.revision):
             log(
                 f"data: {settings.path} is not pinned: once prepared, it is not looked at again. "
                 "Set config.data.revision to a commit (40 hex digits)"

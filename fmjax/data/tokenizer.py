@@ -9,14 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fmjax import snapshot
 from fmjax.data import cache
 from fmjax.data.settings import TokenizerSettings
 from fmjax.data.sources import Source
-from fmjax.errors import ConfigError
+from fmjax.errors import ConfigError, quoted
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # A vocabulary does not get better by reading more; minutes at most.
 TRAINING_CHARACTERS = 200_000_000
+MAX_VOCAB = 2**24  # ids; tables of this length are made before a model is
 MAX_ALPHABET = 1000  # characters, as in tokenizers' own trainer
 
 
@@ -60,6 +62,29 @@ def prepare(
     return Prepared(vocab, home / "files", index["files"]["files/tokenizer.json"][1])
 
 
+def load(source: str | Path, revision: str = ""):
+    """The fast tokenizer of a folder in transformers format, or of a hub id.
+
+    The files are data: no code among them is run, and none may name a file elsewhere.
+
+    Raises:
+      ConfigError: `source` is neither, or holds no fast tokenizer.
+    """
+    folder = snapshot.find(source, revision, files=snapshot.TOKENIZER)
+    try:
+        _check_options(folder / "tokenizer_config.json")
+        tokenizer = _transformers().AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False
+        )
+        tokenizer("a \U0010ffff")  # a word that no vocabulary has: some fail at the first of these
+    except Exception as error:  # the library raises whatever its parsers raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"The tokenizer of {source} cannot be loaded: {reason}") from error
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{source} has no tokenizer.json, nor can one be made of it.")
+    return tokenizer
+
+
 def encoder(folder: Path):
     """The `tokenizers.Tokenizer` in `folder`, without the truncation and padding of its file."""
     import tokenizers
@@ -75,12 +100,12 @@ def _identity(settings: TokenizerSettings, source: Source) -> dict:
     if settings.name == "train":
         keys = ("kind", "vocab_size", "lowercase")
         return {"source": source.identity} | {key: getattr(settings, key) for key in keys}
-    folder = Path(settings.name).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(os.path.expanduser(settings.name)):
+        folder = snapshot.find(settings.name)
         files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model"))
         return {"files": {path.name: cache.file_digest(path) for path in files}}
     if settings.name.startswith((".", "/", "~")):
-        raise ConfigError(f"config.tokenizer.name={settings.name!r}: there is no such folder.")
+        raise ConfigError(f"config.tokenizer.name={quoted(settings.name)}: no such folder.")
     return {"name": settings.name, "revision": settings.revision}
 
 
@@ -89,9 +114,13 @@ def _write(folder: Path, settings: TokenizerSettings, source: Source, log) -> di
         log(f"tokenizer: training {settings.kind} with {settings.vocab_size} tokens")
         tokenizer = _train(settings, source)
     else:
-        tokenizer = _load(settings, log)
+        tokenizer = _load(settings)
     vocab = _vocab(tokenizer, settings)
-    tokenizer.save_pretrained(folder / "files")
+    try:
+        tokenizer.save_pretrained(folder / "files")
+    except ValueError as error:  # chat templates whose names lead out of the folder
+        name = quoted(settings.name)
+        raise ConfigError(f"config.tokenizer.name={name} cannot be saved: {error}") from error
     np.savez(folder / "vocab.npz", special=vocab.special, word_start=vocab.word_start)
     ids = {name: getattr(vocab, name) for name in ("size", "pad_id", "cls_id", "sep_id", "mask_id")}
     return {"vocab": ids}
@@ -105,36 +134,22 @@ def _transformers():
     return transformers
 
 
-def _load(settings: TokenizerSettings, log):
-    local = Path(settings.name).expanduser().is_dir()
-    if not local and len(settings.revision) != 40:
-        log(
-            f"tokenizer: {settings.name} is not pinned; "
-            "set config.tokenizer.revision to a commit (40 hex digits)"
-        )
+def _load(settings: TokenizerSettings):
     try:
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(
-            str(Path(settings.name).expanduser()) if local else settings.name,
-            revision=settings.revision or "main",
-            trust_remote_code=False,
-        )
-    except (
-        Exception
-    ) as error:  # the library raises whatever its parsers, the network or the hub raise
+        return load(settings.name, settings.revision)
+    except ConfigError as error:
         raise ConfigError(
-            f"config.tokenizer.name={settings.name!r} cannot be loaded: {_first_line(error)} "
+            f"config.tokenizer.name={quoted(settings.name)}: {error} "
             "Give 'train', a folder in transformers format, or a tokenizer's hub id."
         ) from error
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"config.tokenizer.name={settings.name!r} has no tokenizer.json, nor can one be made "
-            "of it."
-        )
-    return tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _check_options(path: Path) -> None:
+    """transformers reads a file named by "vocab" or "merges" instead of their content: anybody's
+    file would become a vocabulary, and be saved and shared as one."""
+    options = snapshot.read_json(path) if path.is_file() else {}
+    if named := [key for key in ("vocab", "merges") if isinstance(options.get(key), str)]:
+        raise ValueError(f"{path.name} names files of its own as {named}")
 
 
 # ---- training ----
@@ -229,9 +244,8 @@ def _settled(tokenizer, kind: str):
 
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = []
-    if (
-        kind == "unigram"
-    ):  # sums over threads leave noise in the last digits, and in the order of equal scores
+    if kind == "unigram":
+        # Sums over threads leave noise in the last digits, and in the order of equal scores.
         pieces = [[piece, round(score, 6)] for piece, score in state["model"]["vocab"]]
         special, learnt = pieces[: len(SPECIAL)], pieces[len(SPECIAL) :]
         state["model"]["vocab"] = special + sorted(learnt, key=lambda pair: (-pair[1], pair[0]))
@@ -255,7 +269,11 @@ def _vocab(tokenizer, settings: TokenizerSettings) -> Vocab:
             "'train'."
         )
     vocab = tokenizer.get_vocab()
-    size = max(vocab.values()) + 1
+    size = max(vocab.values(), default=-1) + 1
+    if not 0 < size <= MAX_VOCAB:
+        raise ConfigError(
+            f"The tokenizer {settings.name!r} has {size:,} ids, the limit is {MAX_VOCAB:,}."
+        )
     special = np.zeros(size, bool)
     special[list(tokenizer.all_special_ids)] = True
     begins = _word_start(json.loads(tokenizer.backend_tokenizer.to_str()))
@@ -280,6 +298,5 @@ def _word_start(state: dict) -> Callable[[str], bool]:
         return lambda token: token.startswith(("Ġ", "Ċ", "ĉ"))
     if '"Metaspace"' in steps or "▁" in steps:
         return lambda token: token.startswith("▁")
-    return lambda token: (
-        True
-    )  # words end, not begin, with a mark (CLIP): every token counts as a word
+    # Words end, not begin, with a mark (CLIP): every token counts as a word.
+    return lambda token: True

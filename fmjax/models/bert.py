@@ -118,6 +118,11 @@ def Model(variant: str = "base", **overrides: Any) -> "Encoder":
         raise ConfigError(
             f"config.model.heads={cfg.heads} does not divide config.model.width={cfg.width}."
         )
+    for name, _ in cfg.classes:
+        if not name.isidentifier() or name in ("mlm", "pooler", *dir(Heads(cfg))):
+            raise ConfigError(
+                f"config.model.classes: {name!r} cannot be the name of a head; use another word."
+            )
     for key, table in (("dtype", DTYPES), ("remat", REMAT)):
         if getattr(cfg, key) not in table:
             raise ConfigError(

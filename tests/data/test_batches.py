@@ -72,12 +72,68 @@ def test_a_restored_position_goes_on_as_the_straight_run(split):
     batches = data.batches(split, batch_size=4, seed=0)
     list(itertools.islice(batches, 4))
     state = json.loads(json.dumps(batches.state()))
-    assert state == {"next_index": 4}
+    assert state == {"next_index": 4, "skip": []}
     list(itertools.islice(batches, 3))
     batches.restore(state)
     for expected in straight[4:]:
         same(next(batches), expected)
     batches.close()
+
+
+def test_outside_by_hand():
+    ranges = ((0, 2), (4, 5), (7, 10))  # what is left: 2 3 5 6 10 11
+    assert order.outside(np.arange(6), ranges).tolist() == [2, 3, 5, 6, 10, 11]
+    assert order.outside(3, ()) == 3
+
+
+@hypothesis.given(st.lists(st.integers(0, 60), unique=True, max_size=12))
+def test_outside_is_what_the_ranges_leave(ends):
+    ends = sorted(ends)[: len(ends) // 2 * 2]
+    ranges = list(zip(ends[::2], ends[1::2], strict=True))
+    left = [i for i in range(200) if not any(first <= i < end for first, end in ranges)]
+    assert order.outside(np.arange(100), ranges).tolist() == left[:100]
+
+
+def test_row36_skipped_examples_are_passed_over_and_all_others_come(split):
+    skip = ((5, 7), (8, 12))
+    straight, skipping = take(split, 6), take(split, 4, skip=skip)
+    assert [batch["index"].tolist() for batch in skipping] == [
+        [0, 1, 2, 3], [4, 7, 12, 13], [14, 15, 16, 17], [18, 19, 20, 21],
+    ]  # fmt: skip
+    rows = {i: row for b in straight for i, row in zip(b["index"], b["input_ids"], strict=True)}
+    for batch in skipping:
+        for i, row in zip(batch["index"], batch["input_ids"], strict=True):
+            np.testing.assert_array_equal(row, rows[i])
+    ranges = [data.examples(step, batch_size=4, skip=skip) for step in range(3)]
+    assert ranges == [(0, 4), (4, 14), (14, 18)]
+    assert data.examples(2**40, batch_size=4) == (2**42, 2**42 + 4)
+
+
+def test_row36_what_is_skipped_may_change_for_what_is_to_come(split):
+    def go_on(saved, skip):
+        batches = data.batches(split, batch_size=4, seed=0, skip=skip)
+        try:
+            batches.restore(saved)
+            return next(batches)["index"].tolist()
+        finally:
+            batches.close()
+
+    batches = data.batches(split, batch_size=4, seed=0, skip=((5, 7),))
+    list(itertools.islice(batches, 2))  # 0 1 2 3, 4 7 8 9
+    saved = json.loads(json.dumps(batches.state()))
+    batches.close()
+    assert saved == {"next_index": 2, "skip": [[5, 7]]}
+    assert go_on(saved, ((5, 7),)) == [10, 11, 12, 13]
+    assert go_on(saved, ((5, 7), (10, 13))) == [13, 14, 15, 16]
+    for skip in ((), ((5, 6),), ((4, 7),), ((5, 7), (9, 11))):
+        with pytest.raises(
+            DataError, match=r"of the 10 examples before step 2 .*skipped \[\(5, 7\)\]"
+        ):
+            go_on(saved, skip)
+    # A range that no batch had reached may be taken back; and a checkpoint from before skipping.
+    assert go_on({"next_index": 2, "skip": [[8, 30]]}, ((8, 20),)) == [20, 21, 22, 23]
+    assert go_on({"next_index": 2}, ((8, 20),)) == [20, 21, 22, 23]
+    assert go_on({"next_index": 0}, ((0, 3),)) == [3, 4, 5, 6]
 
 
 def test_every_epoch_visits_every_row_once_in_its_own_order(split):

@@ -1,0 +1,182 @@
+"""Several processes that act as one: they start together, stop at the same step, end together.
+
+jax.distributed makes their devices one mesh and aborts all of them, after config.distributed.
+heartbeat_sec, when one has died. What it leaves open is settled here through the key-value store
+that it brings: who is missing at the start, who speaks, at which step a signal to one stops all,
+and what the others do when one has failed. A single process needs none of this and pays nothing.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax._src import distributed as jax_distributed  # the one way to its key-value store
+
+from fmjax import config as configs
+from fmjax import sharding
+from fmjax.data import cache
+from fmjax.errors import ConfigError, ResourceError
+from fmjax.interrupt import Stop
+from fmjax.peers import Peers
+
+PATIENCE_SEC = 10  # of waiting for the others in silence
+# What a process may have for itself.
+OWN = ("distributed.coordinator", "distributed.process_id", "data.cache", "data.workers")
+
+_peers: Peers | None = None  # None with a single process
+
+
+@contextlib.contextmanager
+def start(config: Any, stop: Stop | None = None) -> Iterator[jax.sharding.Mesh]:
+    """Joins the other processes if the config says so; the mesh over all devices, which is set.
+
+    Until the block ends only process 0 writes to standard output, `stop.poll` is agreed between all
+    processes, and an error of one ends all with its exit code. Raises ConfigError where counts do
+    not fit or the processes were started with different configs; ends the process with the exit
+    code of a ResourceError where the others do not come within config.distributed.timeout_sec.
+    """
+    global _peers
+    _connect(config.distributed)
+    jax.config.update("jax_compilation_cache_dir", str(cache.private(cache.root("") / "xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    with contextlib.ExitStack() as stack:
+        state = jax_distributed.global_state
+        if state.num_processes > 1:
+            here = state.client, state.process_id, state.num_processes
+            _peers = Peers(*here, stop or Stop(), config.distributed.heartbeat_sec)
+            stack.callback(_leave)
+            if _peers.index > 0:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+        stack.enter_context(together())
+        _compare(config)
+        mesh = sharding.make_mesh(**config.mesh)
+        stack.enter_context(jax.set_mesh(mesh))
+        yield mesh
+
+
+@contextlib.contextmanager
+def together(last_words: Callable[[BaseException], None] = lambda error: None) -> Iterator[None]:
+    """All processes end the block well, or all raise: the others, what the first failed with.
+
+    `last_words` is called with that error where the process has to be ended from outside, because
+    it is stuck in a computation that needs the one that failed.
+    """
+    if _peers is not None:
+        _peers.last_words = last_words
+    try:
+        yield
+        meet()
+    except BaseException as error:
+        failure = _peers.fail(error) if _peers else error
+        if failure is error:
+            raise
+        raise failure from error
+
+
+def first(call: Callable[[], Any]) -> Any:
+    """`call()` of process 0, in all of them: JSON, or the error that it raises."""
+    return call() if _peers is None else _peers.first(call)
+
+
+def meet() -> None:
+    """Waits for all processes, or raises what one of them has failed with."""
+    if _peers is not None:
+        _peers.meet()
+
+
+def _leave() -> None:
+    global _peers
+    _peers, left = None, _peers
+    left.leave()
+
+
+def _compare(config: Any) -> None:
+    """Refuses processes that were started with another config than process 0."""
+    flat = configs.flatten(configs.redact(config))
+    mine = json.loads(json.dumps({key: flat[key] for key in flat if key not in OWN}))
+    with together():
+        theirs = first(lambda: mine)
+        keys = sorted(mine.keys() | theirs.keys())
+        if wrong := [key for key in keys if mine.get(key) != theirs.get(key)]:
+            raise ConfigError(
+                "all processes must be started with the same config: "
+                + ", ".join(
+                    f"config.{k}={mine.get(k)!r} here, {theirs.get(k)!r} in process 0"
+                    for k in wrong
+                )
+            )
+
+
+def _connect(distributed: Any) -> None:
+    """Starts jax.distributed where the config says so, and waits until all processes are there."""
+    if not distributed.auto and distributed.num_processes == 1:
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Its handler of SIGTERM would replace those of fmjax/interrupt.py.
+    jax.config.update("jax_enable_preemption_service", False)
+    who = dict(
+        coordinator_address=distributed.coordinator,
+        num_processes=distributed.num_processes,
+        process_id=distributed.process_id,
+        cluster_detection_method="deactivate",
+    )
+    here = threading.Event()
+    watch = threading.Thread(target=_watch, args=(distributed.timeout_sec, here), daemon=True)
+    watch.start()
+    try:
+        jax.distributed.initialize(
+            **({} if distributed.auto else who),
+            initialization_timeout=distributed.timeout_sec + 60,  # `_watch` comes first
+            heartbeat_timeout_seconds=distributed.heartbeat_sec,
+        )
+    except (ValueError, RuntimeError) as error:
+        how = "auto=True" if distributed.auto else f"coordinator={distributed.coordinator!r}"
+        raise ConfigError(
+            f"config.distributed.{how} does not work here ({error}). Automatic are TPU VMs, SLURM, "
+            "Open MPI and Kubernetes; else set config.distributed.coordinator=<host>:<port> (of "
+            "process 0, a free port), num_processes and process_id."
+        ) from error
+    finally:
+        here.set()
+    watch.join()
+
+
+def _watch(timeout_sec: float, here: threading.Event) -> None:
+    """Says who is missing at the start, and ends the process after `timeout_sec`: jax would abort
+    it without a word of who it waited for."""
+    patience = min(PATIENCE_SEC, timeout_sec / 2)
+    if here.wait(patience):
+        return
+    print(f"{_missing()}; waiting", file=sys.stderr, flush=True)
+    if here.wait(timeout_sec - patience):
+        return
+    print(
+        f"error: {_missing()}, after {timeout_sec} s (config.distributed.timeout_sec). Look how "
+        "the others ended, and compare their config.distributed.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(ResourceError.exit_code)
+
+
+def _missing() -> str:
+    state = jax_distributed.global_state
+    if state.coordinator_address is None:
+        return "config.distributed.auto=True has not found out yet who the other processes are"
+    address = state.coordinator_address
+    if state.process_id == 0:
+        others = f"1 to {state.num_processes - 1}" if state.num_processes > 2 else "1"
+        return f"process 0 is at {address}, but not all others (process {others}) have come there"
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        return f"process {state.process_id} finds no process 0 at {address} ({error})"
+    return f"process {state.process_id} has found process 0 at {address}, but others have not"

@@ -1,0 +1,17 @@
+"""Data and the model that is to read them. What data may not hold is tested in ../data."""
+
+import pytest
+from common import ROOT
+
+from fmjax import build
+from fmjax import config as configs
+from fmjax.errors import ConfigError
+
+
+def test_row48_a_model_with_fewer_rows_than_the_tokenizer_has_words_is_refused():
+    config = lambda size: configs.load(
+        str(ROOT / "configs" / "mlm.py"), [f"--config.model.vocab_size={size}"]
+    )
+    with pytest.raises(ConfigError, match=r"config.model.vocab_size=4095 is .* tokenizer's 4096"):
+        build.model(config(4095), 4096)
+    assert build.model(config(4200), 4096).cfg.vocab_size == 4200
