@@ -59,7 +59,7 @@ def near(draw, texts):
     """One of `texts` with a character taken away, doubled or replaced."""
     text = draw(st.sampled_from(texts)) or "x"
     place = draw(st.integers(0, len(text) - 1))
-    new = draw(st.sampled_from(["", 2 * text[place], "'", ",", "9", "-"]))
+    new = draw(st.sampled_from(["", 2 * text[place], "'", ",", "9", "-", "\n"]))
     return text[:place] + new + text[place + 1 :]
 
 
@@ -100,7 +100,9 @@ def test_any_text_for_any_key(name, given):
     load(name, f"--config.{key}={text}")
 
 
-@pytest.mark.parametrize("key", ["optim.args", "groups", "group_optim", "objectives", "total"])
+@pytest.mark.parametrize(
+    "key", ["optim.args", "optim.decay", "groups", "group_optim", "objectives", "total"]
+)
 def test_nasty_texts_for_the_keys_that_hold_most(key):
     for text in NASTY:
         load("mlm", f"--config.{key}={text}")
@@ -108,6 +110,7 @@ def test_nasty_texts_for_the_keys_that_hold_most(key):
 
 @given(word=st.text(max_size=20) | near([f"--config.{key}=1" for key in defaults("mlm")]))
 @settings(max_examples=100, deadline=None, derandomize=True)
+@example(word="--config.a\nb=1")
 def test_any_word_on_the_command_line(word):
     try:
         configs.load(SPECS["mlm"], [word])
