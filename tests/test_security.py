@@ -24,7 +24,7 @@ from fmjax import config as configs
 from fmjax.data import cache
 from fmjax.errors import CheckpointError, ConfigError, DataError
 
-SECRET = "hunter2-" + "0123456789abcdef"
+SECRET = "hunter2-0123456789abcdef"
 CONFIG = f"""
 from configs import mlm
 

@@ -112,7 +112,7 @@ def test_a_chat_template_is_not_even_parsed_on_load(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["../../evil", "{tmp}/evil", "a/../../../evil"])
 def test_a_chat_template_is_not_saved_where_its_name_points(folder, tmp_path, name):
-    """CVE-2026-9856 of transformers: the names of templates became names of files."""
+    """In older transformers the names of templates became names of files."""
     name = name.format(tmp=tmp_path)
     templates = [{"name": "default", "template": "x"}, {"name": name, "template": "evil"}]
     edit(folder / "tokenizer_config.json", chat_template=templates)
