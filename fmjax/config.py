@@ -21,7 +21,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fmjax import command_line, rules
+from fmjax import combinations, command_line, rules
 from fmjax.errors import ConfigError, FmjaxError, did_you_mean, quoted
 from fmjax.plain import flatten, plain
 
@@ -200,4 +200,5 @@ def _execute(path: Path, arg: str | None) -> ConfigDict:
 def _checked(config: ConfigDict) -> ConfigDict:
     config = ConfigDict(plain(config))
     rules.check(config.to_dict())
+    combinations.check(config.to_dict())
     return config.lock()

@@ -68,25 +68,16 @@ def rule_of(key: str) -> Check | Modules | tuple[str, ...] | None:
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Refuses values outside `RULES`, then what no single key of the nested dict shows.
+    """Refuses values outside `RULES` in the nested dict; which of them go together is checked by
+    `fmjax.combinations`.
 
     Raises:
       ConfigError: names the first offending key and what is possible.
     """
-    config = _given(config)
-    for key, value in _nodes(config):
+    for key, value in _nodes(without_none(config)):
         _check_node(key, value)
-    _check_objectives(config)
-    _check_best(config)
-    _check_groups(config)
-    _check_optim(config)
-    _check_distributed(config.get("distributed", {}))
-    batch_size, accumulate = config.get("batch_size", 1), config.get("accumulate", 1)
-    if batch_size % accumulate:
-        raise ConfigError(
-            f"--config.batch_size={batch_size} is not a multiple of "
-            f"--config.accumulate={accumulate}, the number of parts it is cut into"
-        )
+    for name in config.get("objectives") or ():
+        check_choice(f"objectives.{name}", name, Modules("objectives", "loss_fn").names())
 
 
 def task_flags(task: str) -> set[str]:
@@ -96,13 +87,13 @@ def task_flags(task: str) -> set[str]:
     return {argument.arg for argument in run.args.args + run.args.kwonlyargs}
 
 
-def _given(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def without_none(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Without None, which leaves a value to the model's variant, or to the run that a task opens;
     what an open dict holds is left to nobody."""
     given = {}
     for name, value in config.items():
         if isinstance(value, Mapping) and f"{prefix}{name}" not in OPEN:
-            value = _given(value, f"{prefix}{name}.")
+            value = without_none(value, f"{prefix}{name}.")
         if value is not None:
             given[name] = value
     return given
@@ -126,107 +117,13 @@ def _check_node(key: str, value: Any) -> None:
         if not rule.accepts(value):
             raise ConfigError(f"--config.{key}: got {quoted(value)}, expected {rule.words}")
     elif rule is not None:
-        _check_choice(key, value, rule.names() if isinstance(rule, Modules) else rule)
+        check_choice(key, value, rule.names() if isinstance(rule, Modules) else rule)
 
 
-def _check_choice(key: str, value: Any, possible) -> None:
+def check_choice(key: str, value: Any, possible) -> None:
     if value not in possible:
         hint = did_you_mean(str(value), possible)
         raise ConfigError(f"--config.{key}: got {quoted(value)}, which does not exist.{hint}")
-
-
-def _check_objectives(config: Mapping[str, Any]) -> None:
-    if "objectives" not in config:
-        return
-    if not config["objectives"]:
-        raise ConfigError(
-            "--config.objectives is empty: nothing to train. Set it to a dict such as "
-            "{'mlm': {'weight': 1.0}}"
-        )
-    for name in config["objectives"]:
-        _check_choice(f"objectives.{name}", name, Modules("objectives", "loss_fn").names())
-
-
-def _check_best(config: Mapping[str, Any]) -> None:
-    best, names = config.get("best", ""), list(config.get("objectives", ()))
-    metric = rf"validation/(loss|({'|'.join(map(re.escape, names))})/[A-Za-z_]+)"
-    if best != "" and not (isinstance(best, str) and re.fullmatch(metric, best)):
-        possible = ", ".join(f"'validation/{name}/…'" for name in names)
-        raise ConfigError(
-            f"--config.best: got {quoted(best)}, expected '', 'validation/loss' or a metric of an "
-            f"objective: {possible}"
-        )
-
-
-def _check_groups(config: Mapping[str, Any]) -> None:
-    possible = ("freeze", "train", *config.get("group_optim", {}))
-    for row in config.get("groups", ()):
-        if not (isinstance(row, tuple) and len(row) == 2 and _is_regex(row[0])):
-            words = "(regular expression, group name) pairs"
-            raise ConfigError(f"--config.groups: got {quoted(row)}, expected {words}")
-        if row[1] not in possible:
-            hint = did_you_mean(str(row[1]), possible)
-            raise ConfigError(f"--config.groups: no group {quoted(row[1])} in group_optim.{hint}")
-
-
-def _check_optim(config: Mapping[str, Any]) -> None:
-    optim = config.get("optim", {})
-    _check_settings("optim", optim, optim)
-    trained = {group for _, group in config.get("groups", ())} - {"freeze"}
-    possible = [name for name in optim if name not in ALL_GROUPS]
-    for group, settings in config.get("group_optim", {}).items():
-        key = f"group_optim.{group}"
-        if group not in trained:
-            raise ConfigError(
-                f"--config.{key}: no row of --config.groups trains {group!r}."
-                + did_you_mean(group, trained)
-            )
-        for name in settings:
-            if name not in possible:
-                raise ConfigError(
-                    f"--config.{key}.{name}: no setting that a group can have of its own."
-                    + did_you_mean(name, possible)
-                )
-        _check_settings(key, settings, optim | settings)
-
-
-def _check_distributed(distributed: Mapping[str, Any]) -> None:
-    count, index = distributed.get("num_processes", 1), distributed.get("process_id", 0)
-    coordinator = distributed.get("coordinator", "")
-    if distributed.get("auto"):
-        if count > 1 or index or coordinator:
-            raise ConfigError(
-                "--config.distributed.auto=True finds coordinator, num_processes and process_id by "
-                "itself: leave them out"
-            )
-    elif index >= count:
-        raise ConfigError(
-            f"--config.distributed.process_id={index}: processes are numbered from 0 to "
-            f"{count - 1}, as --config.distributed.num_processes={count}"
-        )
-    elif count > 1 and not coordinator:
-        raise ConfigError(
-            f"--config.distributed.num_processes={count} needs --config.distributed.coordinator="
-            "<host>:<port>: where process 0 is, and a port that is free there"
-        )
-
-
-def _check_settings(key: str, own: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """`own` is what the dict `key` says itself, `settings` with what it inherits."""
-    for name in own.get("args", {}):
-        if name in NOT_ARGS:
-            raise ConfigError(
-                f"--config.{key}.args.{name}: set --config.{key}.{NOT_ARGS[name]} instead"
-            )
-    schedule, cooldown = settings.get("schedule"), settings.get("cooldown", 0)
-    cools = duration(cooldown)[0] > 0
-    unused = cools and "cooldown" in own and schedule not in ("wsd", "rsqrt")
-    if unused or schedule == "wsd" and not cools:
-        raise ConfigError(
-            f"--config.{key}.cooldown={cooldown!r} does not go with "
-            f"--config.{key}.schedule={schedule!r}: wsd needs a cooldown such as '20%', rsqrt can "
-            "have one, the others have none"
-        )
 
 
 def _is_whole(value: Any) -> bool:
@@ -252,7 +149,7 @@ def _is_ranges(value: Any) -> bool:
     return all(a < b for a, b in zip([-1, *ends], [*ends, 2**62], strict=True))
 
 
-def _is_regex(value: Any) -> bool:
+def is_regex(value: Any) -> bool:
     try:
         return isinstance(value, str) and bool(re.compile(value))
     except (re.error, OverflowError, RecursionError):
@@ -285,16 +182,6 @@ DICTS = (
 )
 SCHEDULES = ("linear", "cosine", "wsd", "rsqrt", "constant")
 MASKS = ("token", "word", "span")  # what masked language modelling chooses
-# Keys of optim that no group has for itself.
-ALL_GROUPS = ("clip", "layer_decay", "ema", "skip_spikes")
-# Arguments of optimizers that are made from other keys of optim.
-NOT_ARGS = {
-    "learning_rate": "lr",
-    "weight_decay": "weight_decay",
-    "weight_decay_rate": "weight_decay",
-    "mask": "decay",
-    "weight_decay_mask": "decay",
-}
 
 DURATION_TEXT = re.compile(
     r"\s*(?P<number>\d+(_\d+)*(\.\d+)?(e\d\d?)?)\s*(?P<scale>[KkMmBbTt]?)\s*"
@@ -310,7 +197,7 @@ SHARES = Check(_is_shares, "two numbers of at least 0 that add up to at most 1")
 RANGES = Check(_is_ranges, "(first, last + 1) pairs in ascending order: ((80, 96), (112, 120))")
 ADDRESS = Check(_is_address, "<host>:<port>, or '' with one process")
 NAME = Check(lambda v: isinstance(v, str) and v.isidentifier(), "the name of an optimizer of optax")
-REGEX = Check(_is_regex, "a regular expression")
+REGEX = Check(is_regex, "a regular expression")
 DURATION = Check(_is_span, "a duration: 1500, '1500 steps', '3 epochs', '10M tokens' or '10%'")
 LENGTH = Check(_is_length, "a duration above 0: 1500, '1500 steps', '3 epochs' or '10M tokens'")
 
