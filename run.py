@@ -53,7 +53,7 @@ def main(words: list[str]) -> None:
     folder = Path(flags.workdir or own or f"runs/{file.stem}-{configs.digest(config)}")
     if "fresh" in takes and not flags.dry_run:
         workdir.check(folder, config, fresh=flags.fresh)  # Before the seconds that jax takes.
-    with workdir.memory_errors():
+    with workdir.memory_errors(), configs.missing_keys(file):
         importlib.import_module(f"fmjax.{config.task}").run(config, folder, **given)
 
 

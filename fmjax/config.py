@@ -6,6 +6,7 @@ booleans, None, tuples (lists become tuples) and dicts, so JSON keeps all of it.
 imports jax: a mistake on the command line is answered at once.
 """
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -14,7 +15,7 @@ import os
 import re
 import runpy
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,21 @@ def steps(
     if per_unit is None:
         raise ConfigError(f"{duration!r} cannot be turned into steps here: use '1000 steps'")
     return math.ceil(number * per_unit)
+
+
+@contextlib.contextmanager
+def missing_keys(path: str | os.PathLike) -> Iterator[None]:
+    """Turns a key that a task looks for in vain into a ConfigError; `path` gave the config."""
+    try:
+        yield
+    except AttributeError as error:
+        if not (error.args and isinstance(error.args[0], KeyError)):  # as ConfigDict raises it
+            raise
+        said = str(error.args[0].args[0]).strip()
+        raise ConfigError(
+            f"--config={path} lacks a key that its task reads: {said}. The files in configs/ have "
+            "every key"
+        ) from error
 
 
 def to_json(config: Mapping | ConfigDict) -> str:

@@ -349,6 +349,18 @@ def test_names_are_looked_up_without_importing(tmp_path, monkeypatch):
     assert rules.task_flags("task_a") == {"config", "workdir", "fresh"}
 
 
+def test_a_key_that_a_task_looks_for_in_vain(tmp_path):
+    (tmp_path / "config.json").write_text('{"task": "train", "optim": {"lr": 1.0}}')
+    config = configs.load(str(tmp_path / "config.json"))
+    for read in (lambda: config.total, lambda: config.optim.name):
+        with pytest.raises(ConfigError, match="config.json lacks a key .*'(total|name)'"):
+            with configs.missing_keys("config.json"):
+                read()
+    with pytest.raises(AttributeError):
+        with configs.missing_keys("config.json"):
+            None.name  # noqa: B018
+
+
 # ---- parse_arg, steps, JSON ----------------------------------------------------------------
 
 
