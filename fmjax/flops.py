@@ -44,6 +44,10 @@ def _equation(equation: Any) -> int:
         left, out = equation.invars[0].aval, equation.outvars[0].aval
         return 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contract)
     inner = [_jaxpr(sub) for value in equation.params.values() for sub in _jaxprs(value)]
+    if equation.primitive.name == "shard_map":
+        # Shapes inside are one device's, and each device does as much.
+        shape = equation.params["mesh"].shape
+        return sum(inner) * math.prod(shape[axis] for axis in equation.params["newly_manual_axes"])
     if equation.primitive.name in ("cond", "platform_index"):
         return max(inner, default=0)
     return sum(inner) * (equation.params["length"] if equation.primitive.name == "scan" else 1)

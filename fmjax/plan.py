@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, flops, objectives, trees
+from fmjax import build, communication, flops, objectives, trees
 from fmjax.progress import count
 from fmjax.setup import batch_spec
 from fmjax.step import make_train_step
 
 
 def show(run: Any, batch: Mapping[str, np.ndarray]) -> None:
-    """Prints data, parameters with groups, memory and FLOPs of a step, and the first batch."""
+    """Prints data, parameters with groups, what a step costs, and the first batch."""
     config, dataset = run.config, run.dataset
     split = dataset.splits["train"]
     print(f"\ndata        {len(split):,} rows of {split.seq_len}; {split.tokens:,} tokens an epoch")
@@ -70,7 +70,20 @@ def _cost(run: Any) -> None:
     }.items():
         print(f"memory      {size / 2**20:,.1f} MiB {name} a device")
     print(f"            {trees.nbytes(run.abstract.opt_state) / 2**20:,.1f} MiB optimizer in all")
+    if run.mesh.size > 1:
+        print(f"sent        {_sent(compiled.as_text())}")
     print(f"frozen      {frozen:,} parameters")
+
+
+def _sent(program: str) -> str:
+    """What a device sends the others in a step, the largest part first."""
+    try:
+        sent = communication.sent(program)
+    except ValueError as error:
+        return f"unknown. {error}"
+    kinds = sorted(sent.items(), key=lambda item: -item[1])
+    parts = ", ".join(f"{kind} {size / 2**20:,.1f}" for kind, size in kinds)
+    return f"{sum(sent.values()) / 2**20:,.1f} MiB by a device ({parts})"
 
 
 def _batch(run: Any, batch: Mapping[str, np.ndarray]) -> None:

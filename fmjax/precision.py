@@ -10,38 +10,49 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from fmjax import sharding
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def linear(
-    x: Float[Array, "... D"], kernel: Float[Array, "D1 D2"], dtype: DTypeLike, out_in: bool = False
+    x: Float[Array, "... D"],
+    kernel: Float[Array, "D1 D2"],
+    dtype: DTypeLike,
+    out_in: bool = False,
+    spec: P = sharding.WHOLE,
 ) -> Float[Array, "... F"]:
     """`x @ kernel` with operands in `dtype`, accumulated and returned in float32.
 
     The kernel is (in, out), or (out, in) with `out_in`: the layout decides which operand of the
     weight gradient has to be transposed, and a tied embedding (vocabulary, width) must not become a
-    transpose of a transpose.
+    transpose of a transpose. `spec` is how it lies on the mesh (`fmjax.sharding`): cast first and
+    then gathered, in both passes, so that no device keeps more than one layer whole.
     """
-    return _linear_forward(x, kernel, dtype, out_in)[0]
+    return _linear_forward(x, kernel, dtype, out_in, spec)[0]
 
 
-def _linear_forward(x, kernel, dtype, out_in):
+def _linear_forward(x, kernel, dtype, out_in, spec):
     contract = ((x.ndim - 1,), (int(out_in),))
-    return _dot(x.astype(dtype), kernel.astype(dtype), contract), (x, kernel)
+    whole = sharding.gather(kernel.astype(dtype), spec)
+    return _dot(x.astype(dtype), whole, contract), (x, kernel)
 
 
-def _linear_backward(dtype, out_in, residuals, g):
+def _linear_backward(dtype, out_in, spec, residuals, g):
     x, kernel = residuals
     g = g.astype(dtype)
-    dx = _dot(g, kernel.astype(dtype), ((g.ndim - 1,), (1 - out_in,)))
+    whole = sharding.gather(kernel.astype(dtype), spec)
+    dx = _dot(g, whole, ((g.ndim - 1,), (1 - out_in,)))
     rows = x.astype(dtype).reshape(-1, x.shape[-1])  # (N, in)
     cotangents = g.reshape(-1, g.shape[-1])  # (N, out)
     left, right = (cotangents, rows) if out_in else (rows, cotangents)
-    dkernel = _dot(transposed(left), right, ((1,), (0,)))
+    product = lambda left, right: _dot(transposed(left), right, ((1,), (0,)))
+    dkernel = sharding.sum_rows(product, spec, left, right)
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 

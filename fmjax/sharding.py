@@ -6,9 +6,10 @@ the first full match wins. A stacked parameter gets its layer's spec behind an u
 """
 
 import collections
+import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from fmjax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
+WHOLE = P()
 RULES: tuple[tuple[str, P], ...] = (
     (r"embed/token/embedding", P("tensor", "fsdp")),
     (r"embed/\w+/embedding", P(None, "fsdp")),
@@ -102,15 +104,17 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh, rules=RULES) -> Any:
     """NamedShardings for a stored parameter tree (arrays or ShapeDtypeStructs)."""
 
     def place(path, leaf):
-        spec = spec_of(trees.names(path)[0], rules)
+        spec = spec_of(path, rules)
         if trees.is_stacked(path):
             spec = P(None, *spec)
-        return NamedSharding(mesh, _fitted(path, leaf.shape, spec, mesh))
+        return NamedSharding(mesh, fitted(leaf.shape, spec, mesh))
 
     return trees.map_names(place, tree)
 
 
-def spec_of(name: str, rules=RULES) -> P:
+def spec_of(path: str, rules=RULES) -> P:
+    """How one layer's parameter lies, given its stored path."""
+    name = trees.names(path)[0]
     return next(spec for pattern, spec in rules if re.fullmatch(pattern, name))
 
 
@@ -139,9 +143,45 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     return _constrain(x, BATCH)
 
 
-def replicate(x: jax.Array) -> jax.Array:
-    """The whole array on every device; the identity when no mesh is set."""
-    return _constrain(x, P())
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(x: jax.Array, spec: P) -> jax.Array:
+    """A parameter laid as `spec` says, whole along `fsdp`; the identity when no mesh is set.
+
+    Asked for, since the partitioner left alone may move activations, or pass a weight around in
+    pieces, for more bytes. The gradient is not moved: it comes from `sum_rows`, laid out already.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = P(*(None if axis == "fsdp" else axis for axis in spec))
+    return x if mesh.empty else _constrain(x, fitted(x.shape, whole, mesh))
+
+
+gather.defvjp(lambda x, spec: (gather(x, spec), None), lambda spec, _, g: (g,))
+
+
+def sum_rows(function: Callable[..., jax.Array], spec: P, *rows: jax.Array) -> jax.Array:
+    """`function(*rows)`, a sum over rows, laid as `spec` says: the gradient of a parameter.
+
+    Each device sums over its own rows, a reduce-scatter along `fsdp` adds the devices up, and an
+    all-reduce along `data` only what a device keeps. The partitioner left alone all-reduces the
+    whole along both and then cuts it, which moves twice as much.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return function(*rows)
+    shape = jax.eval_shape(function, *rows).shape
+    out = P(*(axis if axis == "fsdp" else None for axis in fitted(shape, spec, mesh)))
+
+    def local(*rows):
+        total = function(*rows)
+        if "fsdp" not in out:
+            return jax.lax.psum(total, BATCH[0])
+        cut = out.index("fsdp")
+        part = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=cut, tiled=True)
+        return jax.lax.psum(part, "data")
+
+    # `tensor` stays with the partitioner.
+    over_rows = functools.partial(jax.shard_map, axis_names=set(BATCH[0]), check_vma=False)
+    return over_rows(local, in_specs=BATCH, out_specs=out)(*rows)
 
 
 def _constrain(x: jax.Array, spec: P) -> jax.Array:
@@ -164,9 +204,13 @@ def put(batch: Mapping[str, np.ndarray], place: NamedSharding) -> dict[str, jax.
     }
 
 
-def _fitted(path: str, shape: tuple[int, ...], spec: P, mesh: jax.sharding.Mesh) -> P:
+def fitted(
+    shape: tuple[int, ...], spec: P, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+) -> P:
     """The spec without axes that do not divide their dimension (a vocabulary of 30,522 over 4)."""
-    fitted = []
+    fitting = []
     for size, axis in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)), strict=True):
-        fitted.append(axis if axis is None or size % mesh.shape[axis] == 0 else None)
-    return P(*fitted)
+        names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
+        ways = math.prod(mesh.shape[name] for name in names)
+        fitting.append(axis if size % ways == 0 else None)
+    return P(*fitting)

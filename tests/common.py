@@ -5,6 +5,8 @@ from pathlib import Path
 import jax
 import jax.extend
 
+from fmjax import trees
+
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".pytest_cache" / "fmjax"
 
@@ -22,3 +24,17 @@ def dots(closed) -> list:
                 if hasattr(inner, "jaxpr"):
                     found += dots(inner)
     return found
+
+
+def least_sent(params, mesh, itemsize: int) -> float:
+    """Bytes that a device must send in a step: every weight twice, every gradient once.
+
+    Weights are gathered along `fsdp` for the forward and the backward pass in the dtype of the
+    computation, of `itemsize` bytes; gradients are summed in float32, scattered along `fsdp` and
+    then all-reduced along `data` (Rajbhandari et al. 2020, "ZeRO", section 7).
+    """
+    data, fsdp, size = mesh.shape["data"], mesh.shape["fsdp"], trees.size(params)
+    gathered = 2 * itemsize * size * (fsdp - 1) / fsdp
+    scattered = 4 * size * (fsdp - 1) / fsdp
+    reduced = 2 * 4 * size / fsdp * (data - 1) / data
+    return gathered + scattered + reduced

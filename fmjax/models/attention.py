@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from fmjax import precision, streams
+from fmjax import precision, sharding, streams
 from fmjax.errors import ConfigError, did_you_mean
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "tpu")
@@ -151,5 +152,15 @@ def _cudnn(q, k, v, mask):
 def _tpu(q, k, v, segment_ids):
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
-    ids = flash.SegmentIds(segment_ids, segment_ids)
-    return flash.flash_attention(q, k, v, segment_ids=ids, sm_scale=1 / np.sqrt(q.shape[-1]))
+    def kernel(q, k, v, segment_ids):
+        ids = flash.SegmentIds(segment_ids, segment_ids)
+        return flash.flash_attention(q, k, v, segment_ids=ids, sm_scale=1 / np.sqrt(q.shape[-1]))
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(q, k, v, segment_ids)
+    # The partitioner cannot cut a kernel: each device runs it on its own rows and heads.
+    cut = sharding.fitted(q.shape, P(*sharding.BATCH, "tensor"), mesh)
+    rows = P(cut[0])
+    kernel = jax.shard_map(kernel, in_specs=(cut, cut, cut, rows), out_specs=cut, check_vma=False)
+    return kernel(q, k, v, segment_ids)

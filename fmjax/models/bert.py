@@ -185,7 +185,8 @@ class Attention(nn.Module):
             windowed=cfg.modern,
             dropout=cfg.attention_dropout,
             seeds=seeds,
-            implementation=cfg.attention,
+            # Initialisation runs one short row, which no kernel takes.
+            implementation="xla" if self.is_initializing() else cfg.attention,
         )  # fmt: skip
         return make("out")(out.swapaxes(1, 2).reshape(batch, time, width))
 
@@ -221,13 +222,13 @@ class MlmHead(nn.Module):
     cfg: Config
 
     @nn.compact
-    def __call__(self, x, table):
+    def __call__(self, x, table, spec):
         cfg, dtype = self.cfg, DTYPES[self.cfg.dtype]
         h = layers.Linear(cfg.width, not cfg.modern, dtype, name="dense")(x, jnp.float32)
         h = layers.ACTIVATIONS[cfg.head_activation](h)
         h = layers.LayerNorm(cfg.eps, not cfg.modern, dtype, name="norm")(h)
         bias = self.param("bias", nn.initializers.zeros, (cfg.vocab_size,), jnp.float32)
-        logits = precision.linear(h, table, dtype, out_in=True)
+        logits = precision.linear(h, table, dtype, out_in=True, spec=spec)
         return logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,))
 
 
@@ -322,7 +323,8 @@ class Encoder(nn.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Vocabulary logits in float32."""
-        return self.head.mlm(hidden, self.embed.token.table())
+        token = self.embed.token
+        return self.head.mlm(hidden, token.table(), token.spec)
 
     def classify(self, hidden: Float[Array, "B T D"], name: str) -> Float[Array, "B C"]:
         """Class logits in float32 of the head `name` on the pooled first token."""

@@ -5,11 +5,13 @@ in float32 and takes its randomness as one seed per example (`fmjax.streams`); `
 deterministic.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -36,7 +38,8 @@ class Linear(nn.Module):
         self, x: Float[Array, "... D"], out_dtype: DTypeLike | None = None
     ) -> Float[Array, "... F"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        y = precision.linear(x, kernel, self.dtype)
+        spec = sharding.spec_of("/".join((*self.path, "kernel")))
+        y = precision.linear(x, kernel, self.dtype, spec=spec)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
@@ -76,14 +79,17 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", self.embedding_init, shape, jnp.float32)
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        # Gathered whole before the lookup: rows of a table cut along its width would come out cut
-        # along the width, and the partitioner could only replicate them to cut them by example.
-        table = sharding.replicate(self.embedding)
-        # Ids are checked on the host (fmjax.data); a stray one here must not read a wrong row.
-        return table.at[ids].get(mode="fill", fill_value=jnp.nan)
+        return _lookup(self.table(), ids, self.spec)
 
     def table(self) -> Float[Array, "V D"]:
-        return self.embedding
+        # Gathered whole before a lookup: rows of a table cut along its width would come out cut
+        # along the width, and the partitioner could only replicate them to cut them by example.
+        return sharding.gather(self.embedding, self.spec)
+
+    @property
+    def spec(self) -> P:
+        """How the table lies on the mesh."""
+        return sharding.spec_of("/".join((*self.path, "embedding")))
 
 
 class Mlp(nn.Module):
@@ -102,6 +108,25 @@ class Mlp(nn.Module):
         if self.gated:
             h = h * make(self.hidden, "gate")(x, jnp.float32)
         return make(x.shape[-1], "down")(h.astype(self.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _lookup(table, ids, spec):
+    # Ids are checked on the host (fmjax.data); a stray one here must not read a wrong row.
+    return table.at[ids].get(mode="fill", fill_value=jnp.nan)
+
+
+def _lookup_forward(table, ids, spec):
+    return _lookup(table, ids, spec), (table, ids)
+
+
+def _lookup_backward(spec, residuals, g):
+    table, ids = residuals
+    add = lambda ids, g: jnp.zeros(table.shape, g.dtype).at[ids].add(g, mode="drop")
+    return sharding.sum_rows(add, spec, ids, g), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def dropout(
