@@ -11,6 +11,7 @@ A config file is executed, with the argument after its colon; a saved config.jso
 import argparse
 import importlib
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -57,7 +58,20 @@ def main(words: list[str]) -> None:
         importlib.import_module(f"fmjax.{config.task}").run(config, folder, **given)
 
 
+def use_huge_pages() -> None:
+    """Starts the program again, once, with memory in pages of 2 MiB where Linux has them.
+
+    On a CPU each training step takes its temporary arrays, gigabytes, from the system and gives
+    them back; in pages of 4 KiB that was a tenth to a third of the step (benchmarks/RESULTS.md).
+    The C library reads this setting only when a program starts.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, sys.orig_argv)
+
+
 if __name__ == "__main__":
+    use_huge_pages()
     logging.basicConfig(format="%(levelname)s: %(message)s")  # else a library sets another format
     sys.stdout.reconfigure(errors="backslashreplace")  # for texts that the terminal cannot show
     try:
