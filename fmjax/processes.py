@@ -36,10 +36,11 @@ _peers: Peers | None = None  # None with a single process
 def start(config: Any, stop: Stop | None = None) -> Iterator[jax.sharding.Mesh]:
     """Joins the other processes if the config says so; the mesh over all devices, which is set.
 
-    Until the block ends only process 0 writes to standard output, `stop.poll` is agreed between all
-    processes, and an error of one ends all with its exit code. Raises ConfigError where counts do
-    not fit or the processes were started with different configs; ends the process with the exit
-    code of a ResourceError where the others do not come within config.distributed.timeout_sec.
+    From now on only process 0 writes to standard output. Until the block ends `stop.poll` is agreed
+    between all processes, and an error of one ends all with its exit code. Raises ConfigError where
+    counts do not fit or the processes were started with different configs; ends the process with
+    the exit code of a ResourceError where the others do not come within
+    config.distributed.timeout_sec.
     """
     global _peers
     _connect(config.distributed)
@@ -52,8 +53,7 @@ def start(config: Any, stop: Stop | None = None) -> Iterator[jax.sharding.Mesh]:
             _peers = Peers(*here, stop or Stop(), config.distributed.heartbeat_sec)
             stack.callback(_leave)
             if _peers.index > 0:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                _silence()
         stack.enter_context(together())
         _compare(config)
         mesh = sharding.make_mesh(**config.mesh)
@@ -95,6 +95,14 @@ def _leave() -> None:
     global _peers
     _peers, left = None, _peers
     left.leave()
+
+
+def _silence() -> None:
+    """Lets standard output go nowhere, also that of libraries that are not Python's: gloo talks."""
+    sys.stdout.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
 
 
 def _compare(config: Any) -> None:

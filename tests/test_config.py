@@ -285,7 +285,7 @@ HOSTILE = st.one_of(
     key=st.sampled_from(["batch_size", "optim.lr", "data.streaming", "groups", "total", "window"]),
     text=HOSTILE,
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_text_is_a_valid_value_or_an_error_that_names_the_key(tmp_path_factory, key, text):
     file = tmp_path_factory.getbasetemp() / "hostile.py"
     if not file.exists():
@@ -463,7 +463,7 @@ JSON_VALUES = st.recursive(
 
 
 @given(st.dictionaries(st.text("abcd", min_size=1), JSON_VALUES, max_size=4))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_json_keeps_every_config(content):
     config = ConfigDict(content)
     text = configs.to_json(config)

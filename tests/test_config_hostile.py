@@ -93,7 +93,7 @@ def test_every_key_refuses_what_it_cannot_hold(name):
 
 @pytest.mark.parametrize("name", SPECS)
 @given(given=st.data())
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 def test_any_text_for_any_key(name, given):
     key = given.draw(st.sampled_from(keys(name)))
     text = given.draw(TEXTS | near([str(defaults(name).get(key, ""))]))
@@ -109,7 +109,7 @@ def test_nasty_texts_for_the_keys_that_hold_most(key):
 
 
 @given(word=st.text(max_size=20) | near([f"--config.{key}=1" for key in defaults("mlm")]))
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @example(word="--config.a\nb=1")
 def test_any_word_on_the_command_line(word):
     try:
@@ -130,7 +130,7 @@ def test_a_key_that_lacks_a_letter_is_answered_with_the_right_one(key):
 
 
 @given(arg=st.text(max_size=12) | near(["bert_base,runlocal", "variant=tiny,runlocal=true"]))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 def test_any_argument_of_a_config_file(arg):
     try:
         configs.load(f"{SPECS['mlm']}:{arg}")
@@ -148,7 +148,7 @@ JSON = st.recursive(
 
 
 @given(given=st.data(), value=JSON)
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 def test_any_value_in_a_saved_config(tmp_path_factory, given, value):
     """Which anybody may have written: the types are not those of a file's defaults."""
     content = json.loads(configs.to_json(configs.load(SPECS["mlm"])))
@@ -161,7 +161,7 @@ def test_any_value_in_a_saved_config(tmp_path_factory, given, value):
 
 
 @given(content=st.binary(max_size=30) | JSON.map(json.dumps).map(str.encode))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 def test_any_file_as_a_saved_config(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_bytes(content)
@@ -247,7 +247,7 @@ CHANGES = st.sampled_from(sorted(LATE)).flatmap(
 
 
 @given(words=st.lists(CHANGES, min_size=1, max_size=3))
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @example(["--config.mesh.data=4611686018427387904", "--config.mesh.fsdp=4"])
 @example(["--config.total=9e18"])
 def test_parts_that_do_not_go_together_are_refused(words):
