@@ -163,10 +163,11 @@ def sum_rows(function: Callable[..., jax.Array], spec: P, *rows: jax.Array) -> j
 
     Each device sums over its own rows, a reduce-scatter along `fsdp` adds the devices up, and an
     all-reduce along `data` only what a device keeps. The partitioner left alone all-reduces the
-    whole along both and then cuts it, which moves twice as much.
+    whole along both and then cuts it, which moves twice as much, and along `data` alone reduces the
+    two gradients of a tied embedding each by itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1:
+    if mesh.empty or mesh.shape["fsdp"] * mesh.shape["data"] == 1:
         return function(*rows)
     shape = jax.eval_shape(function, *rows).shape
     out = P(*(axis if axis == "fsdp" else None for axis in fitted(shape, spec, mesh)))
