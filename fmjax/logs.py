@@ -12,7 +12,6 @@ resumes at step N cuts what came after step N, and its "resume" line says what t
 
 import contextlib
 import datetime
-import importlib.util
 import json
 import math
 import numbers
@@ -26,8 +25,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fmjax import trackers
 from fmjax.config import SECRET
-from fmjax.errors import CheckpointError, ConfigError
+from fmjax.errors import CheckpointError
 
 # What a run spends time on beside training steps.
 SPENT = ("init", "compile", "restore", "data_wait", "evaluation", "saving")
@@ -60,11 +60,8 @@ class Logger:
         started: float | None = None,
         restore_sec: float = 0.0,
     ):
-        if wandb and not _installed("wandb"):
-            raise ConfigError(
-                "config.wandb=True needs Weights & Biases: pip install 'fmjax[wandb]', "
-                "or set config.wandb=False"
-            )
+        if wandb:
+            trackers.require_wandb()
         now = time.monotonic()
         started = now if started is None else started
         self.spent = dict.fromkeys(SPENT, 0.0)
@@ -89,14 +86,11 @@ class Logger:
         if wandb:
             known = [line["wandb_id"] for line in lines if "wandb_id" in line]
             fields["wandb_id"] = known[-1] if known else secrets.token_hex(4)
-            self._wandb = _start_wandb(workdir, fields["wandb_id"], config)
+            self._wandb = trackers.wandb(workdir, fields["wandb_id"], config or {})
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            # TensorBoard then hides what an earlier sitting wrote for the steps to be repeated.
+            # What an earlier sitting wrote for the steps to be repeated is hidden.
             purge = resume_step + 1 if lines else None
-            folder = str(workdir / "tensorboard")
-            self._tensorboard = SummaryWriter(folder, purge_step=purge, flush_secs=10)
+            self._tensorboard = trackers.tensorboard(workdir, purge)
         self.event("resume" if lines else "start", step=resume_step, **fields)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -271,23 +265,3 @@ def _command(words: list[str]) -> str:
             word = f"{flag}=***" if given else "***"
         shown += [word] if word != "--fresh" else []
     return shlex.join(shown)
-
-
-def _installed(module: str) -> bool:
-    return module in sys.modules or importlib.util.find_spec(module) is not None
-
-
-def _start_wandb(workdir: Path, run_id: str, config: Mapping[str, Any] | None) -> Any:
-    import wandb
-
-    wandb.init(
-        project="fmjax",
-        name=workdir.name,
-        id=run_id,
-        resume="allow",
-        dir=str(workdir),
-        config=dict(config or {}),
-    )
-    wandb.define_metric("step")
-    wandb.define_metric("*", step_metric="step")
-    return wandb

@@ -155,7 +155,7 @@ class Monitor:
         )
         self._progress.close()
         page = report.write(self.folder.path)
-        for name in ("loss", "mlm/accuracy", "nsp/accuracy", "sop/accuracy"):
+        for name in ("loss", *(f"{objective.name}/accuracy" for objective in self.run.objectives)):
             value = summary["metrics"].get(f"validation/{name}")
             if value is not None and not signal:
                 print(f"validation/{name} {value:.4f}")

@@ -35,6 +35,8 @@ PANELS = {
     "tokens_per_sec": ("Tokens per second", 1, {"zero": True}),
     "data_wait": ("Waiting for data (% of the time)", 100, {"zero": True}),
     "mfu": ("Model FLOPs utilisation (%)", 100, {"zero": True}),
+    "step_sec": ("Seconds per step", 1, {"zero": True}),
+    "peak_gib": ("Peak memory (GiB)", 1, {"zero": True}),
 }
 LOG_FROM = 20  # A logarithmic axis where it is allowed and the values span so much.
 
@@ -189,6 +191,9 @@ def _curves(rows: list[dict]) -> list[str]:
         # Counters and constants need no curve; the table has them.
         values = {value for _, value in curves[name]}
         panel = _panel(name)
+        whole = f"{name.partition('/')[0]}/{panel}"
+        if name != whole and curves[name] == curves.get(whole):
+            continue  # the loss of the only objective is the loss
         if panel in PANELS or (len(values) > 1 and not all(isinstance(v, int) for v in values)):
             panels.setdefault(panel, []).append(name)
 

@@ -1,5 +1,6 @@
 """Paths and looks into programs that several tests share."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -8,7 +9,8 @@ import jax.extend
 from fmjax import trees
 
 ROOT = Path(__file__).parent.parent
-CACHE = ROOT / ".pytest_cache" / "fmjax"
+# One for each of pytest's workers: jax does not write its cache of programs atomically.
+CACHE = ROOT / ".pytest_cache" / "fmjax" / os.environ.get("PYTEST_XDIST_WORKER", "alone")
 
 
 def dots(closed) -> list:

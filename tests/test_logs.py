@@ -1,13 +1,17 @@
 """The log of a run: exact numbers, one history across resumes, and time that adds up."""
 
 import errno
+import importlib.util
 import json
 import math
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from common import ROOT
 
 from fmjax import logs
 from fmjax.errors import CheckpointError, ConfigError
@@ -226,6 +230,18 @@ def test_tensorboard_gets_the_metrics(tmp_path):
     assert b"train/loss" in file.read_bytes()
 
 
+def test_tensorboard_does_not_load_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise AssertionError")
+    program = (
+        "import sys; from pathlib import Path; from fmjax import trackers; "
+        "trackers.tensorboard(Path(sys.argv[1]), None); print('torch' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_wandb_resumes_one_run_and_has_our_step(tmp_path, monkeypatch):
     calls = []
     record = lambda name: lambda *args, **kwargs: calls.append((name, args, kwargs))
@@ -241,6 +257,6 @@ def test_wandb_resumes_one_run_and_has_our_step(tmp_path, monkeypatch):
 
 
 def test_missing_wandb_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr(logs, "_installed", lambda module: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     with pytest.raises(ConfigError, match=r"fmjax\[wandb\]"):
         open_log(tmp_path, wandb=True)

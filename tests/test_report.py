@@ -130,6 +130,13 @@ def test_curves_share_a_figure_by_what_they_measure():
     assert "Reward" in reward
 
 
+def test_the_loss_of_the_only_objective_is_drawn_once():
+    rows = [{"step": n, "time": n, "train/loss": n, "train/mlm/loss": n} for n in (1.0, 2.0)]
+    assert "train mlm" not in report._curves(rows)[0]
+    rows[1] |= {"train/mlm/loss": 1.5}
+    assert "train mlm" in report._curves(rows)[0]
+
+
 def test_a_wide_range_of_losses_gets_a_log_axis():
     rows = [{"step": n, "time": n, "train/loss": value} for n, value in enumerate((50.0, 1.0))]
     assert "log scale" in report._curves(rows)[0]

@@ -286,7 +286,10 @@ def test_row46_a_decompression_bomb_is_stopped_early(read, tmp_path):
         read("a.jsonl.gz", bomb, on_bad_record="skip")
 
 
-@pytest.mark.parametrize("content", [b"plain", gzip.compress(b"text" * 1000)[:-9]])
+CUT = gzip.compress(b"text" * 1000)[:-9]
+
+
+@pytest.mark.parametrize("content", [b"plain", CUT], ids=["not gzip", "cut short"])
 def test_row46_a_damaged_gzip_file(read, content):
     with pytest.raises(DataError, match=r"a\.txt\.gz: not a whole gzip file .*config\.data\.train"):
         read("a.txt.gz", content)
