@@ -30,7 +30,8 @@ rates are higher), and which of them ended the plateau was not taken apart.
         --config.optim.warmup='50 steps' --config.model.dropout=0.0 \\
         --config.model.attention_dropout=0.0 --config.total='400 steps'
 
-BERT's 97 % (rows of 512, a million steps) was not reproduced; benchmarks/RESULTS.md has more.
+The first command here, from nothing, was not seen to learn pairs. BERT's 97 % (rows of 512, a
+million steps) was not reproduced; benchmarks/RESULTS.md has more.
 """
 
 import runpy
