@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 
-from fmjax import build, convert, objectives, optim, setup, sharding, state
+from fmjax import build, convert, groups, objectives, optim, setup, sharding, state
 from fmjax.models import bert
 from fmjax.step import make_train_step
 
@@ -115,7 +115,7 @@ def ours(folder: str, flags: argparse.Namespace, loss_fn: Callable) -> Side:
         OPTIM,
         {},
     )
-    split = functools.partial(optim.split, assigned=assigned)
+    split = functools.partial(groups.split, assigned=assigned)
     mesh = sharding.make_mesh(data=1)
     made = optim.make(
         state.abstract_params(net),

@@ -1,15 +1,12 @@
-"""What moves, and how: parameter groups, optimizers, schedules.
+"""How parameters move: optimizers, schedules, the moving average.
 
-Groups are ordered (regex over parameter names, group name); the first full match wins and an
-uncovered parameter is an error. "freeze" does not train: its parameters are split off before the
-gradient is taken, so they cost neither a weight gradient nor optimizer memory. Every other group
-has its own optimizer under one `optax.multi_transform`.
+Every group of fmjax/groups.py that trains has its own optimizer under one `optax.multi_transform`.
 """
 
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,69 +18,8 @@ import optax.contrib
 from fmjax import rules, spikes, trees
 from fmjax.errors import ConfigError, did_you_mean
 
-FREEZE = "freeze"
 # Parameters that an optimizer is tried on before a run is built with it.
 PROBE = {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
-
-
-def assign(names: Sequence[str], groups: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """{parameter name: group}, first full match wins.
-
-    Raises ConfigError for an uncovered parameter, a pattern that decides nothing, or when nothing
-    trains.
-    """
-    assigned, used = {}, set()
-    for name in names:
-        match = next((i for i, (p, _) in enumerate(groups) if re.fullmatch(p, name)), None)
-        if match is None:
-            raise ConfigError(
-                f"config.groups covers no group for parameter {name!r}: add a pattern, for example "
-                "('.*', 'train')."
-            )
-        assigned[name] = groups[match][1]
-        used.add(match)
-    for i, (pattern, group) in enumerate(groups):
-        if i not in used:
-            raise ConfigError(
-                f"config.groups: the pattern {pattern!r} ({group!r}) decides no parameter; earlier "
-                "patterns win, and patterns must match the whole name."
-                + did_you_mean(pattern, names)
-            )
-    if all(group == FREEZE for group in assigned.values()):
-        raise ConfigError("config.groups freezes every parameter, so nothing would train.")
-    return assigned
-
-
-def stacks(
-    kinds: Sequence[str],
-    assigned: Mapping[str, str],
-    optim: Mapping[str, Any],
-    group_optim: Mapping[str, Mapping[str, Any]],
-) -> tuple[int, ...]:
-    """Run lengths of neighbouring layers that are of one kind, train in the same groups and decay
-    alike."""
-    keys: list[Any] = [(kind, []) for kind in kinds]
-    for name, group in assigned.items():
-        match = re.fullmatch(r"block_(\d+)/(.*)", name)
-        if match:
-            pattern = group_optim.get(group, {}).get("decay", optim["decay"])
-            decays = re.fullmatch(pattern, name) is not None
-            keys[int(match[1])][1].append((match[2], group, decays))
-    return trees.runs([(kind, tuple(sorted(members))) for kind, members in keys])
-
-
-def split(params: Any, assigned: Mapping[str, str]) -> tuple[Any, Any]:
-    """(trainable, frozen): two stored trees that `merge` puts together again."""
-    flat = trees.flatten(params)
-    frozen = {p: x for p, x in flat.items() if assigned[trees.names(p)[0]] == FREEZE}
-    return (
-        trees.unflatten({p: x for p, x in flat.items() if p not in frozen}),
-        trees.unflatten(frozen),
-    )
-
-
-def merge(trainable: Any, frozen: Any) -> Any:
-    return trees.unflatten({**trees.flatten(trainable), **trees.flatten(frozen)})
 
 
 def schedule(
@@ -145,7 +81,7 @@ def make(
     """The optimizer of a run.
 
     Args:
-        trainable: stored tree of ShapeDtypeStructs or arrays, the part that `split` calls
+        trainable: stored tree of ShapeDtypeStructs or arrays, the part that `groups.split` calls
             trainable.
         assigned: {parameter name: group}.
         steps: converts a duration ("10%", "2 epochs") to steps; `steps("100%")` is the whole run.

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from fmjax import build, data, optim, rules, sharding, state, trees
+from fmjax import build, data, groups, optim, rules, sharding, state, trees
 from fmjax import config as configs
 from fmjax import objectives as losses
 from fmjax.state import TrainState
@@ -30,7 +30,7 @@ class Run(NamedTuple):
     steps: Callable[[Any], int]  # duration -> steps
 
     def split(self, params: Any) -> tuple[Any, Any]:
-        return optim.split(params, self.assigned)
+        return groups.split(params, self.assigned)
 
     @property
     def batch_sharding(self) -> jax.sharding.NamedSharding:
@@ -74,7 +74,7 @@ def assemble(
     objectives = losses.build(config.objectives.to_dict(), vocab=vocab, pair=pair)
     optimizers = config.optim.to_dict(), config.group_optim.to_dict()
     model, assigned = grouped(build.model(config, vocab.size), config.groups, *optimizers)
-    split = functools.partial(optim.split, assigned=assigned)
+    split = functools.partial(groups.split, assigned=assigned)
     optimizer = optim.make(
         split(state.abstract_params(model))[0],
         assigned,
@@ -88,15 +88,15 @@ def assemble(
 
 
 def grouped(
-    model: nn.Module, groups: Any, optim_: Mapping[str, Any], group_optim: Mapping[str, Any]
+    model: nn.Module, patterns: Any, optim_: Mapping[str, Any], group_optim: Mapping[str, Any]
 ) -> tuple[nn.Module, dict[str, str]]:
     """The model, stacked where neighbouring layers train alike, and {parameter name: group}."""
     canonical = model.clone(stacks=trees.runs(model.kinds))
     names = list(trees.unstack(state.abstract_params(canonical)))
-    assigned = optim.assign(names, groups)
+    assigned = groups.assign(names, patterns)
     stacks = None
     if model.cfg.scan:
-        stacks = optim.stacks(model.kinds, assigned, optim_, group_optim)
+        stacks = groups.stacks(model.kinds, assigned, optim_, group_optim)
     return model.clone(stacks=stacks), assigned
 
 

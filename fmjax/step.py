@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fmjax import groups, spikes
 from fmjax import objectives as losses
-from fmjax import optim, spikes
 from fmjax.state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -40,7 +40,7 @@ def make_train_step(
         moved = optax.apply_updates(trainable, updates)
         state = state.replace(
             step=state.step + 1,
-            params=optim.merge(_where(finite & ~spike, moved, trainable), frozen),
+            params=groups.merge(_where(finite & ~spike, moved, trainable), frozen),
             opt_state=_where(finite, opt_state, state.opt_state),
         )
         return state, {
@@ -65,7 +65,7 @@ def make_gradient(
         trainable, frozen = split(state.params)
 
         def forward(trainable, part):
-            params = optim.merge(trainable, frozen)
+            params = groups.merge(trainable, frozen)
             return losses.metrics(objectives, apply, params, part, rng, train=True)
 
         def loss_fn(trainable, part, weights):

@@ -23,6 +23,7 @@ from fmjax import (
     data,
     evaluate,
     flops,
+    groups,
     interrupt,
     optim,
     plan,
@@ -227,7 +228,7 @@ def validate(
         return {}
     params, average = current.params, optim.averaged(current.opt_state)
     if average is not None:
-        params = optim.merge(average, run.split(params)[1])
+        params = groups.merge(average, run.split(params)[1])
     batches = data.eval_batches(
         run.dataset.splits["validation"],
         # Numbers do not depend on it: evaluation needs no more memory than a microbatch.

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from fmjax import optim, trees
+from fmjax import groups, optim, trees
 from fmjax.errors import ConfigError
 
 NAMES = ["embed/token/embedding", "head/mlm/bias"] + [f"block_{i:02d}/up/kernel" for i in range(4)]
@@ -19,7 +19,7 @@ def steps(duration):
 
 def make(params, assigned=None, group_optim=None, **changes):
     assigned = assigned or {name: "train" for name in trees.unstack(params)}
-    trainable, _ = optim.split(params, assigned)
+    trainable, _ = groups.split(params, assigned)
     return optim.make(
         trainable,
         assigned,
@@ -46,51 +46,6 @@ def run(tx, values, n=4):
         updates, state = tx.update(grads, state, values)
         values = optax.apply_updates(values, updates)
     return trees.unstack(values), state
-
-
-def test_first_full_match_wins():
-    groups = ((r"block_0[01]/.*", "freeze"), (r"head/.*", "head"), (r".*", "train"))
-    assigned = optim.assign(NAMES, groups)
-    assert [assigned[name] for name in NAMES] == [
-        "train",
-        "head",
-        "freeze",
-        "freeze",
-        "train",
-        "train",
-    ]
-
-
-@pytest.mark.parametrize(
-    "groups, message",
-    [
-        (((r"head/.*", "train"),), "covers no group for parameter 'embed/token/embedding'"),
-        (((r".*", "train"), (r"head/.*", "freeze")), "'head/.*' .*decides no parameter"),
-        (((r"head", "train"), (r".*", "train")), "'head' .*decides no parameter"),
-        (((r".*", "freeze"),), "freezes every parameter"),
-    ],
-)
-def test_row50_groups_that_cannot_be_meant_are_refused(groups, message):
-    with pytest.raises(ConfigError, match=message):
-        optim.assign(NAMES, groups)
-
-
-def test_layers_are_stacked_where_they_train_alike():
-    kinds = ["rest"] * 4
-    assign = lambda *groups: optim.assign(NAMES, groups)
-    stacks = lambda kinds, assigned, decay=".*": optim.stacks(kinds, assigned, {"decay": decay}, {})
-    assert stacks(kinds, assign((".*", "train"))) == (4,)
-    assert stacks(kinds, assign((r"block_0[01]/.*", "freeze"), (".*", "train"))) == (2, 2)
-    assert stacks(["first", "rest", "rest", "rest"], assign((".*", "train"))) == (1, 3)
-    assert stacks(kinds, assign((".*", "train")), decay=r"block_02/.*") == (2, 1, 1)
-
-
-def test_split_and_merge_are_inverse():
-    values = params((2, 2))
-    assigned = optim.assign(NAMES, ((r"block_0[01]/.*|embed/.*", "freeze"), (".*", "train")))
-    trainable, frozen = optim.split(values, assigned)
-    assert list(trees.flatten(trainable)) == ["blocks_02_03/up/kernel", "head/mlm/bias"]
-    jax.tree.map(np.testing.assert_array_equal, optim.merge(trainable, frozen), values)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "lion", "adafactor", "muon", "sgd"])
@@ -132,7 +87,7 @@ def test_layer_decay_factors():
 
 def test_groups_have_their_own_learning_rates():
     values = jax.tree.map(jnp.ones_like, params((4,)))
-    assigned = optim.assign(NAMES, ((r"head/.*", "head"), (".*", "train")))
+    assigned = groups.assign(NAMES, ((r"head/.*", "head"), (".*", "train")))
     made = make(values, assigned, group_optim={"head": {"lr": 1.0}})
     out, _ = run(made.tx, values, n=1)
     assert float(1 - out["head/mlm/bias"][0]) == pytest.approx(1.0, rel=1e-4)

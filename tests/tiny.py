@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import build, objectives, optim, setup, sharding, state
+from fmjax import groups as parameter_groups
 from fmjax.models import bert
 from fmjax.step import make_train_step
 
@@ -58,7 +59,7 @@ def make(
     net, assigned = setup.grouped(
         bert.Model("tiny", **{**SIZES, **model}), groups, OPTIM | (changes or {}), {}
     )
-    split = functools.partial(optim.split, assigned=assigned)
+    split = functools.partial(parameter_groups.split, assigned=assigned)
     goals = objectives.build(losses or {"mlm": {"rate": 0.3}}, vocab=VOCAB, pair="nsp")
     made = optim.make(
         split(state.abstract_params(net))[0],

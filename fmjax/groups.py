@@ -1,0 +1,75 @@
+"""Which parameters move: groups by name, and what is frozen.
+
+Groups are ordered (regex over parameter names, group name); the first full match wins and an
+uncovered parameter is an error. "freeze" does not train: its parameters are split off before the
+gradient is taken, so they cost neither a weight gradient nor optimizer memory.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fmjax import trees
+from fmjax.errors import ConfigError, did_you_mean
+
+FREEZE = "freeze"
+
+
+def assign(names: Sequence[str], groups: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """{parameter name: group}, first full match wins.
+
+    Raises ConfigError for an uncovered parameter, a pattern that decides nothing, or when nothing
+    trains.
+    """
+    assigned, used = {}, set()
+    for name in names:
+        match = next((i for i, (p, _) in enumerate(groups) if re.fullmatch(p, name)), None)
+        if match is None:
+            raise ConfigError(
+                f"config.groups covers no group for parameter {name!r}: add a pattern, for example "
+                "('.*', 'train')."
+            )
+        assigned[name] = groups[match][1]
+        used.add(match)
+    for i, (pattern, group) in enumerate(groups):
+        if i not in used:
+            raise ConfigError(
+                f"config.groups: the pattern {pattern!r} ({group!r}) decides no parameter; earlier "
+                "patterns win, and patterns must match the whole name."
+                + did_you_mean(pattern, names)
+            )
+    if all(group == FREEZE for group in assigned.values()):
+        raise ConfigError("config.groups freezes every parameter, so nothing would train.")
+    return assigned
+
+
+def stacks(
+    kinds: Sequence[str],
+    assigned: Mapping[str, str],
+    optim: Mapping[str, Any],
+    group_optim: Mapping[str, Mapping[str, Any]],
+) -> tuple[int, ...]:
+    """Run lengths of neighbouring layers that are of one kind, train in the same groups and decay
+    alike."""
+    keys: list[Any] = [(kind, []) for kind in kinds]
+    for name, group in assigned.items():
+        match = re.fullmatch(r"block_(\d+)/(.*)", name)
+        if match:
+            pattern = group_optim.get(group, {}).get("decay", optim["decay"])
+            decays = re.fullmatch(pattern, name) is not None
+            keys[int(match[1])][1].append((match[2], group, decays))
+    return trees.runs([(kind, tuple(sorted(members))) for kind, members in keys])
+
+
+def split(params: Any, assigned: Mapping[str, str]) -> tuple[Any, Any]:
+    """(trainable, frozen): two stored trees that `merge` puts together again."""
+    flat = trees.flatten(params)
+    frozen = {p: x for p, x in flat.items() if assigned[trees.names(p)[0]] == FREEZE}
+    return (
+        trees.unflatten({p: x for p, x in flat.items() if p not in frozen}),
+        trees.unflatten(frozen),
+    )
+
+
+def merge(trainable: Any, frozen: Any) -> Any:
+    return trees.unflatten({**trees.flatten(trainable), **trees.flatten(frozen)})

@@ -1,0 +1,56 @@
+import jax
+import numpy as np
+import pytest
+
+from fmjax import groups, trees
+from fmjax.errors import ConfigError
+
+NAMES = ["embed/token/embedding", "head/mlm/bias"] + [f"block_{i:02d}/up/kernel" for i in range(4)]
+
+
+def test_first_full_match_wins():
+    patterns = ((r"block_0[01]/.*", "freeze"), (r"head/.*", "head"), (r".*", "train"))
+    assigned = groups.assign(NAMES, patterns)
+    assert [assigned[name] for name in NAMES] == [
+        "train",
+        "head",
+        "freeze",
+        "freeze",
+        "train",
+        "train",
+    ]
+
+
+@pytest.mark.parametrize(
+    "patterns, message",
+    [
+        (((r"head/.*", "train"),), "covers no group for parameter 'embed/token/embedding'"),
+        (((r".*", "train"), (r"head/.*", "freeze")), "'head/.*' .*decides no parameter"),
+        (((r"head", "train"), (r".*", "train")), "'head' .*decides no parameter"),
+        (((r".*", "freeze"),), "freezes every parameter"),
+    ],
+)
+def test_row50_groups_that_cannot_be_meant_are_refused(patterns, message):
+    with pytest.raises(ConfigError, match=message):
+        groups.assign(NAMES, patterns)
+
+
+def test_layers_are_stacked_where_they_train_alike():
+    kinds = ["rest"] * 4
+    assign = lambda *patterns: groups.assign(NAMES, patterns)
+    stacks = lambda kinds, assigned, decay=".*": groups.stacks(
+        kinds, assigned, dict(decay=decay), {}
+    )
+    assert stacks(kinds, assign((".*", "train"))) == (4,)
+    assert stacks(kinds, assign((r"block_0[01]/.*", "freeze"), (".*", "train"))) == (2, 2)
+    assert stacks(["first", "rest", "rest", "rest"], assign((".*", "train"))) == (1, 3)
+    assert stacks(kinds, assign((".*", "train")), decay=r"block_02/.*") == (2, 1, 1)
+
+
+def test_split_and_merge_are_inverse():
+    named = {name: np.full((2, 3), i) for i, name in enumerate(NAMES)}
+    values = trees.stack(named, (2, 2))
+    assigned = groups.assign(NAMES, ((r"block_0[01]/.*|embed/.*", "freeze"), (".*", "train")))
+    trainable, frozen = groups.split(values, assigned)
+    assert list(trees.flatten(trainable)) == ["blocks_02_03/up/kernel", "head/mlm/bias"]
+    jax.tree.map(np.testing.assert_array_equal, groups.merge(trainable, frozen), values)
