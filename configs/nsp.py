@@ -29,9 +29,9 @@ second.
     python run.py --config=configs/evaluate.py --config.folder=runs/long --config.split=train \\
         --config.data.train='books/test.jsonl.gz' --config.data.validation_fraction=0
 
-Runs whose first rate was 1e-4 or more ended at chance. From nothing, the first command here was not
-seen to learn pairs. BERT's 97 % (rows of 512, a million steps) was not reproduced;
-benchmarks/RESULTS.md has what else was tried.
+Runs that began in rows of 256, or rose to 1e-4 and more from the start, did not get off chance for
+long. From nothing, the first command here was not seen to learn pairs. BERT's 97 % (rows of 512, a
+million steps) was not reproduced; benchmarks/RESULTS.md has what else was tried.
 """
 
 import runpy
