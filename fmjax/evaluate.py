@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmjax import build, data, logs, processes, sharding
+from fmjax import build, data, logs, processes, progress, sharding
 from fmjax import objectives as losses
 from fmjax.data.settings import DataSettings, read
 from fmjax.errors import ConfigError, DataError
@@ -53,7 +53,16 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             limit=config.limit,
         )
         step = jax.jit(make_step(build.apply(opened.model), objectives))
-        metrics = evaluate(step, opened.params, batches, objectives, mesh)
+        steps = data.eval_steps(split, batch_size, config.limit)
+        with progress.part(_show) as show:
+            metrics = evaluate(
+                step,
+                opened.params,
+                batches,
+                objectives,
+                mesh,
+                show=lambda done: show(done / steps, f"evaluated {done:,} of {steps:,} batches"),
+            )
     metrics |= perplexity(metrics)
     for name, value in metrics.items():
         _show(f"  {name:<16} {value:>12,.4f}")
@@ -88,17 +97,20 @@ def evaluate(
     objectives: list[losses.Objective],
     mesh: jax.sharding.Mesh,
     stop: Callable[[], bool] = lambda: False,
+    show: Callable[[int], None] = lambda done: None,
 ) -> dict[str, float] | None:
     """Means over all examples, each counted once; None if `stop()` turned true on the way.
 
-    Masks are a function of the row number, so every evaluation sees the same ones.
+    `show` is told how many batches are done. Masks are a function of the row number, so every
+    evaluation sees the same ones.
     """
     rng = jax.random.key(0)
     totals: dict[str, np.ndarray] = {}
-    for batch in sharding.to_device(batches, mesh):
+    for done, batch in enumerate(sharding.to_device(batches, mesh), 1):
         if stop():
             return None
         add(totals, step(params, batch, rng))
+        show(done)
     return losses.mean(totals, objectives)
 
 

@@ -56,7 +56,7 @@ class Monitor:
         window = saved.get("window", {"sums": {}, "scalars": {}})
         self._sums |= {name: np.asarray(pair) for name, pair in window["sums"].items()}
         self._scalars |= {name: list(map(float, past)) for name, past in window["scalars"].items()}
-        self.timed = self._logger.timed
+        self.timed, self.part = self._logger.timed, self._progress.part
         if first:
             self._progress.print(f"resuming at step {first} of {run.total} (verified checkpoint)")
 

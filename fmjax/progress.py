@@ -3,13 +3,15 @@
 Also how numbers are shown to people everywhere: `count(41234)` is "41.2k", `duration(80)` "1m20s".
 """
 
+import contextlib
 import io
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 WIDTH = 100  # of a plain line
+SELDOM = 10.0  # seconds between plain lines about something that takes long
 # Left out in this order when a line has no room.
 OPTIONAL = ("saved", "mfu", "data", "lr", "val")
 
@@ -57,6 +59,12 @@ class Progress:
             width = len(str(self.total))
             self.print(_line({"step": f"step {step:>{width}}/{self.total}", **fields}, WIDTH))
 
+    def part(self, what: str) -> Callable[[float], None]:
+        """A function (share done) that shows how far something between two steps is, such as an
+        evaluation: in the bar's line, else in a plain line every ten seconds."""
+        show = self._bar.show if self._bar else seldom(self.print)
+        return lambda share: show(f"{what} {percent(share)}")
+
     def saved(self, step: int) -> None:
         """Remember the last checkpoint, for the next `log`."""
         self._saved = step
@@ -87,6 +95,40 @@ class Progress:
         if step <= first:
             return "?"
         return duration((self.total - step) * (now - begin) / (step - first))
+
+
+@contextlib.contextmanager
+def part(print_line: Callable[[str], None]) -> Iterator[Callable[[float, str], None]]:
+    """A function (share done, message) for something long outside the loop: a bar on a terminal
+    (of stderr), else a plain line every ten seconds."""
+    if not _terminal(sys.stderr):
+        line = seldom(print_line)
+        yield lambda share, message: line(f"{message}, {percent(share)}")
+        return
+    import rich.console
+    import rich.progress
+
+    with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda share, message: bar.update(task, completed=share, description=message)
+
+
+def seldom(print_line: Callable[[str], None]) -> Callable[[str], None]:
+    """`print_line`, but at most every ten seconds, and not in the first ten."""
+    last = time.monotonic()
+
+    def line(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > SELDOM:
+            last = time.monotonic()
+            print_line(text)
+
+    return line
+
+
+def percent(share: float) -> str:
+    """0.374 -> "37 %"."""
+    return f"{100 * share:.0f} %"
 
 
 def count(value: float) -> str:

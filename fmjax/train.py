@@ -229,15 +229,26 @@ def validate(
     params, average = current.params, optim.averaged(current.opt_state)
     if average is not None:
         params = groups.merge(average, run.split(params)[1])
+    split = run.dataset.splits["validation"]
+    # Numbers do not depend on it: evaluation needs no more memory than a microbatch.
+    batch_size = run.config.batch_size // run.config.accumulate
     batches = data.eval_batches(
-        run.dataset.splits["validation"],
-        # Numbers do not depend on it: evaluation needs no more memory than a microbatch.
-        batch_size=run.config.batch_size // run.config.accumulate,
+        split,
+        batch_size=batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    steps, show = data.eval_steps(split, batch_size), monitor.part("evaluation")
     with monitor.timed("evaluation"):
-        return evaluate.evaluate(eval_step, params, batches, run.objectives, run.mesh, stop.poll)
+        return evaluate.evaluate(
+            eval_step,
+            params,
+            batches,
+            run.objectives,
+            run.mesh,
+            stop.poll,
+            lambda done: show(done / steps),
+        )
 
 
 def numerics_error(

@@ -120,3 +120,44 @@ def test_a_dumb_terminal_gets_lines(monkeypatch):
     with progress.Progress(10, file=file) as shown:
         shown.log(5, {"train/loss": 1.0})
     assert file.getvalue().startswith("step  5/10  loss 1.000")
+
+
+def test_a_long_part_between_steps_gets_a_line_every_ten_seconds(clock):
+    file = io.StringIO()
+    with progress.Progress(10, file=file) as shown:
+        clock.now += 60  # Training before it does not count.
+        show = shown.part("evaluation")
+        for done in range(1, 26):
+            clock.now += 1
+            show(done / 25)
+    assert file.getvalue().splitlines() == ["evaluation 44 %", "evaluation 88 %"]
+
+
+def test_a_part_is_shown_in_the_bar_until_the_next_numbers(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    file = Terminal()
+    with progress.Progress(10, file=file) as shown:
+        show = shown.part("evaluation")
+        show(0.374)
+        shown._bar._rich.refresh()
+        middle = file.getvalue()
+        shown.log(5, METRICS)
+    assert "evaluation 37 %" in middle
+    after = file.getvalue()[len(middle) :]
+    assert "loss 5.123" in after and "evaluation" not in after
+
+
+def test_a_part_outside_the_loop_is_a_bar_or_lines(clock, monkeypatch):
+    lines = []
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    with progress.part(lines.append) as show:
+        for done in range(1, 13):
+            clock.now += 1
+            show(done / 12, f"{done} files")
+    assert lines == ["11 files, 92 %"] and not progress.sys.stderr.getvalue()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with progress.part(lines.append) as show:
+        show(0.5, "6 files")
+    assert "6 files" in progress.sys.stderr.getvalue() and len(lines) == 1

@@ -14,6 +14,7 @@ from fmjax.data.batches import (
     batches,
     check_fingerprint,
     eval_batches,
+    eval_steps,
     examples,
     fingerprint,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "batches",
     "check_fingerprint",
     "eval_batches",
+    "eval_steps",
     "examples",
     "fingerprint",
     "prepare",

@@ -97,8 +97,7 @@ def eval_batches(
     processes get the same number of batches, and the same rows whatever their number.
     """
     mine = _block(batch_size, process_index, process_count)
-    steps = -(-len(split) // batch_size)
-    for step in range(min(steps, limit) if limit else steps):
+    for step in range(eval_steps(split, batch_size, limit)):
         places = step * batch_size + mine
         inside = places < len(split)
         rows = order.permuted(np.where(inside, places, 0), len(split), EVALUATION)
@@ -106,6 +105,12 @@ def eval_batches(
         for array in batch.values():
             array[~inside] = 0
         yield batch
+
+
+def eval_steps(split, batch_size: int, limit: int = 0) -> int:
+    """How many batches `eval_batches` gives."""
+    steps = -(-len(split) // batch_size)
+    return min(steps, limit) if limit else steps
 
 
 def fingerprint(dataset, *, seed: int, batch_size: int) -> dict:

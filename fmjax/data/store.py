@@ -8,16 +8,13 @@ are missing.
 """
 
 import collections
-import contextlib
 import itertools
 import json
 import multiprocessing
 import os
 import re
 import signal
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fmjax import progress
 from fmjax.data import cache
 from fmjax.data.sources import Document, Source
 from fmjax.data.tokenizer import Prepared, encoder
@@ -66,11 +64,11 @@ def tokenise(
         if all(indices):
             return indices
     indices, tokens = [], 0
-    with _progress(log) as show:
+    with progress.part(log) as show:
         for index, done in _make(folder, source, tokenizer, workers, log, poll):
             indices.append(index)
             tokens += sum(index["tokens"].values())
-            show(done, f"tokenised {tokens:,} tokens")
+            show(done, f"data: tokenised {tokens:,} tokens")
     cache.build(folder / "whole", lambda _: {"shards": len(indices)})
     return indices
 
@@ -147,29 +145,6 @@ def _start_worker() -> None:
     parent = multiprocessing.parent_process()
     # Without this a SIGKILLed parent leaves its workers waiting for ever.
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-@contextlib.contextmanager
-def _progress(log: Callable[[str], None]) -> Iterator[Callable[[float, str], None]]:
-    """A function (share done, message): a bar on a terminal, else a line every ten seconds."""
-    if sys.stderr.isatty():
-        import rich.console
-        import rich.progress
-
-        with rich.progress.Progress(console=rich.console.Console(stderr=True)) as bar:
-            task = bar.add_task("data", total=1.0)
-            yield lambda done, message: bar.update(task, completed=done, description=message)
-        return
-
-    last = time.monotonic()
-
-    def line(done: float, message: str) -> None:
-        nonlocal last
-        if time.monotonic() - last > 10:
-            last = time.monotonic()
-            log(f"data: {message}, {100 * done:.0f} % of the source")
-
-    yield line
 
 
 def _chunks(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:

@@ -181,6 +181,7 @@ def test_evaluation_sees_every_row_once(split, count):
 def test_evaluation_can_be_limited(split):
     full = list(data.eval_batches(split, batch_size=8))
     (first,) = data.eval_batches(split, batch_size=8, limit=1)
+    assert data.eval_steps(split, 8) == len(full) and data.eval_steps(split, 8, limit=1) == 1
     same(first, full[0])
 
 
