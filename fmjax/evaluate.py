@@ -54,7 +54,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         )
         step = jax.jit(make_step(build.apply(opened.model), objectives))
         steps = data.eval_steps(split, batch_size, config.limit)
-        with progress.part(_show) as show:
+        with progress.part(_show, enabled=jax.process_index() == 0) as show:
             metrics = evaluate(
                 step,
                 opened.params,

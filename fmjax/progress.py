@@ -98,9 +98,14 @@ class Progress:
 
 
 @contextlib.contextmanager
-def part(print_line: Callable[[str], None]) -> Iterator[Callable[[float, str], None]]:
+def part(
+    print_line: Callable[[str], None], *, enabled: bool = True
+) -> Iterator[Callable[[float, str], None]]:
     """A function (share done, message) for something long outside the loop: a bar on a terminal
-    (of stderr), else a plain line every ten seconds."""
+    (of stderr), else a plain line every ten seconds; nothing where it is not enabled."""
+    if not enabled:
+        yield lambda share, message: None
+        return
     if not _terminal(sys.stderr):
         line = seldom(print_line)
         yield lambda share, message: line(f"{message}, {percent(share)}")

@@ -161,3 +161,7 @@ def test_a_part_outside_the_loop_is_a_bar_or_lines(clock, monkeypatch):
     with progress.part(lines.append) as show:
         show(0.5, "6 files")
     assert "6 files" in progress.sys.stderr.getvalue() and len(lines) == 1
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with progress.part(lines.append, enabled=False) as show:
+        show(0.5, "6 files")
+    assert not progress.sys.stderr.getvalue()
