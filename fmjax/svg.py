@@ -8,7 +8,8 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 440, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 8, 36
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 8, 36  # LEFT is more where labels are long
+CHARACTER = 7  # at most the width of a digit
 BUCKETS = 250  # Longer series are drawn as the minimum and maximum of so many stretches.
 DOTS = 40  # Series up to this long show their points, with the value on hovering.
 COLOURS = 6
@@ -39,22 +40,24 @@ def plot(title: str, series: list[Series], *, zero: bool = False, log: bool = Fa
     scale = math.log10 if log else float
     bottom, span = scale(marks[0]), scale(marks[-1]) - scale(marks[0])
     right, base = WIDTH - RIGHT, HEIGHT - BOTTOM
-    px = lambda x: round(LEFT + (x / last if last else 0.5) * (right - LEFT), 1)
+    texts = labels(marks)
+    left = max(LEFT, 10 + CHARACTER * max(map(len, texts)))
+    px = lambda x: round(left + (x / last if last else 0.5) * (right - left), 1)
     py = lambda y: round(base - (scale(y) - bottom) / span * (base - TOP), 1)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for value, label in zip(marks, labels(marks), strict=True):
+    for value, label in zip(marks, texts, strict=True):
         y = py(value)
-        parts.append(f'<line class="rule" x1="{LEFT}" x2="{right}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5}" text-anchor="end">{label}</text>')
+        parts.append(f'<line class="rule" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 3.5}" text-anchor="end">{label}</text>')
     for value, label in zip(steps, labels(steps), strict=True):
         # The last label would stick out of the picture, were it centred.
         anchor = "end" if px(value) > right - 8 else "middle"
         x = px(value)
         parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{base}" y2="{base + 4}"/>')
         parts.append(f'<text x="{x}" y="{base + 16}" text-anchor="{anchor}">{label}</text>')
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{base}" y2="{base}"/>')
-    middle = (LEFT + right) / 2
+    parts.append(f'<line class="axis" x1="{left}" x2="{right}" y1="{base}" y2="{base}"/>')
+    middle = (left + right) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
     for line in series:
         parts += _curve(line, px, py, bottom=base)

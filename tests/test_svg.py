@@ -65,6 +65,14 @@ def test_points_are_where_the_axes_say():
     )
 
 
+def test_long_labels_stay_inside_the_picture():
+    """An end-anchored text begins at its x less its width, about 7 a digit."""
+    figure = draw([(0, 0.14832), (1, 0.14843)])
+    labels = [text for text in figure.iter("text") if text.get("text-anchor") == "end"]
+    assert max(len(label.text) for label in labels) == 7
+    assert all(float(label.get("x")) >= 7 * len(label.text) for label in labels)
+
+
 def test_a_log_axis_spaces_decades_evenly():
     figure = draw([(0, 1.0), (1, 10.0), (2, 100.0), (3, 1000.0)], log=True)
     (line,) = figure.iter("polyline")
