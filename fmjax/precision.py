@@ -90,13 +90,33 @@ def _dot(a, b, contract, batch=((), ())):
 def matmul(a: Float[Array, "*B M K"], b: Float[Array, "*B K N"]) -> Float[Array, "*B M N"]:
     """Batched product of equal-dtype operands in float32; not differentiable by itself on purpose:
     its callers write their own VJP (`attention` does)."""
-    batch = tuple(range(a.ndim - 2))
-    return _dot(a, b, ((a.ndim - 1,), (b.ndim - 2,)), (batch, batch))
+    return _batched(a, b, a.ndim - 2)
 
 
 def matmul_transposed(
     a: Float[Array, "*B M K"], b: Float[Array, "*B N K"]
 ) -> Float[Array, "*B M N"]:
     """`a @ b.T` over the last axis of both, in float32."""
-    batch = tuple(range(a.ndim - 2))
-    return _dot(a, b, ((a.ndim - 1,), (b.ndim - 1,)), (batch, batch))
+    return _batched(a, b, a.ndim - 1)
+
+
+def _batched(a, b, axis):
+    """The product over a's last axis and b's `axis`, all axes before the last two being batch.
+
+    XLA:CPU has its kernels for operands that lie in memory in the order of their axes, and raises
+    any other to float32: attention's heads, which are a transpose, would be. A reshape to one batch
+    axis is in order. Elsewhere the axes stay apart, for the partitioner to cut each.
+    """
+
+    def apart(a, b):
+        batch = tuple(range(a.ndim - 2))
+        return _dot(a, b, ((a.ndim - 1,), (axis,)), (batch, batch))
+
+    def merged(a, b):
+        rows, columns = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
+        out = _dot(rows, columns, ((2,), (axis - a.ndim + 3,)), ((0,), (0,)))
+        return out.reshape(*a.shape[:-2], *out.shape[1:])
+
+    if a.dtype == jnp.float32:
+        return apart(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=merged, default=apart)

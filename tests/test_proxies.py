@@ -56,6 +56,23 @@ def long_batch(rows):
     }
 
 
+@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("share", ["mesh", "one device"])
+def test_no_product_of_the_compiled_bfloat16_step_has_float32_operands(remat, share):
+    """The program asks for it (test_train.py); this is what XLA made of it."""
+    if share == "mesh":
+        made = tiny.make(dtype="bfloat16", remat=remat, dropout=0.1, attention_dropout=0.1)
+    else:
+        made = on_one_device(3, dtype="bfloat16", remat=remat)
+    text = jax.jit(made.raw_step).lower(made.abstract, tiny.batch(8)).compile().as_text()
+    found = collections.Counter()
+    for computation in re.split(r"\n(?=%|ENTRY)", text):
+        types = dict(re.findall(r"%([\w.-]+) = (\w+)\[", computation))
+        for pair in re.findall(r" dot\(%([\w.-]+), %([\w.-]+)\)", computation):
+            found[tuple(types[name] for name in pair)] += 1
+    assert set(found) == {("bf16", "bf16")} and found.total() >= 24, found
+
+
 def test_a_step_reads_the_state_once_and_writes_it_in_place():
     program, made = compiled()
     memory = program.memory_analysis()
