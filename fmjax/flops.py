@@ -42,6 +42,8 @@ def _equation(equation: Any) -> int:
     if equation.primitive.name == "dot_general":
         (contract, _), _ = equation.params["dimension_numbers"]
         left, out = equation.invars[0].aval, equation.outvars[0].aval
+        if left.ndim == 1:  # a sum over rows, written as a product with ones
+            return 0
         return 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contract)
     inner = [_jaxpr(sub) for value in equation.params.values() for sub in _jaxprs(value)]
     if equation.primitive.name == "shard_map":

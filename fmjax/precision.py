@@ -59,6 +59,40 @@ def _linear_backward(dtype, out_in, spec, residuals, g):
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+@jax.custom_vjp
+def add_bias(x: Float[Array, "... F"], bias: Float[Array, "F"]) -> Float[Array, "... F"]:
+    """`x + bias` for every row."""
+    return x + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _add_bias_forward(x, bias):
+    return add_bias(x, bias), None
+
+
+def _add_bias_backward(_, g):
+    return g, column_sums(g)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
+def column_sums(x: Float[Array, "... F"]) -> Float[Array, "F"]:
+    """The sum over all axes but the last.
+
+    XLA:CPU walks the rows of such a reduction on one core: for a vocabulary's bias that took as
+    long as a product of the same array, so there it is a product with ones.
+    """
+
+    def product(x):
+        rows = x.reshape(-1, x.shape[-1])
+        return _dot(jnp.ones(rows.shape[:1], x.dtype), rows, ((0,), (0,)))
+
+    def plain(x):
+        return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
+
+    return jax.lax.platform_dependent(x, cpu=product, default=plain)
+
+
 def transposed(x: Float[Array, "*B N D"]) -> Float[Array, "*B D N"]:
     """The last two axes swapped, and on CPU kept from being folded into the dot that reads it.
 

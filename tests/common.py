@@ -14,10 +14,13 @@ CACHE = ROOT / ".pytest_cache" / "fmjax" / os.environ.get("PYTEST_XDIST_WORKER",
 
 
 def dots(closed) -> list:
-    """All matrix products in a closed jaxpr, those inside calls and loops included."""
+    """All matrix products in a closed jaxpr, those inside calls and loops included.
+
+    A product with a vector is a sum over rows (`precision.column_sums`) and no matrix product.
+    """
     found = []
     for equation in closed.jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
+        if equation.primitive.name == "dot_general" and equation.invars[0].aval.ndim > 1:
             found.append(equation)
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:

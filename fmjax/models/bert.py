@@ -229,7 +229,7 @@ class MlmHead(nn.Module):
         h = layers.LayerNorm(cfg.eps, not cfg.modern, dtype, name="norm")(h)
         bias = self.param("bias", nn.initializers.zeros, (cfg.vocab_size,), jnp.float32)
         logits = precision.linear(h, table, dtype, out_in=True, spec=spec)
-        return logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,))
+        return precision.add_bias(logits, bias)
 
 
 class Heads(nn.Module):

@@ -62,12 +62,46 @@ class Linear(nn.Module):
         y = precision.linear(x, kernel, self.dtype, spec=spec)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-            y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+            y = precision.add_bias(y, bias)
         return y.astype(self.dtype if out_dtype is None else out_dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(
+    x: Float[Array, "... D"], scale: Float[Array, "D"], bias: Float[Array, "D"] | None, eps: float
+) -> Float[Array, "... D"]:
+    """Layer normalisation in float32 (Ba et al. 2016). Keeps x and two numbers a row for the
+    backward pass, where the derived one keeps three arrays."""
+    return _layer_norm_forward(x, scale, bias, eps)[0]
+
+
+def _layer_norm_forward(x, scale, bias, eps):
+    mean = jnp.mean(x.astype(jnp.float32), axis=-1, keepdims=True)
+    centred = x.astype(jnp.float32) - mean
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    y = centred * inverse * _row(scale, x.ndim)
+    return y if bias is None else y + _row(bias, x.ndim), (x, mean, inverse, scale, bias)
+
+
+def _layer_norm_backward(eps, residuals, g):
+    x, mean, inverse, scale, bias = residuals
+    normal = (x.astype(jnp.float32) - mean) * inverse
+    along = lambda y: jnp.mean(y, axis=-1, keepdims=True)
+    scaled = g * _row(scale, x.ndim)
+    dx = inverse * (scaled - along(scaled) - normal * along(scaled * normal))
+    dbias = None if bias is None else precision.column_sums(g)
+    return dx.astype(x.dtype), precision.column_sums(g * normal), dbias
+
+
+def _row(vector, ndim):
+    return vector.reshape((1,) * (ndim - 1) + (-1,))
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
 class LayerNorm(nn.Module):
-    """Layer normalisation with float32 statistics (Ba et al. 2016)."""
+    """Layer normalisation with float32 statistics, as a module with its parameters."""
 
     eps: float
     use_bias: bool = True
@@ -75,16 +109,11 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        last = (1,) * (x.ndim - 1) + (-1,)
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        x = x.astype(jnp.float32)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        y = x * jax.lax.rsqrt(variance + self.eps) * scale.reshape(last)
+        bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
-            y = y + bias.reshape(last)
-        return y.astype(self.dtype)
+        return layer_norm(x, scale, bias, self.eps).astype(self.dtype)
 
 
 class Embedding(nn.Module):

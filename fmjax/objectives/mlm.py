@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from fmjax import rules, streams
+from fmjax import losses, rules, streams
 from fmjax.errors import ConfigError, did_you_mean
 
 
@@ -101,8 +101,7 @@ def loss_fn(
     hidden = jnp.take_along_axis(hidden, batch["mlm_positions"][..., None], axis=1)  # (B, K, D)
     logits = apply(params, hidden, method="logits")  # (B, K, V)
     labels, weights = batch["mlm_labels"], batch["mlm_weights"]
-    target = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    nats = jax.nn.logsumexp(logits, axis=-1) - target
+    nats = losses.cross_entropy(logits, labels)
     right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
     weight = jnp.sum(weights)
     tokens = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)

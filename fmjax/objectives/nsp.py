@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fmjax import losses
 from fmjax.errors import ConfigError
 
 
@@ -53,7 +54,7 @@ def pair_loss(
     logits = apply(params, hidden, head, method="classify")  # (B, 2)
     labels = batch["pair_label"]
     weights = jnp.any(batch["segment_ids"] > 0, axis=1).astype(jnp.float32)
-    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+    nats = losses.cross_entropy(logits, labels)
     right = (jnp.argmax(logits, axis=1) == labels).astype(jnp.float32)
     weight = jnp.sum(weights)
     return {
