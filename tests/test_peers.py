@@ -115,6 +115,9 @@ def test_a_signal_after_the_last_poll_stops_nobody(team):
     assert not any(in_all(team, Peers.poll))
     one._stop.signal = "SIGTERM"
     assert in_all(team, Peers.meet) == [None, None]
+    deadline = time.monotonic() + 20  # The news comes by a thread of its own.
+    while not other._stop.signal and time.monotonic() < deadline:
+        time.sleep(0.001)
     assert other._stop.signal == "SIGTERM" and not other._stop.requested
 
 

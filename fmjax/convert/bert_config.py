@@ -1,0 +1,244 @@
+"""config.json of Hugging Face's BERT, RoBERTa, DistilBERT and ModernBERT against our options.
+
+The tables are read in both directions; names of parameters are in bert.py.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fmjax.errors import ConfigError, did_you_mean
+
+# Classes of transformers and the heads they have, the richest first.
+ARCHITECTURES: dict[str, tuple[tuple[str, frozenset[str]], ...]] = {
+    "bert": (
+        ("BertForPreTraining", frozenset({"mlm", "pooler", "nsp"})),
+        ("BertForMaskedLM", frozenset({"mlm"})),
+    ),
+    "roberta": (("RobertaForMaskedLM", frozenset({"mlm"})),),
+    "distilbert": (("DistilBertForMaskedLM", frozenset({"mlm"})),),
+    "modernbert": (("ModernBertForMaskedLM", frozenset({"mlm"})),),
+}
+# Those with the head nsp.
+NEXT_SENTENCE = {"BertForPreTraining", "BertForNextSentencePrediction"}
+
+# config.json key -> (field of models.bert.Config, what transformers assumes when the key is absent)
+_POST_NORM_OPTIONS: dict[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", 30522),
+    "hidden_size": ("width", 768),
+    "num_hidden_layers": ("depth", 12),
+    "num_attention_heads": ("heads", 12),
+    "intermediate_size": ("mlp", 3072),
+    "max_position_embeddings": ("max_len", 512),
+    "type_vocab_size": ("types", 2),
+    "hidden_act": ("activation", "gelu"),
+    "hidden_dropout_prob": ("dropout", 0.1),
+    "attention_probs_dropout_prob": ("attention_dropout", 0.1),
+    "layer_norm_eps": ("eps", 1e-12),
+}
+OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
+    "bert": _POST_NORM_OPTIONS,
+    "roberta": _POST_NORM_OPTIONS | {"vocab_size": ("vocab_size", 50265)},
+    "distilbert": {
+        "vocab_size": ("vocab_size", 30522),
+        "dim": ("width", 768),
+        "n_layers": ("depth", 6),
+        "n_heads": ("heads", 12),
+        "hidden_dim": ("mlp", 3072),
+        "max_position_embeddings": ("max_len", 512),
+        "activation": ("activation", "gelu"),
+        "dropout": ("dropout", 0.1),
+        "attention_dropout": ("attention_dropout", 0.1),
+    },
+    "modernbert": {
+        "vocab_size": ("vocab_size", 50368),
+        "hidden_size": ("width", 768),
+        "num_hidden_layers": ("depth", 22),
+        "num_attention_heads": ("heads", 12),
+        "intermediate_size": ("mlp", 1152),
+        "max_position_embeddings": ("max_len", 8192),
+        "hidden_activation": ("activation", "gelu"),
+        "classifier_activation": ("head_activation", "gelu"),
+        "embedding_dropout": ("dropout", 0.0),
+        "mlp_dropout": ("dropout", 0.0),
+        "attention_dropout": ("attention_dropout", 0.0),
+        "norm_eps": ("eps", 1e-5),
+    },
+}
+# Options of transformers that we have in one setting only; absent means that setting.
+_COMMON = {"tie_word_embeddings": True, "quantization_config": None}
+_ENCODER = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+}
+FIXED: dict[str, dict[str, Any]] = {
+    "bert": _COMMON | _ENCODER,
+    "roberta": _COMMON | _ENCODER,
+    "distilbert": _COMMON,
+    "modernbert": {
+        **_COMMON,
+        **dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), False),
+        "decoder_bias": True,
+        "rope_scaling": None,
+    },
+}
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+TOKEN_IDS = {
+    "bert": ("pad",),
+    "roberta": ("pad", "bos", "eos"),
+    "distilbert": ("pad",),
+    "modernbert": ("pad", "bos", "eos", "cls", "sep"),
+}
+
+
+def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `models.bert.Model` for a config.json.
+
+    Raises ConfigError for an option that the model does not have.
+    """
+    model_type = hf["model_type"]
+    for key, value in FIXED[model_type].items():
+        if hf.get(key, value) != value:
+            raise ConfigError(
+                f"config.json has {key}={hf[key]!r}; fmjax's {model_type} has {value!r} only."
+            )
+    found: dict[str, Any] = {}
+    for key, (field, default) in OPTIONS[model_type].items():
+        value = hf.get(key, default)
+        if field.endswith("activation"):
+            value = _activation(key, value)
+        if found.setdefault(field, value) != value:
+            raise ConfigError(
+                f"config.json has {key}={value!r} beside {found[field]!r} for what is one option "
+                f"here, config.model.{field}."
+            )
+    constant: dict[str, Any] = dict(position_shift=0, pooler=model_type == "bert", modern=False)
+    if model_type == "bert":
+        constant["head_activation"] = found["activation"]
+        if NEXT_SENTENCE.intersection(hf.get("architectures") or ()):
+            constant["classes"] = {"nsp": 2}
+    elif model_type == "roberta":
+        pad = hf.get("pad_token_id", 1)
+        if not isinstance(pad, int):
+            raise ConfigError(
+                f"config.json has pad_token_id={pad!r}; RoBERTa's positions start after it."
+            )
+        found["max_len"] -= pad + 1
+        constant |= dict(position_shift=pad + 1, head_activation="gelu")
+    elif model_type == "distilbert":
+        constant |= dict(types=0, eps=1e-12, head_activation=found["activation"])
+    else:
+        constant |= dict(modern=True, types=0, **_local_attention(hf, found["depth"]))
+    return found | constant
+
+
+def type_of(cfg: Any) -> str:
+    """Which of the four a `models.bert.Config` describes."""
+    if cfg.modern:
+        return "modernbert"
+    if cfg.position_shift:
+        return "roberta"
+    return "bert" if cfg.types else "distilbert"
+
+
+def hf_config(cfg: Any, heads: Iterable[str], ids: Mapping[str, int]) -> dict[str, Any]:
+    """config.json for a `models.bert.Config`, the heads to write and the ids of special tokens.
+
+    Raises ConfigError for a combination of options that no class of transformers has.
+    """
+    family = type_of(cfg)
+    config: dict[str, Any] = {
+        "architectures": [
+            next(name for name, has in ARCHITECTURES[family] if has == set(heads) - {""})
+        ],
+        "model_type": family,
+        "dtype": "float32",
+        "tie_word_embeddings": True,
+        **{f"{kind}_token_id": ids.get(kind) for kind in TOKEN_IDS[family]},
+    }
+    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    for key, (field, _) in OPTIONS[family].items():
+        value = getattr(cfg, field)
+        config[key] = names[value] if field.endswith("activation") else value
+    if family == "modernbert":
+        # The keys of the published checkpoints, which every version of transformers reads.
+        config |= {
+            "local_attention": 2 * cfg.window,
+            "global_attn_every_n_layers": cfg.full_every,
+            "global_rope_theta": cfg.theta_full,
+            "local_rope_theta": cfg.theta_local,
+        }
+        return config
+    if family == "roberta":
+        config["max_position_embeddings"] += cfg.position_shift
+        config["pad_token_id"] = ids.get("pad", cfg.position_shift - 1)
+        _require(family, "position_shift", cfg.position_shift, config["pad_token_id"] + 1)
+        if not cfg.types:
+            raise ConfigError(
+                "A RoBERTa with config.model.types=0 has no counterpart in transformers."
+            )
+    if family == "distilbert":
+        _require(family, "eps", cfg.eps, 1e-12)
+    _require(
+        family,
+        "head_activation",
+        cfg.head_activation,
+        "gelu" if family == "roberta" else cfg.activation,
+    )
+    return config
+
+
+def _require(family: str, field: str, value: Any, needed: Any) -> None:
+    if value != needed:
+        raise ConfigError(
+            f"config.model.{field}={value!r} cannot be exported: transformers' {family} needs "
+            f"{needed!r} here."
+        )
+
+
+def _activation(key: str, value: str) -> str:
+    if value not in ACTIVATIONS:
+        raise ConfigError(
+            f"config.json has {key}={value!r}, which fmjax does not have."
+            + did_you_mean(value, ACTIVATIONS)
+        )
+    return ACTIVATIONS[value]
+
+
+def _local_attention(hf: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """ModernBERT's windows and rotary bases, in the keys of transformers 4 or 5."""
+    every = hf.get("global_attn_every_n_layers", 3)
+    if kinds := hf.get("layer_types"):
+        full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+        every = full[1] if len(full) > 1 else depth
+        expected = ["sliding_attention" if i % every else "full_attention" for i in range(depth)]
+        if kinds != expected:
+            raise ConfigError(
+                f"config.json has layer_types={kinds}; fmjax's ModernBERT has a full layer first "
+                "and then every n-th (config.model.full_every)."
+            )
+    rope = hf.get("rope_parameters") or {}
+    bases = []
+    for kind, old, default in (
+        ("full_attention", "global_rope_theta", 160_000.0),
+        ("sliding_attention", "local_rope_theta", 10_000.0),
+    ):
+        options = rope.get(kind) or {}
+        if options.get("rope_type", "default") != "default":
+            raise ConfigError(
+                f"config.json has rope_type={options['rope_type']!r}; fmjax has 'default' only."
+            )
+        bases.append(float(options.get("rope_theta", hf.get(old, default))))
+    return dict(
+        window=hf.get("local_attention", 128) // 2,
+        full_every=every,
+        theta_full=bases[0],
+        theta_local=bases[1],
+    )
