@@ -2,7 +2,7 @@
 
 Parameters and optimizer stay in float32. On a CPU with AMX the same bfloat16 product runs five
 times faster when its result is asked for in float32, and JAX's derived gradients lose that (they
-multiply a float32 cotangent with a bfloat16 operand, which upcasts), so both products below carry
+multiply a float32 cotangent with a bfloat16 operand, which upcasts), so the products below carry
 their own VJP whose dots are all written out.
 """
 
