@@ -40,12 +40,15 @@ def get_config(arg=None):
     config.data = dict(
         name="pydocs",  # or text (data.train=files), or hub (data.path=id)
         seq_len=128,
-        format="packed",  # several documents a row, kept apart; or padded, or pairs (for nsp, sop)
+        format="packed",  # several documents a row, kept apart; or padded, pairs, classes, …
         pair="nsp",
         train="",
         validation="",
         validation_fraction=0.05,
-        column="text",
+        columns="text",  # of records in columns: the one with the text; several as "a,b"
+        label="label",  # of labelled formats: the column of the labels, "" where there are none
+        classes=(),  # names of the classes in their order; () = those found, sorted
+        stride=64,
         document="blank_line",  # what separates documents in .txt files; or line, file
         long="split",  # documents longer than seq_len; or truncate, drop, error
         on_bad_record="raise",
@@ -77,7 +80,6 @@ def get_config(arg=None):
         mlp=None,
         dropout=None,
         attention_dropout=None,
-        classes={},  # linear heads on the first token: {"nsp": 2}
         attention="auto",
         scan=True,
         remat="none",

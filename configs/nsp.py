@@ -50,7 +50,6 @@ def get_config(arg=None):
     config.data.format = "pairs"
     config.data.pair = arg.pair
     config.objectives[arg.pair] = dict(weight=1.0)
-    config.model.classes = {arg.pair: 2}
     if config.model.variant == "modernbert_tiny":
         # The first token answers for the pair: both of its layers must see all of it.
         config.model.full_every = 1

@@ -1,9 +1,10 @@
 """From a config or a folder to the things that tasks share: model, parameters, tokenizer."""
 
+import dataclasses
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fmjax import checkpoint, convert, state, trees
+from fmjax import checkpoint, convert, objectives, rules, state, trees
 from fmjax import config as configs
 from fmjax.data.tokenizer import MAX_VOCAB
 from fmjax.data.tokenizer import load as tokenizer
@@ -29,6 +30,7 @@ class Opened(NamedTuple):
     missing: tuple[str, ...]  # parameters that the folder lacks: freshly initialised
     config: ConfigDict | None  # what the run was started with; None for Hugging Face format
     step: int | None  # of the run
+    labels: tuple[str, ...] = ()  # names of the classes that it was trained for
     averaged: bool = False  # the run's moving average, which its validation measures too
 
     def __str__(self) -> str:
@@ -45,8 +47,9 @@ class Opened(NamedTuple):
             )
 
 
-def model(config: Any, vocab_size: int) -> nn.Module:
-    """The model of a config, sized for a vocabulary.
+def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> nn.Module:
+    """The model of a config, sized for a vocabulary, with the heads that its objectives need for
+    classes called `labels`.
 
     Keys that are None are the variant's own; `config.model.vocab_size=None` takes the tokenizer's
     size, a larger one leaves unused rows. Raises ConfigError where vocabulary or sequence length do
@@ -54,16 +57,84 @@ def model(config: Any, vocab_size: int) -> nn.Module:
     """
     fields = {key: value for key, value in config.model.to_dict().items() if value is not None}
     name, wanted = fields.pop("name"), fields.pop("vocab_size", None)
+    heads = fields.pop("classes", {}) | objectives.heads(config.objectives, labels)
     if wanted and wanted < vocab_size:
         raise ConfigError(
             f"config.model.vocab_size={wanted} is smaller than the tokenizer's {vocab_size}: its "
             f"ids would have no row. Set it to None (the tokenizer's size) or {vocab_size} or more."
         )
     built = importlib.import_module(f"fmjax.models.{name}").Model(
-        **fields, vocab_size=wanted or vocab_size, dtype=config.precision
+        **fields,
+        vocab_size=wanted or vocab_size,
+        dtype=config.precision,
+        lm_head="mlm" in config.objectives,
+        classes=heads,
     )
     check_length(built, config.data.seq_len)
     return built
+
+
+def resolved(config: Any) -> Any:
+    """The config with the model and the tokenizer of `config.init` in the place of the name "init".
+
+    What `config.model` says beside its name goes before what `config.init` has. Raises ConfigError
+    where there is nothing to take.
+    """
+    wanted = [key for key in ("model", "tokenizer") if config[key].name == "init"]
+    if not wanted:
+        return config
+    if not config.init:
+        raise ConfigError(
+            f"config.{wanted[0]}.name='init' means the {wanted[0]} of config.init, which is empty: "
+            "set --config.init to a run folder, a folder in Hugging Face format, or a hub id."
+        )
+    if config.init.startswith("runs/") and not os.path.isdir(config.init):
+        raise ConfigError(
+            f"config.init={config.init!r} does not exist. python run.py --config=configs/mlm.py "
+            "makes the default one; or set --config.init to another run folder, a folder in "
+            "Hugging Face format, or a hub id."
+        )
+    config = ConfigDict(config.to_dict())
+    if "tokenizer" in wanted:
+        of_run = is_run(config.init)
+        source = Path(config.init, "tokenizer") if of_run else convert.find(config.init)
+        config.tokenizer.name = str(source)
+    if "model" in wanted:
+        name, options = described(config.init)
+        own = {key: value for key, value in config.model.items() if value is not None}
+        config.model = options | own | {"name": name}
+    return config.lock()
+
+
+def described(source: str) -> tuple[str, dict[str, Any]]:
+    """(name, arguments of its `Model`) of the model in a run folder, in a folder in Hugging Face
+    format, or of a hub id; without its heads and its precision."""
+    if is_run(source):
+        name, options = _described(checkpoint.load_meta(source), source)
+    else:
+        name, options = convert.describe(convert.find(source))
+    return name, {k: v for k, v in options.items() if k not in ("classes", "lm_head", "dtype")}
+
+
+def identity(model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint keeps of a model, as JSON; `described` reads it."""
+    options = dataclasses.asdict(model.cfg)
+    return {"name": type(model).__module__.rpartition(".")[2], "options": options}
+
+
+def _described(meta: Mapping[str, Any], folder: str | Path) -> tuple[str, dict[str, Any]]:
+    """(name, options) that `identity` wrote; checked, since a folder may come from anybody."""
+    try:
+        name, options = meta["model"]["name"], dict(meta["model"]["options"])
+        options["classes"] = {str(head): outputs for head, outputs in options["classes"]}
+        rules.check({"model": {"name": name, **options}})
+        if not all(isinstance(n, int) and 0 < n <= MAX_VOCAB for n in options["classes"].values()):
+            raise ValueError(f"classes are {options['classes']}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: its checkpoint does not describe a model ({error})."
+        ) from error
+    return name, options
 
 
 def check_length(model: nn.Module, seq_len: int) -> None:
@@ -188,21 +259,33 @@ def _open_run(
     if not file.is_file():
         raise CheckpointError(f"{file} cannot be read: there is no such file.")
     saved = configs.load(str(file))
-    if missing := {"model.name", "data.seq_len", "precision"} - configs.flatten(saved).keys():
+    needed = {"model.name", "data.seq_len", "precision"}
+    if missing := needed - configs.flatten(saved).keys():
         raise CheckpointError(f"{file} is not that of a training run: it lacks {sorted(missing)}.")
     if precision:
         with saved.unlocked():
             saved.precision = precision
     params, meta, averaged = checkpoint.load_params(folder, step)
-    size = configs.flatten(meta).get("fingerprint.vocab_size")
-    if not isinstance(size, int) or not 0 < size <= MAX_VOCAB:
-        raise CheckpointError(f"{folder}: its checkpoint has fingerprint.vocab_size={size!r}.")
-    built = model(saved, size)
+    name, options = _described(meta, folder)
+    how = {key: saved.model[key] for key in ("attention", "scan") if key in saved.model}
+    built = importlib.import_module(f"fmjax.models.{name}").Model(
+        **options | how | {"dtype": saved.precision}
+    )
+    check_length(built, saved.data.seq_len)
+    labels = configs.flatten(meta).get("fingerprint.labels") or ()
     built = built.clone(stacks=trees.runs(built.kinds))
     abstract = state.abstract_params(built, mesh)
     params, _ = _laid_out(params, built.stacks, abstract, str(folder))
     return Opened(
-        str(folder), built, params, folder / "tokenizer", (), saved, meta["step"], averaged
+        str(folder),
+        built,
+        params,
+        tokenizer=folder / "tokenizer",
+        missing=(),
+        config=saved,
+        step=meta["step"],
+        labels=tuple(labels),
+        averaged=averaged,
     )
 
 

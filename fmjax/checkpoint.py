@@ -246,11 +246,7 @@ def load_params(workdir: str | Path, step: int | None = None) -> tuple[Any, dict
     Of the optimizer nothing else is read. The folder may belong to a run in progress: nothing in it
     is changed.
     """
-    directory = _directory(workdir)
-    found = _find(directory, step, quarantine=False)
-    if found is None:
-        raise CheckpointError(f"{directory} holds no checkpoint. Is {workdir} a run folder?")
-    folder = directory / str(found)
+    folder = _verified(workdir, step)
     meta = step_folders.read_meta(folder)
     average = _named(AVERAGE, meta["arrays"])
     paths = {**_named("params/(.*)", meta["arrays"]), **average}
@@ -266,6 +262,20 @@ def load_params(workdir: str | Path, step: int | None = None) -> tuple[Any, dict
     found = {_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
     params = unflatten_dict({name: found[path] for name, path in paths.items()}, "/")
     return params, meta, bool(average)
+
+
+def load_meta(workdir: str | Path, step: int | None = None) -> dict:
+    """What the newest undamaged step of a run folder, or `step`, says beside its arrays."""
+    return step_folders.read_meta(_verified(workdir, step))
+
+
+def _verified(workdir: str | Path, step: int | None) -> Path:
+    """The folder of a run's newest undamaged step, or of `step`; nothing in it is changed."""
+    directory = _directory(workdir)
+    found = _find(directory, step, quarantine=False)
+    if found is None:
+        raise CheckpointError(f"{directory} holds no checkpoint. Is {workdir} a run folder?")
+    return directory / str(found)
 
 
 def _directory(workdir: str | Path) -> Path:

@@ -10,15 +10,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from fmjax import build, data, logs, processes, progress, sharding
+from fmjax import losses as array_losses
 from fmjax import objectives as losses
 from fmjax.data.settings import DataSettings, read
 from fmjax.errors import ConfigError, DataError
 
 FILE = "evaluation.jsonl"
 # A new source replaces all that names the run's; only these say how rows are made of documents.
-ROWS = ("seq_len", "format", "pair", "long", "cache", "workers")
+ROWS = ("seq_len", "format", "pair", "long", "stride", "columns", "label", "cache", "workers")
 
 
 def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
@@ -30,7 +32,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     with processes.start(config) as mesh:
         opened = build.open_folder(config.folder, mesh, config.precision, config.step)
         saved = opened.config
-        settings, goals, batch_size = _settings(config, saved)
+        settings, goals, batch_size = _settings(config, opened)
         sharding.check_batch(mesh, batch_size)
         build.check_length(opened.model, settings["seq_len"])
         for name in goals:
@@ -43,8 +45,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         _show(f"\n{opened}: {config.split} of {source}, {rows:,} rows of {split.seq_len}, {dtype}")
         if dry_run:
             return
-        pair = settings["pair"] if settings["format"] == "pairs" else ""
-        objectives = losses.build(goals, vocab=dataset.vocab, pair=pair)
+        objectives = losses.build(goals, target=dataset.target, vocab=dataset.vocab)
         batches = data.eval_batches(
             split,
             batch_size=batch_size,
@@ -82,10 +83,13 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
 
 
 def make_step(apply: Callable, objectives: list[losses.Objective]) -> Callable:
-    """`step(params, batch, rng) -> {metric: (sum, weight)}`, without dropout, to be jitted."""
+    """`step(params, batch, rng) -> ({metric: (sum, weight)}, {objective: outputs})`, without
+    dropout, to be jitted."""
 
     def eval_step(params, batch, rng):
-        return losses.metrics(objectives, apply, params, batch, rng, train=False)
+        sums, outputs = losses.evaluation(objectives, apply, params, batch, rng)
+        real = array_losses.real_rows(batch) > 0
+        return sums, {"rows": (batch["index"], real, batch.get("labels")), **outputs}
 
     return eval_step
 
@@ -99,19 +103,47 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     show: Callable[[int], None] = lambda done: None,
 ) -> dict[str, float] | None:
-    """Means over all examples, each counted once; None if `stop()` turned true on the way.
+    """Means over all examples, each counted once, and scores over all of them at once; None if
+    `stop()` turned true on the way.
 
     `show` is told how many batches are done. Masks are a function of the row number, so every
     evaluation sees the same ones.
     """
     rng = jax.random.key(0)
     totals: dict[str, np.ndarray] = {}
+    kept = []
+    scored = [objective for objective in objectives if objective.score]
     for done, batch in enumerate(sharding.to_device(batches, mesh), 1):
         if stop():
             return None
-        add(totals, step(params, batch, rng))
+        sums, outputs = step(params, batch, rng)
+        add(totals, sums)
+        if scored:
+            kept.append(on_host(outputs))
         show(done)
-    return losses.mean(totals, objectives)
+    found = losses.mean(totals, objectives)
+    if scored:
+        outputs, labels = in_order(kept)
+        for objective in scored:
+            scores = objective.score(outputs[objective.name], labels)
+            found |= {f"{objective.name}/{name}": value for name, value in scores.items()}
+    return found
+
+
+def on_host(outputs: Any) -> Any:
+    """Arrays of all processes in the memory of each."""
+    if jax.process_count() > 1:
+        outputs = multihost_utils.process_allgather(outputs, tiled=True)
+    return jax.device_get(outputs)
+
+
+def in_order(batches: list[dict[str, Any]]) -> tuple[dict[str, Any], np.ndarray]:
+    """({objective: outputs}, labels) of all examples in the order of the split; what fills the last
+    batch is left out."""
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+    index, real, labels = whole.pop("rows")
+    order = np.argsort(np.where(real, index, np.iinfo(np.int32).max), kind="stable")[: real.sum()]
+    return jax.tree.map(lambda x: x[order], (whole, labels))
 
 
 def add(totals: dict[str, np.ndarray], found: Mapping[str, tuple[Any, Any]]) -> None:
@@ -129,9 +161,12 @@ def perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _settings(config: Any, saved: Any) -> tuple[dict[str, Any], dict[str, Any], int]:
+def _settings(config: Any, opened: build.Opened) -> tuple[dict[str, Any], dict[str, Any], int]:
     """(data settings, objectives, batch size): what is given, else the run's, else the defaults."""
+    saved = opened.config
     given = {key: value for key, value in config.data.items() if value is not None}
+    if opened.labels:  # what its outputs mean, whichever labels the data have
+        given["classes"] = opened.labels
     kept = saved.data.to_dict() if saved else {}
     if given.keys() & {"name", "train", "path"}:
         kept = {key: kept[key] for key in ROWS if key in kept}

@@ -1,5 +1,7 @@
 """Losses of arrays, whichever objective they serve."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -34,3 +36,22 @@ def _cross_entropy_backward(residuals, g):
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def real_rows(batch: Mapping[str, jax.Array]) -> Float[Array, "B"]:
+    """1 for an example, 0 for a row of nothing but padding, which fills the last batch."""
+    real = batch["segment_ids"] > 0
+    return jnp.any(real, axis=tuple(range(1, real.ndim))).astype(jnp.float32)
+
+
+def classification(
+    logits: Float[Array, "B C"], batch: Mapping[str, jax.Array]
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """(sum, weight) of the cross-entropy in nats against `labels` (B,), and of the accuracy."""
+    labels, weights = batch["labels"], real_rows(batch)
+    right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    weight = jnp.sum(weights)
+    return {
+        "loss": (jnp.sum(cross_entropy(logits, labels) * weights), weight),
+        "accuracy": (jnp.sum(right * weights), weight),
+    }

@@ -155,7 +155,9 @@ class Monitor:
         )
         self._progress.close()
         page = report.write(self.folder.path)
-        for name in ("loss", *(f"{objective.name}/accuracy" for objective in self.run.objectives)):
+        goals = self.run.objectives
+        scores = [f"{goal.name}/{score}" for goal in goals for score in ("accuracy", *goal.scores)]
+        for name in ("loss", *scores):
             value = summary["metrics"].get(f"validation/{name}")
             if value is not None and not signal:
                 print(f"validation/{name} {value:.4f}")

@@ -29,11 +29,13 @@ class Modules(NamedTuple):
 
     folder: str
     defines: str
+    also: tuple[str, ...] = ()  # names that mean something else
 
     def names(self) -> list[str]:
         found = re.compile(rf"^(def|class) {self.defines}\b", re.MULTILINE)
         files = sorted((PACKAGE / self.folder).glob("*.py"))
-        return [file.stem for file in files if found.search(file.read_text(encoding="utf-8"))]
+        named = [file.stem for file in files if found.search(file.read_text(encoding="utf-8"))]
+        return [*named, *self.also]
 
 
 def duration(value: Any) -> tuple[Fraction, str]:
@@ -149,6 +151,15 @@ def _is_ranges(value: Any) -> bool:
     return all(a < b for a, b in zip([-1, *ends], [*ends, 2**62], strict=True))
 
 
+def _is_texts(value: Any) -> bool:
+    texts = isinstance(value, tuple | list) and all(isinstance(x, str) for x in value)
+    return texts and len(set(value)) == len(value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or bool(value) and _is_texts(value)
+
+
 def is_regex(value: Any) -> bool:
     try:
         return isinstance(value, str) and bool(re.compile(value))
@@ -175,13 +186,16 @@ def _whole(low: int, high: int) -> Check:
 
 
 # Dicts whose keys are the user's choice: the command line replaces them whole.
-OPEN = ("objectives", "group_optim", "optim.args", "model.classes")
+OPEN = ("objectives", "group_optim", "optim.args")
 DICTS = (
     r"data|tokenizer|model|mesh|distributed|optim|(objectives|group_optim)(\.[^.]+)?"
-    r"|(optim|group_optim\.[^.]+)\.args|model\.classes"
+    r"|(optim|group_optim\.[^.]+)\.args"
 )
 SCHEDULES = ("linear", "cosine", "wsd", "rsqrt", "constant")
 MASKS = ("token", "word", "span")  # what masked language modelling chooses
+POOLS = ("first", "mean")  # what stands for a whole sequence
+# How documents become rows, or what kind of example a record is.
+FORMATS = ("packed", "padded", "pairs", "classes", "values", "tags", "spans", "choices", "texts")
 
 DURATION_TEXT = re.compile(
     r"\s*(?P<number>\d+(_\d+)*(\.\d+)?(e\d\d?)?)\s*(?P<scale>[KkMmBbTt]?)\s*"
@@ -195,6 +209,8 @@ FRACTION = Check(lambda v: _is_real(v, 0.0, 1.0) and v < 1, "a number from 0 to 
 NON_NEGATIVE = Check(_is_real, "a finite number of at least 0")
 SHARES = Check(_is_shares, "two numbers of at least 0 that add up to at most 1")
 RANGES = Check(_is_ranges, "(first, last + 1) pairs in ascending order: ((80, 96), (112, 120))")
+COLUMNS = Check(_is_names, "names of columns: 'a', 'a,b' or ('a', 'b')")
+CLASSES = Check(_is_texts, "a tuple of different texts")
 ADDRESS = Check(_is_address, "<host>:<port>, or '' with one process")
 NAME = Check(lambda v: isinstance(v, str) and v.isidentifier(), "the name of an optimizer of optax")
 REGEX = Check(is_regex, "a regular expression")
@@ -217,7 +233,6 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"data\.workers", _whole(0, 1024)),
     (r"tokenizer\.vocab_size", _whole(32, 2**24)),
     (r"model\.(vocab_size|types|position_shift)", _whole(0, 2**24)),
-    (r"model\.classes\.[^.]+", _whole(1, 2**24)),
     (r"model\.theta_(full|local)", Check(lambda v: _is_real(v, 1.0), "a finite number from 1")),
     (r"mesh\..*", AXIS),
     (r".*\.(rate|layer_decay|end|span_stop)", PROBABILITY),
@@ -231,13 +246,17 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("split", ("train", "validation")),
     (r"optim\.schedule", SCHEDULES),
     (r"data\.name", ("pydocs", "text", "hub")),
-    (r"data\.format", ("packed", "padded", "pairs")),
+    (r"data\.format", FORMATS),
+    (r"data\.columns", COLUMNS),
+    (r"data\.classes", CLASSES),
+    (r"data\.stride", _whole(0, 2**20)),
     (r"data\.document", ("blank_line", "line", "file")),
     (r"data\.long", ("split", "truncate", "drop", "error")),
     (r"data\.on_bad_record", ("raise", "skip", "quarantine")),
     (r"data\.pair", ("nsp", "sop")),
     (r"tokenizer\.kind", ("wordpiece", "bpe", "unigram")),
     (r"objectives\.mlm\.mask", MASKS),
-    (r"model\.name", Modules("models", "Model")),
+    (r"objectives\.[^.]+\.pool", POOLS),
+    (r"model\.name", Modules("models", "Model", also=("init",))),
     ("task", Modules("", "run")),
 )

@@ -1,7 +1,7 @@
 """What a config means: every part of a run, built and checked, with nothing computed yet."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 from fmjax import build, data, groups, optim, rules, sharding, state, trees
 from fmjax import config as configs
 from fmjax import objectives as losses
+from fmjax.data.settings import DataSettings, read
 from fmjax.state import TrainState
 
 
@@ -44,36 +45,47 @@ def setup(config: Any, mesh: jax.sharding.Mesh, poll: Callable[[], None] = lambd
     can tell, so that a mistake in the config is not found hours later.
     """
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
+    config = build.resolved(config)
     size = config.tokenizer.vocab_size if config.tokenizer.name == "train" else 8
     none = np.zeros(size, bool)
     stand_in = data.Vocab(size, 0, 1, 2, 3, none, none)
+    labels = tuple(config.data.classes) or ("one", "other")
     # An upper bound of the steps in the unit of the run's length, next to nothing in the others, so
     # that no duration looks longer than the run.
     unit = rules.duration(config.total)[1]
     rows = config.batch_size * 2**30 if unit == "epoch" else 1
-    assemble(config, mesh, stand_in, rows=rows, tokens=rows if unit == "token" else rows * 2**40)
+    tokens = rows if unit == "token" else rows * 2**40
+    assemble(config, mesh, stand_in, labels, rows=rows, tokens=tokens)
 
     dataset = data.prepare(config.data.to_dict(), config.tokenizer.to_dict(), poll=poll)
     build.check_tokenizer(config, dataset.tokenizer_dir)
     train = dataset.splits["train"]
-    run = assemble(config, mesh, dataset.vocab, rows=len(train), tokens=train.tokens)
+    size = dict(rows=len(train), tokens=train.tokens)
+    run = assemble(config, mesh, dataset.vocab, dataset.labels, **size)
     return run._replace(dataset=dataset)
 
 
 def assemble(
-    config: Any, mesh: jax.sharding.Mesh, vocab: data.Vocab, *, rows: int, tokens: int
+    config: Any,
+    mesh: jax.sharding.Mesh,
+    vocab: data.Vocab,
+    labels: Sequence[str],
+    *,
+    rows: int,
+    tokens: int,
 ) -> Run:
-    """All parts of a run but its data, of which the training split has `rows` and real `tokens`."""
+    """All parts of a run but its data, of which the training split has `rows` and real `tokens`,
+    and the classes the names `labels`."""
     sizes = dict(
         steps_per_epoch=Fraction(rows, config.batch_size),
         tokens_per_step=Fraction(config.batch_size * tokens, rows),
     )
     total = configs.steps(config.total, total=None, **sizes)
     steps = functools.partial(configs.steps, total=total, **sizes)
-    pair = config.data.pair if config.data.format == "pairs" else ""
-    objectives = losses.build(config.objectives.to_dict(), vocab=vocab, pair=pair)
+    target = read(DataSettings, config.data.to_dict(), "data").target
+    objectives = losses.build(config.objectives.to_dict(), target=target, vocab=vocab)
     optimizers = config.optim.to_dict(), config.group_optim.to_dict()
-    model, assigned = grouped(build.model(config, vocab.size), config.groups, *optimizers)
+    model, assigned = grouped(build.model(config, vocab.size, labels), config.groups, *optimizers)
     split = functools.partial(groups.split, assigned=assigned)
     optimizer = optim.make(
         split(state.abstract_params(model))[0],

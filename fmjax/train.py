@@ -92,7 +92,7 @@ def loop(
     every = {name: run.steps(config[f"{name}_every"]) for name in ("log", "eval", "save")}
     due = lambda name: step == run.total or (every[name] and step % every[name] == 0)
     with contextlib.ExitStack() as cleanup:
-        mode = "max" if config.best.endswith("accuracy") else "min"
+        mode = "min" if config.best.endswith(("loss", "perplexity")) else "max"
         saver = checkpoint.Checkpointer(
             folder.path,
             keep=config.keep,
@@ -187,6 +187,7 @@ def meta(run: Run, batches: Any, monitor: Monitor) -> dict[str, Any]:
     return {
         "data": batches.state(),
         "fingerprint": fingerprint(run),
+        "model": build.identity(run.model),
         "config": configs.flatten(configs.redact(run.config)),
         "versions": report.environment(),
         **monitor.saved(),
@@ -205,7 +206,8 @@ def compiled(run: Run, monitor: Monitor) -> tuple[Callable, Callable]:
         traced = jax.jit(train_step, donate_argnums=0).trace(run.abstract, spec)
         monitor.flops = flops.of_step(run, spec, traced)
         lowered = traced.lower()
-        check_best(run.config.best, lowered.out_info[1]["sums"])
+        scores = [f"{o.name}/{score}" for o in run.objectives for score in o.scores]
+        check_best(run.config.best, [*lowered.out_info[1]["sums"], *scores])
         return lowered.compile(), eval_step
 
 

@@ -188,7 +188,8 @@ def assemble(*words: str):
         try:
             mesh = sharding.make_mesh(**config.mesh)
             sharding.check_batch(mesh, config.batch_size, config.accumulate)
-            return setup.assemble(config, mesh, vocab, rows=1000, tokens=100_000)
+            config = build.resolved(config)
+            return setup.assemble(config, mesh, vocab, ("a", "b"), rows=1000, tokens=100_000)
         except ConfigError as error:
             named = [word.partition("=")[0].rpartition(".")[2] for word in (*TINY, *words)]
             assert any(key in str(error) for key in named), error
@@ -214,10 +215,9 @@ LATE = {
     "model.attention": ["xla", "cudnn", "tpu", ""],
     "model.remat": ["block", "dots", "None", "x"],
     "model.scan": ["False", "None"],
-    "model.classes": [
-        "{'mlm': 2}", "{'pooler': 2}", "{'parent': 2}", "{'nsp': 0}", "{'nsp': {'a': 1}}",
-        "{'nsp': 2.0}", "{'a-b': 2}", "{'é': 3}", "{'nsp': 16777216}",
-    ],
+    "model.name": ["init", "x", "bert"],
+    "data.format": ["classes", "values", "tags", "texts", "pairs", "padded"],
+    "data.classes": ["()", "('a',)", "('a', 'b', 'c')"],
     "optim.name": OPTIMIZERS,
     "optim.schedule": ["wsd", "rsqrt", "constant", "x"],
     "optim.decay": ["", "x", "(", ".*", "(?i).*KERNEL", "[[]"],
@@ -257,7 +257,16 @@ def test_parts_that_do_not_go_together_are_refused(words):
 
 @pytest.mark.parametrize(
     "key",
-    ["model.classes", "mesh.data", "mesh.tensor", "total", "objectives", "groups", "group_optim"]
+    [
+        "model.name",
+        "data.format",
+        "mesh.data",
+        "mesh.tensor",
+        "total",
+        "objectives",
+        "groups",
+        "group_optim",
+    ]
     + ["optim.name", "optim.args", "optim.decay", "optim.cooldown"],
 )
 def test_what_passes_the_rules_and_means_nothing(key):
@@ -268,7 +277,8 @@ def test_what_passes_the_rules_and_means_nothing(key):
 def test_stand_ins_are_valid_by_themselves():
     """Else everything above would be refused for a reason of its own."""
     assert assemble().model.cfg.width == 32
-    assert assemble("--config.model.classes={'nsp': 2}") is not None
+    labelled = ["--config.data.format=classes", "--config.data.long=truncate"]
+    assert assemble(*labelled, "--config.objectives={'classify': {}}") is not None
 
 
 @pytest.mark.parametrize("total", ["20 steps", "3 epochs", "1M tokens"])

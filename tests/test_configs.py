@@ -14,6 +14,7 @@ from fmjax.step import make_train_step
 
 FULL = ["mlm.py", "mlm.py:bert_base", "nsp.py", "nsp.py:sop", "nsp.py:nsp,variant=bert_base"]
 FULL += ["mlm.py:bert_base,runlocal", "nsp.py:nsp,variant=bert_base,runlocal"]
+FULL += ["finetune.py", "finetune.py:regress"]
 
 
 def test_every_config_is_in_this_list():
@@ -29,7 +30,9 @@ def test_every_config_is_in_this_list():
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_step_has_the_right_shapes(name, monkeypatch):
     """The whole step is traced at full size: state in, state out, nothing allocated."""
-    made = config.load(str(ROOT / "configs" / name))
+    own = ["init=", "model.name=bert", "model.variant=base", "tokenizer.name=train"]
+    words = [f"--config.{word}" for word in own] if name.startswith("finetune") else []
+    made = config.load(str(ROOT / "configs" / name), words)
     size, length = made.tokenizer.vocab_size, made.data.seq_len
 
     class Rows:
@@ -41,10 +44,13 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
         def rows(self, index, examples=None, seed=0):
             keys = ["input_ids", "segment_ids", "positions", "token_types"]
             rows = {key: np.zeros((len(index), length), np.int32) for key in keys}
-            return rows | ({"pair_label": np.zeros(len(index), np.int32)} if "nsp" in name else {})
+            dtype = np.float32 if "regress" in name else np.int32
+            return rows | ({"labels": np.zeros(len(index), dtype)} if "mlm" not in name else {})
 
     vocab = Vocab(size, 0, 2, 3, 4, np.arange(size) < 5, np.ones(size, bool))
-    fake = SimpleNamespace(vocab=vocab, splits={"train": Rows()}, tokenizer_dir=ROOT)
+    fake = SimpleNamespace(
+        vocab=vocab, splits={"train": Rows()}, tokenizer_dir=ROOT, labels=("a", "b", "c")
+    )
     monkeypatch.setattr(setup.data, "prepare", lambda *args, **kwargs: fake)
     run = setup.setup(made, sharding.make_mesh())
     step = make_train_step(

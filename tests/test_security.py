@@ -73,8 +73,8 @@ def test_text_in_a_saved_config_stays_text(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = configs.load(str(ROOT / "configs" / "mlm.py"), [f"--config.data.subset={text}"])
     Path("config.json").write_text(configs.to_json(config))
-    again = configs.load("config.json", ["--config.data.column=" + text])
-    assert again.data.subset == again.data.column == text
+    again = configs.load("config.json", ["--config.data.columns=" + text])
+    assert again.data.subset == again.data.columns == text
     assert os.listdir() == ["config.json"]
 
 

@@ -237,16 +237,21 @@ def test_next_sentence_prediction_of_a_folder_that_has_it(folder, pretrained, tm
     head = target(pretrained, classes={"nsp": 2})["head/nsp/kernel"]
     opened = build.open_folder(str(pretrained), sharding.make_mesh())
     np.testing.assert_array_equal(head, opened.params["head"]["nsp"]["kernel"])
-    with pytest.raises(ConfigError, match="'nsp' cannot use .* made for 'sop'"):
+    with pytest.raises(ConfigError, match="objectives.nsp cannot use .* made for 'sop'"):
         evaluate.run(load("evaluate", *words, "--config.data.pair=sop", folder=pretrained), tmp)
 
 
-@pytest.mark.parametrize("name, pair", [("nsp", "sop"), ("sop", "nsp"), ("nsp", ""), ("sop", "")])
-def test_labels_of_another_kind_are_refused(name, pair):
-    goal = objectives.build({name: {}}, pair=pair)[0]
-    said = f"config.data.format=pairs and config.data.pair={name}"
-    with pytest.raises(ConfigError, match=said):
-        goal.loss_fn(lambda *args, method: None, {}, {})
+@pytest.mark.parametrize(
+    "name, target",
+    [("nsp", "sop"), ("sop", "nsp"), ("nsp", ""), ("nsp", "classes"), ("classify", "values")],
+)
+def test_labels_of_another_kind_are_refused(name, target):
+    pairs = name in ("nsp", "sop")
+    said = "pairs and config.data.pair=" + name if pairs else "classes"
+    with pytest.raises(
+        ConfigError, match=f"objectives.{name} cannot use .* config.data.format={said}"
+    ):
+        objectives.build({name: {}}, target=target)
 
 
 # ---- fill_mask ----

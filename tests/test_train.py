@@ -290,7 +290,7 @@ def test_decay_of_single_layers_is_the_same_scanned_and_unrolled():
 def test_sentence_pairs_and_masks_share_one_forward_pass():
     alone = tiny.make(classes={"nsp": 2})
     both = tiny.make(classes={"nsp": 2}, losses={"mlm": {"rate": 0.3}, "nsp": {"weight": 0.5}})
-    batch = tiny.batch(8) | {"pair_label": jnp.arange(8) % 2}
+    batch = tiny.batch(8) | {"labels": jnp.arange(8) % 2}
     count = lambda made, b: flops.count(made.raw_step, made.abstract, b)
     head = 3 * 2 * 8 * (32 * 32 + 32 * 2)
     assert count(both, batch) == count(alone, tiny.batch(8)) + head

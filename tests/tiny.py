@@ -60,7 +60,7 @@ def make(
         bert.Model("tiny", **{**SIZES, **model}), groups, OPTIM | (changes or {}), {}
     )
     split = functools.partial(parameter_groups.split, assigned=assigned)
-    goals = objectives.build(losses or {"mlm": {"rate": 0.3}}, vocab=VOCAB, pair="nsp")
+    goals = objectives.build(losses or {"mlm": {"rate": 0.3}}, vocab=VOCAB, target="nsp")
     made = optim.make(
         split(state.abstract_params(net))[0],
         assigned,

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fmjax.data import cache, packing, pairs, settings, sources, store
+from fmjax.data import cache, labelled, packing, pairs, settings, sources, store
 from fmjax.data import tokenizer as tokenizers
 from fmjax.data.batches import (
     Batches,
@@ -43,12 +43,13 @@ class Dataset:
 
     vocab: Vocab
     tokenizer_dir: Path  # transformers format
-    splits: dict[
-        str, packing.PackedSplit | pairs.PairSplit
-    ]  # "train"; "validation" if there is any
+    # "train"; "validation" if there is any
+    splits: dict[str, packing.PackedSplit | pairs.PairSplit | labelled.ExampleSplit]
     digest: str  # of the tokens, whatever the packing
     format: str  # how they are packed
     counts: dict  # for each split documents, tokens, rows, fill and what was lost; "bad_records"
+    target: str = ""  # what its labels mean: "classes", "nsp", … (settings.py)
+    labels: tuple[str, ...] = ()  # names of the classes
 
 
 def prepare(
@@ -70,6 +71,39 @@ def prepare(
     source = sources.read(data, log)
     words = tokenizers.prepare(chosen, source, root, log, poll)
 
+    if data.labelled:
+        home, index = labelled.prepare(root, source, words, data, log, poll)
+        form = f"{data.format}-{data.seq_len}-{data.long}"
+    else:
+        home, form, index = _rows(root, source, words, data, log, poll)
+    folder = home if data.labelled else home / form
+    splits = {
+        split: _open(folder, split, counts, words.vocab, data)
+        for split, counts in index["counts"].items()
+        if counts["rows"]
+    }
+    for split, counts in index["counts"].items():
+        log(f"data: {split}: " + _summary(counts, data))
+    if index["bad_records"]:
+        log(f"data: {index['bad_records']:,} bad records left out, see {home}/**/bad.jsonl")
+    if "train" not in splits:
+        raise DataError(
+            "The training split has no rows: " + _summary(index["counts"]["train"], data)
+        )
+    return Dataset(
+        vocab=words.vocab,
+        tokenizer_dir=words.folder,
+        splits=splits,
+        digest=index["digest"] if "digest" in index else cache.digest(index["files"]),
+        format=f"{form}-{data.pair}" if data.format == "pairs" else form,
+        counts=index["counts"] | {"bad_records": index["bad_records"]},
+        target=data.target,
+        labels=tuple(index.get("labels", ())),
+    )
+
+
+def _rows(root: Path, source, words, data, log, poll) -> tuple[Path, str, dict]:
+    """(home of the tokens, name of the folder with their rows, its index), made or found."""
     identity = {"version": VERSION, "source": source.identity, "tokenizer": words.digest}
     home = root / f"tokens-{cache.digest(identity)}"
     form = f"{data.format}-{data.seq_len}"
@@ -82,31 +116,12 @@ def prepare(
             index = cache.build(
                 home / form, lambda folder: _pack(folder, home, shards, words, data, poll)
             )
-
-    splits = {
-        split: _open(home / form, split, counts, words.vocab, data)
-        for split, counts in index["counts"].items()
-        if counts["rows"]
-    }
-    for split, counts in index["counts"].items():
-        log(f"data: {split}: " + _summary(counts, data))
-    if index["bad_records"]:
-        log(f"data: {index['bad_records']:,} bad records left out, see {home}/*/bad.jsonl")
-    if "train" not in splits:
-        raise DataError(
-            "The training split has no rows: " + _summary(index["counts"]["train"], data)
-        )
-    return Dataset(
-        vocab=words.vocab,
-        tokenizer_dir=words.folder,
-        splits=splits,
-        digest=index["digest"],
-        format=f"{form}-{data.pair}" if data.format == "pairs" else form,
-        counts=index["counts"] | {"bad_records": index["bad_records"]},
-    )
+    return home, form, index
 
 
 def _open(folder: Path, split: str, counts: dict, vocab: Vocab, data):
+    if data.labelled:
+        return labelled.ExampleSplit(folder, split, data.seq_len, vocab, counts)
     if data.format != "pairs":
         return packing.PackedSplit(folder, split, data.seq_len, vocab, counts)
     if data.pair == "nsp" and counts["anchored_documents"] < 2:

@@ -122,6 +122,7 @@ def fingerprint(dataset, *, seed: int, batch_size: int) -> dict:
         "seq_len": train.seq_len,
         "rows": len(train),
         "vocab_size": dataset.vocab.size,
+        "labels": list(dataset.labels),
         "seed": seed,
         "batch_size": batch_size,
     }

@@ -1,9 +1,10 @@
-"""Text files to records: txt, jsonl, csv, tsv and parquet, gzipped or not; errors name the line.
+"""Files to records: txt, jsonl, csv, tsv and parquet, gzipped or not; errors name the line.
 
 What is accepted: UTF-8 with or without a byte-order mark, lines that end in LF or CRLF, form feeds
 and U+2028 inside a line. What is a bad record: other encodings, NUL, a lone surrogate, a record
-beyond `MAX_RECORD_BYTES`, broken JSON or CSV, a value that is not text. Memory is bounded by the
-limits below, whatever a file unpacks to.
+beyond `MAX_RECORD_BYTES`, broken JSON or CSV, a value of another kind than its column needs. In tsv
+a quotation mark is a character like any other (as its registration with IANA says). Memory is
+bounded by the limits below, whatever a file unpacks to.
 """
 
 import codecs
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from fmjax.data import records as values
 from fmjax.data.records import EXCERPT, MAX_RECORD_BYTES, Record, fault
 from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError, DataError, did_you_mean, quoted
@@ -72,16 +74,17 @@ def records(files: list[Path], settings: DataSettings, key: str) -> Iterator[Rec
     for path in files:
         found = False
         try:
-            for text, line, bad, read in _reader(path, key)(path, settings, key):
+            for value, line, bad, read in _reader(path, key)(path, settings, key):
                 found = True
-                yield Record(text, f"{path}:{line}", (before + read) / total, bad)
+                fields, excerpt = ({}, value) if bad else (value, "")
+                yield Record(fields, f"{path}:{line}", (before + read) / total, bad, excerpt)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{path}: not a whole gzip file ({error}); config.{key}") from error
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); config.{key}") from error
         before += path.stat().st_size
         if not found:
-            yield Record("", str(path), before / total, "the file holds no document")
+            yield Record({}, str(path), before / total, "the file holds no document")
 
 
 def _reader(path: Path, key: str):
@@ -148,6 +151,12 @@ def _decoded(line: bytes, size: int) -> tuple[str, str]:
 
 
 def _txt(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
+    columns = list(settings.schema)
+    if len(columns) != 1 or settings.labelled:
+        raise ConfigError(
+            f"config.{key}: {path} has one text and no columns, but config.data.format="
+            f"{settings.format!r} needs the columns {columns}: use jsonl, csv, tsv or parquet."
+        )
     kept, size, start, line = [], 0, 1, None
 
     def document() -> Iterator[tuple]:
@@ -155,7 +164,7 @@ def _txt(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
             bad = f"a document of more than {MAX_RECORD_BYTES:,} bytes (see config.data.document)"
             yield "\n".join(kept)[:EXCERPT], start, bad, line.read
         elif any(text.strip() for text in kept):
-            yield "\n".join(kept), start, "", line.read
+            yield {columns[0]: "\n".join(kept)}, start, "", line.read
 
     for line in _lines(path):
         if line.bad:
@@ -180,22 +189,28 @@ def _jsonl(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
         if line.bad:
             yield line
         elif line.text.strip():
-            value, bad = _json_column(line.text, settings.column)
-            bad = bad or fault(value)
-            yield (line.text[:EXCERPT] if bad else value), line.number, bad, line.read
+            found, bad = _json_object(line.text)
+            fields, bad = ({}, bad) if bad else values.read(found, settings.schema)
+            yield (line.text[:EXCERPT] if bad else fields), line.number, bad, line.read
 
 
-def _json_column(text: str, column: str) -> tuple[object, str]:
+def _json_object(text: str) -> tuple[dict, str]:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return None, f"not JSON ({error})"
+        return {}, f"not JSON ({error})"
     if not isinstance(record, dict):
-        return None, f"a JSON {type(record).__name__}, not an object"
-    if column not in record:
-        names = ", ".join(map(repr, list(record)[:20]))
-        return None, f"no column {column!r} (config.data.column), but {names}"
-    return record[column], ""
+        return {}, f"a JSON {type(record).__name__}, not an object"
+    return record, ""
+
+
+def _check_columns(path: Path, settings: DataSettings, found: list[str]) -> None:
+    for column in settings.schema:
+        if column not in found:
+            raise ConfigError(
+                f"{settings.key_of(column)}={column!r} is no column of {path}."
+                + did_you_mean(column, found)
+            )
 
 
 def _csv(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
@@ -210,8 +225,10 @@ def _csv(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
             else:
                 yield last.text + "\n"
 
-    delimiter = "\t" if ".tsv" in path.name.lower() else ","
-    reader = csv.reader(good_lines(), delimiter=delimiter, strict=True)
+    kind = dict(delimiter=",")
+    if ".tsv" in path.name.lower():
+        kind = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
+    reader = csv.reader(good_lines(), strict=True, **kind)
     header = None
     start = 1
     while True:
@@ -227,16 +244,14 @@ def _csv(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
         bad_lines.clear()
         if header is None and row:
             header = row
-            if settings.column not in header:
-                raise ConfigError(
-                    f"config.data.column={settings.column!r} is no column of {path}."
-                    + did_you_mean(settings.column, header)
-                )
+            _check_columns(path, settings, header)
         elif row or bad:
             if not bad and len(row) != len(header):
                 bad = f"{len(row)} fields, the header has {len(header)}"
-            value = ",".join(row)[:EXCERPT] if bad else row[header.index(settings.column)]
-            yield value, start, bad or fault(value), last.read
+            fields = {}
+            if not bad:
+                fields, bad = values.read(dict(zip(header, row, strict=True)), settings.schema)
+            yield (",".join(row)[:EXCERPT] if bad else fields), start, bad, last.read
         start = last.number + 1
 
 
@@ -246,26 +261,46 @@ def _parquet(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        if settings.column not in file.schema_arrow.names:
-            raise ConfigError(
-                f"config.data.column={settings.column!r} is no column of {path}."
-                + did_you_mean(settings.column, file.schema_arrow.names)
-            )
-        kind = file.schema_arrow.field(settings.column).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise DataError(
-                f"{path}: column {settings.column!r} (config.data.column) holds {kind}, not text."
-            )
+        _check_columns(path, settings, file.schema_arrow.names)
+        for column, wanted in settings.schema.items():
+            kind = file.schema_arrow.field(column).type
+            if wanted == "text" and not _is_text(kind):
+                raise DataError(
+                    f"{path}: column {column!r} ({settings.key_of(column)}) holds {kind}, not text."
+                )
         groups = map(file.metadata.row_group, range(file.num_row_groups))
         for part in (group.column(i) for group in groups for i in range(group.num_columns)):
             _check_ratio(path, part.total_uncompressed_size, part.total_compressed_size)
-        row, unpacked, size = 0, 0, path.stat().st_size
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[settings.column]):
-            # As bytes: pyarrow does not check that strings are UTF-8.
-            for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                row, unpacked = row + 1, unpacked + len(value or b"")
+        row, unpacked, size, rows = 0, 0, path.stat().st_size, file.metadata.num_rows
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=list(settings.schema)):
+            # Text as bytes: pyarrow does not check that strings are UTF-8.
+            plain = lambda x: x.cast(pyarrow.large_binary()) if _is_text(x.type) else x
+            columns = {name: plain(batch.column(name)).to_pylist() for name in settings.schema}
+            for values_of_row in zip(*columns.values(), strict=True):
+                row, found = row + 1, dict(zip(columns, values_of_row, strict=True))
+                unpacked += sum(len(x) for x in found.values() if isinstance(x, bytes))
                 _check_ratio(path, unpacked, size)
-                text, bad = _decoded(value, len(value)) if value is not None else ("", fault(None))
-                yield text, f"row {row}", bad, size * row // file.metadata.num_rows
+                found, bad = _decoded_values(found)
+                fields, bad = ({}, bad) if bad else values.read(found, settings.schema)
+                excerpt = str(next(iter(found.values())))[:EXCERPT]
+                yield excerpt if bad else fields, f"row {row}", bad, size * row // rows
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not readable as parquet ({error}); config.{key}") from error
+
+
+def _is_text(kind) -> bool:
+    import pyarrow
+
+    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+
+
+def _decoded_values(found: dict) -> tuple[dict, str]:
+    """The values with bytes as text, and what is wrong with the first of them that is no UTF-8."""
+    decoded = {}
+    for column, value in found.items():
+        decoded[column], bad = (
+            _decoded(value, len(value)) if isinstance(value, bytes) else (value, "")
+        )
+        if bad:
+            return decoded, bad
+    return decoded, ""

@@ -6,7 +6,8 @@ asks for it. Of the formats it reads, only those of text are let in.
 
 from collections.abc import Iterator
 
-from fmjax.data.records import EXCERPT, Record, fault
+from fmjax.data import records as values
+from fmjax.data.records import EXCERPT, Record
 from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError, DataError, FmjaxError, did_you_mean
 
@@ -25,17 +26,19 @@ def records(settings: DataSettings, split: str) -> Iterator[Record]:
         dataset = datasets.load_dataset(
             settings.path, split=split, streaming=settings.streaming, **which
         )
-        _check_column(dataset.features, settings.column, where)
+        _check_columns(dataset.features, settings, where)
+        names = _class_names(dataset.features, settings)
         total = 0 if settings.streaming else len(dataset)
-        for batch in dataset.select_columns([settings.column]).iter(batch_size=256):
-            for value in batch[settings.column]:
+        for batch in dataset.select_columns(list(settings.schema)).iter(batch_size=256):
+            for found in zip(*(batch[column] for column in settings.schema), strict=True):
                 row += 1
-                bad = fault(value)
+                fields, bad = _read(dict(zip(settings.schema, found, strict=True)), names, settings)
                 yield Record(
-                    str(value)[:EXCERPT] if bad else value,
+                    fields,
                     f"{where} row {row}",
                     row / (total or row),
                     bad,
+                    str(found[0])[:EXCERPT] if bad else "",
                 )
     except FmjaxError:
         raise
@@ -59,17 +62,35 @@ def _check_format(name: str, where: str) -> None:
         )
 
 
-def _check_column(features, column: str, where: str) -> None:
+def _check_columns(features, settings: DataSettings, where: str) -> None:
     if features is None:  # a stream that does not say; a missing column is found at the first row
         return
-    if column not in features:
-        raise ConfigError(
-            f"config.data.column={column!r} is no column of {where}."
-            + did_you_mean(column, features)
-        )
-    kind = getattr(features[column], "dtype", type(features[column]).__name__)
-    if kind not in ("string", "large_string"):
-        raise DataError(
-            f"{where}: column {column!r} (config.data.column) holds {kind}, not text. One record "
-            "of another type makes `datasets` change the whole column."
-        )
+    for column, wanted in settings.schema.items():
+        if column not in features:
+            raise ConfigError(
+                f"{settings.key_of(column)}={column!r} is no column of {where}."
+                + did_you_mean(column, features)
+            )
+        kind = getattr(features[column], "dtype", type(features[column]).__name__)
+        if wanted == "text" and kind not in ("string", "large_string"):
+            raise DataError(
+                f"{where}: column {column!r} ({settings.key_of(column)}) holds {kind}, not text. "
+                "One record of another type makes `datasets` change the whole column."
+            )
+
+
+def _class_names(features, settings: DataSettings) -> list[str] | None:
+    """The names behind the numbers of a label column, where the dataset has them."""
+    feature = (features or {}).get(settings.label)
+    return getattr(getattr(feature, "feature", feature), "names", None)
+
+
+def _read(found: dict, names: list[str] | None, settings: DataSettings) -> tuple[dict, str]:
+    if names:
+        label = found[settings.label]
+        numbers = label if isinstance(label, list) else [label]
+        if not all(isinstance(i, int) and 0 <= i < len(names) for i in numbers):
+            return {}, f"the label {label} is none of the dataset's {len(names)} classes"
+        named = [names[i] for i in numbers]
+        found = found | {settings.label: named if isinstance(label, list) else named[0]}
+    return values.read(found, settings.schema)

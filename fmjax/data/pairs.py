@@ -64,7 +64,7 @@ class PairSplit:
             draw = order.uniform(seed, examples, 3)
             other, other_length = self._other(b_length, document, draw)
             b, b_length = np.where(negative, other, b), np.where(negative, other_length, b_length)
-        return self._layout(a, a_length, b, b_length) | {"pair_label": label}
+        return self._layout(a, a_length, b, b_length) | {"labels": label}
 
     def _other(self, length: np.ndarray, document: np.ndarray, draw: np.ndarray):
         """(first token, length) of an end, just as long, of another document; `draw` in [0, 1)."""

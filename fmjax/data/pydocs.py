@@ -1,9 +1,11 @@
 """The English documentation that every CPython carries: pydoc's topics and all docstrings.
 
-One topic is a document, and so are all docstrings of one file of the standard library.
+As documents: one topic is one, and so are all docstrings of one file of the standard library.
+As examples: one docstring, and the package of the standard library that it stands in.
 """
 
 import ast
+import collections
 import functools
 import importlib
 import os
@@ -29,6 +31,10 @@ C_MODULES = (
 ).split()
 
 
+EXAMPLE_CHARACTERS = 30  # "Return a copy." says nothing of where it stands
+EXAMPLES = 100  # docstrings that make a package a class
+
+
 def digest() -> str:
     """Changes whenever the texts may. Of the files: extracting the texts takes seconds."""
     state = xxhash.xxh3_128(sys.version.encode())
@@ -47,7 +53,8 @@ def texts() -> list[tuple[str, str]]:
     found = [(f"pydoc topic {name}", text) for name, text in topics.items()]
     root = sysconfig.get_path("stdlib")
     for path in _library_files():
-        found.append((f"docstrings of {path.relative_to(root)}", _docstrings(path)))
+        texts = "\n\n".join(_docstrings(path))
+        found.append((f"docstrings of {path.relative_to(root)}", texts))
     found += [(f"docstrings of {name}", _c_docstrings(name)) for name in C_MODULES]
     unique = {text.strip(): where for where, text in sorted(found) if text.strip()}
     if not unique:
@@ -58,6 +65,26 @@ def texts() -> list[tuple[str, str]]:
     return [(where, text) for text, where in unique.items()]
 
 
+@functools.cache
+def examples() -> list[tuple[str, str, str]]:
+    """(where, docstring, package) of the packages with at least `EXAMPLES` docstrings of their own,
+    a text that stands in several left out of all; in the same order in every process."""
+    root = sysconfig.get_path("stdlib")
+    found = {}
+    for path in _library_files():
+        parts = path.relative_to(root).parts
+        for text in _docstrings(path):
+            places = found.setdefault(text.strip(), [])
+            places.append((parts[0].removesuffix(".py"), "/".join(parts)))
+    rows = [
+        (f"docstring in {places[0][1]}", text, places[0][0])
+        for text, places in found.items()
+        if len(text) >= EXAMPLE_CHARACTERS and len({package for package, _ in places}) == 1
+    ]
+    counts = collections.Counter(package for _, _, package in rows)
+    return [row for row in rows if counts[row[2]] >= EXAMPLES]
+
+
 def _library_files() -> list[Path]:
     files = []
     for folder, inner, names in os.walk(sysconfig.get_path("stdlib")):
@@ -66,17 +93,17 @@ def _library_files() -> list[Path]:
     return sorted(files)
 
 
-def _docstrings(path: Path) -> str:
+def _docstrings(path: Path) -> list[str]:
     source = path.read_bytes()
     if b'"""' not in source and b"'''" not in source:  # parsing is the slow part
-        return ""
+        return []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's strings
         try:
             tree = ast.parse(source)
         except (SyntaxError, ValueError):  # a template or a file for another Python
-            return ""
-    return "\n\n".join(_of_tree(tree))
+            return []
+    return list(_of_tree(tree))
 
 
 def _of_tree(node: ast.AST) -> Iterator[str]:

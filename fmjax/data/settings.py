@@ -9,6 +9,17 @@ from collections.abc import Mapping
 from fmjax import rules
 from fmjax.errors import ConfigError, did_you_mean
 
+# What the columns and the label of a labelled format hold (records.KINDS): {format: (number of
+# columns, kind of the columns, kind of the label)}. Of "choices" the last column is the choices.
+LABELLED = {
+    "classes": ((1, 2), "text", "label"),
+    "values": ((1, 2), "text", "number"),
+    "tags": ((1,), "texts", "labels"),
+    "spans": ((2,), "text", "answers"),
+    "choices": ((2,), "text", "label"),
+    "texts": ((1, 2, 3), "text", ""),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
@@ -21,7 +32,10 @@ class DataSettings:
     train: str | tuple[str, ...] | list[str] = ""  # text: files or globs; hub: name of the split
     validation: str | tuple[str, ...] | list[str] = ""  # empty: a share of the documents of `train`
     validation_fraction: int | float = 0.05
-    column: str = "text"
+    columns: str | tuple[str, ...] | list[str] = "text"  # names, or one text of names with commas
+    label: str = "label"  # column of the labels; empty: there are none (to predict)
+    classes: tuple[str, ...] | list[str] = ()  # names of the classes in order; empty: as found
+    stride: int = 64  # tokens that two windows of one long context share
     document: str = "blank_line"
     long: str = "split"
     on_bad_record: str = "raise"
@@ -44,11 +58,57 @@ class DataSettings:
             )
         if self.name == "hub" and not self.path:
             raise ConfigError("data.name='hub' needs config.data.path: a dataset id or a folder.")
+        names = self.column_names
+        numbers = LABELLED[self.format][0] if self.labelled else (1,)
+        if len(names) not in numbers or len(set(names)) != len(names):
+            raise ConfigError(
+                f"config.data.columns={self.columns!r}: format={self.format!r} needs "
+                f"{' or '.join(map(str, numbers))} different columns."
+            )
+        if self.label in names:
+            raise ConfigError(f"config.data.label={self.label!r} is one of config.data.columns.")
+        if self.labelled and self.format != "spans" and self.long == "split":
+            raise ConfigError(
+                f"config.data.long='split' has no meaning with format={self.format!r}, where a "
+                "piece would lack its label. Set it to truncate, drop or error."
+            )
         if self.format == "pairs" and self.long != "split":
             raise ConfigError(
                 f"config.data.long={self.long!r} has no meaning with format='pairs', which cuts "
                 "documents into chunks of whole sentences. Leave it at 'split'."
             )
+
+    @property
+    def labelled(self) -> bool:
+        """Whether a record is an example with a label, and not a document."""
+        return self.format in LABELLED
+
+    @property
+    def target(self) -> str:
+        """What the labels of the data mean: a labelled format, a kind of pairs, "" for none."""
+        return self.format if self.labelled else self.pair if self.format == "pairs" else ""
+
+    @property
+    def column_names(self) -> list[str]:
+        given = self.columns
+        names = given.split(",") if isinstance(given, str) else given
+        return [name.strip() for name in names if name.strip()]
+
+    @property
+    def schema(self) -> dict[str, str]:
+        """{column: kind of its values}: what readers look for in a record."""
+        names = self.column_names
+        if not self.labelled:
+            return dict.fromkeys(names, "text")
+        _, kind, label = LABELLED[self.format]
+        schema = dict.fromkeys(names, kind)
+        if self.format == "choices":
+            schema[names[-1]] = "texts"
+        return schema | ({self.label: label} if self.label and label else {})
+
+    def key_of(self, column: str) -> str:
+        """The config key that named a column."""
+        return "config.data.label" if column == self.label else "config.data.columns"
 
     @property
     def source(self) -> str:

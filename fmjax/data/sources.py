@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -17,19 +17,20 @@ from fmjax import snapshot
 from fmjax.data import cache, files, hub, pydocs
 from fmjax.data.records import Record
 from fmjax.data.settings import DataSettings
-from fmjax.errors import DataError
+from fmjax.errors import ConfigError, DataError
 
 MAX_BAD_RECORDS = 1000
 
 
 class Document(NamedTuple):
-    """One text and its split; or, with the split "bad", a record left out and the reason."""
+    """One record, its text and its split; or, with the split "bad", one left out and the reason."""
 
-    text: str
+    text: str  # of all columns that hold any, one below the other
     split: str
     where: str  # for messages: file:line or the like
     done: float  # the share of the source read so far, 0 to 1
     bad: str = ""
+    fields: dict[str, Any] | None = None  # {column: value}, of labelled formats
 
 
 class Source(NamedTuple):
@@ -69,14 +70,15 @@ def _documents(settings: DataSettings, parts: Parts) -> Iterator[Document]:
             if record.bad:
                 bad += 1
                 _check_bad(record, settings.on_bad_record, bad)
-                kept = record.text if settings.on_bad_record == "quarantine" else ""
+                kept = record.excerpt if settings.on_bad_record == "quarantine" else ""
                 yield Document(kept, "bad", record.where, done, record.bad)
                 continue
-            split = part
+            split, text = part, _text_of(record, settings)
             if "validation" not in parts:
-                split = split_of(record.text, float(settings.validation_fraction))
-            yield Document(record.text, split, record.where, done)
-            found |= split == part and bool(record.text.strip())
+                split = split_of(text, float(settings.validation_fraction))
+            fields = record.fields if settings.labelled else None
+            yield Document(text, split, record.where, done, fields=fields)
+            found |= split == part and bool(text.strip())
             taken += 1
             if taken == settings.max_documents:
                 break
@@ -84,8 +86,13 @@ def _documents(settings: DataSettings, parts: Parts) -> Iterator[Document]:
             raise DataError(
                 f"There is no text for the {part} split in the source {settings.source!r}: it has "
                 f"{taken} documents and {bad} bad records. See config.data.{part}, "
-                "config.data.column and config.data.validation_fraction."
+                "config.data.columns and config.data.validation_fraction."
             )
+
+
+def _text_of(record: Record, settings: DataSettings) -> str:
+    columns = (record.fields[column] for column in settings.column_names)
+    return "\n".join("\n".join(x) if isinstance(x, list) else x for x in columns)
 
 
 def _check_bad(record: Record, policy: str, count: int) -> None:
@@ -97,17 +104,27 @@ def _check_bad(record: Record, policy: str, count: int) -> None:
     if count > MAX_BAD_RECORDS:
         raise DataError(
             f"{record.where}: {record.bad}. This is bad record {count}, and a source with more "
-            f"than {MAX_BAD_RECORDS} is broken. See config.data.column and the format of the files."
+            f"than {MAX_BAD_RECORDS} is broken. See config.data.columns and the files."
         )
 
 
 def _pydocs(settings: DataSettings, log) -> tuple[dict, Parts]:
-    def records() -> Iterator[Record]:
-        texts = pydocs.texts()
-        for i, (where, text) in enumerate(texts):
-            yield Record(text, where, i / len(texts))
+    names, label = settings.column_names, settings.label if settings.labelled else ""
+    if settings.labelled and settings.format != "classes":
+        raise ConfigError(
+            f"config.data.name='pydocs' has no {settings.format}, only documents and classes (the "
+            "package of a docstring). Set config.data.train to your own files."
+        )
 
-    return {"pydocs": pydocs.digest()}, {"train": records}
+    def records() -> Iterator[Record]:
+        rows = pydocs.examples() if settings.labelled else [(*x, "") for x in pydocs.texts()]
+        for i, (where, text, package) in enumerate(rows):
+            fields = dict.fromkeys(names, text) | ({label: package} if label else {})
+            yield Record(fields, where, i / len(rows))
+
+    if len(names) != 1:
+        raise ConfigError(f"config.data.columns={settings.columns!r}: pydocs has one column.")
+    return {"pydocs": pydocs.digest(), "label": label}, {"train": records}
 
 
 def _text(settings: DataSettings, log) -> tuple[dict, Parts]:
@@ -117,7 +134,7 @@ def _text(settings: DataSettings, log) -> tuple[dict, Parts]:
             found = files.expand(getattr(settings, part), f"data.{part}")
             parts[part] = functools.partial(files.records, found, settings, f"data.{part}")
             digests[part] = [[path.suffixes, cache.file_digest(path)] for path in found]
-    return {"text": digests, "column": settings.column, "document": settings.document}, parts
+    return {"text": digests, "schema": settings.schema, "document": settings.document}, parts
 
 
 def _hub(settings: DataSettings, log) -> tuple[dict, Parts]:
@@ -135,7 +152,7 @@ def _hub(settings: DataSettings, log) -> tuple[dict, Parts]:
     splits = {"train": settings.train or "train"}
     if settings.validation:
         splits["validation"] = settings.validation
-    identity |= {"splits": splits, "subset": settings.subset, "column": settings.column}
+    identity |= {"splits": splits, "subset": settings.subset, "schema": settings.schema}
     return identity, {
         part: functools.partial(hub.records, settings, name) for part, name in splits.items()
     }

@@ -174,15 +174,20 @@ def _write_shard(folder: Path, tokenizer: Path, vocab_size: int, chunk: list[Doc
             counts["documents"][split] = len(shard.documents) - 1
             counts["tokens"][split] = len(shard.tokens)
             counts["empty_documents"][split] = empty
-        bad = [document for document in chunk if document.split == "bad"]
-        if bad:
-            with open(temporary / "bad.jsonl", "w") as file:
-                for document in bad:
-                    record = {"where": document.where, "bad": document.bad, "text": document.text}
-                    file.write(json.dumps(record) + "\n")
-        return counts | {"bad_records": len(bad)}
+        return counts | {"bad_records": write_bad(temporary, chunk)}
 
     return cache.build(folder, write)
+
+
+def write_bad(folder: Path, documents: list[Document]) -> int:
+    """Adds those that are bad to bad.jsonl in `folder`; returns their number."""
+    bad = [document for document in documents if document.split == "bad"]
+    if bad:
+        with open(folder / "bad.jsonl", "a") as file:
+            for document in bad:
+                record = {"where": document.where, "bad": document.bad, "text": document.text}
+                file.write(json.dumps(record) + "\n")
+    return len(bad)
 
 
 def _tokenised(encode, documents: list[Document], vocab_size: int) -> tuple[Shard, int]:

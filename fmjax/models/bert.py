@@ -43,7 +43,8 @@ class Config:
     types: int = 2  # token types (sentence A, B); 0 = none
     position_shift: int = 0  # RoBERTa's table starts two rows later, after its padding id
     pooler: bool = True
-    classes: tuple[tuple[str, int], ...] = ()  # linear heads on the pooled token: (name, classes)
+    lm_head: bool = True  # the vocabulary head
+    classes: tuple[tuple[str, int], ...] = ()  # linear heads: (name, outputs)
     dropout: float = 0.1
     attention_dropout: float = 0.1
     activation: str = "gelu"
@@ -120,9 +121,7 @@ def Model(variant: str = "base", **overrides: Any) -> "Encoder":
         )
     for name, _ in cfg.classes:
         if not name.isidentifier() or name in ("mlm", "pooler", *dir(Heads(cfg))):
-            raise ConfigError(
-                f"config.model.classes: {name!r} cannot be the name of a head; use another word."
-            )
+            raise ConfigError(f"classes: {name!r} cannot be the name of a head; use another word.")
     for key, table in (("dtype", DTYPES), ("remat", REMAT)):
         if getattr(cfg, key) not in table:
             raise ConfigError(
@@ -239,17 +238,23 @@ class Heads(nn.Module):
 
     def setup(self):
         cfg, dtype = self.cfg, DTYPES[self.cfg.dtype]
-        self.mlm = MlmHead(cfg)
+        if cfg.lm_head:
+            self.mlm = MlmHead(cfg)
         if cfg.pooler:
             self.pooler = layers.Linear(cfg.width, dtype=dtype)
         for name, features in cfg.classes:
             setattr(self, name, layers.Linear(features, dtype=dtype))
 
-    def classify(self, hidden, name):
-        first = hidden[:, 0]
-        if self.cfg.pooler:
-            first = jnp.tanh(self.pooler(first, jnp.float32))
-        return getattr(self, name)(first, jnp.float32)
+    def whole(self, hidden, segment_ids, name, pool, seeds):
+        if pool == "mean":
+            weights = (segment_ids > 0).astype(jnp.float32)[..., None]
+            whole = jnp.sum(hidden.astype(jnp.float32) * weights, axis=1)
+            whole = whole / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
+        elif self.cfg.pooler:
+            whole = jnp.tanh(self.pooler(hidden[:, 0], jnp.float32))
+        else:
+            whole = hidden[:, 0]
+        return getattr(self, name)(layers.dropout(whole, self.cfg.dropout, seeds), jnp.float32)
 
 
 class Encoder(nn.Module):
@@ -323,18 +328,33 @@ class Encoder(nn.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Vocabulary logits in float32."""
+        if not self.cfg.lm_head:
+            raise ConfigError(
+                "The model has no vocabulary head, as its config.objectives does not need one."
+            )
         token = self.embed.token
         return self.head.mlm(hidden, token.table(), token.spec)
 
-    def classify(self, hidden: Float[Array, "B T D"], name: str) -> Float[Array, "B C"]:
-        """Class logits in float32 of the head `name` on the pooled first token."""
+    def classify(
+        self,
+        hidden: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        name: str,
+        pool: str = "first",
+        seeds: streams.Seeds | None = None,
+    ) -> Float[Array, "B C"]:
+        """Outputs in float32 of the linear head `name` on the whole sequence: its first token,
+        through the pooler if there is one, or the mean of its tokens. `seeds` turn dropout on."""
         if name not in dict(self.cfg.classes):
             raise ConfigError(
-                f"The model has no head {name!r}: --config.model.classes=\"{{'{name}': 2}}\""
+                f"The model has no head {name!r}: it was not trained with config.objectives."
+                f"{name}." + did_you_mean(name, dict(self.cfg.classes))
             )
-        return self.head.classify(hidden, name)
+        site = None if seeds is None else streams.fold(seeds, self.cfg.depth + 1)
+        return self.head.whole(hidden, segment_ids, name, pool, site)
 
     def __call__(self, input_ids, segment_ids, positions, token_types):
         hidden = self.encode(input_ids, segment_ids, positions, token_types)
-        classes = {name: self.classify(hidden, name) for name, _ in self.cfg.classes}
-        return self.logits(hidden[:, :1]), classes
+        for name, _ in self.cfg.classes:
+            self.classify(hidden, segment_ids, name)
+        return self.logits(hidden[:, :1]) if self.cfg.lm_head else hidden

@@ -1,21 +1,26 @@
 """Objectives: one file a loss; this file composes them.
 
-An objective module has up to two pure functions:
+An objective module has one to five pure functions:
 
-    prepare(batch, seeds, **args) -> batch             optional: corrupts the batch (masking)
+    prepare(batch, seeds, **args) -> batch             corrupts the batch (masking)
     loss_fn(apply, params, batch, **args) -> metrics   {name: (sum, weight)}, "loss" is minimised
+    outputs(apply, params, batch, **args) -> arrays    {name: (B, …)}, what it says of each example
+    score(outputs, labels) -> {metric: number}         of a whole split, on the host
+    describe(outputs, labels) -> [{…}, …]              each example's outputs as a person reads them
 
-`apply(params, *arrays, method=…)` runs a method of the model; `batch["seeds"]` is there while
-training and turns dropout on. Sums are divided only once, by the weight of the whole batch, so that
-padding, accumulation and the number of devices cannot change a number. Arguments are what
-`config.objectives.<name>` holds plus facts about the data (the vocabulary) that a function asks for
-by name.
+All but `loss_fn` are optional. `apply(params, *arrays, method=…)` runs a method of the model;
+`batch["seeds"]` is there while training and turns dropout on. Sums are divided only once, by the
+weight of the whole batch, so that padding, accumulation and the number of devices cannot change a
+number. Arguments are what `config.objectives.<name>` holds plus facts about the data (the
+vocabulary) that a function asks for by name. A module also says what it needs: `TARGET`, what the
+labels of the data must mean (`fmjax.data.Dataset.target`); `heads(labels)`, the linear heads of the
+model; and `SCORES`, the metrics of `score`.
 """
 
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,20 +39,50 @@ class Objective(NamedTuple):
     weight: float
     prepare: Callable | None
     loss_fn: Callable
+    outputs: Callable | None
+    score: Callable | None
+    describe: Callable | None
+    scores: tuple[str, ...]  # names of what `score` gives
 
 
-def build(objectives: Mapping[str, Mapping[str, Any]], **facts: Any) -> list[Objective]:
-    """Imports each named objective and binds its arguments.
+def build(
+    objectives: Mapping[str, Mapping[str, Any]], *, target: str, **facts: Any
+) -> list[Objective]:
+    """Imports each named objective and binds its arguments; `target`: what the data's labels are.
 
-    Raises ConfigError for an argument that the objective does not take.
+    Raises ConfigError for an argument that the objective does not take, and where the labels of the
+    data mean something else than it says.
     """
-    return [_bind(name, dict(args), facts) for name, args in objectives.items()]
+    return [_bind(name, dict(args), target, facts) for name, args in objectives.items()]
 
 
-def _bind(name: str, args: dict[str, Any], facts: Mapping[str, Any]) -> Objective:
+def heads(objectives: Iterable[str], labels: Sequence[str]) -> dict[str, int]:
+    """{name: outputs} of the linear heads that the objectives need; `labels` names the classes."""
+    found = {}
+    for name in objectives:
+        module = importlib.import_module(f"fmjax.objectives.{name}")
+        found |= module.heads(labels) if hasattr(module, "heads") else {}
+    return found
+
+
+def check_target(objective: str, needs: str, target: str) -> None:
+    """Refuses labels that mean something else than the objective says."""
+    if needs in ("", target):
+        return
+    made = f"made for {target!r}" if target else "without labels"
+    pairs = needs in ("nsp", "sop")
+    form = f"pairs and config.data.pair={needs}" if pairs else needs
+    raise ConfigError(
+        f"config.objectives.{objective} cannot use these data, which are {made}: set "
+        f"config.data.format={form}."
+    )
+
+
+def _bind(name: str, args: dict[str, Any], target: str, facts: Mapping[str, Any]) -> Objective:
     module = importlib.import_module(f"fmjax.objectives.{name}")
+    check_target(name, getattr(module, "TARGET", ""), target)
     weight = args.pop("weight", 1.0)
-    functions = {key: getattr(module, key, None) for key in ("prepare", "loss_fn")}
+    functions = {key: getattr(module, key, None) for key in ("prepare", "loss_fn", "outputs")}
     takes = {
         key: [p.name for p in inspect.signature(f).parameters.values() if p.kind == p.KEYWORD_ONLY]
         for key, f in functions.items()
@@ -65,7 +100,16 @@ def _bind(name: str, args: dict[str, Any], facts: Mapping[str, Any]) -> Objectiv
         key: functools.partial(functions[key], **{arg: given[arg] for arg in names if arg in given})
         for key, names in takes.items()
     }
-    return Objective(name, weight, bound.get("prepare"), bound["loss_fn"])
+    return Objective(
+        name,
+        weight,
+        bound.get("prepare"),
+        bound["loss_fn"],
+        bound.get("outputs"),
+        getattr(module, "score", None),
+        getattr(module, "describe", None),
+        getattr(module, "SCORES", ()),
+    )
 
 
 def metrics(
@@ -82,12 +126,28 @@ def metrics(
     arrays share its result.
     """
     batch = prepare(objectives, batch, rng, train)
-    shared = _remembering(apply)
-    found: Metrics = {}
-    for objective in objectives:
-        for name, value in objective.loss_fn(shared, params, batch).items():
-            found[f"{objective.name}/{name}"] = value
-    return found
+    return _metrics(objectives, _remembering(apply), params, batch)
+
+
+def evaluation(
+    objectives: list[Objective],
+    apply: Callable,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    rng: jax.Array,
+) -> tuple[Metrics, dict[str, dict[str, jax.Array]]]:
+    """(metrics, {objective: its outputs}) without dropout, on one shared forward pass."""
+    batch, shared = prepare(objectives, batch, rng, train=False), _remembering(apply)
+    told = {o.name: o.outputs(shared, params, batch) for o in objectives if o.outputs}
+    return _metrics(objectives, shared, params, batch), told
+
+
+def _metrics(objectives, apply, params, batch) -> Metrics:
+    return {
+        f"{objective.name}/{name}": value
+        for objective in objectives
+        for name, value in objective.loss_fn(apply, params, batch).items()
+    }
 
 
 def prepare(

@@ -4,17 +4,24 @@ or swapped?
 Differs from `nsp` only in how the pairs are made (`config.data.pair = "sop"`) and in its head.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from fmjax.objectives import nsp
+from fmjax import losses
+from fmjax.objectives.classify import pooled_logits
+
+TARGET = "sop"
+
+
+def heads(labels: Sequence[str]) -> dict[str, int]:
+    """The linear heads that the objective needs: {name: outputs}."""
+    return {"sop": 2}
 
 
 def loss_fn(
-    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pair: str, head: str = "sop"
+    apply: Callable, params: Any, batch: Mapping[str, jax.Array]
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """What `nsp.loss_fn` gives, of the order of two segments."""
-    nsp.check_pairs("sop", pair)
-    return nsp.pair_loss(apply, params, batch, head)
+    return losses.classification(pooled_logits(apply, params, batch, "sop"), batch)

@@ -116,7 +116,10 @@ def ours(request, reference):
             logits = apply("logits", hidden)
             loss = cross_entropy(logits, reference.labels)
             if model.cfg.classes:
-                loss += cross_entropy(apply("classify", hidden, "nsp"), jnp.array([0, 1]))
+                loss += cross_entropy(
+                    apply("classify", hidden, reference.batch["segment_ids"], "nsp"),
+                    jnp.array([0, 1]),
+                )
             return loss, (hidden, logits)
 
         (loss, (hidden, logits)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)

@@ -45,10 +45,10 @@ def test_txt_by_document(read):
 
 
 def test_formats_agree(read, tmp_path):
-    texts = ["one, two", 'quoted "three"\nfour', "fünf"]
+    texts = ["one, two", 'quoted "three"', "fünf"]
     jsonl = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in texts)
-    csv = 'n,text\n1,"one, two"\n1,"quoted ""three""\nfour"\n1,fünf\n'
-    tsv = csv.replace(",", "\t").replace("one\t two", "one, two")
+    csv = 'n,text\n1,"one, two"\n1,"quoted ""three"""\n1,fünf\n'
+    tsv = "n\ttext\n" + "".join(f"1\t{text}\n" for text in texts)
     parquet = table({"n": [1, 1, 1], "text": texts}, tmp_path / "t.parquet")
     found = {
         "a.jsonl": jsonl,
@@ -60,7 +60,8 @@ def test_formats_agree(read, tmp_path):
     }
     for name, content in found.items():
         assert [text for text, _ in read(name, content)] == texts, name
-    assert [line for _, line in read("a.csv", csv)] == ["a.csv:2", "a.csv:3", "a.csv:5"]
+    lines = csv.replace('three""', 'three""\nfour')
+    assert [line for _, line in read("a.csv", lines)] == ["a.csv:2", "a.csv:3", "a.csv:5"]
     assert [line for _, line in read("a.parquet", parquet)][2] == "a.parquet:row 3"
 
 
@@ -79,7 +80,7 @@ def test_names_globs_and_lists(tmp_path):
 
 def test_a_column_by_name_and_a_limit(read):
     lines = "".join(json.dumps({"body": str(i)}) + "\n" for i in range(5))
-    assert [t for t, _ in read("a.jsonl", lines, column="body", max_documents=2)] == ["0", "1"]
+    assert [t for t, _ in read("a.jsonl", lines, columns="body", max_documents=2)] == ["0", "1"]
 
 
 def test_equal_texts_fall_on_the_same_side():
@@ -130,7 +131,7 @@ def test_row43_too_many_broken_lines_are_a_broken_file(read):
     [
         ("[1]", "a JSON list, not an object"),
         ("[" * 100_000, "not JSON"),
-        ('{"body": "x"}', "no column 'text' (config.data.column), but 'body'"),
+        ('{"body": "x"}', "no column 'text' (config.data.columns, config.data.label), but 'body'"),
         ('{"text": ' + "9" * 5000 + "}", "not JSON"),
     ],
 )
@@ -193,10 +194,10 @@ def test_row44_empty_documents_are_counted(prepare, tmp_path):
 
 def test_row44_a_missing_column(read, tmp_path):
     with pytest.raises(
-        ConfigError, match="config.data.column='text' is no column.*Possible: n, txt"
+        ConfigError, match="config.data.columns='text' is no column.*Possible: n, txt"
     ):
         read("a.csv", "txt,n\nx,1\n")
-    with pytest.raises(ConfigError, match="config.data.column='text' is no column.*'txt'"):
+    with pytest.raises(ConfigError, match="config.data.columns='text' is no column.*'txt'"):
         read("a.parquet", table({"txt": ["x"]}, tmp_path / "t.parquet"))
 
 

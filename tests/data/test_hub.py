@@ -68,8 +68,8 @@ def test_streaming_prepares_the_same_dataset(tmp_path, prepare):
 
 def test_row44_a_missing_column_split_or_folder(read):
     contents = {"train.jsonl": rows("one")}
-    with pytest.raises(ConfigError, match=r"config\.data\.column='txt' is no column.*'text'"):
-        read(contents, column="txt")
+    with pytest.raises(ConfigError, match=r"config\.data\.columns='txt' is no column.*'text'"):
+        read(contents, columns="txt")
     with pytest.raises(DataError, match="test.*train.*config.data.path.*names of splits"):
         read(contents, train="test")
     with pytest.raises(DataError, match="cannot be read beyond row 0.*no/where"):

@@ -67,7 +67,7 @@ def test_pairs_by_hand(two):
         1: [("ab.", "zw."), ("xy.", "cd.")],
     }
     for i, half in enumerate(halves(batch)):
-        a, b = expected[int(batch["pair_label"][i])][i % 2]
+        a, b = expected[int(batch["labels"][i])][i % 2]
         assert half == (sentence(a), sentence(b))
     assert batch["positions"][0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0]
     assert batch["token_types"][0].tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0]
@@ -79,7 +79,7 @@ def test_sop_by_hand(two):
     for i, half in enumerate(halves(batch)):
         a, b = [("ab.", "cd."), ("xy.", "zw.")][i % 2]
         ordered = (sentence(a), sentence(b))
-        assert half == (ordered[::-1] if batch["pair_label"][i] else ordered)
+        assert half == (ordered[::-1] if batch["labels"][i] else ordered)
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def place(documents, tokens):
 def test_nsp_positives_follow_and_negatives_come_from_another_document(books):
     make, documents = books
     batch = read(make())
-    for (a, b), label in zip(halves(batch), batch["pair_label"], strict=True):
+    for (a, b), label in zip(halves(batch), batch["labels"], strict=True):
         (da, sa, na), (db, sb, _) = place(documents, a), place(documents, b)
         if label:
             assert da != db
@@ -134,7 +134,7 @@ def test_nsp_positives_follow_and_negatives_come_from_another_document(books):
 def test_sop_negatives_are_positives_swapped(books):
     make, documents = books
     batch = read(make(pair="sop"))
-    for (a, b), label in zip(halves(batch), batch["pair_label"], strict=True):
+    for (a, b), label in zip(halves(batch), batch["labels"], strict=True):
         if label:
             a, b = b, a
         (da, sa, na), (db, sb, _) = place(documents, a), place(documents, b)
@@ -151,8 +151,8 @@ def test_pairs_are_a_function_of_seed_and_example(books, pair):
         np.testing.assert_array_equal(batch[key], again[key])
         np.testing.assert_array_equal(batch[key][3], alone[key][0])
     other = read(split, seed=1)
-    assert 0.4 < batch["pair_label"].mean() < 0.6
-    assert not np.array_equal(batch["pair_label"], other["pair_label"])
+    assert 0.4 < batch["labels"].mean() < 0.6
+    assert not np.array_equal(batch["labels"], other["labels"])
 
 
 def test_sentences_too_long_are_cut_not_lost(prepare):
@@ -185,7 +185,7 @@ def test_lengths_and_last_tokens_do_not_tell_the_label(pydocs, pair):
     split = pydocs(format="pairs", pair=pair).splits["train"]
     draws = 12
     batch = read(split, draws)
-    label = batch["pair_label"]
+    label = batch["labels"]
     b = batch["token_types"].sum(1)
     a = batch["segment_ids"].sum(1) - b
     held_out = np.tile(np.arange(len(split)) % 2 == 1, draws)
@@ -201,7 +201,7 @@ def test_nsp_lengths_are_equal_in_distribution(pydocs):
     split = pydocs(format="pairs").splits["train"]
     batch = read(split, 12)
     b = batch["token_types"].sum(1)
-    negative = batch["pair_label"] == 1
+    negative = batch["labels"] == 1
     quantiles = np.linspace(0.05, 0.95, 10)
     difference = np.quantile(b[negative], quantiles) - np.quantile(b[~negative], quantiles)
     assert np.abs(difference).max() <= 2

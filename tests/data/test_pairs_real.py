@@ -39,7 +39,7 @@ def test_following_text_is_nearer_than_text_of_another_book(tmp_path):
     pairs = dataset.splits["train"].rows(index, index, 0)
     halves = [vectors(folder, pairs, kind, dataset.vocab) for kind in (0, 1)]
     nearness = (halves[0] * halves[1]).sum(-1)
-    positive, negative = (nearness[pairs["pair_label"] == label] for label in (0, 1))
+    positive, negative = (nearness[pairs["labels"] == label] for label in (0, 1))
     assert (positive[:, None] > negative[None]).mean() > 0.85
 
 

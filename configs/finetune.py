@@ -1,0 +1,45 @@
+"""Fine-tuning of a pretrained encoder to tell classes of text apart (Devlin et al. 2019, §4.1).
+
+    python run.py --config=configs/mlm.py         # once: the encoder that this starts from
+    python run.py --config=configs/finetune.py    # which package a docstring of Python belongs to
+    python run.py --config=configs/finetune.py --config.init=<run, Hugging Face folder or hub id> \\
+        --config.data.train=train.tsv --config.data.validation=dev.tsv \\
+        --config.data.columns=sentence --config.data.label=label
+
+Pairs of texts are `columns="first,second"`; `configs/finetune.py:regress` predicts a number.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections.config_dict import placeholder
+
+from fmjax.config import digest, parse_arg
+from fmjax.errors import ConfigError, did_you_mean
+
+TASKS = {"classify": "classes", "regress": "values"}
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, task="classify", runlocal=False)
+    if arg.task not in TASKS:
+        raise ConfigError(f"unknown task {arg.task!r}.{did_you_mean(arg.task, TASKS)}")
+    mlm = runpy.run_path(str(Path(__file__).with_name("mlm.py")))["get_config"]
+    config = mlm(f"small,runlocal={arg.runlocal}")
+    config.init = f"runs/mlm-{digest(mlm())}"
+    config.total = "10 epochs"
+    config.data.format, config.data.long = TASKS[arg.task], "truncate"
+    config.data.validation_fraction = 0.2
+    config.tokenizer.name = "init"  # as config.init has it
+    sizes = dict.fromkeys(config.model, None) | dict(variant=placeholder(str))
+    how = {key: config.model[key] for key in ("attention", "scan", "remat")}
+    config.model = sizes | how | dict(name="init")  # what is None is as config.init has it
+    config.objectives = {arg.task: dict(weight=1.0, pool="first")}
+    config.optim.update(lr=5e-4, decay=".*/kernel")
+    config.optim.args.b2 = 0.999
+    with config.ignore_type():
+        config.eval_every = config.save_every = "1 epoch"
+    config.best = "validation/classify/accuracy" if arg.task == "classify" else "validation/loss"
+    if arg.runlocal:
+        config.total = "10 steps"
+    return config

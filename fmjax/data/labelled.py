@@ -1,0 +1,307 @@
+"""Examples with labels: one record, one example, in a cache folder that is read row by row.
+
+An example is one or several token sequences (the choices of a question, an anchor and its positive)
+and a label. A folder holds for each split `tokens` and `types` (all sequences one after the other),
+`ends.npy` [N · K + 1] (where each starts), and `labels.npy`: [N] classes, numbers or places among
+choices; for tags one a token, -1 where there is none.
+
+Names of classes are those of the training split, sorted; a label that only the validation split has
+is an error, not a new class.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fmjax import progress
+from fmjax.data import cache, store
+from fmjax.data.settings import DataSettings
+from fmjax.data.sources import Document, Source
+from fmjax.data.tokenizer import Prepared, Vocab, encoder
+from fmjax.errors import DataError, did_you_mean
+
+CHUNK = 1000  # examples that are tokenised at once
+NONE = -1  # a token that has no label
+
+
+class Example(NamedTuple):
+    """What is stored of one record: sequences of (tokens, types), a label, were any tokens lost?"""
+
+    sequences: list[tuple[np.ndarray, np.ndarray]]
+    label: Any
+    cut: bool
+
+
+class ExampleSplit:
+    """Examples of one split, memory-mapped; `labels` are the names of the classes, if any."""
+
+    def __init__(self, folder: Path, split: str, seq_len: int, vocab: Vocab, counts: dict):
+        self.seq_len, self.tokens, self._vocab = seq_len, counts["tokens"], vocab
+        self._sequences, self._rows = counts["sequences"], counts["rows"]
+        self._tagged = counts["tagged"]
+        self._ids = np.memmap(folder / f"{split}.tokens", store.token_dtype(vocab.size), "r")
+        self._types = np.memmap(folder / f"{split}.types", np.uint8, "r")
+        self._ends = np.load(folder / f"{split}.ends.npy", mmap_mode="r")
+        file = folder / f"{split}.labels.npy"
+        self._labels = np.load(file, mmap_mode="r") if file.exists() else None
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def rows(
+        self, index: np.ndarray, examples: np.ndarray | None = None, seed: int = 0
+    ) -> dict[str, np.ndarray]:
+        """The rows `index` [n]: int32 [n, T], or [n, K, T] with K > 1 sequences an example, and
+        `labels`: [n], or [n, T] for tags."""
+        each = index[:, None] * self._sequences + np.arange(self._sequences)  # (n, K)
+        if self._sequences == 1:
+            each = each[:, 0]
+        starts, lengths = self._ends[each], self._ends[each + 1] - self._ends[each]
+        column = np.arange(self.seq_len)
+        real = column < lengths[..., None]
+        place = np.where(real, starts[..., None] + column, 0)
+        batch = {
+            "input_ids": np.where(real, self._ids[place], self._vocab.pad_id).astype(np.int32),
+            "segment_ids": real.astype(np.int32),
+            "positions": np.where(real, column, 0).astype(np.int32),
+            "token_types": np.where(real, self._types[place], 0).astype(np.int32),
+        }
+        if self._tagged:
+            batch["labels"] = np.where(real, self._labels[place], NONE)
+        elif self._labels is not None:
+            batch["labels"] = self._labels[index]
+        return batch
+
+
+def prepare(
+    root: Path,
+    source: Source,
+    words: Prepared,
+    settings: DataSettings,
+    log: Callable[[str], None],
+    poll: Callable[[], None],
+) -> tuple[Path, dict]:
+    """(folder, its index) with the examples of `source`, made or found in the cache."""
+    keys = ("format", "seq_len", "long", "label", "stride")
+    identity = {"version": 1, "source": source.identity, "tokenizer": words.digest}
+    identity |= {key: getattr(settings, key) for key in keys}
+    identity |= {"classes": list(settings.classes), "columns": settings.column_names}
+    home = root / f"examples-{cache.digest(identity)}"
+    with cache.lock(root / f"{home.name}.lock", log, poll):
+        index = cache.verified(home, log)
+        if index is None:
+            write = lambda folder: _write(folder, source, words, settings, log, poll)
+            index = cache.build(home, write)
+    return home, index
+
+
+def _write(folder: Path, source: Source, words: Prepared, settings, log, poll) -> dict:
+    reader = _Reader(words, settings)
+    with contextlib.ExitStack() as stack:
+        splits = {
+            split: stack.enter_context(_Writer(folder, split, words.vocab))
+            for split in store.SPLITS
+        }
+        bad = 0
+        with progress.part(log) as show:
+            documents = iter(source.documents())
+            while chunk := list(itertools.islice(documents, CHUNK)):
+                poll()
+                bad += store.write_bad(folder, chunk)
+                for split, writer in splits.items():
+                    kept = [document for document in chunk if document.split == split]
+                    for document, example in zip(kept, reader.examples(kept), strict=True):
+                        writer.add(example, document, settings.long)
+                show(
+                    chunk[-1].done,
+                    f"data: tokenised {sum(w.rows for w in splits.values()):,} examples",
+                )
+        names = _class_names(settings, splits)
+        counts = {k: writer.finish(names, settings.seq_len) for k, writer in splits.items()}
+    return {"counts": counts, "bad_records": bad, "labels": names}
+
+
+class _Writer:
+    """Appends the examples of one split to its files."""
+
+    def __init__(self, folder: Path, split: str, vocab: Vocab):
+        self.folder, self.split, self.vocab = folder, split, vocab
+        self.rows, self.sequences = 0, 1
+        self.ends, self.labels = [0], []
+        self.first: dict[str, str] = {}  # class -> where it was first seen
+        self.lost = {"truncated_documents": 0, "dropped_documents": 0}
+
+    def __enter__(self) -> "_Writer":
+        self._tokens = open(self.folder / f"{self.split}.tokens", "wb")
+        self._types = open(self.folder / f"{self.split}.types", "wb")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._tokens.close()
+        self._types.close()
+
+    def add(self, example: Example, document: Document, long: str) -> None:
+        if example.cut and long == "error":
+            raise DataError(
+                f"{document.where}: longer than config.data.seq_len. Raise it, or set "
+                "config.data.long to truncate or drop."
+            )
+        if example.cut and long == "drop":
+            self.lost["dropped_documents"] += 1
+            return
+        self.lost["truncated_documents"] += example.cut
+        if self.rows and len(example.sequences) != self.sequences:
+            raise DataError(
+                f"{document.where}: {len(example.sequences)} choices, the examples before it have "
+                f"{self.sequences}; all must have the same number (config.data.columns)."
+            )
+        self.sequences = len(example.sequences)
+        for ids, types in example.sequences:
+            if ids.size and ids.max() >= self.vocab.size:
+                raise DataError(
+                    f"{document.where}: the tokenizer gives id {ids.max()}, its vocabulary has "
+                    f"{self.vocab.size}."
+                )
+            self._tokens.write(ids.astype(store.token_dtype(self.vocab.size)).tobytes())
+            self._types.write(types.astype(np.uint8).tobytes())
+            self.ends.append(self.ends[-1] + len(ids))
+        if example.label is not None:
+            self.labels.append(example.label)
+            for name in example.label if isinstance(example.label, list) else [example.label]:
+                if isinstance(name, str):
+                    self.first.setdefault(name, document.where)
+        self.rows += 1
+
+    def finish(self, names: list[str], seq_len: int) -> dict:
+        np.save(self.folder / f"{self.split}.ends.npy", np.array(self.ends, np.int64))
+        if self.labels:
+            ids = {name: i for i, name in enumerate(names)}
+            number = lambda x: ids[x] if isinstance(x, str) else NONE if x is None else x
+            flat = [x for y in self.labels for x in (y if isinstance(y, list) else [y])]
+            dtype = np.float32 if isinstance(flat[0], float) else np.int32
+            np.save(
+                self.folder / f"{self.split}.labels.npy", np.array([number(x) for x in flat], dtype)
+            )
+        return {
+            "documents": self.rows,
+            "source_tokens": self.ends[-1],
+            "rows": self.rows,
+            "tokens": self.ends[-1],
+            "fill": self.ends[-1] / max(self.rows * self.sequences * seq_len, 1),
+            "sequences": self.sequences,
+            "tagged": bool(self.labels) and isinstance(self.labels[0], list),
+            **self.lost,
+        }
+
+
+class _Reader:
+    """Turns records into examples, as the format asks."""
+
+    def __init__(self, words: Prepared, settings: DataSettings):
+        self.settings = settings
+        self._encode = encoder(words.folder)
+        self._template(words)
+        self._encode.enable_truncation(settings.seq_len, strategy="longest_first")
+
+    def _template(self, words: Prepared) -> None:
+        """A tokenizer that puts nothing around a text gets BERT's [CLS] a [SEP] b [SEP]."""
+        from tokenizers import processors
+
+        if self._encode.num_special_tokens_to_add(is_pair=False):
+            return
+        cls, sep = (self._encode.id_to_token(i) for i in (words.vocab.cls_id, words.vocab.sep_id))
+        self._encode.post_processor = processors.TemplateProcessing(
+            single=f"{cls} $A {sep}",
+            pair=f"{cls} $A {sep} $B:1 {sep}:1",
+            special_tokens=[(cls, words.vocab.cls_id), (sep, words.vocab.sep_id)],
+        )
+
+    def examples(self, documents: list[Document]) -> Iterator[Example]:
+        """One example a document."""
+        if not documents:
+            return
+        settings = self.settings
+        names = settings.column_names
+        inputs = []  # of all documents, each with its sequences
+        for document in documents:
+            values = [document.fields[name] for name in names]
+            if settings.format in ("classes", "values"):
+                inputs.append([tuple(values) if len(values) == 2 else values[0]])
+            elif settings.format == "choices":
+                inputs.append([(values[0], choice) for choice in values[1]])
+            else:
+                inputs.append(values)
+        pretokenised = settings.format == "tags"
+        flat = [sequence for sequences in inputs for sequence in sequences]
+        try:
+            encodings = iter(self._encode.encode_batch(flat, is_pretokenized=pretokenised))
+        except Exception as error:  # the Rust library's own kinds
+            raise DataError(
+                f"The tokenizer failed on {documents[0].where} to {documents[-1].where}: {error}"
+            ) from error
+        for document, sequences in zip(documents, inputs, strict=True):
+            found = [next(encodings) for _ in sequences]
+            yield Example(
+                [(np.array(e.ids, np.int64), np.array(e.type_ids, np.int64)) for e in found],
+                self._label(document, found),
+                any(e.overflowing for e in found),
+            )
+
+    def _label(self, document: Document, encodings: list) -> Any:
+        """A class by name, a number, a place, or for tags a list of one a token."""
+        settings = self.settings
+        if settings.label not in document.fields:
+            return None
+        label = document.fields[settings.label]
+        if settings.format == "tags":
+            words = document.fields[settings.column_names[0]]
+            if len(words) != len(label):
+                raise DataError(
+                    f"{document.where}: {len(words)} words but {len(label)} tags "
+                    "(config.data.columns, config.data.label)."
+                )
+            return _first_pieces(encodings[0].word_ids, label)
+        if settings.format == "choices":
+            if not (label.isdecimal() and int(label) < len(encodings)):
+                raise DataError(
+                    f"{document.where}: the label {label!r} is no number of a choice, 0 to "
+                    f"{len(encodings) - 1} (config.data.label)."
+                )
+            return int(label)
+        return label
+
+
+def _first_pieces(word_ids: list[int | None], tags: list[str]) -> list[str | None]:
+    """The tag of a word at the first of its pieces, None at the others and at special tokens."""
+    before = [None, *word_ids[:-1]]
+    return [
+        None if word is None or word == last else tags[word]
+        for word, last in zip(word_ids, before, strict=True)
+    ]
+
+
+def _class_names(settings: DataSettings, splits: dict[str, _Writer]) -> list[str]:
+    """The names of the classes in their order; empty for labels that are no classes."""
+    train = splits["train"].first
+    names = list(settings.classes)
+    if not names:
+        numbers = all(name.isdecimal() for name in train)
+        names = sorted(train, key=(lambda name: (int(name), name)) if numbers else None)
+    for split, writer in splits.items():
+        for name, where in writer.first.items():
+            if name not in names:
+                source = "config.data.classes" if settings.classes else "the training split"
+                raise DataError(
+                    f"{where}: the label {name!r} of the {split} split is none of those of "
+                    f"{source}." + did_you_mean(name, names)
+                )
+    if settings.format in ("classes", "tags") and settings.label and len(names) < 2:
+        raise DataError(
+            f"All examples have the label {names}: there is nothing to tell apart. See "
+            f"config.data.label={settings.label!r}."
+        )
+    return names

@@ -1,0 +1,74 @@
+"""Classification of a text or a pair of texts (Devlin et al. 2019, §4.1): one class of several.
+
+The examples are `config.data.format = "classes"`; the head has an output for each label of the
+training split.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fmjax import losses
+
+TARGET = "classes"
+SCORES = ("f1", "matthews")
+
+
+def heads(labels: Sequence[str]) -> dict[str, int]:
+    """The linear heads that the objective needs: {name: outputs}."""
+    return {"classify": len(labels)}
+
+
+def loss_fn(
+    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pool: str = "first"
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Cross-entropy in nats of `labels` (B,), and accuracy; empty rows weigh nothing."""
+    logits = pooled_logits(apply, params, batch, "classify", pool, batch["seeds"])
+    return losses.classification(logits, batch)
+
+
+def outputs(
+    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pool: str = "first"
+) -> dict[str, jax.Array]:
+    """`probabilities` (B, C) of the classes."""
+    logits = pooled_logits(apply, params, batch, "classify", pool, batch["seeds"])
+    return {"probabilities": jax.nn.softmax(logits, axis=-1)}
+
+
+def score(found: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
+    """The mean F1 of the classes and Matthews' correlation coefficient, over a whole split."""
+    from sklearn import metrics
+
+    chosen = found["probabilities"].argmax(axis=1)
+    return {
+        "f1": metrics.f1_score(labels, chosen, average="macro", zero_division=0.0),
+        "matthews": metrics.matthews_corrcoef(labels, chosen),
+    }
+
+
+def describe(found: Mapping[str, np.ndarray], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """For each example the class chosen, and the probability of each."""
+    return [
+        {
+            "label": labels[int(row.argmax())],
+            "probabilities": {name: float(p) for name, p in zip(labels, row, strict=True)},
+        }
+        for row in found["probabilities"]
+    ]
+
+
+def pooled_logits(
+    apply: Callable,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    head: str,
+    pool: str = "first",
+    seeds: Any = None,
+) -> jax.Array:
+    """The outputs (B, C) of a linear `head` on what stands for the whole sequence; `seeds` turn
+    dropout before the head on."""
+    names = ("input_ids", "segment_ids", "positions", "token_types", "seeds")
+    hidden = apply(params, *(batch[name] for name in names), method="encode")
+    return apply(params, hidden, batch["segment_ids"], head, pool, seeds, method="classify")

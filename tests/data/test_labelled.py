@@ -1,0 +1,216 @@
+"""Labelled examples: what their rows hold, worked out by hand, and every bad input."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fmjax import data
+from fmjax.errors import ConfigError, DataError
+
+CLS, SEP, PAD = 2, 3, 0
+
+
+@pytest.fixture
+def examples(tmp_path, letters):
+    """examples(records, validation=[…], **config.data): a jsonl file of them, prepared."""
+
+    def examples(records, validation=(), log=lambda line: None, **settings):
+        for name, rows in (("train", records), ("validation", validation)):
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / f"{name}.jsonl").write_text(text)
+        defaults = dict(
+            name="text",
+            train=str(tmp_path / "train.jsonl"),
+            validation=str(tmp_path / "validation.jsonl") if validation else "",
+            validation_fraction=0,
+            format="classes",
+            long="truncate",
+            seq_len=8,
+            cache=str(tmp_path / "cache"),
+        )
+        return data.prepare(defaults | settings, {"name": str(letters)}, log=log)
+
+    return examples
+
+
+def rows(dataset, split="train"):
+    found = dataset.splits[split]
+    return found.rows(np.arange(len(found)))
+
+
+def records(*pairs):
+    return [{"text": text, "label": label} for text, label in pairs]
+
+
+# ---- rows ----
+
+
+def test_classes_are_rows_with_the_number_of_their_sorted_name(examples):
+    dataset = examples(records(("ab", "yes"), ("c", "no"), ("", "yes")))
+    assert dataset.labels == ("no", "yes") and dataset.target == "classes"
+    batch = rows(dataset)
+    a = [CLS, 5, 6, SEP, PAD, PAD, PAD, PAD]
+    b = [CLS, 7, SEP, PAD, PAD, PAD, PAD, PAD]
+    np.testing.assert_array_equal(batch["input_ids"][:2], [a, b])
+    np.testing.assert_array_equal(batch["segment_ids"][0], [1, 1, 1, 1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(batch["positions"][0], [0, 1, 2, 3, 0, 0, 0, 0])
+    np.testing.assert_array_equal(batch["labels"], [1, 0, 1])
+    assert all(array.dtype == np.int32 for array in batch.values())
+
+
+def test_pairs_and_their_token_types(examples):
+    row = {"a": "ab", "b": "c", "label": 0}
+    dataset = examples([row, row | {"label": 1}], columns=("a", "b"))
+    batch = rows(dataset)
+    np.testing.assert_array_equal(batch["input_ids"][0], [CLS, 5, 6, SEP, 7, SEP, PAD, PAD])
+    np.testing.assert_array_equal(batch["token_types"][0], [0, 0, 0, 0, 1, 1, 0, 0])
+    again = rows(examples([row, row | {"label": 1}], columns="a,b"))
+    np.testing.assert_array_equal(batch["input_ids"], again["input_ids"])
+
+
+def test_whole_numbers_are_classes_in_their_order(examples):
+    assert examples(records(("a", 10), ("b", 2), ("c", "2"))).labels == ("2", "10")
+    given = examples(records(("a", 10), ("b", 2)), classes=("10", "2", "3"))
+    assert given.labels == ("10", "2", "3")
+    np.testing.assert_array_equal(rows(given)["labels"], [0, 1])
+
+
+def test_values_are_numbers(examples):
+    batch = rows(examples(records(("a", "0.5"), ("b", 3)), format="values"))
+    assert batch["labels"].dtype == np.float32
+    np.testing.assert_array_equal(batch["labels"], [0.5, 3.0])
+
+
+def test_a_tag_stands_at_the_first_piece_of_its_word(examples):
+    words = {"text": ["ab", "c"], "label": ["B-x", "O"]}
+    dataset = examples([words], format="tags")
+    assert dataset.labels == ("B-x", "O")
+    batch = rows(dataset)
+    np.testing.assert_array_equal(batch["input_ids"][0][:5], [CLS, 5, 6, 7, SEP])
+    np.testing.assert_array_equal(batch["labels"][0], [-1, 0, -1, 1, -1, -1, -1, -1])
+
+
+def test_choices_are_several_sequences_of_one_example(examples):
+    row = {"text": "a", "endings": ["b", "cd"], "label": 1}
+    dataset = examples([row, row], format="choices", columns="text,endings")
+    batch = rows(dataset)
+    assert batch["input_ids"].shape == (2, 2, 8)
+    np.testing.assert_array_equal(batch["input_ids"][0][1], [CLS, 5, SEP, 7, 8, SEP, PAD, PAD])
+    np.testing.assert_array_equal(batch["labels"], [1, 1])
+
+
+def test_texts_have_no_label(examples):
+    batch = rows(examples([{"a": "b", "b": "cd"}] * 2, format="texts", columns="a,b"))
+    assert batch["input_ids"].shape == (2, 2, 8) and "labels" not in batch
+    np.testing.assert_array_equal(batch["input_ids"][0][1][:4], [CLS, 7, 8, SEP])
+
+
+def test_labels_can_be_left_out_to_predict(examples):
+    dataset = examples([{"text": "ab"}, {"text": "c"}], label="", classes=("no", "yes"))
+    assert dataset.labels == ("no", "yes") and "labels" not in rows(dataset)
+
+
+@pytest.mark.parametrize("long, kept", [("truncate", 2), ("drop", 1)])
+def test_what_is_too_long_is_cut_or_left_out_and_counted(examples, long, kept):
+    lines = []
+    found = records(("abcdefghij", "yes"), ("c", "no"))
+    dataset = examples(found, long=long, classes=("no", "yes"), log=lines.append)
+    assert len(dataset.splits["train"]) == kept
+    said = "1 truncated documents" if long == "truncate" else "1 dropped documents"
+    assert any(said in line for line in lines)
+    if long == "truncate":
+        row = rows(dataset)["input_ids"][0]
+        np.testing.assert_array_equal(row, [CLS, 5, 6, 7, 8, 9, 10, SEP])
+
+
+def test_equal_texts_are_in_one_split_whatever_their_label(examples):
+    found = records(*[(chr(97 + i % 20), str(i // 20)) for i in range(40)])
+    dataset = examples(found, validation_fraction=0.5)
+    first = [set(rows(dataset, split)["input_ids"][:, 1]) for split in ("train", "validation")]
+    assert not first[0] & first[1] and all(first)
+
+
+def test_bad_records_are_kept_apart(examples):
+    found = [*records(("a", "yes"), ("b", "no")), {"text": "c"}]
+    dataset = examples(found, on_bad_record="quarantine")
+    assert len(dataset.splits["train"]) == 2 and dataset.counts["bad_records"] == 1
+
+
+def test_tsv_has_no_quotation_marks(prepare, tmp_path):
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"a" b\tyes\n"a\tno\n')
+    file = tmp_path / "a.tsv"
+    dataset = prepare(file, format="classes", long="truncate", classes=("no", "yes"))
+    np.testing.assert_array_equal(rows(dataset)["labels"], [1, 0])
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    "found, settings, said",
+    [
+        (records(("a", "yes"), ("b", "no")), dict(columns="txt"), r"1: no column 'txt' .*'text'"),
+        ([{"text": "a"}], {}, r"no column 'label' \(config.data.columns, config.data.label\)"),
+        (records(("a", "yes"), ("b", "yes")), {}, "All examples have the label.*nothing to tell"),
+        (records(("a", 0.5), ("b", 1)), {}, "column 'label': the value is float, not text or a w"),
+        (records(("a", "")), {}, "column 'label': an empty label"),
+        (records(("a", "x")), dict(format="values"), "column 'label': 'x' is not a finite number"),
+        (records(("a", None)), dict(format="values"), "column 'label': None is not a finite num"),
+        (records(("a", ["O"])), dict(format="tags"), "column 'text': the value is str, not a list"),
+        (records((["a"], ["O", "O"])), dict(format="tags"), "jsonl:1: 1 words but 2 tags"),
+        (records(([], [])), dict(format="tags"), "the value is an empty list, not"),
+        (records(("abcdefghi", "x")), dict(long="error"), "jsonl:1: longer than config.data.seq_l"),
+        (records(("a", "yes")), dict(classes=("no", "maybe")), "label 'yes' of the train split"),
+        (
+            [{"text": "a", "e": ["b"], "label": 1}],
+            dict(format="choices", columns="text,e"),
+            "jsonl:1: the label '1' is no number of a choice, 0 to 0",
+        ),
+        (
+            [{"text": "a", "e": ["b"] * n, "label": 0} for n in (1, 2)],
+            dict(format="choices", columns="text,e"),
+            "jsonl:2: 2 choices, the examples before it have 1",
+        ),
+    ],
+)
+def test_bad_examples_name_their_place_and_the_key(examples, found, settings, said):
+    with pytest.raises(DataError, match=said):
+        examples(found, **settings)
+
+
+def test_a_label_that_only_validation_has(examples):
+    with pytest.raises(DataError, match="validation.jsonl:1: the label 'yess' .*'yes'"):
+        examples(records(("a", "yes"), ("b", "no")), validation=records(("a", "yess")))
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (dict(columns="a,b,c"), "format='classes' needs 1 or 2 different columns"),
+        (dict(columns="a,a"), "needs 1 or 2 different columns"),
+        (dict(columns=""), "needs 1 or 2 different columns"),
+        (dict(columns="label"), "config.data.label='label' is one of config.data.columns"),
+        (dict(long="split"), "config.data.long='split' has no meaning with format='classes'"),
+        (dict(format="packed", columns="a,b"), "format='packed' needs 1 different columns"),
+    ],
+)
+def test_settings_that_do_not_go_together(examples, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        examples(records(("a", "yes"), ("b", "no")), **settings)
+
+
+def test_text_files_have_no_labels(prepare):
+    with pytest.raises(ConfigError, match="has one text and no columns.*'text', 'label'"):
+        prepare("a b", format="classes", long="truncate")
+
+
+def test_pydocs_has_classes_only(pydocs):
+    with pytest.raises(ConfigError, match="pydocs' has no tags"):
+        pydocs(format="tags", long="truncate")
+
+
+def test_docstrings_and_their_packages(pydocs):
+    dataset = pydocs(format="classes", long="truncate", validation_fraction=0.2, seq_len=32)
+    assert len(dataset.labels) >= 8 and "asyncio" in dataset.labels
+    assert len(dataset.splits["train"]) > 3 * len(dataset.splits["validation"]) > 1000

@@ -1,0 +1,154 @@
+"""From a pretrained run to a task: the head, the scores, the folder, and what is refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from common import CACHE, ROOT
+from sklearn import metrics
+
+from fmjax import build, data, evaluate, objectives, sharding, train, trees
+from fmjax import config as configs
+from fmjax.errors import ConfigError
+
+RUN = [
+    "--config.batch_size=8", "--config.data.seq_len=16", "--config.tensorboard=False",
+    "--config.log_every=2", "--config.eval_every=4", "--config.save_every=4", "--config.total=4",
+]  # fmt: skip
+
+
+def load(spec, *words):
+    return configs.load(str(ROOT / "configs" / spec), [*RUN, *words])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Labelled files, in which the first word tells the class and the number of words the value."""
+    home = tmp_path_factory.mktemp("finetune")
+    rng = np.random.default_rng(0)
+    words = "return value name list object of the a given by".split()
+    for name, rows in (("train", 64), ("dev", 24)):
+        with open(home / f"{name}.jsonl", "w") as file:
+            for _ in range(rows):
+                label = ("good", "bad", "odd")[rng.integers(3)]
+                text = " ".join([label, *rng.choice(words, rng.integers(1, 9))])
+                row = {"text": text, "label": label, "score": len(text.split())}
+                file.write(json.dumps(row) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMJAX_CACHE", str(CACHE))
+        yield home
+
+
+@pytest.fixture(scope="module")
+def encoder(home):
+    """A masked language model, trained for four steps."""
+    small = ["--config.model.variant=tiny", "--config.model.width=32", "--config.model.mlp=64"]
+    words = [f"--config.data.train={home}/*.jsonl", "--config.tokenizer.vocab_size=200"]
+    train.run(load("mlm.py", *small, *words, "--config.model.max_len=32"), home / "mlm")
+    return home / "mlm"
+
+
+def files(home):
+    return [f"--config.data.train={home}/train.jsonl", f"--config.data.validation={home}/dev.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def tuned(home, encoder):
+    """The encoder fine-tuned to tell three classes."""
+    words = [
+        *files(home),
+        f"--config.init={encoder}",
+        "--config.total=200",
+        "--config.optim.lr=5e-3",
+    ]
+    train.run(load("finetune.py", *words, "--config.eval_every=100"), home / "tuned")
+    return home / "tuned"
+
+
+def last(folder):
+    return json.loads((folder / "summary.json").read_text())["metrics"]
+
+
+def test_the_model_and_the_tokenizer_are_those_of_init(encoder, tuned):
+    mesh = sharding.make_mesh()
+    before, after = (build.open_folder(str(folder), mesh) for folder in (encoder, tuned))
+    assert after.labels == ("bad", "good", "odd")
+    assert after.model.cfg.width == 32 and not after.model.cfg.lm_head
+    assert dict(after.model.cfg.classes) == {"classify": 3}
+    names = trees.unstack(after.params).keys()
+    assert {name.split("/")[1] for name in names if name.startswith("head/")} == {
+        "classify",
+        "pooler",
+    }
+    assert trees.unstack(before.params)["embed/token/embedding"].shape[0] == len(
+        build.tokenizer(after.tokenizer)
+    )
+
+
+def test_the_first_word_is_learned_and_scored_over_the_whole_split(home, tuned):
+    """Scores are those of scikit-learn on all 24 examples at once, in whatever batches."""
+    words = [f"--config.folder={tuned}", "--config.batch_size=16"]
+    evaluate.run(configs.load(str(ROOT / "configs/evaluate.py"), words), home)
+    found = json.loads((tuned / "evaluation.jsonl").read_text().splitlines()[-1])["metrics"]
+    mesh = sharding.make_mesh()
+    opened = build.open_folder(str(tuned), mesh)
+    split = data.prepare(opened.config.data.to_dict(), {"name": str(opened.tokenizer)}).splits
+    goals = objectives.build({"classify": {}}, target="classes")
+    step = jax.jit(evaluate.make_step(build.apply(opened.model), goals))
+    (batch,) = data.eval_batches(split["validation"], batch_size=24)
+    sums, told = step(opened.params, batch, jax.random.key(0))
+    chosen = np.argmax(told["classify"]["probabilities"], axis=1)
+    assert found["classify/accuracy"] == pytest.approx(np.mean(chosen == batch["labels"]))
+    assert found["classify/accuracy"] > 0.9
+    f1 = metrics.f1_score(batch["labels"], chosen, average="macro")
+    assert found["classify/f1"] == pytest.approx(f1)
+    matthews = metrics.matthews_corrcoef(batch["labels"], chosen)
+    assert found["classify/matthews"] == pytest.approx(matthews)
+
+
+def test_regression_is_scored_by_correlation(home, encoder):
+    words = [*files(home), f"--config.init={encoder}", "--config.data.label=score"]
+    words += ["--config.best=validation/regress/spearman"]
+    train.run(load("finetune.py:regress", *words), home / "regress")
+    found = last(home / "regress")
+    assert -1 <= found["validation/regress/spearman"] <= 1
+    assert found["validation/loss"] > 0
+
+
+def test_only_the_head_moves(home, encoder):
+    groups = "(('head/.*', 'train'), ('.*', 'freeze'))"
+    words = [*files(home), f"--config.init={encoder}", f"--config.groups={groups}"]
+    train.run(load("finetune.py", *words), home / "head")
+    mesh = sharding.make_mesh()
+    before, after = (
+        trees.unstack(build.open_folder(str(folder), mesh).params)
+        for folder in (encoder, home / "head")
+    )
+    for name in after.keys() & before.keys():
+        moved = not np.array_equal(before[name], after[name])
+        assert moved == name.startswith("head/"), name
+
+
+def test_score_is_told_only_of_real_rows_in_the_order_of_the_split():
+    rows = lambda index, real, labels: (np.array(index), np.array(real), np.array(labels))
+    batches = [
+        {"rows": rows([2, 0], [True, True], [12, 10]), "a": {"x": np.array([2.0, 0.0])}},
+        {"rows": rows([1, 0], [True, False], [11, 0]), "a": {"x": np.array([1.0, 9.0])}},
+    ]
+    outputs, labels = evaluate.in_order(batches)
+    np.testing.assert_array_equal(outputs["a"]["x"], [0.0, 1.0, 2.0])
+    np.testing.assert_array_equal(labels, [10, 11, 12])
+
+
+def test_init_has_to_be_given(home):
+    with pytest.raises(ConfigError, match="config.model.name='init' means the model of config.ini"):
+        train.run(load("finetune.py", *files(home), "--config.init="), home / "none")
+
+
+def test_labels_that_do_not_fit_the_head_are_refused(home, tuned):
+    (home / "more.jsonl").write_text('{"text": "a", "label": "new"}\n')
+    words = [f"--config.folder={tuned}", f"--config.data.train={home}/more.jsonl"]
+    words += ["--config.split=train", "--config.data.validation_fraction=0"]
+    with pytest.raises(Exception, match="label 'new' of the train split is none of those"):
+        evaluate.run(configs.load(str(ROOT / "configs/evaluate.py"), words), home)
