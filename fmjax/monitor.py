@@ -35,7 +35,7 @@ class Monitor:
         config, main = run.config, jax.process_index() == 0
         self.run, self.folder, self.first = run, folder, first
         self.tokens, self.skipped = saved.get("tokens", 0), saved.get("skipped", 0)
-        self.flops = 0
+        self.flops: dict[int, int] = {}  # of a step, by the width of its batch
         self.bad_in_a_row, self.last_bad = 0, None
         self._logger = logs.Logger(
             folder.path,
@@ -93,8 +93,7 @@ class Monitor:
         }
         peak = build.peak_flops(jax.devices()[0])
         if peak:
-            rate = self.flops * self._steps / stepping
-            metrics["perf/mfu"] = rate / (peak * jax.device_count())
+            metrics["perf/mfu"] = self._flops / stepping / (peak * jax.device_count())
         self._logger.write(step, metrics)
         self._progress.log(step, metrics)
         self.folder.update(step=step)
@@ -176,7 +175,7 @@ class Monitor:
         self._scalars: dict[str, list[float]] = {"grad_norm": [], "skipped": []}
         if self.run.config.optim.skip_spikes:
             self._scalars["spike"] = []
-        self._steps = self._tokens = 0
+        self._steps = self._tokens = self._flops = 0
 
     def _read(self) -> None:
         if self._pending is None:
@@ -184,6 +183,7 @@ class Monitor:
         (step, found, batch), self._pending = self._pending, None
         found = jax.device_get(found)
         tokens = int(found["tokens"])
+        self._flops += self.flops[batch["input_ids"].shape[-1]]
         self._steps, self._tokens, self.tokens = (
             self._steps + 1, self._tokens + tokens, self.tokens + tokens,
         )  # fmt: skip

@@ -112,9 +112,12 @@ def grouped(
     return model.clone(stacks=stacks), assigned
 
 
-def batch_spec(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and layout of one global training batch."""
-    rows = next(data.eval_batches(run.dataset.splits["train"], batch_size=1))
+def batch_spec(run: Run, width: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and layout of one global training batch with `width` columns (None: all)."""
+    split = run.dataset.splits["train"]
+    rows = split.rows(np.zeros(1, np.int64)) | {"index": np.zeros(1, np.int32)}
+    if width is not None:
+        rows = data.cut(rows, width)
     return {
         name: jax.ShapeDtypeStruct(
             (run.config.batch_size, *x.shape[1:]), x.dtype, sharding=run.batch_sharding

@@ -195,20 +195,29 @@ def meta(run: Run, batches: Any, monitor: Monitor) -> dict[str, Any]:
 
 
 def compiled(run: Run, monitor: Monitor) -> tuple[Callable, Callable]:
-    """The jitted train and evaluation steps; the former is compiled now, with the state donated."""
+    """The train step, with the state donated, and the jitted evaluation step; the former is
+    compiled when the first batch of each width comes."""
     apply = build.apply(run.model)
     train_step = make_train_step(
         apply, run.objectives, run.optimizer.tx, run.split, run.config.accumulate
     )
     eval_step = jax.jit(evaluate.make_step(apply, run.objectives))
-    spec = batch_spec(run)
-    with monitor.timed("compile"):
-        traced = jax.jit(train_step, donate_argnums=0).trace(run.abstract, spec)
-        monitor.flops = flops.of_step(run, spec, traced)
-        lowered = traced.lower()
-        scores = [f"{o.name}/{score}" for o in run.objectives for score in o.scores]
-        check_best(run.config.best, [*lowered.out_info[1]["sums"], *scores])
-        return lowered.compile(), eval_step
+    jitted, programs = jax.jit(train_step, donate_argnums=0), {}
+
+    def program(state, batch):
+        width = batch["input_ids"].shape[-1]
+        if width not in programs:
+            spec = batch_spec(run, width)
+            with monitor.timed("compile"):
+                traced = jitted.trace(run.abstract, spec)
+                monitor.flops[width] = flops.of_step(run, spec, traced)
+                lowered = traced.lower()
+                scores = [f"{o.name}/{score}" for o in run.objectives for score in o.scores]
+                check_best(run.config.best, [*lowered.out_info[1]["sums"], *scores])
+                programs[width] = lowered.compile()
+        return programs[width](state, batch)
+
+    return program, eval_step
 
 
 def check_best(best: str, metrics: Iterable[str]) -> None:

@@ -59,10 +59,11 @@ def tuned(home, encoder):
     words = [
         *files(home),
         f"--config.init={encoder}",
-        "--config.total=200",
-        "--config.optim.lr=5e-3",
+        "--config.total=120",
+        "--config.optim.lr=3e-3",
+        "--config.objectives.classify.pool=mean",
     ]
-    train.run(load("finetune.py", *words, "--config.eval_every=100"), home / "tuned")
+    train.run(load("finetune.py", *words, "--config.eval_every=60"), home / "tuned")
     return home / "tuned"
 
 
@@ -94,7 +95,7 @@ def test_the_first_word_is_learned_and_scored_over_the_whole_split(home, tuned):
     mesh = sharding.make_mesh()
     opened = build.open_folder(str(tuned), mesh)
     split = data.prepare(opened.config.data.to_dict(), {"name": str(opened.tokenizer)}).splits
-    goals = objectives.build({"classify": {}}, target="classes")
+    goals = objectives.build({"classify": {"pool": "mean"}}, target="classes")
     step = jax.jit(evaluate.make_step(build.apply(opened.model), goals))
     (batch,) = data.eval_batches(split["validation"], batch_size=24)
     sums, told = step(opened.params, batch, jax.random.key(0))

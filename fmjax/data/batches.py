@@ -98,10 +98,11 @@ def eval_batches(
     """
     mine = _block(batch_size, process_index, process_count)
     for step in range(eval_steps(split, batch_size, limit)):
-        places = step * batch_size + mine
+        places = step * batch_size + np.arange(batch_size)
         inside = places < len(split)
         rows = order.permuted(np.where(inside, places, 0), len(split), EVALUATION)
-        batch = split.rows(rows) | {"index": rows.astype(np.int32)}
+        width, rows, inside = split.width(rows), rows[mine], inside[mine]
+        batch = cut(split.rows(rows), width) | {"index": rows.astype(np.int32)}
         for array in batch.values():
             array[~inside] = 0
         yield batch
@@ -155,11 +156,13 @@ class _Steps:
         return 2**62  # endless; every place below is computed
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        places = order.outside(step * self.batch_size + self.mine, self.skip)
+        # Of the whole batch, so that all processes agree on its width.
+        places = order.outside(step * self.batch_size + np.arange(self.batch_size), self.skip)
         epoch, place = np.divmod(places, len(self.split))
         rows = order.permuted(place, len(self.split), self.seed, epoch)
+        width, rows, places = self.split.width(rows), rows[self.mine], places[self.mine]
         try:
-            batch = self.split.rows(rows, places, self.seed)
+            batch = cut(self.split.rows(rows, places, self.seed), width)
         except Exception as error:  # raised in a thread: say where
             raise DataError(
                 f"Reading the batch of step {step} (rows {rows[:4]}…) failed: {error}"
@@ -181,6 +184,15 @@ class _Steps:
 
     def __repr__(self) -> str:  # Grain prints it in its errors
         return f"Steps(rows={len(self.split)}, batch_size={self.batch_size}, seed={self.seed})"
+
+
+def cut(batch: dict[str, np.ndarray], width: int) -> dict[str, np.ndarray]:
+    """The batch without the columns that hold nothing but padding; what is no row stays."""
+    time = batch["input_ids"].shape[-1]
+    return {
+        name: array[..., :width] if array.ndim > 1 and array.shape[-1] == time else array
+        for name, array in batch.items()
+    }
 
 
 def _block(batch_size: int, process_index: int, process_count: int) -> np.ndarray:

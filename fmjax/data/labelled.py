@@ -52,6 +52,13 @@ class ExampleSplit:
     def __len__(self) -> int:
         return self._rows
 
+    def width(self, index: np.ndarray) -> int:
+        """Columns that the rows `index` need: a quarter of `seq_len`, or two, or three, or all."""
+        each = index[:, None] * self._sequences + np.arange(self._sequences)
+        longest = (self._ends[each + 1] - self._ends[each]).max()
+        quarter = -(-self.seq_len // 4)
+        return min(-(-int(longest) // quarter) * quarter, self.seq_len)
+
     def rows(
         self, index: np.ndarray, examples: np.ndarray | None = None, seed: int = 0
     ) -> dict[str, np.ndarray]:

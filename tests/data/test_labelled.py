@@ -144,6 +144,30 @@ def test_tsv_has_no_quotation_marks(prepare, tmp_path):
     np.testing.assert_array_equal(rows(dataset)["labels"], [1, 0])
 
 
+def test_a_batch_is_as_wide_as_its_longest_row_needs_in_quarters(examples):
+    found = records(*[("abcdefgh"[: 1 + i % 3], "xy"[i % 2]) for i in range(8)], ("abcdef", "x"))
+    split = examples(found, seq_len=16).splits["train"]
+    whole = rows(examples(found, seq_len=16))
+    assert split.width(np.array([0])) == 4 and split.width(np.array([0, 2])) == 8
+    for batch in data.eval_batches(split, batch_size=3):
+        used = np.count_nonzero(batch["segment_ids"], axis=1).max()
+        width = batch["input_ids"].shape[1]
+        assert used <= width < used + 4 and width % 4 == 0
+        for name in ("input_ids", "segment_ids", "positions", "token_types"):
+            np.testing.assert_array_equal(batch[name], whole[name][batch["index"], :width])
+    # Processes see parts of the same batch, as wide as the whole.
+    one = data.batches(split, batch_size=4, seed=0)
+    parts = [
+        data.batches(split, batch_size=4, seed=0, process_index=i, process_count=2) for i in (0, 1)
+    ]
+    for _ in range(4):
+        batch, halves = next(one), [next(part) for part in parts]
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], np.concatenate([h[name] for h in halves]))
+    for iterator in (one, *parts):
+        iterator.close()
+
+
 # ---- bad input ----
 
 
