@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -17,13 +16,14 @@ from fmjax import config as configs
 from fmjax.data.tokenizer import MAX_VOCAB
 from fmjax.data.tokenizer import load as tokenizer
 from fmjax.errors import CheckpointError, ConfigError
+from fmjax.models import AnyModel
 
 
 class Opened(NamedTuple):
     """A model from a folder, ready to be applied."""
 
     source: str  # the folder or hub id that was asked for
-    model: nn.Module
+    model: AnyModel
     params: Any  # stored tree on the mesh
     tokenizer: Path  # in transformers format
     missing: tuple[str, ...]  # parameters that the folder lacks: freshly initialised
@@ -45,7 +45,7 @@ class Opened(NamedTuple):
             )
 
 
-def model(config: Any, vocab_size: int) -> nn.Module:
+def model(config: Any, vocab_size: int) -> AnyModel:
     """The model of a config, sized for a vocabulary.
 
     Keys that are None are the variant's own; `config.model.vocab_size=None` takes the tokenizer's
@@ -66,7 +66,7 @@ def model(config: Any, vocab_size: int) -> nn.Module:
     return built
 
 
-def check_length(model: nn.Module, seq_len: int) -> None:
+def check_length(model: AnyModel, seq_len: int) -> None:
     """Refuses rows that the model has no positions for."""
     if seq_len > model.cfg.max_len:
         raise ConfigError(
@@ -75,7 +75,7 @@ def check_length(model: nn.Module, seq_len: int) -> None:
         )
 
 
-def apply(model: nn.Module) -> Callable:
+def apply(model: AnyModel) -> Callable:
     """`apply(params, *arrays, method=…)`, what objectives call."""
 
     def applied(params, *args, method):
@@ -84,7 +84,7 @@ def apply(model: nn.Module) -> Callable:
     return applied
 
 
-def initial(config: Any, model: nn.Module, abstract: Any) -> Any:
+def initial(config: Any, model: AnyModel, abstract: Any) -> Any:
     """Parameters to start from: None (fresh), unless `config.init` names a source.
 
     That is a run folder, a folder in Hugging Face format or a hub id (`id@revision`). Heads that it
