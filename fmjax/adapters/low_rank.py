@@ -82,6 +82,13 @@ def excess(weight: Float[Array, "*I O"], leaves: Leaves) -> Float[Array, "*M O"]
     return (before + leaves.m - norm) / norm
 
 
+def product(leaves: Leaves) -> Float[Array, "*I O"]:
+    """s A B, as large as the weight: for merging, never for training."""
+    rows = leaves.a.reshape(-1, leaves.a.shape[-1])
+    whole = leaves.scale * precision.matmul(rows, leaves.b)
+    return whole.reshape(*leaves.a.shape[:-1], leaves.b.shape[-1])
+
+
 def add(base: Any, path: Any, bias: Any, weight: Any, leaves: Leaves) -> Float[Array, "B *S O"]:
     """`base` + `path`, all in float32; with magnitudes, both times DoRA's factor but for the bias.
 
