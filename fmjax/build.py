@@ -3,6 +3,7 @@
 import functools
 import importlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +12,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fmjax import checkpoint, convert, state, trees
+from fmjax import adapters, checkpoint, convert, state, trees
 from fmjax import config as configs
 from fmjax.data.tokenizer import MAX_VOCAB
 from fmjax.data.tokenizer import load as tokenizer
 from fmjax.errors import CheckpointError, ConfigError
 from fmjax.models import AnyModel
+
+FRESH = r"head/.*|.*/lora_[abm]"  # parameters that a source may lack: they start fresh
 
 
 class Opened(NamedTuple):
@@ -49,8 +52,8 @@ def model(config: Any, vocab_size: int) -> AnyModel:
     """The model of a config, sized for a vocabulary.
 
     Keys that are None are the variant's own; `config.model.vocab_size=None` takes the tokenizer's
-    size, a larger one leaves unused rows. Raises ConfigError where vocabulary or sequence length do
-    not fit the model.
+    size, a larger one leaves unused rows. Raises ConfigError where vocabulary, sequence length or
+    `config.adapter` do not fit the model.
     """
     fields = {key: value for key, value in config.model.to_dict().items() if value is not None}
     name, wanted = fields.pop("name"), fields.pop("vocab_size", None)
@@ -63,7 +66,7 @@ def model(config: Any, vocab_size: int) -> AnyModel:
         **fields, vocab_size=wanted or vocab_size, dtype=config.precision
     )
     check_length(built, config.data.seq_len)
-    return built
+    return adapters.wrap(built, config.get("adapter") or {})
 
 
 def check_length(model: AnyModel, seq_len: int) -> None:
@@ -87,8 +90,9 @@ def apply(model: AnyModel) -> Callable:
 def initial(config: Any, model: AnyModel, abstract: Any) -> Any:
     """Parameters to start from: None (fresh), unless `config.init` names a source.
 
-    That is a run folder, a folder in Hugging Face format or a hub id (`id@revision`). Heads that it
-    does not have start fresh, and are named. Raises CheckpointError where shapes differ.
+    That is a run folder, a folder in Hugging Face format or a hub id (`id@revision`). Heads and
+    adapters that it does not have start fresh, and are named. Raises CheckpointError where shapes
+    differ.
     """
     if not config.init:
         return None
@@ -102,12 +106,12 @@ def initial(config: Any, model: AnyModel, abstract: Any) -> Any:
         source += " (averaged parameters)" if averaged else ""
     else:
         params, report = convert.load(
-            convert.find(config.init), abstract, may_miss=r"head/.*", initial=fresh
+            convert.find(config.init), abstract, may_miss=FRESH, initial=fresh
         )
         source = config.init
     if jax.process_index() == 0:
         print(f"starting from {source}: {report}")
-    return params
+    return adapters.start(model, params, report.kept)
 
 
 def check_tokenizer(config: Any, folder: Path) -> None:
@@ -164,7 +168,7 @@ def open_folder(
     built = built.clone(stacks=trees.runs(built.kinds))
     fresh = functools.partial(state.init_params, built, jax.random.key(0))
     abstract = state.abstract_params(built, mesh)
-    params, report = convert.load(folder, abstract, may_miss=r"head/.*", initial=fresh)
+    params, report = convert.load(folder, abstract, may_miss=FRESH, initial=fresh)
     return Opened(source, built, params, folder, report.kept, config=None, step=None)
 
 
@@ -215,10 +219,11 @@ def _laid_out(
 ) -> tuple[trees.Tree, convert.Report]:
     """`found`, on the host and in any stacks, in those of `abstract` and where its shardings say.
 
-    Heads that `found` lacks are taken from `fresh()`, a whole tree; only they are computed.
+    Heads and adapters that `found` lacks are taken from `fresh()`, a whole tree; only they are
+    computed.
     """
     have, wanted = trees.unstack(found), trees.unstack(abstract)
-    kept = [name for name in wanted.keys() - have.keys() if fresh and name.startswith("head/")]
+    kept = [n for n in wanted.keys() - have.keys() if fresh and re.fullmatch(FRESH, n)]
     shown = lambda x: "nothing" if x is None else f"{x.dtype}{list(x.shape)}"
     problems = [
         f"  {name}: {shown(leaf)} in the model, {shown(have.get(name))} in the checkpoint"
@@ -238,7 +243,8 @@ def _laid_out(
         for path, leaf in trees.flatten(stored).items()
     }
     if kept:
-        heads = lambda: {name: trees.flatten(fresh())[name] for name in kept}
-        params |= jax.jit(heads, out_shardings={name: places[name] for name in kept})()
+        lacking = places.keys() - params.keys()
+        some = lambda: {path: trees.flatten(fresh())[path] for path in lacking}
+        params |= jax.jit(some, out_shardings={path: places[path] for path in lacking})()
     unused = sorted(have.keys() - wanted.keys())
     return trees.unflatten(params), convert.Report(tuple(sorted(kept)), tuple(unused))

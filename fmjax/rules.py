@@ -149,6 +149,20 @@ def _is_ranges(value: Any) -> bool:
     return all(a < b for a, b in zip([-1, *ends], [*ends, 2**62], strict=True))
 
 
+def _is_targets(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and bool(value)
+        and all(
+            isinstance(row, tuple)
+            and len(row) == 2
+            and is_regex(row[0])
+            and (row[1] is None or _is_whole(row[1]) and row[1] >= 0)
+            for row in value
+        )
+    )
+
+
 def is_regex(value: Any) -> bool:
     try:
         return isinstance(value, str) and bool(re.compile(value))
@@ -177,7 +191,7 @@ def _whole(low: int, high: int) -> Check:
 # Dicts whose keys are the user's choice: the command line replaces them whole.
 OPEN = ("objectives", "group_optim", "optim.args", "model.classes")
 DICTS = (
-    r"data|tokenizer|model|mesh|distributed|optim|(objectives|group_optim)(\.[^.]+)?"
+    r"data|tokenizer|model|adapter|mesh|distributed|optim|(objectives|group_optim)(\.[^.]+)?"
     r"|(optim|group_optim\.[^.]+)\.args|model\.classes"
 )
 SCHEDULES = ("linear", "cosine", "wsd", "rsqrt", "constant")
@@ -197,6 +211,7 @@ SHARES = Check(_is_shares, "two numbers of at least 0 that add up to at most 1")
 RANGES = Check(_is_ranges, "(first, last + 1) pairs in ascending order: ((80, 96), (112, 120))")
 ADDRESS = Check(_is_address, "<host>:<port>, or '' with one process")
 NAME = Check(lambda v: isinstance(v, str) and v.isidentifier(), "the name of an optimizer of optax")
+TARGETS = Check(_is_targets, "(regular expression, rank) pairs, a rank of None: adapter.rank")
 REGEX = Check(is_regex, "a regular expression")
 DURATION = Check(_is_span, "a duration: 1500, '1500 steps', '3 epochs', '10M tokens' or '10%'")
 LENGTH = Check(_is_length, "a duration above 0: 1500, '1500 steps', '3 epochs' or '10M tokens'")
@@ -230,6 +245,12 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("precision", ("float32", "bfloat16")),
     ("split", ("train", "validation")),
     (r"optim\.schedule", SCHEDULES),
+    (r"adapter\.name", ("", "lora")),
+    (r"adapter\.targets", TARGETS),
+    (r"adapter\.rank", _whole(1, 2**24)),
+    (r"adapter\.alpha", Check(lambda v: _is_real(v) and v > 0, "a finite number above 0")),
+    (r"adapter\.scaling", ("alpha/rank", "rslora")),
+    (r"adapter\.init", ("uniform", "pissa", "loftq")),
     (r"data\.name", ("pydocs", "text", "hub")),
     (r"data\.format", ("packed", "padded", "pairs")),
     (r"data\.document", ("blank_line", "line", "file")),

@@ -5,9 +5,12 @@ config.groups = ((r".*/lora_.|head/.*", "train"), (".*", "freeze"))
 """
 
 import importlib
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from fmjax.adapters import initial
+from fmjax.adapters.lora import LEAVES, Adapted
 from fmjax.models import AnyModel
 
 
@@ -21,3 +24,12 @@ def wrap(model: AnyModel, settings: Mapping[str, Any]) -> AnyModel:
     return (
         importlib.import_module(f"fmjax.adapters.{name}").wrap(model, **fields) if name else model
     )
+
+
+def start(model: Any, params: Any, fresh: Collection[str]) -> Any:
+    """`params` of a base that was just loaded, with an adapter that starts from its weights.
+
+    `fresh` are the names of the parameters that were not loaded: an adapter that was, stays.
+    """
+    adapted = isinstance(model, Adapted) and any(re.fullmatch(LEAVES, name) for name in fresh)
+    return initial.start(model, params) if adapted else params
