@@ -66,7 +66,7 @@ def model(config: Any, vocab_size: int) -> AnyModel:
         **fields, vocab_size=wanted or vocab_size, dtype=config.precision
     )
     check_length(built, config.data.seq_len)
-    return adapters.wrap(built, config.get("adapter") or {})
+    return adapters.wrap(built, config.to_dict().get("adapter", {}))
 
 
 def check_length(model: AnyModel, seq_len: int) -> None:

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from fmjax import streams, trees
@@ -212,7 +213,8 @@ class Adapted:
         its layer by what is sliced for it alone."""
         flat = trees.flatten(params)
         for path in self.places(params):
-            numbers = jnp.asarray([_stream(name) for name in trees.names(path)], jnp.uint32)
+            numbers = np.array([_stream(name) for name in trees.names(path)], np.uint32)
+            numbers = jnp.asarray(numbers.view(np.int32))
             flat[f"{path}/{_STREAM}"] = numbers if trees.is_stacked(path) else numbers[0]
         return trees.unflatten(flat)
 
