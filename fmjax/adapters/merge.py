@@ -20,8 +20,11 @@ def merge(model: Adapted, params: trees.Tree) -> trees.Tree:
     _check_tables(model)
 
     def merged(weight, leaves):
-        factor = 1 if leaves.m is None else 1 + low_rank.excess(weight, leaves)
-        return (weight + low_rank.product(leaves)) * factor, leaves
+        total = weight + low_rank.product(leaves)
+        if leaves.m is not None:
+            factor = 1 + low_rank.excess(weight, leaves)
+            total *= factor.reshape(*[1] * (total.ndim - 1), -1)
+        return total, leaves
 
     return separate(changed(model, params, merged))[0]
 
