@@ -1,4 +1,4 @@
-"""An adapter in a run: a base loads under it, it starts from its weights, config keys are checked."""
+"""An adapter in a run: a base loads under it, it may start from the base, keys are checked."""
 
 import jax
 import numpy as np
