@@ -4,12 +4,15 @@ config.adapter = dict(name="lora", targets=((r"block_.*/(attn|mlp)/.*", None),),
 config.groups = ((r".*/lora_.|head/.*", "train"), (".*", "freeze"))
 """
 
+import functools
 import importlib
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from fmjax.adapters import initial
+import jax
+
+from fmjax.adapters import initial, merge
 from fmjax.adapters.lora import LEAVES, Adapted
 from fmjax.models import AnyModel
 
@@ -33,3 +36,15 @@ def start(model: Any, params: Any, fresh: Collection[str]) -> Any:
     """
     adapted = isinstance(model, Adapted) and any(re.fullmatch(LEAVES, name) for name in fresh)
     return initial.start(model, params) if adapted else params
+
+
+def merged(model: Any, params: Any) -> tuple[Any, Any]:
+    """(the model without its adapter, parameters that give the same outputs, where they lay).
+
+    Raises ConfigError as `merge.merge` does.
+    """
+    if not isinstance(model, Adapted):
+        return model, params
+    places = jax.tree.map(lambda x: x.sharding, merge.separate(params)[0])
+    fold = functools.partial(merge.merge, model)
+    return model.model, jax.jit(fold, out_shardings=places)(params)

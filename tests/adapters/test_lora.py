@@ -166,6 +166,13 @@ def test_dropout_is_of_the_example_and_of_the_path_alone(scanned):
     assert np.abs(again - dropped).max() > 0.05
 
 
+def test_every_module_of_every_layer_drops_its_own(scanned):
+    model, params, *_ = scanned
+    flat = trees.flatten(model._with_streams(params))
+    numbers = [np.ravel(leaf) for path, leaf in flat.items() if path.endswith("lora_stream")]
+    assert len(np.unique(np.concatenate(numbers))) == 3 * 6
+
+
 def test_dropout_scales_what_is_left():
     """Over many examples the mean is that of no dropout, and about half of the inputs are zero."""
     x, a, b = jnp.ones((2000, 4)), jnp.eye(4), jnp.eye(4)
@@ -177,12 +184,10 @@ def test_dropout_scales_what_is_left():
 
 
 def test_bfloat16_is_rounded_once():
-    """1 + 2^-9 + 2^-9 is 1 + 2^-8 = 1.00390625; each half alone would be rounded away."""
+    """1 and twice 3 * 2^-10 is nearest to 1 + 2^-7, the next number; with either alone, to 1."""
     model = lora.wrap(Bfloat(), targets=(("out", 1),), alpha=1)
-    half = jnp.full((1, 1), 2.0**-9)
-    leaves = dict(kernel=1 + half, lora_a=jnp.ones((1, 1)), lora_b=3 * half)
-    leaves["kernel"] = jnp.ones((1, 1))
-    leaves["bias"] = jnp.full((1,), 2.0**-9)
+    part = jnp.full((1, 1), 3 * 2.0**-10)
+    leaves = dict(kernel=jnp.ones((1, 1)), bias=part[0], lora_a=jnp.ones((1, 1)), lora_b=part)
     y = model.apply({"params": {"out": leaves}}, jnp.ones((1, 1), jnp.bfloat16))
     assert y.dtype == jnp.bfloat16 and y == 1 + 2.0**-7
 
@@ -374,19 +379,23 @@ def test_a_base_without_the_leaves_is_not_run_in_silence():
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_the_backward_pass_keeps_x_and_x_a(rate):
     """Of a layer with 3 x 5 rows, 16 inputs, 24 outputs and rank 2."""
-    seeds = streams.seeds(KEY, jnp.arange(3))
+    seeds = streams.named(streams.seeds(KEY, jnp.arange(3)), "lora")
 
     def layer(x, a, b):
         leaves = low_rank.Leaves(a, b, None, 2.0, rate, seeds)
         kernel = jnp.ones((16, 24))
         return precision.linear(x, kernel, jnp.float32) + low_rank.linear(x, leaves, jnp.float32)
 
-    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((3, 5, 16), (16, 2), (2, 24))]
-    kept = jax.eval_shape(lambda *args: jax.vjp(layer, *args)[1], *shapes)
-    arrays = [leaf.shape for leaf in jax.tree.leaves(kept) if leaf.shape[:2] == (3, 5)]
-    assert sorted(arrays, key=len)[0] and set(arrays) == {(3, 5, 16), (3, 5, 2)}, arrays
-    # x may be listed for each of the products that keep it; it is one array.
-    assert arrays.count((3, 5, 2)) == 1
+    rng = np.random.default_rng(0)
+    x, a, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 5, 16), (16, 2), (2, 24)))
+    kept = [
+        leaf for leaf in jax.tree.leaves(jax.vjp(layer, x, a, b)[1]) if leaf.shape[:2] == (3, 5)
+    ]
+    assert {leaf.shape for leaf in kept} == {(3, 5, 16), (3, 5, 2)}
+    assert sum(leaf.shape == (3, 5, 2) for leaf in kept) == 1
+    for leaf in kept:  # x is listed for each product that keeps it, and is one array
+        if leaf.shape == x.shape:
+            np.testing.assert_array_equal(leaf, x)
 
 
 SIZES = dict(width=24, mlp=56, heads=4)  # no other array of the step has these shapes
