@@ -84,6 +84,16 @@ def get_config(arg=None):
         scan=True,
         remat="none",
     )
+    config.adapter = dict(
+        name="",  # or lora; with groups such as ((".*/lora_.|head/.*", "train"), (".*", "freeze"))
+        targets=((r"block_.*/(attn|mlp)/.*", None),),  # (regex over module paths, rank), 0: none
+        rank=8,  # where a target says None
+        alpha=16.0,
+        scaling="alpha/rank",  # or rslora: alpha / sqrt(rank)
+        dropout=0.0,
+        dora=False,
+        init="uniform",  # or, from the weights of config.init: pissa, loftq
+    )
     config.objectives = dict(mlm=dict(weight=1.0, rate=0.15, mask="token", replace=(0.8, 0.1)))
 
     config.groups = ((".*", "train"),)  # (regex over parameter names, group), first match wins

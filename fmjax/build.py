@@ -4,27 +4,30 @@ import dataclasses
 import functools
 import importlib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fmjax import checkpoint, convert, objectives, rules, state, trees
+from fmjax import adapters, checkpoint, convert, objectives, rules, state, trees
 from fmjax import config as configs
 from fmjax.data.tokenizer import MAX_VOCAB
 from fmjax.data.tokenizer import load as tokenizer
 from fmjax.errors import CheckpointError, ConfigError
+from fmjax.models import AnyModel
+
+FRESH = r"head/.*|.*/lora_[abm]"  # parameters that a source may lack: they start fresh
 
 
 class Opened(NamedTuple):
     """A model from a folder, ready to be applied."""
 
     source: str  # the folder or hub id that was asked for
-    model: nn.Module
+    model: AnyModel
     params: Any  # stored tree on the mesh
     tokenizer: Path  # in transformers format
     missing: tuple[str, ...]  # parameters that the folder lacks: freshly initialised
@@ -47,13 +50,13 @@ class Opened(NamedTuple):
             )
 
 
-def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> nn.Module:
+def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
     """The model of a config, sized for a vocabulary, with the heads that its objectives need for
     classes called `labels`.
 
     Keys that are None are the variant's own; `config.model.vocab_size=None` takes the tokenizer's
-    size, a larger one leaves unused rows. Raises ConfigError where vocabulary or sequence length do
-    not fit the model.
+    size, a larger one leaves unused rows. Raises ConfigError where vocabulary, sequence length or
+    `config.adapter` do not fit the model.
     """
     fields = {key: value for key, value in config.model.to_dict().items() if value is not None}
     name, wanted = fields.pop("name"), fields.pop("vocab_size", None)
@@ -71,7 +74,7 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> nn.Module
         classes=heads,
     )
     check_length(built, config.data.seq_len)
-    return built
+    return adapters.wrap(built, config.to_dict().get("adapter", {}))
 
 
 def resolved(config: Any) -> Any:
@@ -116,10 +119,10 @@ def described(source: str) -> tuple[str, dict[str, Any]]:
     return name, {k: v for k, v in options.items() if k not in ("classes", "lm_head", "dtype")}
 
 
-def identity(model: nn.Module) -> dict[str, Any]:
+def identity(model: AnyModel) -> dict[str, Any]:
     """What a checkpoint keeps of a model, as JSON; `described` reads it."""
-    options = dataclasses.asdict(model.cfg)
-    return {"name": type(model).__module__.rpartition(".")[2], "options": options}
+    name = type(adapters.base(model)).__module__.rpartition(".")[2]
+    return {"name": name, "options": dataclasses.asdict(model.cfg)}
 
 
 def _described(meta: Mapping[str, Any], folder: str | Path) -> tuple[str, dict[str, Any]]:
@@ -137,7 +140,7 @@ def _described(meta: Mapping[str, Any], folder: str | Path) -> tuple[str, dict[s
     return name, options
 
 
-def check_length(model: nn.Module, seq_len: int) -> None:
+def check_length(model: AnyModel, seq_len: int) -> None:
     """Refuses rows that the model has no positions for."""
     if seq_len > model.cfg.max_len:
         raise ConfigError(
@@ -146,7 +149,7 @@ def check_length(model: nn.Module, seq_len: int) -> None:
         )
 
 
-def apply(model: nn.Module) -> Callable:
+def apply(model: AnyModel) -> Callable:
     """`apply(params, *arrays, method=…)`, what objectives call."""
 
     def applied(params, *args, method):
@@ -155,11 +158,12 @@ def apply(model: nn.Module) -> Callable:
     return applied
 
 
-def initial(config: Any, model: nn.Module, abstract: Any) -> Any:
+def initial(config: Any, model: AnyModel, abstract: Any) -> Any:
     """Parameters to start from: None (fresh), unless `config.init` names a source.
 
-    That is a run folder, a folder in Hugging Face format or a hub id (`id@revision`). Heads that it
-    does not have start fresh, and are named. Raises CheckpointError where shapes differ.
+    That is a run folder, a folder in Hugging Face format or a hub id (`id@revision`). Heads and
+    adapters that it does not have start fresh, and are named. Raises CheckpointError where shapes
+    differ.
     """
     if not config.init:
         return None
@@ -173,12 +177,12 @@ def initial(config: Any, model: nn.Module, abstract: Any) -> Any:
         source += " (averaged parameters)" if averaged else ""
     else:
         params, report = convert.load(
-            convert.find(config.init), abstract, may_miss=r"head/.*", initial=fresh
+            convert.find(config.init), abstract, may_miss=FRESH, initial=fresh
         )
         source = config.init
     if jax.process_index() == 0:
         print(f"starting from {source}: {report}")
-    return params
+    return adapters.start(model, params, report.kept)
 
 
 def check_tokenizer(config: Any, folder: Path) -> None:
@@ -235,7 +239,7 @@ def open_folder(
     built = built.clone(stacks=trees.runs(built.kinds))
     fresh = functools.partial(state.init_params, built, jax.random.key(0))
     abstract = state.abstract_params(built, mesh)
-    params, report = convert.load(folder, abstract, may_miss=r"head/.*", initial=fresh)
+    params, report = convert.load(folder, abstract, may_miss=FRESH, initial=fresh)
     return Opened(source, built, params, folder, report.kept, config=None, step=None)
 
 
@@ -272,6 +276,7 @@ def _open_run(
         **options | how | {"dtype": saved.precision}
     )
     check_length(built, saved.data.seq_len)
+    built = adapters.wrap(built, saved.to_dict().get("adapter", {}))
     labels = configs.flatten(meta).get("fingerprint.labels") or ()
     built = built.clone(stacks=trees.runs(built.kinds))
     abstract = state.abstract_params(built, mesh)
@@ -298,10 +303,11 @@ def _laid_out(
 ) -> tuple[trees.Tree, convert.Report]:
     """`found`, on the host and in any stacks, in those of `abstract` and where its shardings say.
 
-    Heads that `found` lacks are taken from `fresh()`, a whole tree; only they are computed.
+    Heads and adapters that `found` lacks are taken from `fresh()`, a whole tree; only they are
+    computed.
     """
     have, wanted = trees.unstack(found), trees.unstack(abstract)
-    kept = [name for name in wanted.keys() - have.keys() if fresh and name.startswith("head/")]
+    kept = [n for n in wanted.keys() - have.keys() if fresh and re.fullmatch(FRESH, n)]
     shown = lambda x: "nothing" if x is None else f"{x.dtype}{list(x.shape)}"
     problems = [
         f"  {name}: {shown(leaf)} in the model, {shown(have.get(name))} in the checkpoint"
@@ -321,7 +327,14 @@ def _laid_out(
         for path, leaf in trees.flatten(stored).items()
     }
     if kept:
-        heads = lambda: {name: trees.flatten(fresh())[name] for name in kept}
-        params |= jax.jit(heads, out_shardings={name: places[name] for name in kept})()
+        lacking = places.keys() - params.keys()
+        some = lambda: {path: trees.flatten(fresh())[path] for path in lacking}
+        params |= jax.jit(some, out_shardings={path: places[path] for path in lacking})()
     unused = sorted(have.keys() - wanted.keys())
+    if lost := [name for name in unused if re.fullmatch(adapters.LEAVES, name)]:
+        raise ConfigError(
+            f"{source} has an adapter ({lost[0]}, …) that the model has no place for: set "
+            "config.adapter as in its config.json, or start from what configs/export.py makes of "
+            "it, which has the adapter merged."
+        )
     return trees.unflatten(params), convert.Report(tuple(sorted(kept)), tuple(unused))

@@ -1,4 +1,4 @@
-"""A run folder as a folder that `transformers` loads."""
+"""A run folder as a folder that `transformers` loads, an adapter merged into its base."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmjax import build, convert, processes, state, trees
+from fmjax import adapters, build, convert, processes, state, trees
 from fmjax.errors import CheckpointError, ConfigError
 
 
@@ -25,6 +25,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             if jax.process_index() == 0:
                 print(f"would export {opened} to {output}")
             return
+        model, params = adapters.merged(opened.model, opened.params)
+        opened = opened._replace(model=model, params=params)
         left_out = convert.export(output, opened.model, opened.params, opened.tokenizer)
         check(output, opened, left_out, state.abstract_params(opened.model, mesh))
     if jax.process_index() != 0:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from fmjax import build
 from fmjax.step import make_train_step
@@ -18,7 +19,7 @@ from fmjax.step import make_train_step
 
 def count(function: Any, *args: Any) -> int:
     """FLOPs (two per multiply-add) of all dots in `function(*args)`; args may be abstract."""
-    return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    return _used(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def of_step(run: Any, batch: Any, traced: jax.stages.Traced | None = None) -> int:
@@ -28,10 +29,16 @@ def of_step(run: Any, batch: Any, traced: jax.stages.Traced | None = None) -> in
     spares the seconds of another trace.
     """
     if traced and run.model.cfg.remat == "none" and run.config.accumulate == 1:
-        return _jaxpr(traced.jaxpr.jaxpr)
+        return _used(traced.jaxpr.jaxpr)
     model = run.model.clone(cfg=dataclasses.replace(run.model.cfg, remat="none"))
     step = make_train_step(build.apply(model), run.objectives, run.optimizer.tx, run.split)
     return count(step, run.abstract, batch)
+
+
+def _used(jaxpr: Any) -> int:
+    """Without what no output needs, which the compiler leaves out too: a product's own VJP writes
+    down the gradient of a weight whether it is frozen or not."""
+    return _jaxpr(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def _jaxpr(jaxpr: Any) -> int:

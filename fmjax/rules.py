@@ -160,6 +160,20 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, str) or bool(value) and _is_texts(value)
 
 
+def _is_targets(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and bool(value)
+        and all(
+            isinstance(row, tuple)
+            and len(row) == 2
+            and is_regex(row[0])
+            and (row[1] is None or _is_whole(row[1]) and row[1] >= 0)
+            for row in value
+        )
+    )
+
+
 def is_regex(value: Any) -> bool:
     try:
         return isinstance(value, str) and bool(re.compile(value))
@@ -188,7 +202,7 @@ def _whole(low: int, high: int) -> Check:
 # Dicts whose keys are the user's choice: the command line replaces them whole.
 OPEN = ("objectives", "group_optim", "optim.args")
 DICTS = (
-    r"data|tokenizer|model|mesh|distributed|optim|(objectives|group_optim)(\.[^.]+)?"
+    r"data|tokenizer|model|adapter|mesh|distributed|optim|(objectives|group_optim)(\.[^.]+)?"
     r"|(optim|group_optim\.[^.]+)\.args"
 )
 SCHEDULES = ("linear", "cosine", "wsd", "rsqrt", "constant")
@@ -213,6 +227,7 @@ COLUMNS = Check(_is_names, "names of columns: 'a', 'a,b' or ('a', 'b')")
 CLASSES = Check(_is_texts, "a tuple of different texts")
 ADDRESS = Check(_is_address, "<host>:<port>, or '' with one process")
 NAME = Check(lambda v: isinstance(v, str) and v.isidentifier(), "the name of an optimizer of optax")
+TARGETS = Check(_is_targets, "(regular expression, rank) pairs, a rank of None: adapter.rank")
 REGEX = Check(is_regex, "a regular expression")
 DURATION = Check(_is_span, "a duration: 1500, '1500 steps', '3 epochs', '10M tokens' or '10%'")
 LENGTH = Check(_is_length, "a duration above 0: 1500, '1500 steps', '3 epochs' or '10M tokens'")
@@ -245,6 +260,12 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("precision", ("float32", "bfloat16")),
     ("split", ("train", "validation")),
     (r"optim\.schedule", SCHEDULES),
+    (r"adapter\.name", ("", "lora")),
+    (r"adapter\.targets", TARGETS),
+    (r"adapter\.rank", _whole(1, 2**24)),
+    (r"adapter\.alpha", Check(lambda v: _is_real(v) and v > 0, "a finite number above 0")),
+    (r"adapter\.scaling", ("alpha/rank", "rslora")),
+    (r"adapter\.init", ("uniform", "pissa", "loftq")),
     (r"data\.name", ("pydocs", "text", "hub")),
     (r"data\.format", FORMATS),
     (r"data\.columns", COLUMNS),

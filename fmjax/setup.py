@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -13,6 +12,7 @@ from fmjax import build, data, groups, optim, rules, sharding, state, trees
 from fmjax import config as configs
 from fmjax import objectives as losses
 from fmjax.data.settings import DataSettings, read
+from fmjax.models import AnyModel
 from fmjax.state import TrainState
 
 
@@ -22,7 +22,7 @@ class Run(NamedTuple):
     config: Any
     mesh: jax.sharding.Mesh
     dataset: data.Dataset | None  # None until it is prepared
-    model: nn.Module
+    model: AnyModel
     objectives: list[losses.Objective]
     assigned: dict[str, str]  # parameter name -> group
     optimizer: optim.Optimizer
@@ -100,8 +100,8 @@ def assemble(
 
 
 def grouped(
-    model: nn.Module, patterns: Any, optim_: Mapping[str, Any], group_optim: Mapping[str, Any]
-) -> tuple[nn.Module, dict[str, str]]:
+    model: AnyModel, patterns: Any, optim_: Mapping[str, Any], group_optim: Mapping[str, Any]
+) -> tuple[AnyModel, dict[str, str]]:
     """The model, stacked where neighbouring layers train alike, and {parameter name: group}."""
     canonical = model.clone(stacks=trees.runs(model.kinds))
     names = list(trees.unstack(state.abstract_params(canonical)))

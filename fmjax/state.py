@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fmjax import sharding, trees
+from fmjax.models import AnyModel
 
 
 @struct.dataclass
@@ -24,14 +24,14 @@ class TrainState:
     rng: Any  # typed key, never changed: randomness is fold_in(rng, step)
 
 
-def init_params(model: nn.Module, key: jax.Array) -> Any:
+def init_params(model: AnyModel, key: jax.Array) -> Any:
     """Fresh parameters in the model's stacks; the numbers do not depend on the stacking."""
     canonical = model.clone(stacks=trees.runs(model.kinds))
     params = canonical.init(key, *model.example())["params"]
     return params if model.stacks == canonical.stacks else trees.restack(params, model.stacks)
 
 
-def abstract_params(model: nn.Module, mesh: jax.sharding.Mesh | None = None) -> Any:
+def abstract_params(model: AnyModel, mesh: jax.sharding.Mesh | None = None) -> Any:
     """Shapes (and shardings, given a mesh) of the stored parameters; costs no memory."""
     shapes = _shapes(model)
     if mesh is None:
@@ -40,7 +40,7 @@ def abstract_params(model: nn.Module, mesh: jax.sharding.Mesh | None = None) -> 
 
 
 def abstract(
-    model: nn.Module, tx: optax.GradientTransformation, split: Any, mesh: jax.sharding.Mesh
+    model: AnyModel, tx: optax.GradientTransformation, split: Any, mesh: jax.sharding.Mesh
 ) -> TrainState:
     """The whole state as ShapeDtypeStructs with shardings, for `create` and for restoring."""
     params = abstract_params(model, mesh)
@@ -56,7 +56,7 @@ def abstract(
 
 def create(
     abstract: TrainState,
-    model: nn.Module,
+    model: AnyModel,
     tx: optax.GradientTransformation,
     split: Any,
     seed: int,
@@ -82,7 +82,7 @@ def create(
 
 
 @functools.cache  # several parts of a run ask, and each trace takes a tenth of a second and more
-def _shapes(model: nn.Module) -> Any:
+def _shapes(model: AnyModel) -> Any:
     return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 

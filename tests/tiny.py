@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, objectives, optim, setup, sharding, state
+from fmjax import adapters, build, objectives, optim, setup, sharding, state
 from fmjax import groups as parameter_groups
 from fmjax.models import bert
 from fmjax.step import make_train_step
@@ -52,13 +52,20 @@ def batch(rows: int, seed: int = 0) -> dict[str, jax.Array]:
 
 
 def make(
-    groups=((".*", "train"),), accumulate=1, losses=None, mesh=None, changes=None, **model
+    groups=((".*", "train"),),
+    accumulate=1,
+    losses=None,
+    mesh=None,
+    changes=None,
+    adapter=None,
+    group_optim=None,
+    **model,
 ) -> SimpleNamespace:
     """Model, loss, optimizer, a fresh state and the jitted step, put together as `setup`
     does."""
-    net, assigned = setup.grouped(
-        bert.Model("tiny", **{**SIZES, **model}), groups, OPTIM | (changes or {}), {}
-    )
+    group_optim = group_optim or {}
+    net = adapters.wrap(bert.Model("tiny", **{**SIZES, **model}), adapter or {})
+    net, assigned = setup.grouped(net, groups, OPTIM | (changes or {}), group_optim)
     split = functools.partial(parameter_groups.split, assigned=assigned)
     goals = objectives.build(losses or {"mlm": {"rate": 0.3}}, vocab=VOCAB, target="nsp")
     made = optim.make(
@@ -67,7 +74,7 @@ def make(
         steps=lambda duration: {"100%": 100}.get(duration, duration),
         depth=net.cfg.depth,
         optim=OPTIM | (changes or {}),
-        group_optim={},
+        group_optim=group_optim,
     )
     mesh = mesh or sharding.make_mesh()
     abstract = state.abstract(net, made.tx, split, mesh)

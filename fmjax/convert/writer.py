@@ -43,7 +43,7 @@ def export(
     folder = Path(folder)
     if jax.process_index() == 0 and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; export to a new folder.")
-    family = _family(model)
+    family = family_of(model)
     stored = trees.flatten(params)
     # Where each parameter is stored: path and, in a stack, the layer.
     where = {
@@ -107,7 +107,7 @@ def special_ids(tokenizer_dir: str | Path | None) -> dict[str, int]:
         raise ConfigError(f"{tokenizer_dir} is no tokenizer of transformers: {error!r}") from error
 
 
-def _family(model: Any) -> ModuleType:
+def family_of(model: Any) -> ModuleType:
     """The file of name tables beside this one that is called as the model's file."""
     name = type(model).__module__.rpartition(".")[2]
     if not Path(__file__).with_name(f"{name}.py").is_file():

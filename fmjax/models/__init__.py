@@ -1,0 +1,21 @@
+"""AnyModel families, one file each, and what the rest of the code asks of any of them."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class AnyModel(Protocol):
+    """A Linen module of one of the families, or a wrapper of one that keeps parameter names."""
+
+    cfg: Any  # a frozen dataclass with `depth`, `dtype`, `scan` and `remat`
+    stacks: Sequence[int] | None  # lengths of the runs of layers that are scanned together
+    kinds: Sequence[str]  # one word a layer; only equal neighbours can be scanned together
+
+    def example(self) -> tuple[Any, ...]: ...
+
+    def init(self, key: Any, *args: Any) -> Any: ...
+
+    def apply(self, variables: Any, *args: Any, method: Any = None) -> Any: ...
+
+    def clone(self, **changes: Any) -> "AnyModel": ...

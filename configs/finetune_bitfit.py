@@ -1,0 +1,22 @@
+"""configs/finetune.py with nothing but biases and the head trained (BitFit, Zaken et al. 2022).
+
+    python run.py --config=configs/finetune_bitfit.py
+
+`:classify,norms` trains the scales and biases of the norms alone, and the head. A model without
+biases, such as the default ModernBERT, has norms only.
+"""
+
+import runpy
+from pathlib import Path
+
+from fmjax.config import parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, task="classify", norms=False, runlocal=False)
+    parent = runpy.run_path(str(Path(__file__).with_name("finetune.py")))
+    config = parent["get_config"](f"{arg.task},runlocal={arg.runlocal}")
+    moves = ".*norm/.*" if arg.norms else ".*/bias"
+    config.groups = ((f"head/.*|{moves}", "train"), (".*", "freeze"))
+    config.optim.lr = 3e-3
+    return config

@@ -1,0 +1,26 @@
+"""configs/finetune.py with LoRA on every linear layer, and the head (Hu et al. 2021).
+
+    python run.py --config=configs/finetune_lora.py
+    python run.py --config=configs/finetune_lora.py --config.adapter.rank=16 \\
+        --config.adapter.targets="(('block_.*/attn/(query|value)', None),)"
+
+`:classify,plus=16` gives every B a learning rate 16 times that of A (LoRA+, Hayou et al. 2024).
+"""
+
+import runpy
+from pathlib import Path
+
+from fmjax.config import parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, task="classify", plus=1.0, runlocal=False)
+    parent = runpy.run_path(str(Path(__file__).with_name("finetune.py")))
+    config = parent["get_config"](f"{arg.task},runlocal={arg.runlocal}")
+    config.adapter.name = "lora"
+    config.groups = ((".*/lora_.|head/.*", "train"), (".*", "freeze"))
+    config.optim.lr = 2e-3
+    if arg.plus != 1.0:
+        config.groups = ((".*/lora_b", "lora_b"), *config.groups)
+        config.group_optim = {"lora_b": {"lr": arg.plus * config.optim.lr}}
+    return config

@@ -1,0 +1,100 @@
+"""An adapter folded into the weights, taken out again, and several of them over one base."""
+
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from fmjax import trees
+from fmjax.adapters import low_rank
+from fmjax.adapters.lora import LEAVES, Adapted
+from fmjax.errors import ConfigError
+
+
+def merge(model: Adapted, params: trees.Tree) -> trees.Tree:
+    """Parameters of `model.model` that give the same outputs, at the base model's cost.
+
+    Raises ConfigError for a table that the model's output reads too, which merging would change.
+    """
+    _check_tables(model)
+
+    def merged(weight, leaves):
+        total = weight + low_rank.product(leaves)
+        if leaves.m is not None:
+            factor = 1 + low_rank.excess(weight, leaves)
+            total *= factor.reshape(*[1] * (total.ndim - 1), -1)
+        return total, leaves
+
+    return separate(changed(model, params, merged))[0]
+
+
+def unmerge(model: Adapted, merged: trees.Tree, adapter: trees.Tree) -> trees.Tree:
+    """The adapted model's parameters, from merged ones and the `adapter` that is in them.
+
+    The base's numbers come back to rounding, not to the bit.
+
+    Raises ConfigError as `merge` does, and for DoRA, whose factor needs the base that is sought.
+    """
+    _check_tables(model)
+    if model.lora.dora:
+        raise ConfigError("A merged DoRA adapter cannot be taken out: keep the base's parameters.")
+    without = lambda weight, leaves: (weight - low_rank.product(leaves), leaves)
+    return changed(model, join(merged, adapter), without)
+
+
+def separate(params: trees.Tree) -> tuple[trees.Tree, trees.Tree]:
+    """(the base's parameters, the adapter's)."""
+    flat = trees.flatten(params)
+    adapter = {path: x for path, x in flat.items() if re.fullmatch(LEAVES, path)}
+    base = {path: x for path, x in flat.items() if path not in adapter}
+    return trees.unflatten(base), trees.unflatten(adapter)
+
+
+def join(base: trees.Tree, adapter: trees.Tree) -> trees.Tree:
+    """The inverse of `separate`."""
+    return trees.unflatten({**trees.flatten(base), **trees.flatten(adapter)})
+
+
+def combine(params: trees.Tree, adapters: Sequence[trees.Tree]) -> trees.Tree:
+    """The base of `params` with several adapters (trees that have their leaves), for `adapter_ids`.
+
+    The axis of adapters is the first, in a stack the one behind the layers.
+    """
+    leaves = [separate(adapter)[1] for adapter in adapters]
+    shapes = [{path: x.shape for path, x in trees.flatten(one).items()} for one in leaves]
+    if any(found != shapes[0] for found in shapes):
+        raise ConfigError("Adapters of one batch must have the same targets, ranks and stacks.")
+    stack = lambda path, *arrays: jnp.stack(arrays, int(trees.is_stacked(path)))
+    flat = [trees.flatten(one) for one in leaves]
+    together = {path: stack(path, *(one[path] for one in flat)) for path in shapes[0]}
+    return join(separate(params)[0], trees.unflatten(together))
+
+
+def changed(model: Adapted, params: trees.Tree, function: Callable) -> trees.Tree:
+    """`params` with `function(weight, leaves) -> (weight, leaves)` at each adapted module.
+
+    The function sees one layer at a time.
+    """
+    flat = trees.flatten(params)
+    for path, site in model.places(params).items():
+
+        def one(weight, a, b, m, scale=site.scale):
+            weight, leaves = function(weight, low_rank.Leaves(a, b, m, scale))
+            return weight, leaves.a, leaves.b, leaves.m
+
+        names = [f"{path}/{leaf}" for leaf in (site.weight, "lora_a", "lora_b", "lora_m")]
+        each = jax.vmap(one) if trees.is_stacked(path) else one
+        new = each(*(flat.get(name) for name in names))
+        flat |= {name: x for name, x in zip(names, new, strict=True) if x is not None}
+    return trees.unflatten(flat)
+
+
+def _check_tables(model: Adapted) -> None:
+    for path, site in model.sites().items():
+        if site.shared:
+            raise ConfigError(
+                f"{path} is adapted where it is looked up, and the output of the model reads the "
+                "same table, which merging would change: leave it out of config.adapter.targets, "
+                "or keep the adapter apart."
+            )
