@@ -1,6 +1,6 @@
 """configs/finetune.py with everything frozen but the head (and the pooler, where there is one).
 
-    python run.py --config=configs/finetune_head.py
+python run.py --config=configs/finetune_head.py
 """
 
 import runpy

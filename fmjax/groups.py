@@ -1,7 +1,8 @@
 """Which parameters move: groups by name, and what is frozen.
 
 Groups are ordered (regex over parameter names, group name); the first full match wins and an
-uncovered parameter is an error. "freeze" does not train: its parameters are split off before the
+uncovered parameter is an error. Layers are numbered from the front, `block_00`, and from the back:
+`block_-1` is the last. "freeze" does not train: its parameters are split off before the
 gradient is taken, so they cost neither a weight gradient nor optimizer memory.
 """
 
@@ -16,14 +17,18 @@ FREEZE = "freeze"
 
 
 def assign(names: Sequence[str], groups: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """{parameter name: group}, first full match wins.
+    """{parameter name: group}, first full match wins; a layer's parameters have two names.
 
     Raises ConfigError for an uncovered parameter, a pattern that decides nothing, or when nothing
     trains.
     """
     assigned, used = {}, set()
+    layers = [int(match[1]) for name in names if (match := re.match(r"block_(\d+)/", name))]
+    depth = max(layers, default=-1) + 1
     for name in names:
-        match = next((i for i, (p, _) in enumerate(groups) if re.fullmatch(p, name)), None)
+        behind = re.sub(r"^block_(\d+)", lambda match: f"block_{int(match[1]) - depth}", name)
+        matches = lambda p, both=(name, behind): any(re.fullmatch(p, one) for one in both)
+        match = next((i for i, (p, _) in enumerate(groups) if matches(p)), None)
         if match is None:
             raise ConfigError(
                 f"config.groups covers no group for parameter {name!r}: add a pattern, for example "

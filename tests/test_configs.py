@@ -14,7 +14,8 @@ from fmjax.step import make_train_step
 
 FULL = ["mlm.py", "mlm.py:bert_base", "nsp.py", "nsp.py:sop", "nsp.py:nsp,variant=bert_base"]
 FULL += ["mlm.py:bert_base,runlocal", "nsp.py:nsp,variant=bert_base,runlocal"]
-FULL += ["finetune.py", "finetune.py:regress"]
+FULL += ["finetune.py", "finetune.py:regress", "finetune_head.py", "finetune_last.py:layers=2"]
+FULL += ["finetune_bitfit.py", "finetune_lora.py", "finetune_lora.py:plus=16.0"]
 
 
 def test_every_config_is_in_this_list():

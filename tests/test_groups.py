@@ -21,6 +21,12 @@ def test_first_full_match_wins():
     ]
 
 
+def test_layers_can_be_counted_from_the_last():
+    assigned = groups.assign(NAMES, ((r"block_-[12]/.*|head/.*", "train"), (r".*", "freeze")))
+    moving = [name for name, group in assigned.items() if group == "train"]
+    assert moving == ["head/mlm/bias", "block_02/up/kernel", "block_03/up/kernel"]
+
+
 @pytest.mark.parametrize(
     "patterns, message",
     [
