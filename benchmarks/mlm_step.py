@@ -36,8 +36,8 @@ def main() -> None:
         for_torch = {"input_ids": arrays["input_ids"].astype(np.int64), "labels": labels}
         runs = {
             "torch": (sides.theirs(reference, flags), for_torch),
-            "equal": (sides.ours(folder, flags, every_position), arrays),
-            "best": (sides.ours(folder, flags, mlm.loss_fn), arrays),
+            "equal": (sides.ours(folder, flags, "mlm", every_position), arrays),
+            "best": (sides.ours(folder, flags, "mlm", mlm.loss_fn), arrays),
         }
 
     losses = {name: side.loss(given) for name, (side, given) in runs.items()}

@@ -47,7 +47,8 @@ def main() -> None:
         runs = {
             "padded": (sides.theirs(reference, flags), padded(rng, *rows["padded"], flags.batch)),
             "packed": (
-                sides.ours(folder, flags, mlm.loss_fn), packed(rng, *rows["packed"], flags.batch)
+                sides.ours(folder, flags, "mlm", mlm.loss_fn),
+                packed(rng, *rows["packed"], flags.batch),
             ),
         }  # fmt: skip
 

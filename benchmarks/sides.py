@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 
-from fmjax import build, convert, groups, objectives, optim, setup, sharding, state
+from fmjax import adapters, build, convert, groups, objectives, optim, setup, sharding, state
 from fmjax.models import bert
 from fmjax.step import make_train_step
 
@@ -60,8 +60,8 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def peer(flags: argparse.Namespace, folder: str) -> Any:
-    """`BertForMaskedLM` of the size `flags.variant`, freshly initialised and saved in `folder`."""
+def peer(flags: argparse.Namespace, folder: str, kind: type = transformers.BertForMaskedLM) -> Any:
+    """A model of the size `flags.variant`, freshly initialised and saved in `folder`."""
     sizes = bert.VARIANTS[flags.variant]
     config = transformers.BertConfig(
         hidden_size=sizes["width"],
@@ -74,7 +74,7 @@ def peer(flags: argparse.Namespace, folder: str) -> Any:
         attn_implementation="sdpa",
     )
     torch.manual_seed(0)
-    model = transformers.BertForMaskedLM(config)
+    model = kind(config)
     model.save_pretrained(folder)
     return model
 
@@ -83,7 +83,8 @@ def theirs(model: Any, flags: argparse.Namespace) -> Side:
     """Arrays: `input_ids`, `labels` (-100 where nothing is asked), maybe `attention_mask`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.01, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-4, weight_decay=0.01, fused=True)
     run = torch.compile(model) if flags.compile else model
 
     def loss_of(module, arrays):
@@ -106,19 +107,29 @@ def theirs(model: Any, flags: argparse.Namespace) -> Side:
     return Side(step, loss)
 
 
-def ours(folder: str, flags: argparse.Namespace, loss_fn: Callable) -> Side:
-    """Arrays: a batch as `fmjax.data` gives it, with the targets that `loss_fn` wants."""
-    _, options = convert.describe(folder)
-    net, assigned = setup.grouped(
-        bert.Model(**{**options, "dtype": flags.precision, "remat": flags.remat}),
-        ((".*", "train"),),
-        OPTIM,
-        {},
-    )
+def ours(
+    folder: str,
+    flags: argparse.Namespace,
+    name: str,
+    loss_fn: Callable,
+    *,
+    patterns: Any = ((".*", "train"),),
+    adapter: Any = None,
+    heads: Any = None,
+    **options: Any,
+) -> Side:
+    """Arrays: a batch as `fmjax.data` gives it, with the targets that `loss_fn` wants.
+
+    `patterns` as config.groups, `adapter` as config.adapter, `heads` the parameters under head/
+    that the folder lacks, `options` of the model.
+    """
+    how = {"dtype": flags.precision, "remat": flags.remat}
+    model = bert.Model(**convert.describe(folder)[1] | how | options)
+    net, assigned = setup.grouped(adapters.wrap(model, adapter or {}), patterns, OPTIM, {})
     split = functools.partial(groups.split, assigned=assigned)
     mesh = sharding.make_mesh(data=1)
     made = optim.make(
-        state.abstract_params(net),
+        split(state.abstract_params(net))[0],
         assigned,
         steps=lambda _: 100,
         depth=net.cfg.depth,
@@ -126,9 +137,11 @@ def ours(folder: str, flags: argparse.Namespace, loss_fn: Callable) -> Side:
         group_optim={},
     )
     abstract = state.abstract(net, made.tx, split, mesh)
-    params, _ = convert.load(folder, abstract.params)
+    fresh = functools.partial(state.init_params, net, jax.random.key(0))
+    params, _ = convert.load(folder, abstract.params, may_miss=build.FRESH, initial=fresh)
+    params["head"].update(heads or {})
     holder = {"state": state.create(abstract, net, made.tx, split, 0, params)}
-    goals = [objectives.Objective("mlm", 1.0, None, loss_fn)]
+    goals = [objectives.Objective(name, 1.0, None, loss_fn)]
     train_step = make_train_step(build.apply(net), goals, made.tx, split)
     train_step = jax.jit(train_step, donate_argnums=0)
 
@@ -142,7 +155,7 @@ def ours(folder: str, flags: argparse.Namespace, loss_fn: Callable) -> Side:
         return float(found["loss"])
 
     def loss(arrays):
-        total, weight = metrics(holder["state"].params, arrays)["mlm/loss"]
+        total, weight = metrics(holder["state"].params, arrays)[f"{name}/loss"]
         return float(total / weight)
 
     return Side(step, loss)

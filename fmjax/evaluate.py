@@ -32,7 +32,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     with processes.start(config) as mesh:
         opened = build.open_folder(config.folder, mesh, config.precision, config.step)
         saved = opened.config
-        settings, goals, batch_size = _settings(config, opened)
+        settings, goals, batch_size = settings_of(config, opened)
         sharding.check_batch(mesh, batch_size)
         build.check_length(opened.model, settings["seq_len"])
         for name in goals:
@@ -137,9 +137,9 @@ def on_host(outputs: Any) -> Any:
     return jax.device_get(outputs)
 
 
-def in_order(batches: list[dict[str, Any]]) -> tuple[dict[str, Any], np.ndarray]:
-    """({objective: outputs}, labels) of all examples in the order of the split; what fills the last
-    batch is left out."""
+def in_order(batches: list[dict[str, Any]]) -> tuple[dict[str, Any], Any]:
+    """({objective: outputs}, labels or None) of all examples in the order of the split; what fills
+    the last batch is left out."""
     whole = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
     index, real, labels = whole.pop("rows")
     order = np.argsort(np.where(real, index, np.iinfo(np.int32).max), kind="stable")[: real.sum()]
@@ -161,7 +161,7 @@ def perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _settings(config: Any, opened: build.Opened) -> tuple[dict[str, Any], dict[str, Any], int]:
+def settings_of(config: Any, opened: build.Opened) -> tuple[dict[str, Any], dict[str, Any], int]:
     """(data settings, objectives, batch size): what is given, else the run's, else the defaults."""
     saved = opened.config
     given = {key: value for key, value in config.data.items() if value is not None}

@@ -44,6 +44,17 @@ def real_rows(batch: Mapping[str, jax.Array]) -> Float[Array, "B"]:
     return jnp.any(real, axis=tuple(range(1, real.ndim))).astype(jnp.float32)
 
 
+def pooled(
+    hidden: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], pool: str
+) -> Float[Array, "B D"]:
+    """What stands for a whole sequence, in float32: its "first" token, or the "mean" of all."""
+    if pool == "first":
+        return hidden[:, 0].astype(jnp.float32)
+    real = (segment_ids > 0).astype(jnp.float32)[..., None]
+    total = jnp.sum(hidden.astype(jnp.float32) * real, axis=1)
+    return total / jnp.maximum(jnp.sum(real, axis=1), 1.0)
+
+
 def classification(
     logits: Float[Array, "B C"], batch: Mapping[str, jax.Array]
 ) -> dict[str, tuple[jax.Array, jax.Array]]:

@@ -277,7 +277,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"data\.pair", ("nsp", "sop")),
     (r"tokenizer\.kind", ("wordpiece", "bpe", "unigram")),
     (r"objectives\.mlm\.mask", MASKS),
-    (r"objectives\.[^.]+\.pool", POOLS),
+    (r"(objectives\.[^.]+\.)?pool", POOLS),
     (r"model\.name", Modules("models", "Model", also=("init",))),
     ("task", Modules("", "run")),
 )

@@ -20,9 +20,11 @@ FULL += ["finetune_bitfit.py", "finetune_lora.py", "finetune_lora.py:plus=16.0"]
 
 def test_every_config_is_in_this_list():
     known = {name.partition(":")[0] for name in FULL} | {
+        "embed.py",
         "evaluate.py",
         "export.py",
         "fill_mask.py",
+        "predict.py",
         "report.py",
     }
     assert {path.name for path in (ROOT / "configs").glob("*.py")} <= known

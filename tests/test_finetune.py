@@ -3,12 +3,13 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import CACHE, ROOT
 from sklearn import metrics
 
-from fmjax import build, data, evaluate, objectives, sharding, train, trees
+from fmjax import build, data, embed, evaluate, objectives, predict, sharding, train, trees
 from fmjax import config as configs
 from fmjax.errors import ConfigError
 
@@ -129,6 +130,40 @@ def test_only_the_head_moves(home, encoder):
     for name in after.keys() & before.keys():
         moved = not np.array_equal(before[name], after[name])
         assert moved == name.startswith("head/"), name
+
+
+def test_predictions_are_lines_in_the_order_of_the_file(home, tuned, capsys):
+    rows = [json.loads(line) for line in (home / "dev.jsonl").read_text().splitlines()]
+    words = [f"--config.folder={tuned}", f"--config.data.train={home}/dev.jsonl"]
+    words += [f"--config.output={home}/out.jsonl", "--config.batch_size=16"]
+    predict.run(configs.load(str(ROOT / "configs/predict.py"), words), home)
+    told = [json.loads(line) for line in (home / "out.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in told] == [row["text"] for row in rows]
+    for line in told:
+        assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert line["label"] == max(line["probabilities"], key=line["probabilities"].get)
+    right = np.mean([a["label"] == b["label"] for a, b in zip(told, rows, strict=True)])
+    assert right > 0.9
+    assert "24 predictions written to" in capsys.readouterr().out
+
+
+def test_embeddings_are_the_mean_of_the_last_layer_whatever_the_batch(home, encoder):
+    found = []
+    for size in (8, 16):
+        words = [f"--config.folder={encoder}", f"--config.data.train={home}/dev.jsonl"]
+        words += ["--config.data.seq_len=16", f"--config.batch_size={size}"]
+        embed.run(configs.load(str(ROOT / "configs/embed.py"), words), home / str(size))
+        found.append(np.load(home / str(size) / "embeddings.npy"))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(found[0], axis=1), 1, atol=1e-5)
+    opened = build.open_folder(str(encoder), sharding.make_mesh())
+    text = json.loads((home / "dev.jsonl").read_text().splitlines()[3])["text"]
+    ids = np.array([build.tokenizer(opened.tokenizer)(text)["input_ids"]])
+    row = (ids, np.ones_like(ids), np.arange(ids.shape[1])[None], np.zeros_like(ids))
+    row = [jnp.asarray(x, jnp.int32) for x in row]
+    hidden = build.apply(opened.model)(opened.params, *row, method="encode")
+    mean = np.mean(hidden[0], axis=0)
+    np.testing.assert_allclose(found[0][3], mean / np.linalg.norm(mean), atol=1e-5)
 
 
 def test_score_is_told_only_of_real_rows_in_the_order_of_the_split():

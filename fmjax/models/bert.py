@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fmjax import precision, sharding, streams, trees
+from fmjax import losses, precision, sharding, streams, trees
 from fmjax.errors import ConfigError, did_you_mean
 from fmjax.models import layers
 from fmjax.models.attention import attention, mask
@@ -246,14 +246,9 @@ class Heads(nn.Module):
             setattr(self, name, layers.Linear(features, dtype=dtype))
 
     def whole(self, hidden, segment_ids, name, pool, seeds):
-        if pool == "mean":
-            weights = (segment_ids > 0).astype(jnp.float32)[..., None]
-            whole = jnp.sum(hidden.astype(jnp.float32) * weights, axis=1)
-            whole = whole / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
-        elif self.cfg.pooler:
-            whole = jnp.tanh(self.pooler(hidden[:, 0], jnp.float32))
-        else:
-            whole = hidden[:, 0]
+        whole = losses.pooled(hidden, segment_ids, pool)
+        if self.cfg.pooler and pool == "first":
+            whole = jnp.tanh(self.pooler(whole, jnp.float32))
         return getattr(self, name)(layers.dropout(whole, self.cfg.dropout, seeds), jnp.float32)
 
 

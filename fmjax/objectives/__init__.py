@@ -39,10 +39,10 @@ class Objective(NamedTuple):
     weight: float
     prepare: Callable | None
     loss_fn: Callable
-    outputs: Callable | None
-    score: Callable | None
-    describe: Callable | None
-    scores: tuple[str, ...]  # names of what `score` gives
+    outputs: Callable | None = None
+    score: Callable | None = None
+    describe: Callable | None = None
+    scores: tuple[str, ...] = ()  # names of what `score` gives
 
 
 def build(
@@ -140,6 +140,14 @@ def evaluation(
     batch, shared = prepare(objectives, batch, rng, train=False), _remembering(apply)
     told = {o.name: o.outputs(shared, params, batch) for o in objectives if o.outputs}
     return _metrics(objectives, shared, params, batch), told
+
+
+def told(
+    objectives: list[Objective], apply: Callable, params: Any, batch: Mapping[str, jax.Array]
+) -> dict[str, dict[str, jax.Array]]:
+    """{objective: its outputs} of a batch that may have no labels."""
+    shared, batch = _remembering(apply), {**batch, "seeds": None}
+    return {o.name: o.outputs(shared, params, batch) for o in objectives if o.outputs}
 
 
 def _metrics(objectives, apply, params, batch) -> Metrics:

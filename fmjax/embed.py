@@ -1,0 +1,70 @@
+"""Texts to vectors: what a model's trunk makes of each, as one array in a file."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmjax import build, data, evaluate, losses, processes, sharding
+from fmjax.errors import ConfigError
+
+DEFAULTS = {"format": "texts", "long": "truncate", "seq_len": 128}
+
+
+def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
+    """The task: `config.output` (.npy, float32 [N, D]) with a vector for each record of
+    `config.data.train`, in their order.
+
+    A vector is the mean over the tokens of the last layer, or its first token (`config.pool`), of
+    length one with `config.normalize`.
+    """
+    with processes.start(config) as mesh:
+        opened = build.open_folder(config.folder, mesh, config.precision, config.step)
+        given = {key: value for key, value in config.data.items() if value is not None}
+        settings = DEFAULTS | given | {"label": "", "validation_fraction": 0}
+        if not (settings.get("train") or settings.get("path")):
+            raise ConfigError("config.data.train is empty: set it to the file of texts.")
+        build.check_length(opened.model, settings["seq_len"])
+        sharding.check_batch(mesh, config.batch_size)
+        split = data.prepare(settings, {"name": str(opened.tokenizer)}).splits["train"]
+        if dry_run:
+            return
+        path = Path(config.output or Path(workdir) / "embeddings.npy")
+        shape = (len(split), opened.model.cfg.width)
+        found = vectors(opened, split, config.batch_size, config.pool, config.normalize, mesh)
+        if jax.process_index() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            out = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+        for index, rows in found:
+            if jax.process_index() == 0:
+                out[index] = rows
+    if jax.process_index() == 0:
+        out.flush()
+        print(f"\n{opened}\n{shape[0]:,} vectors of {shape[1]} written to {path}")
+
+
+def vectors(opened, split, batch_size: int, pool: str, normalize: bool, mesh):
+    """(row numbers, their vectors) batch by batch, in the memory of the host."""
+    apply = build.apply(opened.model)
+
+    @jax.jit
+    def step(params, batch):
+        names = ("input_ids", "segment_ids", "positions", "token_types")
+        hidden = apply(params, *(batch[name] for name in names), method="encode")
+        whole = losses.pooled(hidden, batch["segment_ids"], pool)
+        if normalize:
+            whole /= jnp.maximum(jnp.linalg.norm(whole, axis=-1, keepdims=True), 1e-12)
+        return batch["index"], losses.real_rows(batch) > 0, whole
+
+    batches = data.eval_batches(
+        split,
+        batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    for batch in sharding.to_device(batches, mesh):
+        index, real, rows = evaluate.on_host(step(opened.params, batch))
+        yield index[real], rows[real]

@@ -1,0 +1,96 @@
+"""What a fine-tuned model says of each record of a file: labels, probabilities, values."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fmjax import build, data, evaluate, logs, losses, objectives, processes, sharding
+from fmjax.data import sources
+from fmjax.errors import ConfigError
+
+SHOWN = 5  # lines that the terminal gets
+
+
+def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
+    """The task: a line of JSON for each record of `config.data.train`, in their order.
+
+    A line holds the columns that the model reads, and what each objective of the run says. Records
+    need no label. Written to `config.output`, else predictions.jsonl in `workdir`.
+    """
+    with processes.start(config) as mesh:
+        opened = build.open_folder(config.folder, mesh, config.precision, config.step)
+        settings, goals, batch_size = evaluate.settings_of(config, opened)
+        settings |= {"label": "", "validation": "", "validation_fraction": 0}
+        if not (settings["train"] or settings["path"]):
+            raise ConfigError("config.data.train is empty: set it to the file to predict on.")
+        if settings["long"] == "drop":
+            raise ConfigError("config.data.long='drop' leaves records out: set it to truncate.")
+        sharding.check_batch(mesh, batch_size)
+        dataset = data.prepare(settings, {"name": str(opened.tokenizer)})
+        built = objectives.build(goals, target=dataset.target, vocab=dataset.vocab)
+        if not any(objective.describe for objective in built):
+            raise ConfigError(
+                f"The objectives {list(goals)} of {config.folder!r} say nothing of single records."
+            )
+        if dry_run:
+            return
+        outputs = predictions(opened, built, dataset.splits["train"], batch_size, mesh)
+    if jax.process_index() != 0:
+        return
+    told = {o.name: o.describe(outputs[o.name], dataset.labels) for o in built if o.describe}
+    path = Path(config.output or Path(workdir) / "predictions.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(line, ensure_ascii=False) for line in _lines(settings, told)]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    print(f"\n{opened}")
+    for line in lines[:SHOWN]:
+        print(f"  {line if len(line) <= 160 else line[:159] + '…'}")
+    print(f"{len(lines):,} predictions written to {path}")
+
+
+def predictions(
+    opened: build.Opened,
+    built: list[objectives.Objective],
+    split: Any,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+) -> dict[str, dict[str, Any]]:
+    """{objective: outputs} of all rows of a split, in their order."""
+    step = jax.jit(make_step(build.apply(opened.model), built))
+    batches = data.eval_batches(
+        split,
+        batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    kept = [
+        evaluate.on_host(step(opened.params, batch)) for batch in sharding.to_device(batches, mesh)
+    ]
+    return evaluate.in_order(kept)[0]
+
+
+def make_step(apply: Callable, built: list[objectives.Objective]) -> Callable:
+    """`step(params, batch) -> {objective: outputs}`, with which rows they are of, to be jitted."""
+
+    def step(params: Any, batch: Mapping[str, jax.Array]) -> dict[str, Any]:
+        rows = batch["index"], losses.real_rows(batch) > 0, None
+        return {"rows": rows, **objectives.told(built, apply, params, batch)}
+
+    return step
+
+
+def _lines(settings: Mapping[str, Any], told: Mapping[str, list[dict]]) -> list[dict[str, Any]]:
+    """The records with what was told of them; one objective's words stand by themselves."""
+    read = data.settings.read(data.settings.DataSettings, settings, "data")
+    documents = [d for d in sources.read(read, print).documents() if d.split == "train"]
+    lines = []
+    for i, document in enumerate(documents):
+        words = {name: rows[i] for name, rows in told.items()}
+        lines.append(
+            {**document.fields, **(words if len(words) > 1 else next(iter(words.values())))}
+        )
+    return logs.plain(lines)
