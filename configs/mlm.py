@@ -84,6 +84,7 @@ def get_config(arg=None):
         scan=True,
         remat="none",
     )
+    config.cache_prefix = False  # compute frozen first layers once an example: labelled data only
     config.adapter = dict(
         name="",  # or lora; with groups such as ((".*/lora_.|head/.*", "train"), (".*", "freeze"))
         targets=((r"block_.*/(attn|mlp)/.*", None),),  # (regex over module paths, rank), 0: none

@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "keep",
     "keep_best",
     "max_skipped",
+    "cache_prefix",
     "tensorboard",
     "wandb",
     "mesh",

@@ -183,7 +183,7 @@ class Monitor:
         (step, found, batch), self._pending = self._pending, None
         found = jax.device_get(found)
         tokens = int(found["tokens"])
-        self._flops += self.flops[batch["input_ids"].shape[-1]]
+        self._flops += self.flops[batch["segment_ids"].shape[-1]]
         self._steps, self._tokens, self.tokens = (
             self._steps + 1, self._tokens + tokens, self.tokens + tokens,
         )  # fmt: skip

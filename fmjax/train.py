@@ -27,6 +27,7 @@ from fmjax import (
     interrupt,
     optim,
     plan,
+    prefix,
     processes,
     report,
     sharding,
@@ -101,11 +102,14 @@ def loop(
             best_mode=mode,
         )
         cleanup.callback(saver.close)
+        begin = time.monotonic()
+        current, saved = start(run, folder, saver)
+        restore_sec = time.monotonic() - begin if saved else 0.0
+        run = prefix.cached(run, current.params, stop.poll)
         batches = train_batches(run)
         cleanup.callback(batches.close)
-        begin = time.monotonic()
-        current, saved = start(run, folder, saver, batches)
-        restore_sec = time.monotonic() - begin if saved else 0.0
+        if saved:
+            batches.restore(saved["data"])
         step = int(current.step)
         if step == run.total and folder.finished:
             print(f"{folder.path}: already finished at step {step}; --fresh starts over")
@@ -152,17 +156,15 @@ def train_batches(run: Run) -> Any:
 
 
 def start(
-    run: Run, folder: workdir.Folder, saver: checkpoint.Checkpointer, batches: Any
+    run: Run, folder: workdir.Folder, saver: checkpoint.Checkpointer
 ) -> tuple[TrainState, dict[str, Any]]:
-    """(state, meta) of the newest verified checkpoint, data where it stood; else (new state,
-    {})."""
+    """(state, meta) of the newest verified checkpoint; else (new state, {})."""
 
     def same_data(saved):
         data.check_fingerprint(saved["fingerprint"], fingerprint(run))
 
     restored = saver.restore(run.abstract, check=same_data)
     if restored is not None:
-        batches.restore(restored[1]["data"])
         return restored
     if folder.previous.get("checkpoint"):
         raise CheckpointError(
@@ -205,7 +207,7 @@ def compiled(run: Run, monitor: Monitor) -> tuple[Callable, Callable]:
     jitted, programs = jax.jit(train_step, donate_argnums=0), {}
 
     def program(state, batch):
-        width = batch["input_ids"].shape[-1]
+        width = batch["segment_ids"].shape[-1]
         if width not in programs:
             spec = batch_spec(run, width)
             with monitor.timed("compile"):

@@ -6,6 +6,7 @@ Nothing here imports jax: preparation runs before it, and in processes that must
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from fmjax.data import cache, labelled, packing, pairs, settings, sources, store
 from fmjax.data import tokenizer as tokenizers
@@ -41,12 +42,12 @@ VERSION = 1  # of what the cache holds; raise it when the same inputs give other
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Prepared data. A split has len() (rows), `seq_len`, `tokens` (not padding) and `rows()`."""
+    """Prepared data. A split has len() (rows), `seq_len`, `tokens` (not padding), `rows()` and
+    `width()`, the columns that rows need."""
 
     vocab: Vocab
     tokenizer_dir: Path  # transformers format
-    # "train"; "validation" if there is any
-    splits: dict[str, packing.PackedSplit | pairs.PairSplit | labelled.ExampleSplit]
+    splits: dict[str, Any]  # "train"; "validation" if there is any
     digest: str  # of the tokens, whatever the packing
     format: str  # how they are packed
     counts: dict  # for each split documents, tokens, rows, fill and what was lost; "bad_records"

@@ -188,9 +188,10 @@ class _Steps:
 
 def cut(batch: dict[str, np.ndarray], width: int) -> dict[str, np.ndarray]:
     """The batch without the columns that hold nothing but padding; what is no row stays."""
-    time = batch["input_ids"].shape[-1]
+    axis, time = batch["segment_ids"].ndim - 1, batch["segment_ids"].shape[-1]
+    columns = (slice(None),) * axis + (slice(width),)
     return {
-        name: array[..., :width] if array.ndim > 1 and array.shape[-1] == time else array
+        name: array[columns] if array.ndim > axis and array.shape[axis] == time else array
         for name, array in batch.items()
     }
 

@@ -52,6 +52,10 @@ class ExampleSplit:
     def __len__(self) -> int:
         return self._rows
 
+    def extent(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(first, last + 1) of the tokens of the rows `index`, counted over the whole split."""
+        return tuple(self._ends[(index + i) * self._sequences] for i in (0, 1))
+
     def width(self, index: np.ndarray) -> int:
         """Columns that the rows `index` need: a quarter of `seq_len`, or two, or three, or all."""
         each = index[:, None] * self._sequences + np.arange(self._sequences)

@@ -256,11 +256,14 @@ class Encoder(nn.Module):
     """The trunk and its heads: `encode`, `logits`, `classify`; `__call__` runs all, for init.
 
     `stacks` are the lengths of the runs of layers that are stored and scanned together (they sum to
-    the depth and never cross `kinds`); None runs the layers one by one.
+    the depth and never cross `kinds`); None runs the layers one by one. `encode` runs the layers
+    from `start` to before `stop`, which fall on ends of stacks.
     """
 
     cfg: Config
     stacks: tuple[int, ...] | None = None
+    start: int = 0  # above 0, `encode` is given the hidden states of that layer for `input_ids`
+    stop: int | None = None  # None: all, and the norm behind them
 
     @property
     def kinds(self) -> list[str]:
@@ -296,30 +299,36 @@ class Encoder(nn.Module):
 
     def encode(
         self,
-        input_ids: Int[Array, "B T"],
+        input_ids: Int[Array, "B T"] | Float[Array, "B T D"],
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         token_types: Int[Array, "B T"],
         seeds: streams.Seeds | None = None,
     ) -> Float[Array, "B T D"]:
-        """Hidden states of the last layer. `seeds` turn dropout on."""
-        cfg = self.cfg
-        site = None if seeds is None else streams.fold(seeds, cfg.depth)
-        x = self.embed(input_ids, positions, token_types, site)
+        """Hidden states of the last layer that runs. `seeds` turn dropout on."""
+        cfg, stop = self.cfg, self.cfg.depth if self.stop is None else self.stop
+        if self.start:
+            x = input_ids.astype(DTYPES[cfg.dtype])
+        else:
+            site = None if seeds is None else streams.fold(seeds, cfg.depth)
+            x = self.embed(input_ids, positions, token_types, site)
         x = sharding.constrain_batch(x)
         local = mask(segment_ids, positions, cfg.window) if cfg.modern else None
         shared = (segment_ids, positions, mask(segment_ids, positions), local, seeds)
         index = np.arange(cfg.depth)
         layer = {"index": jnp.asarray(index), "full": jnp.asarray(index % cfg.full_every == 0)}
         if self.stacks is None:
-            for i in range(cfg.depth):
+            for i in range(self.start, stop):
                 one = {key: value[i] for key, value in layer.items()}
                 x, _ = getattr(self, f"block_{i:02d}")(x, one, shared)
         else:
             for name, (first, last) in trees.stack_names(self.stacks).items():
+                if not self.start <= first < stop:
+                    continue
+                assert last < stop, f"layer {stop} is inside of {name}"
                 run = {key: value[first : last + 1] for key, value in layer.items()}
                 x, _ = getattr(self, name)(x, run, shared)
-        return self.norm(x) if cfg.modern else x
+        return self.norm(x) if cfg.modern and self.stop is None else x
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Vocabulary logits in float32."""

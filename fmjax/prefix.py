@@ -1,0 +1,143 @@
+"""The frozen prefix of a model, computed once an example: `config.cache_prefix`.
+
+Where the embeddings and the first layers are frozen and nothing in them is random, their output is
+a function of the example alone. It is computed once for each, kept in a memory-mapped file under a
+key of weights, data and layer, and training starts behind it: the last k layers cost what k layers
+cost. With all layers frozen it is training of a head on features.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import xxhash
+
+from fmjax import build, data, groups, progress, sharding, trees
+from fmjax.data import cache
+from fmjax.data.settings import LABELLED
+from fmjax.errors import ConfigError, Preempted
+from fmjax.precision import DTYPES
+
+BATCH = 64  # examples that go through the prefix at once
+
+
+class PrefixSplit:
+    """A split whose rows hold hidden states of the prefix in the place of token ids."""
+
+    def __init__(self, split: Any, states: np.ndarray):
+        self.split, self.states = split, states
+        self.seq_len, self.tokens, self.width = split.seq_len, split.tokens, split.width
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def rows(
+        self, index: np.ndarray, examples: np.ndarray | None = None, seed: int = 0
+    ) -> dict[str, np.ndarray]:
+        """As the split's own, with `input_ids` [n, T, D] in the dtype of the computation."""
+        batch = self.split.rows(index, examples, seed)
+        first, last = self.split.extent(index)
+        real = batch["segment_ids"] > 0
+        states = np.zeros((*real.shape, self.states.shape[1]), self.states.dtype)
+        states[real] = np.concatenate([self.states[a:b] for a, b in zip(first, last, strict=True)])
+        return batch | {"input_ids": states}
+
+
+def cached(run: Any, params: Any, stop: Callable[[], bool] = lambda: False) -> Any:
+    """The run with its frozen prefix computed, where `config.cache_prefix` asks for it.
+
+    Raises ConfigError where there is no such prefix, or where something in it is random; Preempted
+    when `stop()` turned true on the way.
+    """
+    if not run.config.cache_prefix:
+        return run
+    layers = depth(run)
+    made = {
+        name: PrefixSplit(split, _states(run, params, name, split, layers, stop))
+        for name, split in run.dataset.splits.items()
+    }
+    dataset = dataclasses.replace(run.dataset, splits=made)
+    return run._replace(dataset=dataset, model=run.model.clone(start=layers))
+
+
+def depth(run: Any) -> int:
+    """How many layers from the first on are frozen, with the embeddings; at least one."""
+    cfg = run.model.cfg
+    refused = "config.cache_prefix=True"
+    if jax.process_count() > 1:
+        raise ConfigError(f"{refused} works in one process: train in one, or set it to False.")
+    if random := [key for key in ("dropout", "attention_dropout") if getattr(cfg, key)]:
+        raise ConfigError(
+            f"{refused} needs layers without randomness, but config.model.{random[0]} is "
+            f"{getattr(cfg, random[0])}: set it to 0.0."
+        )
+    if run.config.data.format not in LABELLED or any(o.prepare for o in run.objectives):
+        raise ConfigError(
+            f"{refused} needs examples that are the same in every epoch: a labelled "
+            f"config.data.format ({', '.join(LABELLED)}) and objectives that corrupt nothing."
+        )
+    moving = [name for name, group in run.assigned.items() if group != groups.FREEZE]
+    layers = [int(match[1]) for n in moving if (match := re.match(r"block_(\d+)/", n))]
+    found = min(layers, default=cfg.depth)
+    if not found or any(name.startswith("embed/") for name in moving):
+        raise ConfigError(
+            f"{refused}, but config.groups trains the embeddings or the first layer: nothing is "
+            "frozen below what trains."
+        )
+    return found
+
+
+def _states(run: Any, params: Any, name: str, split: Any, layers: int, stop) -> np.ndarray:
+    """[tokens of the split, D], memory-mapped: the hidden states of all examples in order."""
+    weights = xxhash.xxh3_128()
+    for parameter, value in sorted(trees.unstack(params).items()):
+        if parameter.startswith("embed/") or _layer(parameter) < layers:
+            weights.update(np.asarray(jax.device_get(value)).tobytes())
+    key = [weights.hexdigest(), run.dataset.digest, run.dataset.format, name, layers]
+    home = cache.root(run.config.data.cache) / f"prefix-{cache.digest([*key, repr(run.model.cfg)])}"
+    with cache.lock(home.with_suffix(".lock"), print, lambda: None):
+        if cache.verified(home, print) is None:
+            cache.build(home, lambda folder: _compute(run, params, split, layers, folder, stop))
+    dtype, width = DTYPES[run.model.cfg.dtype], run.model.cfg.width
+    return np.memmap(home / "states", dtype, "r").reshape(-1, width)
+
+
+def _layer(parameter: str) -> float:
+    match = re.match(r"block_(\d+)/", parameter)
+    return int(match[1]) if match else float("inf")
+
+
+def _compute(run: Any, params: Any, split: Any, layers: int, folder: Path, stop) -> dict:
+    """Writes the states of all examples, real tokens alone, one after the other."""
+    apply = build.apply(run.model.clone(stop=layers))
+
+    @jax.jit
+    def encode(params, batch):
+        names = ("input_ids", "segment_ids", "positions", "token_types")
+        flat = lambda x: x.reshape(-1, x.shape[-1])  # several sequences of an example
+        return apply(params, *(flat(batch[name]) for name in names), method="encode")
+
+    with open(folder / "states", "wb") as file, progress.part(print) as show:
+        for first in range(0, len(split), BATCH):
+            if stop():
+                raise Preempted(
+                    "stopped while the frozen layers were computed; the same command starts again"
+                )
+            places = np.arange(first, first + BATCH)
+            index = np.minimum(places, len(split) - 1)
+            batch = data.cut(split.rows(index), split.width(index))
+            real = (batch["segment_ids"] > 0) & _shaped(places < len(split), batch["segment_ids"])
+            states = encode(params, sharding.put(batch, run.batch_sharding))
+            states = np.asarray(states).reshape(*real.shape, -1)
+            file.write(np.ascontiguousarray(states[real]).tobytes())
+            done = min(first + BATCH, len(split))
+            show(done / len(split), f"{layers} frozen layers: {done:,} of {len(split):,} examples")
+    return {}
+
+
+def _shaped(rows: np.ndarray, like: np.ndarray) -> np.ndarray:
+    return rows.reshape(-1, *[1] * (like.ndim - 1))
