@@ -13,6 +13,7 @@ from fmjax import build, data, groups, optim, rules, sharding, state, trees
 from fmjax import config as configs
 from fmjax import objectives as losses
 from fmjax.data.settings import DataSettings, read
+from fmjax.errors import ConfigError
 from fmjax.state import TrainState
 
 
@@ -82,8 +83,13 @@ def assemble(
     )
     total = configs.steps(config.total, total=None, **sizes)
     steps = functools.partial(configs.steps, total=total, **sizes)
-    target = read(DataSettings, config.data.to_dict(), "data").target
-    objectives = losses.build(config.objectives.to_dict(), target=target, vocab=vocab)
+    settings = read(DataSettings, config.data.to_dict(), "data")
+    if settings.unlabelled:
+        raise ConfigError(
+            "config.data.label is empty, so that there is nothing to train on: name the column of "
+            f"the labels of config.data.format={settings.format}."
+        )
+    objectives = losses.build(config.objectives.to_dict(), target=settings.target, vocab=vocab)
     optimizers = config.optim.to_dict(), config.group_optim.to_dict()
     model, assigned = grouped(build.model(config, vocab.size, labels), config.groups, *optimizers)
     split = functools.partial(groups.split, assigned=assigned)

@@ -116,6 +116,30 @@ def test_regression_is_scored_by_correlation(home, encoder):
     assert found["validation/loss"] > 0
 
 
+WORDS = "return value name list object".split()
+CONLL = "".join(
+    f"{word}\t{tag}\n" for word, tag in zip(WORDS, ["B-x", "I-x", "O", "O", "O"], strict=True)
+)
+# What each task needs, and a score that it brings.
+TASKS = {"tag": ("conll", CONLL + "\n", "tag/f1")}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_goes_from_files_to_scores(home, encoder, task):
+    ending, example, metric = TASKS[task]
+    for name, times in (("train", 16), ("dev", 10)):
+        (home / f"{name}.{ending}").write_text(example * times)
+    words = [f"--config.data.train={home}/train.{ending}", f"--config.init={encoder}"]
+    words += [f"--config.data.validation={home}/dev.{ending}"]
+    train.run(load(f"finetune.py:{task}", *words), home / task)
+    found = last(home / task)
+    assert np.isfinite(found["validation/loss"]) and 0 <= found[f"validation/{metric}"] <= 1
+    words = [f"--config.folder={home / task}", "--config.batch_size=16"]
+    evaluate.run(configs.load(str(ROOT / "configs/evaluate.py"), words), home)
+    again = json.loads((home / task / "evaluation.jsonl").read_text())["metrics"]
+    assert again[metric] == pytest.approx(found[f"validation/{metric}"])
+
+
 def test_only_the_head_moves(home, encoder):
     groups = "(('head/.*', 'train'), ('.*', 'freeze'))"
     words = [*files(home), f"--config.init={encoder}", f"--config.groups={groups}"]
@@ -136,9 +160,16 @@ def test_score_is_told_only_of_real_rows_in_the_order_of_the_split():
         {"rows": rows([2, 0], [True, True], [12, 10]), "a": {"x": np.array([2.0, 0.0])}},
         {"rows": rows([1, 0], [True, False], [11, 0]), "a": {"x": np.array([1.0, 9.0])}},
     ]
-    outputs, labels = evaluate.in_order(batches)
+    outputs, labels, rows = evaluate.in_order(batches)
     np.testing.assert_array_equal(outputs["a"]["x"], [0.0, 1.0, 2.0])
     np.testing.assert_array_equal(labels, [10, 11, 12])
+    np.testing.assert_array_equal(rows, [0, 1, 2])
+
+
+def test_there_is_nothing_to_learn_without_labels(home, encoder):
+    words = [*files(home), f"--config.init={encoder}", "--config.data.label="]
+    with pytest.raises(ConfigError, match="config.data.label is empty.*config.data.format=classes"):
+        train.run(load("finetune.py", *words), home / "none")
 
 
 def test_init_has_to_be_given(home):

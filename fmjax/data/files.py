@@ -1,4 +1,4 @@
-"""Files to records: txt, jsonl, csv, tsv and parquet, gzipped or not; errors name the line.
+"""Files to records: txt, jsonl, csv, tsv, conll and parquet, gzipped or not; errors name the line.
 
 What is accepted: UTF-8 with or without a byte-order mark, lines that end in LF or CRLF, form feeds
 and U+2028 inside a line. What is a bad record: other encodings, NUL, a lone surrogate, a record
@@ -97,6 +97,8 @@ def _reader(path: Path, key: str):
         ".ndjson": _jsonl,
         ".csv": _csv,
         ".tsv": _csv,
+        ".conll": _conll,
+        ".bio": _conll,
         ".parquet": _parquet,
     }
     suffix = Path(name).suffix
@@ -253,6 +255,53 @@ def _csv(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
                 fields, bad = values.read(dict(zip(header, row, strict=True)), settings.schema)
             yield (",".join(row)[:EXCERPT] if bad else fields), start, bad, last.read
         start = last.number + 1
+
+
+def _conll(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
+    """Sentences of "word TAB tag" lines with an empty line between: lists under the two columns
+    that the config names. Where it names no label, a line may also be a word alone."""
+    if settings.format != "tags":
+        raise ConfigError(
+            f"config.{key}: {path} has words and their tags, but config.data.format="
+            f"{settings.format!r}. Set it to tags, or use jsonl, csv, tsv or parquet."
+        )
+    words, tags, start, size, bad, line = [], [], 1, 0, None, None
+
+    def sentence() -> Iterator[tuple]:
+        if bad:
+            yield bad
+        elif words:
+            found = dict(
+                zip((settings.column_names[0], settings.label), (words, tags), strict=True)
+            )
+            fields, wrong = values.read(found, settings.schema)
+            excerpt = " ".join(words)[:EXCERPT]
+            yield (excerpt if wrong else fields), start, wrong, line.read
+
+    for line in _lines(path):
+        if not line.bad and not line.text.strip():
+            yield from sentence()
+            words, tags, size, bad = [], [], 0, None
+            continue
+        start = start if words or bad else line.number
+        fields = line.text.split("\t")
+        size += len(line.text)
+        possible = (2,) if settings.label else (1, 2)
+        if bad:  # the first fault of a sentence is told, and the sentence left out
+            continue
+        if line.bad:
+            bad = line
+        elif len(fields) not in possible:
+            words_of = f"{len(fields)} fields between tabs, not a word and its tag"
+            bad = line._replace(text=line.text[:EXCERPT], bad=words_of)
+        elif size > MAX_RECORD_BYTES:
+            bad = line._replace(
+                text=" ".join(words)[:EXCERPT], bad="no empty line between sentences"
+            )
+        else:
+            words.append(fields[0])
+            tags.append(fields[-1])
+    yield from sentence()
 
 
 def _parquet(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:

@@ -3,7 +3,7 @@
 An example is one or several token sequences (the choices of a question, an anchor and its positive)
 and a label. A folder holds for each split `tokens` and `types` (all sequences one after the other),
 `ends.npy` [N · K + 1] (where each starts), and `labels.npy`: [N] classes, numbers or places among
-choices; for tags one a token, -1 where there is none.
+choices; for tags one a token, -1 where there is none, -2 where it is not known.
 
 Names of classes are those of the training split, sorted; a label that only the validation split has
 is an error, not a new class.
@@ -24,8 +24,10 @@ from fmjax.data.sources import Document, Source
 from fmjax.data.tokenizer import Prepared, Vocab, encoder
 from fmjax.errors import DataError, did_you_mean
 
+VERSION = 2  # of what a folder holds; raise it when the same records give other files
 CHUNK = 1000  # examples that are tokenised at once
-NONE = -1  # a token that has no label
+NONE = -1  # a token that has no label: a later piece of a word, [CLS], [SEP], padding
+UNKNOWN = -2  # the first piece of a word whose label the data do not have
 
 
 class Example(NamedTuple):
@@ -87,7 +89,7 @@ def prepare(
 ) -> tuple[Path, dict]:
     """(folder, its index) with the examples of `source`, made or found in the cache."""
     keys = ("format", "seq_len", "long", "label", "stride")
-    identity = {"version": 1, "source": source.identity, "tokenizer": words.digest}
+    identity = {"version": VERSION, "source": source.identity, "tokenizer": words.digest}
     identity |= {key: getattr(settings, key) for key in keys}
     identity |= {"classes": list(settings.classes), "columns": settings.column_names}
     home = root / f"examples-{cache.digest(identity)}"
@@ -254,18 +256,17 @@ class _Reader:
     def _label(self, document: Document, encodings: list) -> Any:
         """A class by name, a number, a place, or for tags a list of one a token."""
         settings = self.settings
-        if settings.label not in document.fields:
-            return None
-        label = document.fields[settings.label]
+        label = document.fields.get(settings.label)
         if settings.format == "tags":
             words = document.fields[settings.column_names[0]]
+            label = [UNKNOWN] * len(words) if label is None else label
             if len(words) != len(label):
                 raise DataError(
                     f"{document.where}: {len(words)} words but {len(label)} tags "
                     "(config.data.columns, config.data.label)."
                 )
             return _first_pieces(encodings[0].word_ids, label)
-        if settings.format == "choices":
+        if settings.format == "choices" and label is not None:
             if not (label.isdecimal() and int(label) < len(encodings)):
                 raise DataError(
                     f"{document.where}: the label {label!r} is no number of a choice, 0 to "
@@ -275,7 +276,7 @@ class _Reader:
         return label
 
 
-def _first_pieces(word_ids: list[int | None], tags: list[str]) -> list[str | None]:
+def _first_pieces(word_ids: list[int | None], tags: list[str | int]) -> list[str | int | None]:
     """The tag of a word at the first of its pieces, None at the others and at special tokens."""
     before = [None, *word_ids[:-1]]
     return [
