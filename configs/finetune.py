@@ -10,6 +10,7 @@ Pairs of texts are `columns="first,second"`. Other tasks, each with files of its
 
     finetune.py:regress   a number, in the column `label`
     finetune.py:tag       a class for each word; of .conll files (word TAB tag), or lists in columns
+    finetune.py:span      the part of a context that answers a question; of SQuAD's .json files
 """
 
 import runpy
@@ -26,6 +27,13 @@ TASKS = {
     "classify": dict(format="classes", args=WHOLE, best="classify/accuracy"),
     "regress": dict(format="values", args=WHOLE, best="loss"),
     "tag": dict(format="tags", columns="tokens", label="tags", best="tag/f1"),
+    "span": dict(
+        format="spans",
+        columns="question,context",
+        label="answers",
+        long="split",  # into windows
+        best="span/f1",
+    ),
 }
 
 
@@ -39,7 +47,7 @@ def get_config(arg=None):
     config.total = "10 epochs"
     task = dict(TASKS[arg.task])
     args, best = task.pop("args", {}), task.pop("best")
-    config.data.update(long="truncate", **task)
+    config.data.update({"long": "truncate"} | task)
     config.data.validation_fraction = 0.2
     config.tokenizer.name = "init"  # as config.init has it
     sizes = dict.fromkeys(config.model, None) | dict(variant=placeholder(str))

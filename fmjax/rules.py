@@ -222,6 +222,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("total", LENGTH),
     (r"(log|eval|save)_every|.*\.(warmup|cooldown)", DURATION),
     (r"batch_size|accumulate|keep|top_k|max_skipped|objectives\.mlm\.span_max", POSITIVE),
+    (r"objectives\.span\.(n_best|max_answer)", POSITIVE),
     (r"model\.depth", _whole(1, 1000)),
     (r"model\.(width|heads|mlp|max_len|window|full_every)", _whole(1, 2**24)),
     (r"distributed\.num_processes", POSITIVE),

@@ -121,16 +121,21 @@ CONLL = "".join(
     f"{word}\t{tag}\n" for word, tag in zip(WORDS, ["B-x", "I-x", "O", "O", "O"], strict=True)
 )
 # What each task needs, and a score that it brings.
-TASKS = {"tag": ("conll", CONLL + "\n", "tag/f1")}
+SQUAD = {"context": " ".join(WORDS * 3), "qas": [{"question": "name", "answers": [{}]}] * 10}
+SQUAD["qas"][0]["answers"] = [{"text": "value name", "answer_start": 7}]
+TASKS = {
+    "tag": ("conll", (CONLL + "\n") * 16, "tag/f1"),
+    "span": ("json", json.dumps({"data": [{"paragraphs": [SQUAD]}]}), "span/f1"),
+}
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_goes_from_files_to_scores(home, encoder, task):
-    ending, example, metric = TASKS[task]
-    for name, times in (("train", 16), ("dev", 10)):
-        (home / f"{name}.{ending}").write_text(example * times)
-    words = [f"--config.data.train={home}/train.{ending}", f"--config.init={encoder}"]
-    words += [f"--config.data.validation={home}/dev.{ending}"]
+    ending, examples, metric = TASKS[task]
+    for name in (f"{task}_train", f"{task}_dev"):
+        (home / f"{name}.{ending}").write_text(examples)
+    words = [f"--config.data.train={home}/{task}_train.{ending}", f"--config.init={encoder}"]
+    words += [f"--config.data.validation={home}/{task}_dev.{ending}", "--config.data.stride=4"]
     train.run(load(f"finetune.py:{task}", *words), home / task)
     found = last(home / task)
     assert np.isfinite(found["validation/loss"]) and 0 <= found[f"validation/{metric}"] <= 1

@@ -75,7 +75,10 @@ def _documents(settings: DataSettings, parts: Parts) -> Iterator[Document]:
                 continue
             split, text = part, _text_of(record, settings)
             if "validation" not in parts:
-                split = split_of(text, float(settings.validation_fraction))
+                # All questions about one context go with it.
+                spans = settings.format == "spans"
+                whole = record.fields[settings.column_names[1]] if spans else text
+                split = split_of(whole, float(settings.validation_fraction))
             fields = record.fields if settings.labelled else None
             yield Document(text, split, record.where, done, fields=fields)
             found |= split == part and bool(text.strip())
