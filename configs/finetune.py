@@ -11,6 +11,7 @@ Pairs of texts are `columns="first,second"`. Other tasks, each with files of its
     finetune.py:regress   a number, in the column `label`
     finetune.py:tag       a class for each word; of .conll files (word TAB tag), or lists in columns
     finetune.py:span      the part of a context that answers a question; of SQuAD's .json files
+    finetune.py:choose    which of the `endings` (a list) goes on from a text; `label` is its number
 """
 
 import runpy
@@ -34,6 +35,7 @@ TASKS = {
         long="split",  # into windows
         best="span/f1",
     ),
+    "choose": dict(format="choices", columns="text,endings", args=WHOLE, best="choose/accuracy"),
 }
 
 

@@ -14,7 +14,7 @@ from fmjax.step import make_train_step
 
 FULL = ["mlm.py", "mlm.py:bert_base", "nsp.py", "nsp.py:sop", "nsp.py:nsp,variant=bert_base"]
 FULL += ["mlm.py:bert_base,runlocal", "nsp.py:nsp,variant=bert_base,runlocal"]
-FULL += [f"finetune.py:{task}" for task in ("classify", "regress", "tag", "span")]
+FULL += [f"finetune.py:{task}" for task in ("classify", "regress", "tag", "span", "choose")]
 
 
 def test_every_config_is_in_this_list():
@@ -43,7 +43,8 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
 
         def rows(self, index, examples=None, seed=0):
             keys = ["input_ids", "segment_ids", "positions", "token_types"]
-            rows = {key: np.zeros((len(index), length), np.int32) for key in keys}
+            shape = (len(index), *[4] * ("choose" in name), length)
+            rows = {key: np.zeros(shape, np.int32) for key in keys}
             dtype = np.float32 if "regress" in name else np.int32
             shape = (len(index), *{"tag": [length], "span": [2]}.get(name.split(":")[-1], []))
             labels = np.zeros(shape, dtype)

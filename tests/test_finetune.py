@@ -123,9 +123,11 @@ CONLL = "".join(
 # What each task needs, and a score that it brings.
 SQUAD = {"context": " ".join(WORDS * 3), "qas": [{"question": "name", "answers": [{}]}] * 10}
 SQUAD["qas"][0]["answers"] = [{"text": "value name", "answer_start": 7}]
+CHOICE = {"text": "return value", "endings": ["name", "list of", "object"], "label": 1}
 TASKS = {
     "tag": ("conll", (CONLL + "\n") * 16, "tag/f1"),
     "span": ("json", json.dumps({"data": [{"paragraphs": [SQUAD]}]}), "span/f1"),
+    "choose": ("jsonl", (json.dumps(CHOICE) + "\n") * 10, "choose/accuracy"),
 }
 
 

@@ -52,12 +52,12 @@ def make(architecture: str, theirs: str, objective: str, folder, outputs: int = 
 
 
 def batch(lengths, labels, choices: int = 0, time: int = 12):
-    """(fmjax's batch, transformers' arguments without labels) of random rows of these `lengths`; of
-    as many `choices` each where that is given."""
+    """(fmjax's batch, transformers' arguments without labels) of random rows of these `lengths`, or
+    of examples of `choices` rows each."""
     import torch
 
     rng = np.random.default_rng(1)
-    lengths = np.array(lengths).reshape(-1, *[choices] * bool(choices))
+    lengths = np.array(lengths).reshape(-1, *([choices] if choices else []))
     real = np.arange(time) < lengths[..., None]
     ids = np.where(real, rng.integers(4, 61, real.shape), 0)
     types = np.where(real, rng.integers(0, 2, real.shape), 0)
@@ -79,16 +79,16 @@ def losses_agree(reference, ours, theirs, labels) -> None:
 
     labels = {key: torch.tensor(value) for key, value in labels.items()}
     out = reference.torch(**theirs, **labels)
-    found = reference.goal.loss_fn(reference.apply, reference.params, ours)["loss"]
-    np.testing.assert_allclose(found[0] / found[1], out.loss.item(), atol=1e-5)
     out.loss.backward()
 
     @jax.jit
-    @jax.grad
-    def gradient(params):
+    @jax.value_and_grad
+    def found(params):
         total, weight = reference.goal.loss_fn(reference.apply, params, ours)["loss"]
         return total / weight
 
-    head = list(reference.torch.children())[-1].weight
-    found = gradient(reference.params)["head"][reference.goal.name]["kernel"]
-    np.testing.assert_allclose(found.T, head.grad.numpy(), atol=1e-5)
+    loss, gradient = found(reference.params)
+    np.testing.assert_allclose(loss, out.loss.item(), atol=1e-5)
+    theirs = list(reference.torch.children())[-1].weight.grad.numpy()
+    found = gradient["head"][reference.goal.name]["kernel"]
+    np.testing.assert_allclose(found.T, theirs, atol=1e-5)

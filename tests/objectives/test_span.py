@@ -64,7 +64,8 @@ def test_empty_rows_weigh_nothing():
 
 
 def test_padding_changes_no_number():
-    model = bert.Model("tiny", **tiny.SIZES, classes={"span": 2}, attention="xla")
+    sizes = tiny.SIZES | dict(depth=1, lm_head=False, attention="xla")
+    model = bert.Model("tiny", **sizes, classes={"span": 2})
     whole = tiny.batch(4) | {"seeds": None, "labels": jnp.array([[0, 0], [1, 2], [2, 2], [1, 4]])}
     params = jax.jit(model.init)(jax.random.key(0), *model.example())["params"]
     longest = int(jnp.max(jnp.sum(whole["segment_ids"] > 0, axis=1)))
@@ -130,7 +131,7 @@ def test_logits_and_loss_are_those_of_transformers(tmp_path):
     )
     labels = np.array([[3, 5], [0, 0]])
     ours, theirs = torch_heads.batch((12, 12), labels)
-    found = span.outputs(reference.apply, reference.params, ours)
+    found = jax.jit(functools.partial(span.outputs, reference.apply))(reference.params, ours)
     expected = reference.torch(**theirs)
     for ours_, torchs in ((found["start"], expected[0]), (found["end"], expected[1])):
         np.testing.assert_allclose(ours_, torchs.detach().numpy(), atol=2e-5)
