@@ -12,6 +12,8 @@ Pairs of texts are `columns="first,second"`. Other tasks, each with files of its
     finetune.py:tag       a class for each word; of .conll files (word TAB tag), or lists in columns
     finetune.py:span      the part of a context that answers a question; of SQuAD's .json files
     finetune.py:choose    which of the `endings` (a list) goes on from a text; `label` is its number
+    finetune.py:contrast  sentence embeddings: SimCSE of one column of texts, else pairs of two, of
+                          which a third can hold hard negatives; for the latter see config.best
 """
 
 import runpy
@@ -36,6 +38,7 @@ TASKS = {
         best="span/f1",
     ),
     "choose": dict(format="choices", columns="text,endings", args=WHOLE, best="choose/accuracy"),
+    "contrast": dict(format="texts", args=dict(pool="mean", temperature=0.05), best="loss"),
 }
 
 

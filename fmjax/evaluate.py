@@ -141,9 +141,11 @@ def on_host(outputs: Any) -> Any:
     return jax.device_get(outputs)
 
 
-def in_order(batches: list[dict[str, Any]]) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """({objective: outputs}, labels, numbers of the rows) of all examples in the order of the
-    split; what fills the last batch is left out."""
+def in_order(
+    batches: list[dict[str, Any]],
+) -> tuple[dict[str, Any], np.ndarray | None, np.ndarray]:
+    """({objective: outputs}, labels if there are any, numbers of the rows) of all examples in the
+    order of the split; what fills the last batch is left out."""
     whole = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
     index, real, labels = whole.pop("rows")
     order = np.argsort(np.where(real, index, np.iinfo(np.int32).max), kind="stable")[: real.sum()]

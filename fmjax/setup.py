@@ -91,6 +91,13 @@ def assemble(
         )
     objectives = losses.build(config.objectives.to_dict(), target=settings.target, vocab=vocab)
     optimizers = config.optim.to_dict(), config.group_optim.to_dict()
+    for objective in objectives:
+        if objective.whole_batch and config.accumulate > 1:
+            raise ConfigError(
+                f"config.accumulate={config.accumulate}: the loss of config.objectives."
+                f"{objective.name} compares all examples of a batch, and a microbatch has fewer. "
+                "Set it to 1; config.model.remat=block saves memory, too."
+            )
     model, assigned = grouped(build.model(config, vocab.size, labels), config.groups, *optimizers)
     split = functools.partial(groups.split, assigned=assigned)
     optimizer = optim.make(

@@ -14,7 +14,9 @@ from fmjax.step import make_train_step
 
 FULL = ["mlm.py", "mlm.py:bert_base", "nsp.py", "nsp.py:sop", "nsp.py:nsp,variant=bert_base"]
 FULL += ["mlm.py:bert_base,runlocal", "nsp.py:nsp,variant=bert_base,runlocal"]
-FULL += [f"finetune.py:{task}" for task in ("classify", "regress", "tag", "span", "choose")]
+FULL += [
+    f"finetune.py:{task}" for task in ("classify", "regress", "tag", "span", "choose", "contrast")
+]
 
 
 def test_every_config_is_in_this_list():

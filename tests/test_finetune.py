@@ -127,6 +127,7 @@ CHOICE = {"text": "return value", "endings": ["name", "list of", "object"], "lab
 TASKS = {
     "tag": ("conll", (CONLL + "\n") * 16, "tag/f1"),
     "span": ("json", json.dumps({"data": [{"paragraphs": [SQUAD]}]}), "span/f1"),
+    "contrast": ("jsonl", '{"text": "return value", "other": "the value"}\n' * 10, "contrast/mrr"),
     "choose": ("jsonl", (json.dumps(CHOICE) + "\n") * 10, "choose/accuracy"),
 }
 
@@ -138,6 +139,7 @@ def test_every_task_goes_from_files_to_scores(home, encoder, task):
         (home / f"{name}.{ending}").write_text(examples)
     words = [f"--config.data.train={home}/{task}_train.{ending}", f"--config.init={encoder}"]
     words += [f"--config.data.validation={home}/{task}_dev.{ending}", "--config.data.stride=4"]
+    words += ["--config.data.columns=text,other"] if task == "contrast" else []
     train.run(load(f"finetune.py:{task}", *words), home / task)
     found = last(home / task)
     assert np.isfinite(found["validation/loss"]) and 0 <= found[f"validation/{metric}"] <= 1
@@ -177,6 +179,12 @@ def test_there_is_nothing_to_learn_without_labels(home, encoder):
     words = [*files(home), f"--config.init={encoder}", "--config.data.label="]
     with pytest.raises(ConfigError, match="config.data.label is empty.*config.data.format=classes"):
         train.run(load("finetune.py", *words), home / "none")
+
+
+def test_negatives_forbid_microbatches(home, encoder):
+    words = [*files(home), f"--config.init={encoder}", "--config.accumulate=2"]
+    with pytest.raises(ConfigError, match="config.accumulate=2: .*objectives.contrast compares"):
+        train.run(load("finetune.py:contrast", *words, "--config.batch_size=16"), home / "none")
 
 
 def test_init_has_to_be_given(home):

@@ -112,11 +112,11 @@ def _check_bad(record: Record, policy: str, count: int) -> None:
 
 
 def _pydocs(settings: DataSettings, log) -> tuple[dict, Parts]:
-    names, label = settings.column_names, settings.label if settings.labelled else ""
-    if settings.labelled and settings.format != "classes":
+    names, label = settings.column_names, settings.label if settings.format == "classes" else ""
+    if settings.labelled and settings.format not in ("classes", "texts"):
         raise ConfigError(
-            f"config.data.name='pydocs' has no {settings.format}, only documents and classes (the "
-            "package of a docstring). Set config.data.train to your own files."
+            f"config.data.name='pydocs' has no {settings.format}, only documents, classes (the "
+            "package of a docstring) and texts. Set config.data.train to your own files."
         )
 
     def records() -> Iterator[Record]:

@@ -248,9 +248,7 @@ class Heads(nn.Module):
 
     def whole(self, hidden, segment_ids, name, pool, seeds):
         if pool == "mean":
-            weights = (segment_ids > 0).astype(jnp.float32)[..., None]
-            whole = jnp.sum(hidden.astype(jnp.float32) * weights, axis=1)
-            whole = whole / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
+            whole = layers.mean_of_tokens(hidden, segment_ids)
         elif self.cfg.pooler:
             whole = jnp.tanh(self.pooler(hidden[:, 0], jnp.float32))
         else:

@@ -188,6 +188,15 @@ def dropout(
     return jnp.where(dropped, jnp.zeros((), x.dtype), x * jnp.asarray(1 / (1 - rate), x.dtype))
 
 
+def mean_of_tokens(
+    hidden: Float[Array, "B T D"], segment_ids: Int[Array, "B T"]
+) -> Float[Array, "B D"]:
+    """The mean in float32 of what is not padding; zero of nothing."""
+    weights = (segment_ids > 0).astype(jnp.float32)[..., None]
+    total = jnp.sum(hidden.astype(jnp.float32) * weights, axis=1)
+    return total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)
+
+
 def rope(
     x: Float[Array, "B N T H"], positions: Int[Array, "B T"], theta: float | Float[Array, ""]
 ) -> Float[Array, "B N T H"]:

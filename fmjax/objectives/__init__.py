@@ -15,8 +15,8 @@ number. Arguments are what `config.objectives.<name>` holds plus facts about the
 vocabulary) that a function asks for by name; `score` and `describe` may ask for `names` (of the
 classes), `split` (the data) and `rows` (numbers of its rows, one for each of the outputs). A module
 also says what it needs: `TARGET`, what the labels of the data must mean
-(`fmjax.data.Dataset.target`); `heads(labels)`, the linear heads of the model; and `SCORES`, the
-metrics of `score`.
+(`fmjax.data.Dataset.target`); `heads(labels)`, the linear heads of the model; `SCORES`, the metrics
+of `score`; and `WHOLE_BATCH`, that a row's loss depends on the others, which forbids accumulation.
 """
 
 import functools
@@ -47,6 +47,7 @@ class Objective(NamedTuple):
     score: Callable | None
     describe: Callable | None
     scores: tuple[str, ...]  # names of what `score` gives
+    whole_batch: bool  # whether the loss of an example depends on the others
 
 
 def build(
@@ -109,6 +110,7 @@ def _bind(name: str, args: dict[str, Any], target: str, facts: Mapping[str, Any]
         bound.get("score"),
         bound.get("describe"),
         getattr(module, "SCORES", ()),
+        getattr(module, "WHOLE_BATCH", False),
     )
 
 

@@ -16,6 +16,7 @@ from fmjax import losses, streams
 from fmjax.objectives.classify import pooled_logits
 
 TARGET = "choices"
+INPUTS = ("input_ids", "segment_ids", "positions", "token_types")
 
 
 def heads(labels: Sequence[str]) -> dict[str, int]:
@@ -48,9 +49,8 @@ def describe(found: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
 
 def flat(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """A batch of (B, K, T) as one of (B · K, T), each with a stream of dropout of its own."""
-    names = ("input_ids", "segment_ids", "positions", "token_types")
     many, time = batch["input_ids"].shape[1:]
-    rows = {name: batch[name].reshape(-1, time) for name in names}
+    rows = {name: batch[name].reshape(-1, time) for name in INPUTS}
     if batch["seeds"] is None:
         return rows | {"seeds": None}
     seeds = [streams.fold(batch["seeds"], choice) for choice in range(many)]
