@@ -1,4 +1,4 @@
-"""Fine-tuning of a pretrained encoder to tell classes of text apart (Devlin et al. 2019, §4.1).
+"""Fine-tuning of a pretrained encoder to tell classes of text apart (Devlin et al. 2019, §4).
 
     python run.py --config=configs/mlm.py         # once: the encoder that this starts from
     python run.py --config=configs/finetune.py    # which package a docstring of Python belongs to
@@ -6,7 +6,14 @@
         --config.data.train=train.tsv --config.data.validation=dev.tsv \\
         --config.data.columns=sentence --config.data.label=label
 
-Pairs of texts are `columns="first,second"`; `configs/finetune.py:regress` predicts a number.
+Pairs of texts are `columns="first,second"`. Other tasks, each with files of its own:
+
+    finetune.py:regress   a number, in the column `label`
+    finetune.py:tag       a class for each word; of .conll files (word TAB tag), or lists in columns
+    finetune.py:span      the part of a context that answers a question; of SQuAD's .json files
+    finetune.py:choose    which of the `endings` (a list) goes on from a text; `label` is its number
+    finetune.py:contrast  sentence embeddings: SimCSE of one column of texts, else pairs of two, of
+                          which a third can hold hard negatives; for the latter see config.best
 """
 
 import runpy
@@ -17,7 +24,22 @@ from ml_collections.config_dict import placeholder
 from fmjax.config import digest, parse_arg
 from fmjax.errors import ConfigError, did_you_mean
 
-TASKS = {"classify": "classes", "regress": "values"}
+# What a task sets: its format, what its loss takes, and the metric by which the best is kept.
+WHOLE = dict(pool="first")
+TASKS = {
+    "classify": dict(format="classes", args=WHOLE, best="classify/accuracy"),
+    "regress": dict(format="values", args=WHOLE, best="loss"),
+    "tag": dict(format="tags", columns="tokens", label="tags", best="tag/f1"),
+    "span": dict(
+        format="spans",
+        columns="question,context",
+        label="answers",
+        long="split",  # into windows
+        best="span/f1",
+    ),
+    "choose": dict(format="choices", columns="text,endings", args=WHOLE, best="choose/accuracy"),
+    "contrast": dict(format="texts", args=dict(pool="mean", temperature=0.05), best="loss"),
+}
 
 
 def get_config(arg=None):
@@ -28,18 +50,20 @@ def get_config(arg=None):
     config = mlm(f"small,runlocal={arg.runlocal}")
     config.init = f"runs/mlm-{digest(mlm())}"
     config.total = "10 epochs"
-    config.data.format, config.data.long = TASKS[arg.task], "truncate"
+    task = dict(TASKS[arg.task])
+    args, best = task.pop("args", {}), task.pop("best")
+    config.data.update({"long": "truncate"} | task)
     config.data.validation_fraction = 0.2
     config.tokenizer.name = "init"  # as config.init has it
     sizes = dict.fromkeys(config.model, None) | dict(variant=placeholder(str))
     how = {key: config.model[key] for key in ("attention", "scan", "remat")}
     config.model = sizes | how | dict(name="init")  # what is None is as config.init has it
-    config.objectives = {arg.task: dict(weight=1.0, pool="first")}
+    config.objectives = {arg.task: dict(weight=1.0, **args)}
     config.optim.update(lr=5e-4, decay=".*/kernel")
     config.optim.args.b2 = 0.999
     with config.ignore_type():
         config.eval_every = config.save_every = "1 epoch"
-    config.best = "validation/classify/accuracy" if arg.task == "classify" else "validation/loss"
+    config.best = f"validation/{best}"
     if arg.runlocal:
         config.total = "10 steps"
     return config

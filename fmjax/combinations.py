@@ -49,7 +49,7 @@ def check(config: Mapping[str, Any]) -> None:
 
 def _check_best(config: Mapping[str, Any]) -> None:
     best, names = config.get("best", ""), list(config.get("objectives", ()))
-    metric = rf"validation/(loss|({'|'.join(map(re.escape, names))})/[A-Za-z_]+)"
+    metric = rf"validation/(loss|({'|'.join(map(re.escape, names))})/\w+)"
     if best != "" and not (isinstance(best, str) and re.fullmatch(metric, best)):
         possible = ", ".join(f"'validation/{name}/…'" for name in names)
         raise ConfigError(

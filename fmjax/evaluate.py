@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
                 objectives,
                 mesh,
                 show=lambda done: show(done / steps, f"evaluated {done:,} of {steps:,} batches"),
+                names=dataset.labels,
+                split=split,
             )
     metrics |= perplexity(metrics)
     for name, value in metrics.items():
@@ -102,12 +104,13 @@ def evaluate(
     mesh: jax.sharding.Mesh,
     stop: Callable[[], bool] = lambda: False,
     show: Callable[[int], None] = lambda done: None,
+    **about: Any,
 ) -> dict[str, float] | None:
     """Means over all examples, each counted once, and scores over all of them at once; None if
     `stop()` turned true on the way.
 
     `show` is told how many batches are done. Masks are a function of the row number, so every
-    evaluation sees the same ones.
+    evaluation sees the same ones. `about` are the `names` and the `split` that scores may ask for.
     """
     rng = jax.random.key(0)
     totals: dict[str, np.ndarray] = {}
@@ -123,9 +126,10 @@ def evaluate(
         show(done)
     found = losses.mean(totals, objectives)
     if scored:
-        outputs, labels = in_order(kept)
+        outputs, labels, rows = in_order(kept)
         for objective in scored:
-            scores = objective.score(outputs[objective.name], labels)
+            found_here = outputs[objective.name]
+            scores = losses.told(objective.score, found_here, labels, rows=rows, **about)
             found |= {f"{objective.name}/{name}": value for name, value in scores.items()}
     return found
 
@@ -137,13 +141,26 @@ def on_host(outputs: Any) -> Any:
     return jax.device_get(outputs)
 
 
-def in_order(batches: list[dict[str, Any]]) -> tuple[dict[str, Any], Any]:
-    """({objective: outputs}, labels or None) of all examples in the order of the split; what fills
-    the last batch is left out."""
-    whole = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+def in_order(
+    batches: list[dict[str, Any]],
+) -> tuple[dict[str, Any], np.ndarray | None, np.ndarray]:
+    """({objective: outputs}, labels if there are any, numbers of the rows) of all examples in the
+    order of the split; what fills the last batch is left out."""
+    whole = jax.tree.map(lambda *parts: np.concatenate(_as_wide(parts)), *batches)
     index, real, labels = whole.pop("rows")
     order = np.argsort(np.where(real, index, np.iinfo(np.int32).max), kind="stable")[: real.sum()]
-    return jax.tree.map(lambda x: x[order], (whole, labels))
+    return jax.tree.map(lambda x: x[order], (whole, labels, index))
+
+
+def _as_wide(parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Batches as wide as the widest, filled with what no label and no likely token is."""
+    shape = np.max([part.shape[1:] for part in parts], axis=0).astype(int)
+    filled = []
+    for part in parts:
+        missing = [(0, 0), *((0, int(n)) for n in shape - part.shape[1:])]
+        nothing = -np.inf if np.issubdtype(part.dtype, np.floating) else -1
+        filled.append(np.pad(part, missing, constant_values=nothing) if shape.size else part)
+    return filled
 
 
 def add(totals: dict[str, np.ndarray], found: Mapping[str, tuple[Any, Any]]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from fmjax import build, data, evaluate, logs, losses, objectives, processes, sharding
 from fmjax.data import sources
@@ -38,10 +39,14 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             )
         if dry_run:
             return
-        outputs = predictions(opened, built, dataset.splits["train"], batch_size, mesh)
+        split = dataset.splits["train"]
+        outputs, rows = predictions(opened, built, split, batch_size, mesh)
     if jax.process_index() != 0:
         return
-    told = {o.name: o.describe(outputs[o.name], dataset.labels) for o in built if o.describe}
+    about = dict(names=dataset.labels, split=split, rows=rows)
+    told = {
+        o.name: objectives.told(o.describe, outputs[o.name], **about) for o in built if o.describe
+    }
     path = Path(config.output or Path(workdir) / "predictions.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(line, ensure_ascii=False) for line in _lines(settings, told)]
@@ -58,8 +63,8 @@ def predictions(
     split: Any,
     batch_size: int,
     mesh: jax.sharding.Mesh,
-) -> dict[str, dict[str, Any]]:
-    """{objective: outputs} of all rows of a split, in their order."""
+) -> tuple[dict[str, dict[str, Any]], np.ndarray]:
+    """({objective: outputs}, numbers of the rows) of all rows of a split, in their order."""
     step = jax.jit(make_step(build.apply(opened.model), built))
     batches = data.eval_batches(
         split,
@@ -70,7 +75,8 @@ def predictions(
     kept = [
         evaluate.on_host(step(opened.params, batch)) for batch in sharding.to_device(batches, mesh)
     ]
-    return evaluate.in_order(kept)[0]
+    outputs, _, rows = evaluate.in_order(kept)
+    return outputs, rows
 
 
 def make_step(apply: Callable, built: list[objectives.Objective]) -> Callable:
@@ -78,7 +84,7 @@ def make_step(apply: Callable, built: list[objectives.Objective]) -> Callable:
 
     def step(params: Any, batch: Mapping[str, jax.Array]) -> dict[str, Any]:
         rows = batch["index"], losses.real_rows(batch) > 0, None
-        return {"rows": rows, **objectives.told(built, apply, params, batch)}
+        return {"rows": rows, **objectives.outputs_of(built, apply, params, batch)}
 
     return step
 
@@ -88,9 +94,8 @@ def _lines(settings: Mapping[str, Any], told: Mapping[str, list[dict]]) -> list[
     read = data.settings.read(data.settings.DataSettings, settings, "data")
     documents = [d for d in sources.read(read, print).documents() if d.split == "train"]
     lines = []
-    for i, document in enumerate(documents):
-        words = {name: rows[i] for name, rows in told.items()}
-        lines.append(
-            {**document.fields, **(words if len(words) > 1 else next(iter(words.values())))}
-        )
+    for words in zip(documents, *told.values(), strict=True):
+        document, *words = words
+        said = words[0] if len(words) == 1 else dict(zip(told, words, strict=True))
+        lines.append({**document.fields, **said})
     return logs.plain(lines)

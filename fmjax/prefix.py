@@ -30,7 +30,9 @@ class PrefixSplit:
 
     def __init__(self, split: Any, states: np.ndarray):
         self.split, self.states = split, states
-        self.seq_len, self.tokens, self.width = split.seq_len, split.tokens, split.width
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.split, name)
 
     def __len__(self) -> int:
         return len(self.split)

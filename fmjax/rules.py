@@ -221,6 +221,7 @@ AXIS = Check(lambda v: _is_whole(v) and (v >= 1 or v == -1), "at least 1, or -1:
 PROBABILITY = Check(lambda v: _is_real(v, 0.0, 1.0), "a number between 0 and 1")
 FRACTION = Check(lambda v: _is_real(v, 0.0, 1.0) and v < 1, "a number from 0 to below 1")
 NON_NEGATIVE = Check(_is_real, "a finite number of at least 0")
+ABOVE_ZERO = Check(lambda v: _is_real(v) and v > 0, "a finite number above 0")
 SHARES = Check(_is_shares, "two numbers of at least 0 that add up to at most 1")
 RANGES = Check(_is_ranges, "(first, last + 1) pairs in ascending order: ((80, 96), (112, 120))")
 COLUMNS = Check(_is_names, "names of columns: 'a', 'a,b' or ('a', 'b')")
@@ -237,12 +238,14 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("total", LENGTH),
     (r"(log|eval|save)_every|.*\.(warmup|cooldown)", DURATION),
     (r"batch_size|accumulate|keep|top_k|max_skipped|objectives\.mlm\.span_max", POSITIVE),
+    (r"objectives\.span\.(n_best|max_answer)", POSITIVE),
     (r"model\.depth", _whole(1, 1000)),
     (r"model\.(width|heads|mlp|max_len|window|full_every)", _whole(1, 2**24)),
     (r"distributed\.num_processes", POSITIVE),
     (r"distributed\.coordinator", ADDRESS),
     (r"distributed\.(timeout|heartbeat)_sec", _whole(10, 86400)),
     (r"seed|limit|step|keep_best|data\.max_documents|distributed\.process_id", COUNT),
+    (r"objectives\.contrast\.temperature", ABOVE_ZERO),
     (r"data\.seq_len", _whole(8, 2**20)),
     (r"data\.skip", RANGES),
     (r"data\.workers", _whole(0, 1024)),

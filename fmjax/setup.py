@@ -12,6 +12,7 @@ from fmjax import build, data, groups, optim, rules, sharding, state, trees
 from fmjax import config as configs
 from fmjax import objectives as losses
 from fmjax.data.settings import DataSettings, read
+from fmjax.errors import ConfigError
 from fmjax.models import AnyModel
 from fmjax.state import TrainState
 
@@ -82,9 +83,21 @@ def assemble(
     )
     total = configs.steps(config.total, total=None, **sizes)
     steps = functools.partial(configs.steps, total=total, **sizes)
-    target = read(DataSettings, config.data.to_dict(), "data").target
-    objectives = losses.build(config.objectives.to_dict(), target=target, vocab=vocab)
+    settings = read(DataSettings, config.data.to_dict(), "data")
+    if settings.unlabelled:
+        raise ConfigError(
+            "config.data.label is empty, so that there is nothing to train on: name the column of "
+            f"the labels of config.data.format={settings.format}."
+        )
+    objectives = losses.build(config.objectives.to_dict(), target=settings.target, vocab=vocab)
     optimizers = config.optim.to_dict(), config.group_optim.to_dict()
+    for objective in objectives:
+        if objective.whole_batch and config.accumulate > 1:
+            raise ConfigError(
+                f"config.accumulate={config.accumulate}: the loss of config.objectives."
+                f"{objective.name} compares all examples of a batch, and a microbatch has fewer. "
+                "Set it to 1; config.model.remat=block saves memory, too."
+            )
     model, assigned = grouped(build.model(config, vocab.size, labels), config.groups, *optimizers)
     split = functools.partial(groups.split, assigned=assigned)
     optimizer = optim.make(

@@ -261,6 +261,8 @@ def validate(
             run.mesh,
             stop.poll,
             lambda done: show(done / steps),
+            names=run.dataset.labels,
+            split=split,
         )
 
 

@@ -14,8 +14,11 @@ from fmjax.step import make_train_step
 
 FULL = ["mlm.py", "mlm.py:bert_base", "nsp.py", "nsp.py:sop", "nsp.py:nsp,variant=bert_base"]
 FULL += ["mlm.py:bert_base,runlocal", "nsp.py:nsp,variant=bert_base,runlocal"]
-FULL += ["finetune.py", "finetune.py:regress", "finetune_head.py", "finetune_last.py:layers=2"]
-FULL += ["finetune_bitfit.py", "finetune_lora.py", "finetune_lora.py:plus=16.0"]
+FULL += ["finetune_head.py", "finetune_last.py:layers=2", "finetune_bitfit.py"]
+FULL += ["finetune_lora.py", "finetune_lora.py:plus=16.0"]
+FULL += [
+    f"finetune.py:{task}" for task in ("classify", "regress", "tag", "span", "choose", "contrast")
+]
 
 
 def test_every_config_is_in_this_list():
@@ -46,9 +49,12 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
 
         def rows(self, index, examples=None, seed=0):
             keys = ["input_ids", "segment_ids", "positions", "token_types"]
-            rows = {key: np.zeros((len(index), length), np.int32) for key in keys}
+            shape = (len(index), *[4] * ("choose" in name), length)
+            rows = {key: np.zeros(shape, np.int32) for key in keys}
             dtype = np.float32 if "regress" in name else np.int32
-            return rows | ({"labels": np.zeros(len(index), dtype)} if "mlm" not in name else {})
+            shape = (len(index), *{"tag": [length], "span": [2]}.get(name.split(":")[-1], []))
+            labels = np.zeros(shape, dtype)
+            return rows | ({"labels": labels} if "mlm" not in name else {})
 
     vocab = Vocab(size, 0, 2, 3, 4, np.arange(size) < 5, np.ones(size, bool))
     fake = SimpleNamespace(

@@ -118,6 +118,39 @@ def test_regression_is_scored_by_correlation(home, encoder):
     assert found["validation/loss"] > 0
 
 
+WORDS = "return value name list object".split()
+CONLL = "".join(
+    f"{word}\t{tag}\n" for word, tag in zip(WORDS, ["B-x", "I-x", "O", "O", "O"], strict=True)
+)
+# What each task needs, and a score that it brings.
+SQUAD = {"context": " ".join(WORDS * 3), "qas": [{"question": "name", "answers": [{}]}] * 10}
+SQUAD["qas"][0]["answers"] = [{"text": "value name", "answer_start": 7}]
+CHOICE = {"text": "return value", "endings": ["name", "list of", "object"], "label": 1}
+TASKS = {
+    "tag": ("conll", (CONLL + "\n") * 16, "tag/f1"),
+    "span": ("json", json.dumps({"data": [{"paragraphs": [SQUAD]}]}), "span/f1"),
+    "contrast": ("jsonl", '{"text": "return value", "other": "the value"}\n' * 10, "contrast/mrr"),
+    "choose": ("jsonl", (json.dumps(CHOICE) + "\n") * 10, "choose/accuracy"),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_goes_from_files_to_scores(home, encoder, task):
+    ending, examples, metric = TASKS[task]
+    for name in (f"{task}_train", f"{task}_dev"):
+        (home / f"{name}.{ending}").write_text(examples)
+    words = [f"--config.data.train={home}/{task}_train.{ending}", f"--config.init={encoder}"]
+    words += [f"--config.data.validation={home}/{task}_dev.{ending}", "--config.data.stride=4"]
+    words += ["--config.data.columns=text,other"] if task == "contrast" else []
+    train.run(load(f"finetune.py:{task}", *words), home / task)
+    found = last(home / task)
+    assert np.isfinite(found["validation/loss"]) and 0 <= found[f"validation/{metric}"] <= 1
+    words = [f"--config.folder={home / task}", "--config.batch_size=16"]
+    evaluate.run(configs.load(str(ROOT / "configs/evaluate.py"), words), home)
+    again = json.loads((home / task / "evaluation.jsonl").read_text())["metrics"]
+    assert again[metric] == pytest.approx(found[f"validation/{metric}"])
+
+
 def test_only_the_head_moves(home, encoder):
     groups = "(('head/.*', 'train'), ('.*', 'freeze'))"
     words = [*files(home), f"--config.init={encoder}", f"--config.groups={groups}"]
@@ -172,14 +205,29 @@ def test_score_is_told_only_of_real_rows_in_the_order_of_the_split():
         {"rows": rows([2, 0], [True, True], [12, 10]), "a": {"x": np.array([2.0, 0.0])}},
         {"rows": rows([1, 0], [True, False], [11, 0]), "a": {"x": np.array([1.0, 9.0])}},
     ]
-    outputs, labels = evaluate.in_order(batches)
+    outputs, labels, rows = evaluate.in_order(batches)
     np.testing.assert_array_equal(outputs["a"]["x"], [0.0, 1.0, 2.0])
     np.testing.assert_array_equal(labels, [10, 11, 12])
+    np.testing.assert_array_equal(rows, [0, 1, 2])
+
+
+def test_there_is_nothing_to_learn_without_labels(home, encoder):
+    words = [*files(home), f"--config.init={encoder}", "--config.data.label="]
+    with pytest.raises(ConfigError, match="config.data.label is empty.*config.data.format=classes"):
+        train.run(load("finetune.py", *words), home / "none")
+
+
+def test_negatives_forbid_microbatches(home, encoder):
+    words = [*files(home), f"--config.init={encoder}", "--config.accumulate=2"]
+    with pytest.raises(ConfigError, match="config.accumulate=2: .*objectives.contrast compares"):
+        train.run(
+            load("finetune.py:contrast", *words, "--config.batch_size=16"), home / "microbatches"
+        )
 
 
 def test_init_has_to_be_given(home):
     with pytest.raises(ConfigError, match="config.model.name='init' means the model of config.ini"):
-        train.run(load("finetune.py", *files(home), "--config.init="), home / "none")
+        train.run(load("finetune.py", *files(home), "--config.init="), home / "without")
 
 
 def test_labels_that_do_not_fit_the_head_are_refused(home, tuned):

@@ -1,10 +1,10 @@
-"""Files to records: txt, jsonl, csv, tsv and parquet, gzipped or not; errors name the line.
+"""Files to records: txt, jsonl, json (SQuAD), csv, tsv, conll, parquet; errors name the line.
 
-What is accepted: UTF-8 with or without a byte-order mark, lines that end in LF or CRLF, form feeds
-and U+2028 inside a line. What is a bad record: other encodings, NUL, a lone surrogate, a record
-beyond `MAX_RECORD_BYTES`, broken JSON or CSV, a value of another kind than its column needs. In tsv
-a quotation mark is a character like any other (as its registration with IANA says). Memory is
-bounded by the limits below, whatever a file unpacks to.
+All but parquet may be gzipped. What is accepted: UTF-8 with or without a byte-order mark, lines
+that end in LF or CRLF, form feeds and U+2028 inside a line. What is a bad record: other encodings,
+NUL, a lone surrogate, a record beyond `MAX_RECORD_BYTES`, broken JSON or CSV, a value of another
+kind than its column needs. In tsv a quotation mark is a character like any other (as its
+registration with IANA says). Memory is bounded by the limits below, whatever a file unpacks to.
 """
 
 import codecs
@@ -23,6 +23,7 @@ from fmjax.data.records import EXCERPT, MAX_RECORD_BYTES, Record, fault
 from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError, DataError, did_you_mean, quoted
 
+MAX_JSON_BYTES = 1 << 28  # of a file that is read whole; SQuAD 2.0 is 42 MB
 MAX_RATIO = 200  # prose packs 3 : 1; a bomb 1000 : 1
 PARQUET_ROWS = 16  # in memory at a time: a text that is stored once may stand in every row
 
@@ -95,8 +96,11 @@ def _reader(path: Path, key: str):
         ".md": _txt,
         ".jsonl": _jsonl,
         ".ndjson": _jsonl,
+        ".json": _squad,
         ".csv": _csv,
         ".tsv": _csv,
+        ".conll": _conll,
+        ".bio": _conll,
         ".parquet": _parquet,
     }
     suffix = Path(name).suffix
@@ -253,6 +257,93 @@ def _csv(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
                 fields, bad = values.read(dict(zip(header, row, strict=True)), settings.schema)
             yield (",".join(row)[:EXCERPT] if bad else fields), start, bad, last.read
         start = last.number + 1
+
+
+def _squad(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
+    """The questions of SQuAD's articles, versions 1 and 2, with the columns `id`, `question`,
+    `context` and `answers`, which are empty where a question cannot be answered."""
+    with open(path, "rb") as raw:
+        file = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
+        content = file.read(MAX_JSON_BYTES + 1)
+        size = raw.tell()
+    _check_ratio(path, len(content), size)
+    if len(content) > MAX_JSON_BYTES:
+        raise DataError(
+            f"{path}: more than {MAX_JSON_BYTES:,} bytes of JSON, which are read whole. Write the "
+            f"records to jsonl, one a line; config.{key}"
+        )
+    excerpt = content[:EXCERPT].decode(errors="replace")
+    try:
+        found = list(_questions(json.loads(content.decode("utf-8-sig"))))
+    except (ValueError, RecursionError) as error:
+        yield excerpt, 1, f"not JSON ({error})", size
+        return
+    except (KeyError, TypeError) as error:
+        form = "{'data': [{'paragraphs': [{'context': …, 'qas': [{'question': …}]}]}]}"
+        wrong = f"not SQuAD's JSON, {form} ({error!r}); one record a line is jsonl"
+        yield excerpt, 1, wrong, size
+        return
+    for number, question in enumerate(found, 1):
+        fields, bad = values.read(question, settings.schema)
+        where = question.get("id") or f"question {number}"
+        yield str(question)[:EXCERPT] if bad else fields, where, bad, size * number // len(found)
+
+
+def _questions(found: dict) -> Iterator[dict]:
+    for article in found["data"]:
+        for paragraph in article["paragraphs"]:
+            for asked in paragraph["qas"]:
+                none = {"answers": []} if asked.get("is_impossible") else {}
+                yield (
+                    {"question": asked["question"], "context": paragraph["context"]} | asked | none
+                )
+
+
+def _conll(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
+    """Sentences of "word TAB tag" lines with an empty line between: lists under the two columns
+    that the config names. Where it names no label, a line may also be a word alone."""
+    if settings.format != "tags":
+        raise ConfigError(
+            f"config.{key}: {path} has words and their tags, but config.data.format="
+            f"{settings.format!r}. Set it to tags, or use jsonl, csv, tsv or parquet."
+        )
+    words, tags, start, size, bad, line = [], [], 1, 0, None, None
+
+    def sentence() -> Iterator[tuple]:
+        if bad:
+            yield bad
+        elif words:
+            found = dict(
+                zip((settings.column_names[0], settings.label), (words, tags), strict=True)
+            )
+            fields, wrong = values.read(found, settings.schema)
+            excerpt = " ".join(words)[:EXCERPT]
+            yield (excerpt if wrong else fields), start, wrong, line.read
+
+    for line in _lines(path):
+        if not line.bad and not line.text.strip():
+            yield from sentence()
+            words, tags, size, bad = [], [], 0, None
+            continue
+        start = start if words or bad else line.number
+        fields = line.text.split("\t")
+        size += len(line.text)
+        possible = (2,) if settings.label else (1, 2)
+        if bad:  # the first fault of a sentence is told, and the sentence left out
+            continue
+        if line.bad:
+            bad = line
+        elif len(fields) not in possible:
+            words_of = f"{len(fields)} fields between tabs, not a word and its tag"
+            bad = line._replace(text=line.text[:EXCERPT], bad=words_of)
+        elif size > MAX_RECORD_BYTES:
+            bad = line._replace(
+                text=" ".join(words)[:EXCERPT], bad="no empty line between sentences"
+            )
+        else:
+            words.append(fields[0])
+            tags.append(fields[-1])
+    yield from sentence()
 
 
 def _parquet(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:

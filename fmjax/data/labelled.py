@@ -1,9 +1,10 @@
-"""Examples with labels: one record, one example, in a cache folder that is read row by row.
+"""Examples with labels, in a cache folder that is read row by row; encoding.py makes them.
 
 An example is one or several token sequences (the choices of a question, an anchor and its positive)
 and a label. A folder holds for each split `tokens` and `types` (all sequences one after the other),
 `ends.npy` [N · K + 1] (where each starts), and `labels.npy`: [N] classes, numbers or places among
-choices; for tags one a token, -1 where there is none.
+choices; [N, 2] first and last tokens of spans; for tags one a token, -1 where there is none, -2
+where it is not known. What else spans keep is in spans.py.
 
 Names of classes are those of the training split, sorted; a label that only the validation split has
 is an error, not a new class.
@@ -11,33 +12,26 @@ is an error, not a new class.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fmjax import progress
-from fmjax.data import cache, store
+from fmjax.data import cache, spans, store
+from fmjax.data.encoding import NONE, Example, Reader
 from fmjax.data.settings import DataSettings
 from fmjax.data.sources import Document, Source
-from fmjax.data.tokenizer import Prepared, Vocab, encoder
+from fmjax.data.tokenizer import Prepared, Vocab
 from fmjax.errors import DataError, did_you_mean
 
+VERSION = 2  # of what a folder holds; raise it when the same records give other files
 CHUNK = 1000  # examples that are tokenised at once
-NONE = -1  # a token that has no label
-
-
-class Example(NamedTuple):
-    """What is stored of one record: sequences of (tokens, types), a label, were any tokens lost?"""
-
-    sequences: list[tuple[np.ndarray, np.ndarray]]
-    label: Any
-    cut: bool
 
 
 class ExampleSplit:
-    """Examples of one split, memory-mapped; `labels` are the names of the classes, if any."""
+    """Examples of one split, memory-mapped; `questions` are those whose answers are spans."""
 
     def __init__(self, folder: Path, split: str, seq_len: int, vocab: Vocab, counts: dict):
         self.seq_len, self.tokens, self._vocab = seq_len, counts["tokens"], vocab
@@ -48,6 +42,8 @@ class ExampleSplit:
         self._ends = np.load(folder / f"{split}.ends.npy", mmap_mode="r")
         file = folder / f"{split}.labels.npy"
         self._labels = np.load(file, mmap_mode="r") if file.exists() else None
+        asked = counts["questions"]
+        self.questions = spans.Questions(folder, split, self._ends) if asked else None
 
     def __len__(self) -> int:
         return self._rows
@@ -67,7 +63,7 @@ class ExampleSplit:
         self, index: np.ndarray, examples: np.ndarray | None = None, seed: int = 0
     ) -> dict[str, np.ndarray]:
         """The rows `index` [n]: int32 [n, T], or [n, K, T] with K > 1 sequences an example, and
-        `labels`: [n], or [n, T] for tags."""
+        `labels`: [n], [n, 2] for spans, or [n, T] for tags."""
         each = index[:, None] * self._sequences + np.arange(self._sequences)  # (n, K)
         if self._sequences == 1:
             each = each[:, 0]
@@ -98,7 +94,7 @@ def prepare(
 ) -> tuple[Path, dict]:
     """(folder, its index) with the examples of `source`, made or found in the cache."""
     keys = ("format", "seq_len", "long", "label", "stride")
-    identity = {"version": 1, "source": source.identity, "tokenizer": words.digest}
+    identity = {"version": VERSION, "source": source.identity, "tokenizer": words.digest}
     identity |= {key: getattr(settings, key) for key in keys}
     identity |= {"classes": list(settings.classes), "columns": settings.column_names}
     home = root / f"examples-{cache.digest(identity)}"
@@ -111,10 +107,10 @@ def prepare(
 
 
 def _write(folder: Path, source: Source, words: Prepared, settings, log, poll) -> dict:
-    reader = _Reader(words, settings)
+    reader = Reader(words, settings)
     with contextlib.ExitStack() as stack:
         splits = {
-            split: stack.enter_context(_Writer(folder, split, words.vocab))
+            split: stack.enter_context(_Writer(folder, split, words.vocab, settings))
             for split in store.SPLITS
         }
         bad = 0
@@ -125,8 +121,8 @@ def _write(folder: Path, source: Source, words: Prepared, settings, log, poll) -
                 bad += store.write_bad(folder, chunk)
                 for split, writer in splits.items():
                     kept = [document for document in chunk if document.split == split]
-                    for document, example in zip(kept, reader.examples(kept), strict=True):
-                        writer.add(example, document, settings.long)
+                    for document, examples in zip(kept, reader.examples(kept), strict=True):
+                        writer.add(examples, document)
                 show(
                     chunk[-1].done,
                     f"data: tokenised {sum(w.rows for w in splits.values()):,} examples",
@@ -139,9 +135,10 @@ def _write(folder: Path, source: Source, words: Prepared, settings, log, poll) -
 class _Writer:
     """Appends the examples of one split to its files."""
 
-    def __init__(self, folder: Path, split: str, vocab: Vocab):
-        self.folder, self.split, self.vocab = folder, split, vocab
-        self.rows, self.sequences = 0, 1
+    def __init__(self, folder: Path, split: str, vocab: Vocab, settings: DataSettings):
+        self.folder, self.split, self.vocab, self.settings = folder, split, vocab, settings
+        self.questions = spans.Writer(folder, split) if settings.format == "spans" else None
+        self.documents, self.rows, self.sequences = 0, 0, 1
         self.ends, self.labels = [0], []
         self.first: dict[str, str] = {}  # class -> where it was first seen
         self.lost = {"truncated_documents": 0, "dropped_documents": 0}
@@ -154,17 +151,31 @@ class _Writer:
     def __exit__(self, *_: Any) -> None:
         self._tokens.close()
         self._types.close()
+        if self.questions:
+            self.questions.close()
 
-    def add(self, example: Example, document: Document, long: str) -> None:
-        if example.cut and long == "error":
+    def add(self, examples: list[Example], document: Document) -> None:
+        """The examples of one document."""
+        long, names = self.settings.long, self.settings.column_names
+        cut = any(example.cut for example in examples)
+        if cut and long == "error":
             raise DataError(
                 f"{document.where}: longer than config.data.seq_len. Raise it, or set "
                 "config.data.long to truncate or drop."
             )
-        if example.cut and long == "drop":
+        if cut and long == "drop":
             self.lost["dropped_documents"] += 1
             return
-        self.lost["truncated_documents"] += example.cut
+        self.lost["truncated_documents"] += cut
+        self.documents += 1
+        for example in examples:
+            self._row(example, document)
+        if self.questions:
+            answers = document.fields.get(self.settings.label)
+            offsets = [example.offsets for example in examples]
+            self.questions.add(document.fields[names[1]], answers, document.where, offsets)
+
+    def _row(self, example: Example, document: Document) -> None:
         if self.rows and len(example.sequences) != self.sequences:
             raise DataError(
                 f"{document.where}: {len(example.sequences)} choices, the examples before it have "
@@ -198,101 +209,16 @@ class _Writer:
                 self.folder / f"{self.split}.labels.npy", np.array([number(x) for x in flat], dtype)
             )
         return {
-            "documents": self.rows,
+            "documents": self.documents,
             "source_tokens": self.ends[-1],
             "rows": self.rows,
             "tokens": self.ends[-1],
             "fill": self.ends[-1] / max(self.rows * self.sequences * seq_len, 1),
             "sequences": self.sequences,
+            "questions": bool(self.questions),
             "tagged": bool(self.labels) and isinstance(self.labels[0], list),
             **self.lost,
         }
-
-
-class _Reader:
-    """Turns records into examples, as the format asks."""
-
-    def __init__(self, words: Prepared, settings: DataSettings):
-        self.settings = settings
-        self._encode = encoder(words.folder)
-        self._template(words)
-        self._encode.enable_truncation(settings.seq_len, strategy="longest_first")
-
-    def _template(self, words: Prepared) -> None:
-        """A tokenizer that puts nothing around a text gets BERT's [CLS] a [SEP] b [SEP]."""
-        from tokenizers import processors
-
-        if self._encode.num_special_tokens_to_add(is_pair=False):
-            return
-        cls, sep = (self._encode.id_to_token(i) for i in (words.vocab.cls_id, words.vocab.sep_id))
-        self._encode.post_processor = processors.TemplateProcessing(
-            single=f"{cls} $A {sep}",
-            pair=f"{cls} $A {sep} $B:1 {sep}:1",
-            special_tokens=[(cls, words.vocab.cls_id), (sep, words.vocab.sep_id)],
-        )
-
-    def examples(self, documents: list[Document]) -> Iterator[Example]:
-        """One example a document."""
-        if not documents:
-            return
-        settings = self.settings
-        names = settings.column_names
-        inputs = []  # of all documents, each with its sequences
-        for document in documents:
-            values = [document.fields[name] for name in names]
-            if settings.format in ("classes", "values"):
-                inputs.append([tuple(values) if len(values) == 2 else values[0]])
-            elif settings.format == "choices":
-                inputs.append([(values[0], choice) for choice in values[1]])
-            else:
-                inputs.append(values)
-        pretokenised = settings.format == "tags"
-        flat = [sequence for sequences in inputs for sequence in sequences]
-        try:
-            encodings = iter(self._encode.encode_batch(flat, is_pretokenized=pretokenised))
-        except Exception as error:  # the Rust library's own kinds
-            raise DataError(
-                f"The tokenizer failed on {documents[0].where} to {documents[-1].where}: {error}"
-            ) from error
-        for document, sequences in zip(documents, inputs, strict=True):
-            found = [next(encodings) for _ in sequences]
-            yield Example(
-                [(np.array(e.ids, np.int64), np.array(e.type_ids, np.int64)) for e in found],
-                self._label(document, found),
-                any(e.overflowing for e in found),
-            )
-
-    def _label(self, document: Document, encodings: list) -> Any:
-        """A class by name, a number, a place, or for tags a list of one a token."""
-        settings = self.settings
-        if settings.label not in document.fields:
-            return None
-        label = document.fields[settings.label]
-        if settings.format == "tags":
-            words = document.fields[settings.column_names[0]]
-            if len(words) != len(label):
-                raise DataError(
-                    f"{document.where}: {len(words)} words but {len(label)} tags "
-                    "(config.data.columns, config.data.label)."
-                )
-            return _first_pieces(encodings[0].word_ids, label)
-        if settings.format == "choices":
-            if not (label.isdecimal() and int(label) < len(encodings)):
-                raise DataError(
-                    f"{document.where}: the label {label!r} is no number of a choice, 0 to "
-                    f"{len(encodings) - 1} (config.data.label)."
-                )
-            return int(label)
-        return label
-
-
-def _first_pieces(word_ids: list[int | None], tags: list[str]) -> list[str | None]:
-    """The tag of a word at the first of its pieces, None at the others and at special tokens."""
-    before = [None, *word_ids[:-1]]
-    return [
-        None if word is None or word == last else tags[word]
-        for word, last in zip(word_ids, before, strict=True)
-    ]
 
 
 def _class_names(settings: DataSettings, splits: dict[str, _Writer]) -> list[str]:

@@ -84,6 +84,11 @@ class DataSettings:
         return self.format in LABELLED
 
     @property
+    def unlabelled(self) -> bool:
+        """Whether the labels that the format has are left out, to predict them."""
+        return self.labelled and bool(LABELLED[self.format][2]) and not self.label
+
+    @property
     def target(self) -> str:
         """What the labels of the data mean: a labelled format, a kind of pairs, "" for none."""
         return self.format if self.labelled else self.pair if self.format == "pairs" else ""

@@ -75,7 +75,10 @@ def _documents(settings: DataSettings, parts: Parts) -> Iterator[Document]:
                 continue
             split, text = part, _text_of(record, settings)
             if "validation" not in parts:
-                split = split_of(text, float(settings.validation_fraction))
+                # All questions about one context go with it.
+                spans = settings.format == "spans"
+                whole = record.fields[settings.column_names[1]] if spans else text
+                split = split_of(whole, float(settings.validation_fraction))
             fields = record.fields if settings.labelled else None
             yield Document(text, split, record.where, done, fields=fields)
             found |= split == part and bool(text.strip())
@@ -109,11 +112,11 @@ def _check_bad(record: Record, policy: str, count: int) -> None:
 
 
 def _pydocs(settings: DataSettings, log) -> tuple[dict, Parts]:
-    names, label = settings.column_names, settings.label if settings.labelled else ""
-    if settings.labelled and settings.format != "classes":
+    names, label = settings.column_names, settings.label if settings.format == "classes" else ""
+    if settings.labelled and settings.format not in ("classes", "texts"):
         raise ConfigError(
-            f"config.data.name='pydocs' has no {settings.format}, only documents and classes (the "
-            "package of a docstring). Set config.data.train to your own files."
+            f"config.data.name='pydocs' has no {settings.format}, only documents, classes (the "
+            "package of a docstring) and texts. Set config.data.train to your own files."
         )
 
     def records() -> Iterator[Record]:

@@ -1,6 +1,6 @@
 """Bidirectional encoders: BERT, RoBERTa, DistilBERT and ModernBERT in one trunk.
 
-    embed -> block_00 … block_L -> (norm) -> heads: vocabulary; linear classes on the first token
+    embed -> block_00 … block_L -> (norm) -> heads: vocabulary; linear, on the whole or each token
 
 | family | norm | positions | MLP | attention | source |
 |---|---|---|---|---|---|
@@ -93,6 +93,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "modernbert_base": _MODERN | dict(depth=22, width=768, heads=12, mlp=1152),
     "modernbert_large": _MODERN | dict(depth=28, width=1024, heads=16, mlp=2624),
 }
+TOKEN_HEADS = ("tag", "span")  # on every token, which need no pooler; the others: on the whole
 REMAT = {
     "none": None,
     "block": jax.checkpoint_policies.nothing_saveable,
@@ -249,11 +250,15 @@ class Heads(nn.Module):
         whole = losses.pooled(hidden, segment_ids, pool)
         if self.cfg.pooler and pool == "first":
             whole = jnp.tanh(self.pooler(whole, jnp.float32))
-        return getattr(self, name)(layers.dropout(whole, self.cfg.dropout, seeds), jnp.float32)
+        return self.each(whole, name, seeds)
+
+    def each(self, hidden, name, seeds):
+        return getattr(self, name)(layers.dropout(hidden, self.cfg.dropout, seeds), jnp.float32)
 
 
 class Encoder(nn.Module):
-    """The trunk and its heads: `encode`, `logits`, `classify`; `__call__` runs all, for init.
+    """The trunk and its heads: `encode`, `logits`, `classify`, `project`; `__call__` runs all, for
+    init.
 
     `stacks` are the lengths of the runs of layers that are stored and scanned together (they sum to
     the depth and never cross `kinds`); None runs the layers one by one. `encode` runs the layers
@@ -349,16 +354,28 @@ class Encoder(nn.Module):
     ) -> Float[Array, "B C"]:
         """Outputs in float32 of the linear head `name` on the whole sequence: its first token,
         through the pooler if there is one, or the mean of its tokens. `seeds` turn dropout on."""
+        return self.head.whole(hidden, segment_ids, name, pool, self._head_site(name, seeds))
+
+    def project(
+        self, hidden: Float[Array, "B T D"], name: str, seeds: streams.Seeds | None = None
+    ) -> Float[Array, "B T C"]:
+        """Outputs in float32 of the linear head `name` on every token. `seeds` turn dropout on."""
+        return self.head.each(hidden, name, self._head_site(name, seeds))
+
+    def _head_site(self, name: str, seeds: streams.Seeds | None) -> streams.Seeds | None:
+        """The seeds of dropout before the head `name`, which the model must have."""
         if name not in dict(self.cfg.classes):
             raise ConfigError(
                 f"The model has no head {name!r}: it was not trained with config.objectives."
                 f"{name}." + did_you_mean(name, dict(self.cfg.classes))
             )
-        site = None if seeds is None else streams.fold(seeds, self.cfg.depth + 1)
-        return self.head.whole(hidden, segment_ids, name, pool, site)
+        return None if seeds is None else streams.fold(seeds, self.cfg.depth + 1)
 
     def __call__(self, input_ids, segment_ids, positions, token_types):
         hidden = self.encode(input_ids, segment_ids, positions, token_types)
         for name, _ in self.cfg.classes:
-            self.classify(hidden, segment_ids, name)
+            if name in TOKEN_HEADS:
+                self.project(hidden, name)
+            else:
+                self.classify(hidden, segment_ids, name)
         return self.logits(hidden[:, :1]) if self.cfg.lm_head else hidden

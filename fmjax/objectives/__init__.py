@@ -6,15 +6,17 @@ An objective module has one to five pure functions:
     loss_fn(apply, params, batch, **args) -> metrics   {name: (sum, weight)}, "loss" is minimised
     outputs(apply, params, batch, **args) -> arrays    {name: (B, …)}, what it says of each example
     score(outputs, labels) -> {metric: number}         of a whole split, on the host
-    describe(outputs, labels) -> [{…}, …]              each example's outputs as a person reads them
+    describe(outputs) -> [{…}, …]                      each example's outputs as a person reads them
 
 All but `loss_fn` are optional. `apply(params, *arrays, method=…)` runs a method of the model;
 `batch["seeds"]` is there while training and turns dropout on. Sums are divided only once, by the
 weight of the whole batch, so that padding, accumulation and the number of devices cannot change a
 number. Arguments are what `config.objectives.<name>` holds plus facts about the data (the
-vocabulary) that a function asks for by name. A module also says what it needs: `TARGET`, what the
-labels of the data must mean (`fmjax.data.Dataset.target`); `heads(labels)`, the linear heads of the
-model; and `SCORES`, the metrics of `score`.
+vocabulary) that a function asks for by name; `score` and `describe` may ask for `names` (of the
+classes), `split` (the data) and `rows` (numbers of its rows, one for each of the outputs). A module
+also says what it needs: `TARGET`, what the labels of the data must mean
+(`fmjax.data.Dataset.target`); `heads(labels)`, the linear heads of the model; `SCORES`, the metrics
+of `score`; and `WHOLE_BATCH`, that a row's loss depends on the others, which forbids accumulation.
 """
 
 import functools
@@ -30,6 +32,8 @@ from fmjax import streams
 from fmjax.errors import ConfigError, did_you_mean
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
+FUNCTIONS = ("prepare", "loss_fn", "outputs", "score", "describe")
+ABOUT_SPLITS = ("names", "split", "rows")  # what `score` and `describe` may ask for
 
 
 class Objective(NamedTuple):
@@ -43,6 +47,7 @@ class Objective(NamedTuple):
     score: Callable | None = None
     describe: Callable | None = None
     scores: tuple[str, ...] = ()  # names of what `score` gives
+    whole_batch: bool = False  # whether the loss of an example depends on the others
 
 
 def build(
@@ -82,13 +87,9 @@ def _bind(name: str, args: dict[str, Any], target: str, facts: Mapping[str, Any]
     module = importlib.import_module(f"fmjax.objectives.{name}")
     check_target(name, getattr(module, "TARGET", ""), target)
     weight = args.pop("weight", 1.0)
-    functions = {key: getattr(module, key, None) for key in ("prepare", "loss_fn", "outputs")}
-    takes = {
-        key: [p.name for p in inspect.signature(f).parameters.values() if p.kind == p.KEYWORD_ONLY]
-        for key, f in functions.items()
-        if f
-    }
-    possible = {arg for names in takes.values() for arg in names}
+    functions = {key: getattr(module, key) for key in FUNCTIONS if hasattr(module, key)}
+    takes = {key: _asks_for(function) for key, function in functions.items()}
+    possible = {arg for names in takes.values() for arg in names} - set(ABOUT_SPLITS)
     for arg in args:
         if arg not in possible or arg in facts:
             raise ConfigError(
@@ -106,10 +107,21 @@ def _bind(name: str, args: dict[str, Any], target: str, facts: Mapping[str, Any]
         bound.get("prepare"),
         bound["loss_fn"],
         bound.get("outputs"),
-        getattr(module, "score", None),
-        getattr(module, "describe", None),
+        bound.get("score"),
+        bound.get("describe"),
         getattr(module, "SCORES", ()),
+        getattr(module, "WHOLE_BATCH", False),
     )
+
+
+def told(function: Callable, *arrays: Any, **facts: Any) -> Any:
+    """`function(*arrays)`, a `score` or `describe`, with those of the facts that it asks for."""
+    return function(*arrays, **{key: facts[key] for key in _asks_for(function) if key in facts})
+
+
+def _asks_for(function: Callable) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
 
 
 def metrics(
@@ -142,7 +154,7 @@ def evaluation(
     return _metrics(objectives, shared, params, batch), told
 
 
-def told(
+def outputs_of(
     objectives: list[Objective], apply: Callable, params: Any, batch: Mapping[str, jax.Array]
 ) -> dict[str, dict[str, jax.Array]]:
     """{objective: its outputs} of a batch that may have no labels."""

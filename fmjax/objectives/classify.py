@@ -48,12 +48,12 @@ def score(found: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, floa
     }
 
 
-def describe(found: Mapping[str, np.ndarray], labels: Sequence[str]) -> list[dict[str, Any]]:
+def describe(found: Mapping[str, np.ndarray], *, names: Sequence[str]) -> list[dict[str, Any]]:
     """For each example the class chosen, and the probability of each."""
     return [
         {
-            "label": labels[int(row.argmax())],
-            "probabilities": {name: float(p) for name, p in zip(labels, row, strict=True)},
+            "label": names[int(row.argmax())],
+            "probabilities": {name: float(p) for name, p in zip(names, row, strict=True)},
         }
         for row in found["probabilities"]
     ]

@@ -52,6 +52,6 @@ def score(found: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, floa
     }
 
 
-def describe(found: Mapping[str, np.ndarray], labels: Sequence[str]) -> list[dict[str, Any]]:
+def describe(found: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """For each example its value."""
     return [{"value": float(value)} for value in found["value"]]

@@ -91,6 +91,11 @@ def test_a_tag_stands_at_the_first_piece_of_its_word(examples):
     np.testing.assert_array_equal(batch["labels"][0], [-1, 0, -1, 1, -1, -1, -1, -1])
 
 
+def test_without_tags_the_first_pieces_are_known_still(examples):
+    dataset = examples([{"text": ["ab", "c"]}], format="tags", label="", classes=("B-x", "O"))
+    np.testing.assert_array_equal(rows(dataset)["labels"][0][:6], [-1, -2, -1, -2, -1, -1])
+
+
 def test_choices_are_several_sequences_of_one_example(examples):
     row = {"text": "a", "endings": ["b", "cd"], "label": 1}
     dataset = examples([row, row], format="choices", columns="text,endings")
@@ -166,6 +171,38 @@ def test_a_batch_is_as_wide_as_its_longest_row_needs_in_quarters(examples):
             np.testing.assert_array_equal(batch[name], np.concatenate([h[name] for h in halves]))
     for iterator in (one, *parts):
         iterator.close()
+
+
+CONLL = "ab\tB-x\r\nc\tO\n\n\nd\tO\n"
+
+
+@pytest.mark.parametrize("ending", ["conll", "bio"])
+def test_conll_files_take_the_names_of_the_config(prepare, tmp_path, ending):
+    (tmp_path / f"a.{ending}").write_text(CONLL)
+    settings = dict(format="tags", long="truncate", columns="tokens", label="tags")
+    dataset = prepare(tmp_path / f"a.{ending}", **settings)
+    assert dataset.labels == ("B-x", "O")
+    batch = rows(dataset)
+    np.testing.assert_array_equal(batch["input_ids"][:, :5], [[2, 5, 6, 7, 3], [2, 8, 3, 0, 0]])
+    np.testing.assert_array_equal(batch["labels"][:, :5], [[-1, 0, -1, 1, -1], [-1, 1, -1, -1, -1]])
+
+
+def test_words_alone_have_no_tags(prepare, tmp_path):
+    (tmp_path / "a.conll").write_text("ab\nc\tO\n\nd\n")
+    settings = dict(format="tags", long="truncate", label="", classes=("B-x", "O"))
+    batch = rows(prepare(tmp_path / "a.conll", **settings))
+    np.testing.assert_array_equal(batch["labels"][:, :4], [[-1, -2, -1, -2], [-1, -2, -1, -1]])
+
+
+def test_a_sentence_with_a_broken_line_is_left_out_and_named(prepare, tmp_path):
+    (tmp_path / "a.conll").write_text("a\tO\nb\nc\n\nd\tO\ne\tB-x\n")
+    settings = dict(format="tags", long="truncate")
+    with pytest.raises(DataError, match="a.conll:2: 1 fields between tabs, not a word and its tag"):
+        prepare(tmp_path / "a.conll", **settings)
+    dataset = prepare(tmp_path / "a.conll", on_bad_record="skip", **settings)
+    assert len(dataset.splits["train"]) == 1 and dataset.counts["bad_records"] == 1
+    with pytest.raises(ConfigError, match="config.data.format='classes'. Set it to tags"):
+        prepare(tmp_path / "a.conll", format="classes", long="truncate")
 
 
 # ---- bad input ----

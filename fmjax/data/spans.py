@@ -1,0 +1,124 @@
+"""Questions whose answers are spans of a context: its windows, and the way back to its text.
+
+A context that is longer than a row is cut into windows that share tokens (Devlin et al. 2019, as
+their code has it). Beside what every example has, a folder then holds for each split `offsets` [all
+tokens, 2] (the first character of the context that a token stands for, and the one after its last;
+-1 for tokens of the question and around it), `windows.npy` [N] (the question of each row),
+`questions.jsonl` (context, answers, and where the record was) and `lines.npy` [Q + 1] (where each
+begins).
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fmjax.errors import DataError, quoted
+
+OUTSIDE = -1  # the offsets of what is not in the context
+NO_ANSWER = (0, 0)  # [CLS]: the answer is not in this window
+
+Answer = tuple[int, str]  # first character, text
+
+
+class Question(NamedTuple):
+    """One record: `answers` are all that count as right, and none where there is none."""
+
+    context: str
+    answers: list[str]
+    where: str
+
+
+def offsets_of(encoding: Any) -> np.ndarray:
+    """[tokens, 2] characters of the context, the second sequence of a `tokenizers.Encoding`."""
+    second = np.array([i == 1 for i in encoding.sequence_ids], bool)
+    return np.where(second[:, None], np.array(encoding.offsets, np.int32).reshape(-1, 2), OUTSIDE)
+
+
+def check(answers: Iterable[Answer], context: str, where: str) -> None:
+    """Refuses answers that do not stand where they say."""
+    for start, text in answers:
+        found = context[start : start + len(text)]
+        if not text or found != text:
+            raise DataError(
+                f"{where}: the answer {quoted(text)} does not stand at character {start} of its "
+                f"context, where {quoted(found)} is (config.data.label)."
+            )
+
+
+def labels(answer: Answer | None, windows: list[np.ndarray]) -> list[tuple[int, int]]:
+    """(first, last) token of the answer in each window, given as offsets; `NO_ANSWER` where it is
+    not there as a whole."""
+    if answer is None:
+        return [NO_ANSWER] * len(windows)
+    start, end = answer[0], answer[0] + len(answer[1])
+    # Its first and last token in the whole context: one of them may lie beyond a window.
+    every = np.concatenate(windows)
+    touched = every[(every[:, 0] < end) & (every[:, 1] > start)]
+    if not len(touched):  # nothing but what the tokenizer drops
+        return [NO_ANSWER] * len(windows)
+    first, last = touched[:, 0].min(), touched[:, 1].max()
+    found = []
+    for offsets in windows:
+        begins = np.flatnonzero(offsets[:, 0] == first)
+        ends = np.flatnonzero(offsets[:, 1] == last)
+        whole = len(begins) and len(ends)
+        found.append((int(begins[0]), int(ends[-1])) if whole else NO_ANSWER)
+    return found
+
+
+class Writer:
+    """Appends what the questions of one split keep beside their rows."""
+
+    def __init__(self, folder: Path, split: str):
+        self._folder, self._split = folder, split
+        self._offsets = open(folder / f"{split}.offsets", "wb")
+        self._questions = open(folder / f"{split}.questions.jsonl", "wb")
+        self._windows, self._lines = [], [0]
+
+    def add(self, context: str, answers: list[Answer] | None, where: str, windows: list) -> None:
+        """One question; `windows` are the offsets of its rows."""
+        for offsets in windows:
+            self._offsets.write(offsets.astype(np.int32).tobytes())
+            self._windows.append(len(self._lines) - 1)
+        texts = [text for _, text in answers or []]
+        line = json.dumps(Question(context, texts, where)) + "\n"
+        self._lines.append(self._lines[-1] + self._questions.write(line.encode()))
+
+    def close(self) -> None:
+        self._offsets.close()
+        self._questions.close()
+        np.save(self._folder / f"{self._split}.windows.npy", np.array(self._windows, np.int64))
+        np.save(self._folder / f"{self._split}.lines.npy", np.array(self._lines, np.int64))
+
+
+class Questions:
+    """The questions of one split, memory-mapped."""
+
+    def __init__(self, folder: Path, split: str, ends: np.ndarray):
+        mapped = lambda name: np.load(folder / f"{split}.{name}.npy", mmap_mode="r")
+        self._ends, self._lines, self._windows = ends, mapped("lines"), mapped("windows")
+        self._offsets = np.memmap(folder / f"{split}.offsets", np.int32, "r").reshape(-1, 2)
+        self._file = folder / f"{split}.questions.jsonl"
+
+    def __len__(self) -> int:
+        return len(self._lines) - 1
+
+    def of(self, row: int) -> int:
+        """The number of the question that a row is a window of."""
+        return int(self._windows[row])
+
+    def offsets(self, row: int) -> np.ndarray:
+        """[tokens of the row, 2]: the characters of the context, -1 for other tokens."""
+        return self._offsets[self._ends[row] : self._ends[row + 1]]
+
+    def read(self, numbers: Iterable[int]) -> dict[int, Question]:
+        """{number: question}."""
+        found = {}
+        with open(self._file, "rb") as file:
+            for number in numbers:
+                file.seek(self._lines[number])
+                found[number] = Question(*json.loads(file.readline()))
+        return found
