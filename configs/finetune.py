@@ -4,9 +4,9 @@
     python run.py --config=configs/finetune.py    # which package a docstring of Python belongs to
     python run.py --config=configs/finetune.py --config.init=<run, Hugging Face folder or hub id> \\
         --config.data.train=train.tsv --config.data.validation=dev.tsv \\
-        --config.data.columns=sentence --config.data.label=label
+        --config.data.columns=sentence --config.data.label=label --config.optim.lr=5e-5
 
-Pairs of texts are `columns="first,second"`. Other tasks, each with files of its own:
+A model of BERT's size wants that learning rate, the small default one has its own. Pairs of texts are `columns="first,second"`. Other tasks, each with files of its own:
 
     finetune.py:regress   a number, in the column `label`
     finetune.py:tag       a class for each word; of .conll files (word TAB tag), or lists in columns
@@ -25,7 +25,7 @@ from fmjax.config import digest, parse_arg
 from fmjax.errors import ConfigError, did_you_mean
 
 # What a task sets: its format, what its loss takes, and the metric by which the best is kept.
-WHOLE = dict(pool="first")
+WHOLE = dict(pool="mean")
 TASKS = {
     "classify": dict(format="classes", args=WHOLE, best="classify/accuracy"),
     "regress": dict(format="values", args=WHOLE, best="loss"),
@@ -49,7 +49,7 @@ def get_config(arg=None):
     mlm = runpy.run_path(str(Path(__file__).with_name("mlm.py")))["get_config"]
     config = mlm(f"small,runlocal={arg.runlocal}")
     config.init = f"runs/mlm-{digest(mlm())}"
-    config.total = "10 epochs"
+    config.total = "4 epochs"
     task = dict(TASKS[arg.task])
     args, best = task.pop("args", {}), task.pop("best")
     config.data.update({"long": "truncate"} | task)
@@ -59,7 +59,7 @@ def get_config(arg=None):
     how = {key: config.model[key] for key in ("attention", "scan", "remat")}
     config.model = sizes | how | dict(name="init")  # what is None is as config.init has it
     config.objectives = {arg.task: dict(weight=1.0, **args)}
-    config.optim.update(lr=5e-4, decay=".*/kernel")
+    config.optim.update(lr=1e-3, decay=".*/kernel")
     config.optim.args.b2 = 0.999
     with config.ignore_type():
         config.eval_every = config.save_every = "1 epoch"
