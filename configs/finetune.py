@@ -6,7 +6,8 @@
         --config.data.train=train.tsv --config.data.validation=dev.tsv \\
         --config.data.columns=sentence --config.data.label=label --config.optim.lr=5e-5
 
-A model of BERT's size wants that learning rate, the small default one has its own. Pairs of texts are `columns="first,second"`. Other tasks, each with files of its own:
+A model of BERT's size wants that learning rate, the small default one has its own. Pairs of texts
+are `columns="first,second"`. Other tasks, each with files of its own:
 
     finetune.py:regress   a number, in the column `label`
     finetune.py:tag       a class for each word; of .conll files (word TAB tag), or lists in columns
