@@ -22,11 +22,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore  # what orbax stores arrays with
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
-from fmjax import manifest, step_folders
+from fmjax import frozen, manifest, step_folders
 from fmjax.errors import CheckpointError, ConfigError, did_you_mean
 
 MAX_FAILURES = 3  # this many failed saves in a row end the run
@@ -260,8 +260,10 @@ def load_params(workdir: str | Path, step: int | None = None) -> tuple[Any, dict
     with ocp.Checkpointer(handler) as orbax:
         state = orbax.restore(folder / "state", args=ocp.args.PyTreeRestore(item, restore_args=how))
     found = {_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
-    params = unflatten_dict({name: found[path] for name, path in paths.items()}, "/")
-    return params, meta, bool(average)
+    named = {name: found[path] for name, path in paths.items()}
+    if meta.get("frozen"):
+        named |= flatten_dict(frozen.load(folder.parent, meta["frozen"]), sep="/")
+    return unflatten_dict(named, "/"), meta, bool(average)
 
 
 def load_meta(workdir: str | Path, step: int | None = None) -> dict:

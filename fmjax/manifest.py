@@ -77,6 +77,11 @@ def problems(folder: Path) -> list[str]:
         return [line for line in pool.map(problem, files.items()) if line]
 
 
+def digest(folder: Path) -> str:
+    """The digest of a manifest, which stands for the whole folder."""
+    return json.loads((folder / NAME).read_bytes())["digest"]
+
+
 def check_format(saved: int, folder: Path) -> None:
     """Refuses a folder written by an fmjax whose format this one does not know."""
     if saved > FORMAT:

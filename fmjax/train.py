@@ -23,6 +23,7 @@ from fmjax import (
     data,
     evaluate,
     flops,
+    frozen,
     groups,
     interrupt,
     optim,
@@ -103,7 +104,7 @@ def loop(
         )
         cleanup.callback(saver.close)
         begin = time.monotonic()
-        current, saved = start(run, folder, saver)
+        current, saved, still = start(run, folder, saver)
         restore_sec = time.monotonic() - begin if saved else 0.0
         run = prefix.cached(run, current.params, stop.poll)
         batches = train_batches(run)
@@ -116,6 +117,9 @@ def loop(
             return
         monitor = cleanup.enter_context(Monitor(run, folder, step, saved, started, restore_sec))
         train_step, eval_step = compiled(run, monitor)
+        save = lambda: monitor.save(
+            saver, step, moving(run, current), meta(run, batches, monitor, still)
+        )
         if due("eval") and monitor.owes_evaluation(step):
             monitor.evaluated(step, validate(run, eval_step, current, stop, monitor))
         while step < run.total and not stop.poll():
@@ -130,9 +134,9 @@ def loop(
             if due("eval"):
                 monitor.evaluated(step, validate(run, eval_step, current, stop, monitor))
             if due("save") or due("eval") or saver.check():
-                monitor.save(saver, step, current, meta(run, batches, monitor))
+                save()
         if stop.requested and step > monitor.first:
-            monitor.save(saver, step, current, meta(run, batches, monitor))
+            save()
         with monitor.timed("saving"):
             saver.wait()
         done = step == run.total and not monitor.owes_evaluation(step)
@@ -155,17 +159,29 @@ def train_batches(run: Run) -> Any:
     )
 
 
+def moving(run: Run, state: TrainState) -> TrainState:
+    """The state without the frozen parameters: what checkpoints hold."""
+    return state.replace(params=run.split(state.params)[0])
+
+
 def start(
     run: Run, folder: workdir.Folder, saver: checkpoint.Checkpointer
-) -> tuple[TrainState, dict[str, Any]]:
-    """(state, meta) of the newest verified checkpoint; else (new state, {})."""
+) -> tuple[TrainState, dict[str, Any], str]:
+    """(state, meta) of the newest verified checkpoint, else (new state, {}); and the digest of the
+    frozen parameters as they are saved, "" for none."""
+    checkpoints = folder.path / "checkpoints"
 
     def same_data(saved):
         data.check_fingerprint(saved["fingerprint"], fingerprint(run))
 
-    restored = saver.restore(run.abstract, check=same_data)
+    restored = saver.restore(moving(run, run.abstract), check=same_data)
     if restored is not None:
-        return restored
+        state_, saved = restored
+        still = saved["frozen"]
+        if still:
+            rest = frozen.restore(checkpoints, run.split(run.abstract.params)[1], still)
+            state_ = state_.replace(params=groups.merge(state_.params, rest))
+        return state_, saved, still
     if folder.previous.get("checkpoint"):
         raise CheckpointError(
             f"{folder.path} had a checkpoint of step {folder.previous['checkpoint']}, which is no "
@@ -177,16 +193,20 @@ def start(
         shutil.copytree(source, folder.path / "tokenizer", dirs_exist_ok=True)
     params = build.initial(run.config, run.model, run.abstract.params)
     create = functools.partial(state.create, run.abstract, run.model, run.optimizer.tx)
-    return create(run.split, run.config.seed, params), {}
+    created = create(run.split, run.config.seed, params)
+    rest = run.split(created.params)[1]
+    return created, {}, frozen.save(checkpoints, rest) if jax.tree.leaves(rest) else ""
 
 
 def fingerprint(run: Run) -> dict[str, Any]:
     return data.fingerprint(run.dataset, seed=run.config.seed, batch_size=run.config.batch_size)
 
 
-def meta(run: Run, batches: Any, monitor: Monitor) -> dict[str, Any]:
-    """What a checkpoint holds beside arrays: where the data stands and what made the run."""
+def meta(run: Run, batches: Any, monitor: Monitor, still: str) -> dict[str, Any]:
+    """What a checkpoint holds beside arrays: where the data stands, what made the run, and the
+    digest of the frozen parameters, `still`."""
     return {
+        "frozen": still,
         "data": batches.state(),
         "fingerprint": fingerprint(run),
         "model": build.identity(run.model),
