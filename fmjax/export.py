@@ -1,5 +1,6 @@
 """A run folder as a folder that `transformers` loads."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             if jax.process_index() == 0:
                 print(f"would export {opened} to {output}")
             return
-        left_out = convert.export(output, opened.model, opened.params, opened.tokenizer)
+        _check_pool(opened)
+        left_out = convert.export(
+            output, opened.model, opened.params, opened.tokenizer, labels=opened.labels
+        )
         check(output, opened, left_out, state.abstract_params(opened.model, mesh))
     if jax.process_index() != 0:
         return
@@ -35,7 +39,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     print("read back: equal to the run's parameters bit by bit")
     if heads := ", ".join(sorted({name.rpartition("/")[0] for name in left_out})):
         print(f"left out, as transformers has no class with them beside the rest: {heads}")
-    print(f"to load: transformers.AutoModelForMaskedLM.from_pretrained({str(output)!r})")
+    (architecture,) = json.loads((output / "config.json").read_text())["architectures"]
+    print(f"to load: transformers.{architecture}.from_pretrained({str(output)!r})")
 
 
 def check(output: Path, opened: build.Opened, left_out: tuple[str, ...], abstract: Any) -> None:
@@ -49,6 +54,17 @@ def check(output: Path, opened: build.Opened, left_out: tuple[str, ...], abstrac
             f"{output} was written, but reads back differently: {', '.join(wrong[:5])}. Do not use "
             "it; set config.output to another folder, on another disk if it happens again."
         )
+
+
+def _check_pool(opened: build.Opened) -> None:
+    """Refuses a head on the mean of the tokens, where the classes of transformers take the
+    first."""
+    for name, args in opened.config.objectives.items():
+        if args.get("pool") == "mean" and name in dict(opened.model.cfg.classes):
+            raise ConfigError(
+                f"The run has config.objectives.{name}.pool='mean', which no class of transformers "
+                "has: its outputs would differ. Train with pool='first' to export."
+            )
 
 
 def _same_bits(one: jax.Array, other: jax.Array) -> bool:
