@@ -3,7 +3,8 @@
     python run.py --config=configs/export.py --config.folder=runs/mlm-1a2b3c4d \\
         --config.output=my-bert
 
-What was written is read back and compared before the task says so.
+What was written is read back and compared before the task says so. With `--config.merge=False` a
+run with an adapter gives that alone, with the heads that it trained, as a folder for PEFT.
 """
 
 import runpy
@@ -21,6 +22,7 @@ def get_config():
     config.folder = ""
     config.step = placeholder(int)  # of a run; None: its newest
     config.output = ""  # empty: export/ in the run folder; never one that holds files
+    config.merge = True  # an adapter into its base; False: write it alone, in PEFT's format
     config.mesh = mlm.mesh
     config.distributed = mlm.distributed
     return config

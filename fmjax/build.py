@@ -240,7 +240,16 @@ def open_folder(
     fresh = functools.partial(state.init_params, built, jax.random.key(0))
     abstract = state.abstract_params(built, mesh)
     params, report = convert.load(folder, abstract, may_miss=FRESH, initial=fresh)
-    return Opened(source, built, params, folder, report.kept, config=None, step=None)
+    return Opened(
+        source,
+        built,
+        params,
+        folder,
+        report.kept,
+        config=None,
+        step=None,
+        labels=convert.labels(folder),
+    )
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -1,13 +1,17 @@
 """A run folder as a folder that `transformers` loads, an adapter merged into its base."""
 
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from fmjax import adapters, build, convert, processes, state, trees
+from fmjax import adapters, build, convert, groups, processes, state, trees
+from fmjax.adapters import peft
+from fmjax.adapters.lora import Adapted
 from fmjax.errors import CheckpointError, ConfigError
 
 
@@ -25,9 +29,15 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             if jax.process_index() == 0:
                 print(f"would export {opened} to {output}")
             return
+        _check_pool(opened)
+        if not config.merge:
+            _adapter(output, opened)
+            return
         model, params = adapters.merged(opened.model, opened.params)
         opened = opened._replace(model=model, params=params)
-        left_out = convert.export(output, opened.model, opened.params, opened.tokenizer)
+        left_out = convert.export(
+            output, opened.model, opened.params, opened.tokenizer, labels=opened.labels
+        )
         check(output, opened, left_out, state.abstract_params(opened.model, mesh))
     if jax.process_index() != 0:
         return
@@ -37,7 +47,26 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     print("read back: equal to the run's parameters bit by bit")
     if heads := ", ".join(sorted({name.rpartition("/")[0] for name in left_out})):
         print(f"left out, as transformers has no class with them beside the rest: {heads}")
-    print(f"to load: transformers.AutoModelForMaskedLM.from_pretrained({str(output)!r})")
+    (architecture,) = json.loads((output / "config.json").read_text())["architectures"]
+    print(f"to load: transformers.{architecture}.from_pretrained({str(output)!r})")
+
+
+def _adapter(output: Path, opened: build.Opened) -> None:
+    """The run's adapter and the heads that it trained in PEFT's format, with the tokenizer."""
+    if not isinstance(opened.model, Adapted):
+        raise ConfigError(
+            f"config.merge=False writes an adapter alone, but {opened.source} has none: leave it "
+            "at True."
+        )
+    names = list(trees.unstack(opened.params))
+    moving = groups.trained(groups.assign(names, opened.config.groups))
+    heads = sorted({name.split("/")[1] for name in moving if name.startswith("head/")})
+    peft.write(output, opened.model, opened.params, heads="|".join(map(re.escape, heads)))
+    convert.copy_tokenizer(opened.tokenizer, output)
+    size = sum(path.stat().st_size for path in output.iterdir() if path.is_file()) / 2**20
+    print(f"wrote the adapter of {opened} and the heads {heads} to {output}: {size:,.1f} MiB")
+    print("read back: equal to the run's parameters bit by bit")
+    print(f"to load: peft.PeftModel.from_pretrained(<the model that it was made for>, '{output}')")
 
 
 def check(output: Path, opened: build.Opened, left_out: tuple[str, ...], abstract: Any) -> None:
@@ -51,6 +80,17 @@ def check(output: Path, opened: build.Opened, left_out: tuple[str, ...], abstrac
             f"{output} was written, but reads back differently: {', '.join(wrong[:5])}. Do not use "
             "it; set config.output to another folder, on another disk if it happens again."
         )
+
+
+def _check_pool(opened: build.Opened) -> None:
+    """Refuses a head on the mean of the tokens, where the classes of transformers take the
+    first."""
+    for name, args in opened.config.objectives.items():
+        if args.get("pool") == "mean" and name in dict(opened.model.cfg.classes):
+            raise ConfigError(
+                f"The run has config.objectives.{name}.pool='mean', which no class of transformers "
+                "has: its outputs would differ. Train with pool='first' to export."
+            )
 
 
 def _same_bits(one: jax.Array, other: jax.Array) -> bool:

@@ -48,6 +48,11 @@ def assign(names: Sequence[str], groups: Sequence[tuple[str, str]]) -> dict[str,
     return assigned
 
 
+def trained(assigned: Mapping[str, str]) -> list[str]:
+    """The names of the parameters that train."""
+    return [name for name, group in assigned.items() if group != FREEZE]
+
+
 def stacks(
     kinds: Sequence[str],
     assigned: Mapping[str, str],

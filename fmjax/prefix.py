@@ -82,7 +82,7 @@ def depth(run: Any) -> int:
             f"{refused} needs examples that are the same in every epoch: a labelled "
             f"config.data.format ({', '.join(LABELLED)}) and objectives that corrupt nothing."
         )
-    moving = [name for name, group in run.assigned.items() if group != groups.FREEZE]
+    moving = groups.trained(run.assigned)
     layers = [int(match[1]) for n in moving if (match := re.match(r"block_(\d+)/", n))]
     found = min(layers, default=cfg.depth)
     if not found or any(name.startswith("embed/") for name in moving):

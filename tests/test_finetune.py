@@ -9,7 +9,18 @@ import pytest
 from common import CACHE, ROOT
 from sklearn import metrics
 
-from fmjax import build, data, embed, evaluate, objectives, predict, sharding, train, trees
+from fmjax import (
+    build,
+    data,
+    embed,
+    evaluate,
+    export,
+    objectives,
+    predict,
+    sharding,
+    train,
+    trees,
+)
 from fmjax import config as configs
 from fmjax.errors import ConfigError
 
@@ -215,6 +226,26 @@ def test_there_is_nothing_to_learn_without_labels(home, encoder):
     words = [*files(home), f"--config.init={encoder}", "--config.data.label="]
     with pytest.raises(ConfigError, match="config.data.label is empty.*config.data.format=classes"):
         train.run(load("finetune.py", *words), home / "none")
+
+
+def test_the_folder_goes_to_transformers_with_its_classes(home, tuned):
+    words = [f"--config.folder={tuned}", f"--config.output={home}/out"]
+    export.run(configs.load(str(ROOT / "configs/export.py"), words), home)
+    found = json.loads((home / "out" / "config.json").read_text())
+    assert found["architectures"] == ["BertForSequenceClassification"]
+    assert found["id2label"] == {"0": "bad", "1": "good", "2": "odd"}
+    again = build.open_folder(f"{home}/out", sharding.make_mesh())
+    assert again.labels == ("bad", "good", "odd")
+    again.require_head("classify")
+
+
+def test_a_head_on_the_mean_is_not_exported(home, encoder):
+    words = [*files(home), f"--config.init={encoder}", "--config.total=1"]
+    words += ["--config.objectives={'classify': {'pool': 'mean'}}", "--config.best="]
+    train.run(load("finetune.py", *words), home / "mean")
+    words = [f"--config.folder={home}/mean", f"--config.output={home}/none"]
+    with pytest.raises(ConfigError, match="config.objectives.classify.pool='mean', which no class"):
+        export.run(configs.load(str(ROOT / "configs/export.py"), words), home)
 
 
 def test_negatives_forbid_microbatches(home, encoder):

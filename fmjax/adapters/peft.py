@@ -72,10 +72,13 @@ def write(folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str 
         module = modules[path] = places[weight].key.rpartition(".")[0]
         for key, value in _to_peft(site, path, named).items():
             tensors[f"{PREFIX}{module}.{key}"] = value
-    for name, place in places.items():
-        if re.fullmatch(f"head/({heads})/\\w+", name):
-            saved.add(place.key.rpartition(".")[0])
-            tensors[PREFIX + place.key] = named[name].T if place.transposed else named[name]
+    saving = [name for name in named if re.fullmatch(f"head/({heads})/.*", name)]
+    if lost := [name for name in saving if name not in places]:
+        raise ConfigError(f"transformers has no place for {lost[0]}, which the adapter needs.")
+    for name in saving:
+        place = places[name]
+        saved.add(place.key.rpartition(".")[0])
+        tensors[PREFIX + place.key] = named[name].T if place.transposed else named[name]
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

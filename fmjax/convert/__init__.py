@@ -25,11 +25,11 @@ from jax.sharding import SingleDeviceSharding
 from fmjax import rules, trees
 from fmjax.convert import files
 from fmjax.convert.files import Place, Tensors
-from fmjax.convert.writer import export
+from fmjax.convert.writer import copy_tokenizer, export
 from fmjax.errors import CheckpointError, ConfigError, did_you_mean, quoted
 from fmjax.snapshot import find, read_json
 
-__all__ = ["Report", "describe", "export", "find", "load"]
+__all__ = ["copy_tokenizer", "Report", "describe", "export", "find", "labels", "load"]
 
 # `model_type` of config.json -> the file in fmjax/models and in fmjax/convert
 MODEL_TYPES = {"bert": "bert", "roberta": "bert", "distilbert": "bert", "modernbert": "bert"}
@@ -57,6 +57,16 @@ def describe(source: str | Path) -> tuple[str, dict[str, Any]]:
     return MODEL_TYPES[hf["model_type"]], _options(folder, hf, family)
 
 
+def labels(source: str | Path) -> tuple[str, ...]:
+    """The names of the classes of a checkpoint's head, from its config.json; () if it has none."""
+    folder = find(source)
+    hf, family = _read_config(folder)
+    try:
+        return family.labels(hf)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ConfigError(f"{folder}/config.json has no id2label of names: {error!r}") from error
+
+
 def load(
     source: str | Path,
     like: trees.Tree,
@@ -78,10 +88,12 @@ def load(
     hf, family = _read_config(folder)
     with files.open_folder(folder) as tensors:
         keys = _canonical_keys(family, hf["model_type"], tensors)
+        others = family.SHARED - _options(folder, hf, family).get("classes", {}).keys()
 
         def located(name: str) -> Place | None:
             place = family.place(hf["model_type"], name)
-            if place is None or place.key not in keys:
+            of_another = name.startswith("head/") and name.split("/")[1] in others
+            if place is None or place.key not in keys or of_another:
                 return None
             return place._replace(key=keys[place.key])
 

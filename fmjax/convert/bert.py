@@ -7,10 +7,25 @@ file that `transformers` wrote; `{}` is the layer number. Torch keeps a Linear's
 
 import re
 
-from fmjax.convert.bert_config import ARCHITECTURES, hf_config, model_options, type_of
+from fmjax.convert.bert_config import (
+    ARCHITECTURES,
+    hf_config,
+    labels,
+    model_options,
+    type_of,
+)
 from fmjax.convert.files import Place
 
-__all__ = ["ARCHITECTURES", "canonical", "hf_config", "model_options", "place", "type_of"]
+__all__ = [
+    "ARCHITECTURES",
+    "SHARED",
+    "canonical",
+    "hf_config",
+    "labels",
+    "model_options",
+    "place",
+    "type_of",
+]
 
 
 def _post_norm(prefix: str) -> dict[str, str]:
@@ -40,6 +55,11 @@ TABLES: dict[str, dict[str, str | tuple[str, int, int]]] = {
         "head/mlm/norm": "cls.predictions.transform.LayerNorm",
         "head/mlm": "cls.predictions",
         "head/nsp": "cls.seq_relationship",
+        "head/classify": "classifier",
+        "head/regress": "classifier",
+        "head/tag": "classifier",
+        "head/choose": "classifier",
+        "head/span": "qa_outputs",
     },
     "roberta": {
         **_post_norm("roberta"),
@@ -82,6 +102,8 @@ TABLES: dict[str, dict[str, str | tuple[str, int, int]]] = {
         "head/mlm": "decoder",
     },
 }
+# Heads that have one name in files: which of them it is, only the class of the file tells.
+SHARED = frozenset({"classify", "regress", "tag", "choose"})
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 # Tensors that repeat another one (the tied output projection); older files hold both.

@@ -3,7 +3,7 @@
 The tables are read in both directions; names of parameters are in bert.py.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fmjax.errors import ConfigError, did_you_mean
@@ -12,14 +12,18 @@ from fmjax.errors import ConfigError, did_you_mean
 ARCHITECTURES: dict[str, tuple[tuple[str, frozenset[str]], ...]] = {
     "bert": (
         ("BertForPreTraining", frozenset({"mlm", "pooler", "nsp"})),
+        ("BertForSequenceClassification", frozenset({"pooler", "classify"})),
+        ("BertForSequenceClassification", frozenset({"pooler", "regress"})),
+        ("BertForMultipleChoice", frozenset({"pooler", "choose"})),
+        ("BertForTokenClassification", frozenset({"tag"})),
+        ("BertForQuestionAnswering", frozenset({"span"})),
         ("BertForMaskedLM", frozenset({"mlm"})),
     ),
     "roberta": (("RobertaForMaskedLM", frozenset({"mlm"})),),
     "distilbert": (("DistilBertForMaskedLM", frozenset({"mlm"})),),
     "modernbert": (("ModernBertForMaskedLM", frozenset({"mlm"})),),
 }
-# Those with the head nsp.
-NEXT_SENTENCE = {"BertForPreTraining", "BertForNextSentencePrediction"}
+MAX_OUTPUTS = 2**24  # of a head, which a config.json may ask for
 
 # config.json key -> (field of models.bert.Config, what transformers assumes when the key is absent)
 _POST_NORM_OPTIONS: dict[str, tuple[str, Any]] = {
@@ -122,8 +126,8 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
     constant: dict[str, Any] = dict(position_shift=0, pooler=model_type == "bert", modern=False)
     if model_type == "bert":
         constant["head_activation"] = found["activation"]
-        if NEXT_SENTENCE.intersection(hf.get("architectures") or ()):
-            constant["classes"] = {"nsp": 2}
+        if classes := _classes(hf):
+            constant["classes"] = classes
     elif model_type == "roberta":
         pad = hf.get("pad_token_id", 1)
         if not isinstance(pad, int):
@@ -148,8 +152,11 @@ def type_of(cfg: Any) -> str:
     return "bert" if cfg.types else "distilbert"
 
 
-def hf_config(cfg: Any, heads: Iterable[str], ids: Mapping[str, int]) -> dict[str, Any]:
-    """config.json for a `models.bert.Config`, the heads to write and the ids of special tokens.
+def hf_config(
+    cfg: Any, heads: Iterable[str], ids: Mapping[str, int], labels: Sequence[str] = ()
+) -> dict[str, Any]:
+    """config.json for a `models.bert.Config`, the heads to write, the ids of special tokens and the
+    names of the classes, if any.
 
     Raises ConfigError for a combination of options that no class of transformers has.
     """
@@ -163,6 +170,7 @@ def hf_config(cfg: Any, heads: Iterable[str], ids: Mapping[str, int]) -> dict[st
         "tie_word_embeddings": True,
         **{f"{kind}_token_id": ids.get(kind) for kind in TOKEN_IDS[family]},
     }
+    config |= _named_outputs(dict(cfg.classes), heads, labels)
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     for key, (field, _) in OPTIONS[family].items():
         value = getattr(cfg, field)
@@ -193,6 +201,52 @@ def hf_config(cfg: Any, heads: Iterable[str], ids: Mapping[str, int]) -> dict[st
         "gelu" if family == "roberta" else cfg.activation,
     )
     return config
+
+
+def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes that a config.json gives; () where it has none for a head."""
+    named = hf.get("id2label")
+    if not {"classify", "tag"} & (_classes(hf) if hf["model_type"] == "bert" else {}).keys():
+        return ()
+    names = tuple(str(named[key]) for key in sorted(named, key=int)) if named else ()
+    # What transformers writes where nobody gave names says nothing of the data.
+    return () if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
+
+
+def _classes(hf: Mapping[str, Any]) -> dict[str, int]:
+    """{head: outputs} of the class of transformers that wrote a config.json."""
+    kinds = hf.get("architectures") or ()
+    outputs = len(hf.get("id2label") or ()) or hf.get("num_labels", 2)
+    if not (isinstance(outputs, int) and 0 < outputs <= MAX_OUTPUTS):
+        raise ConfigError(f"config.json has num_labels={outputs!r}, not a number of classes.")
+    number = hf.get("problem_type") == "regression" or outputs == 1
+    possible = {
+        "BertForPreTraining": {"nsp": 2},
+        "BertForNextSentencePrediction": {"nsp": 2},
+        "BertForSequenceClassification": {"regress" if number else "classify": outputs},
+        "BertForTokenClassification": {"tag": outputs},
+        "BertForQuestionAnswering": {"span": 2},
+        "BertForMultipleChoice": {"choose": 1},
+    }
+    return next((possible[kind] for kind in kinds if kind in possible), {})
+
+
+def _named_outputs(
+    outputs: Mapping[str, int], heads: Iterable[str], labels: Sequence[str]
+) -> dict[str, Any]:
+    """What config.json says of the classes of a head."""
+    head = next((name for name in ("classify", "tag", "regress") if name in heads), None)
+    if head is None:
+        return {}
+    names = list(labels) if head != "regress" else []
+    if len(names) != outputs[head]:  # as transformers calls those without a name
+        names = [f"LABEL_{i}" for i in range(outputs[head])]
+    kinds = {"classify": "single_label_classification", "regress": "regression"}
+    problem = {"problem_type": kinds[head]} if head in kinds else {}
+    return problem | {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
 
 
 def _require(family: str, field: str, value: Any, needed: Any) -> None:

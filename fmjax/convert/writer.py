@@ -3,7 +3,7 @@
 import importlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,12 +31,14 @@ def export(
     params: trees.Tree,
     tokenizer_dir: str | Path | None = None,
     *,
+    labels: Sequence[str] = (),
     max_file_bytes: int = 5 * 10**9,
 ) -> tuple[str, ...]:
     """Writes config.json, model.safetensors (more files above `max_file_bytes`) and the tokenizer.
 
-    `params` may be stacked and sharded; every process must call, process 0 writes. Returns the
-    names of the heads' parameters that no class of transformers has, and that are left out.
+    `params` may be stacked and sharded; every process must call, process 0 writes. `labels` are the
+    names of the classes of a head, if any. Returns the names of the heads' parameters that no class
+    of transformers has, and that are left out.
 
     Raises ConfigError when the folder is not empty or the model has no counterpart in transformers.
     """
@@ -54,7 +56,7 @@ def export(
     kind = family.type_of(model.cfg)
     heads = _heads(family, kind, where)
     left_out = [name for name in where if _head(name) not in heads]
-    config = family.hf_config(model.cfg, heads, special_ids(tokenizer_dir))
+    config = family.hf_config(model.cfg, heads, special_ids(tokenizer_dir), labels)
 
     tensors: dict[str, list[tuple[Place, str]]] = {}  # a fused tensor has several
     for name in where.keys() - set(left_out):
@@ -79,7 +81,7 @@ def export(
 
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        _copy_tokenizer(tokenizer_dir, folder)
+        copy_tokenizer(tokenizer_dir, folder)
     _write(folder, {key: nbytes(key) for key in tensors}, value, max_file_bytes)
     if jax.process_index() == 0:
         # Last, so that a folder that can be opened is complete.
@@ -139,7 +141,7 @@ def _to_host(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
 
 
-def _copy_tokenizer(source: str | Path | None, folder: Path) -> None:
+def copy_tokenizer(source: str | Path | None, folder: Path) -> None:
     if source is not None:
         for path in {path for pattern in _TOKENIZER for path in find(source).glob(pattern)}:
             shutil.copyfile(path, folder / path.name)

@@ -26,7 +26,7 @@ from fmjax.data.sources import Document, Source
 from fmjax.data.tokenizer import Prepared, Vocab
 from fmjax.errors import DataError, did_you_mean
 
-VERSION = 2  # of what a folder holds; raise it when the same records give other files
+VERSION = 3  # of what a folder holds; raise it when the same records give other files
 CHUNK = 1000  # examples that are tokenised at once
 
 
