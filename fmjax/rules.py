@@ -200,10 +200,10 @@ def _whole(low: int, high: int) -> Check:
 
 
 # Dicts whose keys are the user's choice: the command line replaces them whole.
-OPEN = ("objectives", "group_optim", "optim.args")
+OPEN = ("objectives", "group_optim", "optim.args", "args")
 DICTS = (
     r"data|tokenizer|model|adapter|mesh|distributed|optim|(objectives|group_optim)(\.[^.]+)?"
-    r"|(optim|group_optim\.[^.]+)\.args"
+    r"|((optim|group_optim\.[^.]+)\.)?args"
 )
 SCHEDULES = ("linear", "cosine", "wsd", "rsqrt", "constant")
 MASKS = ("token", "word", "span")  # what masked language modelling chooses
@@ -244,7 +244,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"distributed\.num_processes", POSITIVE),
     (r"distributed\.coordinator", ADDRESS),
     (r"distributed\.(timeout|heartbeat)_sec", _whole(10, 86400)),
-    (r"seed|limit|step|keep_best|data\.max_documents|distributed\.process_id", COUNT),
+    (r"seed|limit|step|layer|keep_best|data\.max_documents|distributed\.process_id", COUNT),
     (r"objectives\.contrast\.temperature", ABOVE_ZERO),
     (r"data\.seq_len", _whole(8, 2**20)),
     (r"data\.skip", RANGES),
@@ -262,6 +262,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("groups", Check(lambda v: isinstance(v, tuple) and v, "(regular expression, group) pairs")),
     ("precision", ("float32", "bfloat16")),
     ("split", ("train", "validation")),
+    ("classifier", ("logistic", "mlp")),
     (r"optim\.schedule", SCHEDULES),
     (r"adapter\.name", ("", "lora")),
     (r"adapter\.targets", TARGETS),

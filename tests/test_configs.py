@@ -28,6 +28,7 @@ def test_every_config_is_in_this_list():
         "export.py",
         "fill_mask.py",
         "predict.py",
+        "probe.py",
         "report.py",
     }
     assert {path.name for path in (ROOT / "configs").glob("*.py")} <= known

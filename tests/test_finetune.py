@@ -17,12 +17,13 @@ from fmjax import (
     export,
     objectives,
     predict,
+    probe,
     sharding,
     train,
     trees,
 )
 from fmjax import config as configs
-from fmjax.errors import ConfigError
+from fmjax.errors import ConfigError, DataError
 
 RUN = [
     "--config.batch_size=8", "--config.data.seq_len=16", "--config.tensorboard=False",
@@ -208,6 +209,54 @@ def test_embeddings_are_the_mean_of_the_last_layer_whatever_the_batch(home, enco
     hidden = build.apply(opened.model)(opened.params, *row, method="encode")
     mean = np.mean(hidden[0], axis=0)
     np.testing.assert_allclose(found[0][3], mean / np.linalg.norm(mean), atol=1e-5)
+
+
+def test_a_classifier_on_the_features_of_a_layer(home, tuned):
+    words = [*files(home), f"--config.folder={tuned}", "--config.data.seq_len=16"]
+    words += ["--config.batch_size=16", f"--config.data.cache={home}/cache"]
+    for name, more in {
+        "last": [],
+        "first": ["--config.layer=1", "--config.classifier=mlp"],
+    }.items():
+        made = configs.load(str(ROOT / "configs/probe.py"), [*words, *more])
+        probe.run(made, home / name)
+        found = json.loads((home / name / "probe.jsonl").read_text())["metrics"]
+        assert found["accuracy"] > 0.7 and found["f1"] > 0.6
+    # The trunk was trained for the task, so its last layer tells the classes apart, as scikit-learn
+    # itself says of vectors made one at a time.
+    opened = build.open_folder(str(tuned), sharding.make_mesh())
+    settings = opened.config.data.to_dict() | {"cache": f"{home}/cache"}
+    splits = data.prepare(settings, {"name": str(opened.tokenizer)}).splits
+    features, labels = {}, {}
+    for name, split in splits.items():
+        rows = split.rows(np.arange(len(split)))
+        labels[name] = rows["labels"]
+        row = [jnp.asarray(rows[k]) for k in ("input_ids", "segment_ids", "positions")]
+        hidden = build.apply(opened.model)(
+            opened.params, *row, jnp.asarray(rows["token_types"]), method="encode"
+        )
+        real = rows["segment_ids"][..., None] > 0
+        features[name] = np.sum(hidden * real, axis=1) / real.sum(axis=1)
+    model = probe.classifier("logistic", {}).fit(features["train"], labels["train"])
+    right = np.mean(model.predict(features["validation"]) == labels["validation"])
+    last = json.loads((home / "last" / "probe.jsonl").read_text())["metrics"]
+    assert last["accuracy"] == pytest.approx(right)
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("--config.layer=3", "config.layer=3: the model has layers 1 to 2"),
+        ("--config.args={'CC': 1}", "unexpected keyword argument 'CC'"),
+        ("--config.args={'C': -1.0}", "config.args={'C': -1.0}"),
+        ("--config.data.validation_fraction=0", "no examples for"),
+    ],
+)
+def test_a_probe_that_cannot_be_made_is_refused(home, tuned, word, said):
+    words = [f"--config.folder={tuned}", f"--config.data.train={home}/train.jsonl", word]
+    words += ["--config.data.seq_len=16", "--config.batch_size=16"]
+    with pytest.raises((ConfigError, DataError), match=said):
+        probe.run(configs.load(str(ROOT / "configs/probe.py"), words), home / "refused")
 
 
 def test_score_is_told_only_of_real_rows_in_the_order_of_the_split():
