@@ -26,6 +26,7 @@ OPTIM = dict(
     schedule="constant",
     warmup=0,
     cooldown=0,
+    delay=0,
     end=0.0,
     clip=0.0,
     weight_decay=0.01,

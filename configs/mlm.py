@@ -106,6 +106,7 @@ def get_config(arg=None):
         schedule="linear",
         warmup="10%",
         cooldown="0%",
+        delay="0%",  # of a group: steps before it starts to move
         end=0.0,
         clip=1.0,
         weight_decay=0.01,

@@ -23,28 +23,30 @@ PROBE = {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
 
 
 def schedule(
-    name: str, *, lr: float, warmup: int, total: int, decay: int, end: float
+    name: str, *, lr: float, warmup: int, total: int, decay: int, end: float, delay: int = 0
 ) -> Callable[[jax.Array | int], jax.Array | float]:
     """Learning rate as a function of the step: linear warm-up to `lr`, then the named shape down to
     `end * lr`.
 
     "wsd" (warm-up, stable, decay) falls linearly over the last `decay` steps; "rsqrt" follows
     √(warmup / step), as in Vaswani et al. 2017 (§5.3), with the same linear cool-down at the end.
+    All of it begins after `delay` steps, in which the rate is 0: groups that start one after the
+    other are gradual unfreezing (Howard and Ruder 2018, §3.3).
     """
     if name not in rules.SCHEDULES:
         raise ConfigError(
             f"config.optim.schedule={name!r} is not known." + did_you_mean(name, rules.SCHEDULES)
         )
-    for key, length in (("warmup", warmup), ("cooldown", decay)):
+    for key, length in (("warmup", warmup), ("cooldown", decay), ("delay", delay)):
         if length > total:
             raise ConfigError(f"config.optim.{key} is {length} steps, more than the run's {total}.")
     # As floats, since arithmetic with integers of more than 31 bits overflows.
-    warmup, total, decay = float(warmup), float(total), float(decay)
+    warmup, total, decay = float(warmup), float(total - delay), float(decay)
 
     def rate(step):
         # For the log, which asks with Python numbers, in numpy: no device waits for it.
         xp = jnp if isinstance(step, jax.Array) else np
-        step = xp.asarray(step, xp.float32)
+        step = xp.asarray(step, xp.float32) - float(delay)
         # Step 0 already moves: the first update uses lr / warmup.
         rising = xp.minimum(1.0, (step + 1) / max(warmup, 1))
         done = xp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
@@ -57,7 +59,7 @@ def schedule(
             "rsqrt": xp.sqrt(max(warmup, 1) / xp.maximum(step + 1, max(warmup, 1))) * cooled,
             "wsd": cooled,
         }[name]
-        return lr * rising * shape
+        return lr * rising * shape * (step >= 0) if delay else lr * rising * shape
 
     return rate
 
@@ -105,6 +107,7 @@ def make(
                 total=steps("100%"),
                 decay=steps(settings["cooldown"]),
                 end=settings["end"],
+                delay=steps(settings["delay"]),
             )
         if labels[path] not in transforms:
             settings = {**optim, **group_optim.get(group, {})}

@@ -236,7 +236,7 @@ LENGTH = Check(_is_length, "a duration above 0: 1500, '1500 steps', '3 epochs' o
 # (expression over the whole dotted key, what its value must be).
 RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("total", LENGTH),
-    (r"(log|eval|save)_every|.*\.(warmup|cooldown)", DURATION),
+    (r"(log|eval|save)_every|.*\.(warmup|cooldown|delay)", DURATION),
     (r"batch_size|accumulate|keep|top_k|max_skipped|objectives\.mlm\.span_max", POSITIVE),
     (r"objectives\.span\.(n_best|max_answer)", POSITIVE),
     (r"model\.depth", _whole(1, 1000)),

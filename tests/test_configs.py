@@ -14,7 +14,12 @@ from fmjax.step import make_train_step
 
 FULL = ["mlm.py", "mlm.py:bert_base", "nsp.py", "nsp.py:sop", "nsp.py:nsp,variant=bert_base"]
 FULL += ["mlm.py:bert_base,runlocal", "nsp.py:nsp,variant=bert_base,runlocal"]
-FULL += ["finetune_head.py", "finetune_last.py:layers=2", "finetune_bitfit.py"]
+FULL += [
+    "finetune_head.py",
+    "finetune_last.py:layers=2",
+    "finetune_bitfit.py",
+    "finetune_unfreeze.py",
+]
 FULL += ["finetune_lora.py", "finetune_lora.py:plus=16.0"]
 FULL += [
     f"finetune.py:{task}" for task in ("classify", "regress", "tag", "span", "choose", "contrast")

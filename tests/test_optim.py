@@ -9,7 +9,15 @@ from fmjax.errors import ConfigError
 
 NAMES = ["embed/token/embedding", "head/mlm/bias"] + [f"block_{i:02d}/up/kernel" for i in range(4)]
 OPTIM = dict(
-    name="adamw", args={}, lr=0.1, schedule="constant", warmup=0, cooldown=0, end=0.0, clip=0.0
+    name="adamw",
+    args={},
+    lr=0.1,
+    schedule="constant",
+    warmup=0,
+    cooldown=0,
+    delay=0,
+    end=0.0,
+    clip=0.0,
 ) | dict(weight_decay=0.0, decay=".*kernel", layer_decay=1.0, ema=0.0, skip_spikes=0.0)
 
 
@@ -139,6 +147,28 @@ def test_schedules_by_hand():
     assert shape("wsd", 89) == pytest.approx(1.0)
     assert shape("wsd", 100) == pytest.approx(0.1 + 0.9 * 0.5)
     assert shape("rsqrt", 39, decay=0) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant", "wsd", "rsqrt"])
+def test_a_delay_shifts_the_whole_schedule(name):
+    """Nothing moves before it; after it the rest of the run is a run of its own."""
+    for step in (0, 5, 39):
+        assert shape(name, step, total=150, delay=40) == 0.0
+    for step in (0, 9, 60, 89, 100):
+        late = shape(name, 40 + step, total=150, delay=40)
+        assert late == pytest.approx(shape(name, step)) and late > 0
+
+
+def test_groups_start_one_after_the_other():
+    """SGD with gradient 1 and lr 0.1, of two groups, one from the third step on."""
+    values = {"a": {"kernel": jnp.zeros(1)}, "b": {"kernel": jnp.zeros(1)}}
+    assigned = {"a/kernel": "train", "b/kernel": "late"}
+    tx = make(values, assigned, {"late": {"delay": 2}}, name="sgd").tx
+    state, moved = tx.init(values), []
+    for _ in range(4):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, values), state, values)
+        moved.append([float(updates[name]["kernel"][0]) for name in ("a", "b")])
+    np.testing.assert_allclose(moved, [[-0.1, 0], [-0.1, 0], [-0.1, -0.1], [-0.1, -0.1]], rtol=1e-6)
 
 
 def test_unknown_names_and_arguments_are_named():

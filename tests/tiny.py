@@ -26,6 +26,7 @@ OPTIM = dict(
     schedule="constant",
     warmup=0,
     cooldown=0,
+    delay=0,
     end=0.0,
     clip=1.0,
 ) | dict(weight_decay=0.01, decay=".*kernel", layer_decay=1.0, ema=0.0, skip_spikes=0.0)

@@ -1,0 +1,28 @@
+"""configs/finetune.py with layers that start to move one after the other, the last one first.
+
+    python run.py --config=configs/finetune_unfreeze.py
+
+Gradual unfreezing (Howard and Ruder 2018, section 3.3): the head moves from the start, the last of
+`layers` layers after the first of equal parts of the run, and so on; what is below, and the
+embeddings, with the last part. Every group has a warm-up of its own.
+"""
+
+import runpy
+from pathlib import Path
+
+from fmjax.config import parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, task="classify", layers=2, runlocal=False)
+    parent = runpy.run_path(str(Path(__file__).with_name("finetune.py")))
+    config = parent["get_config"](f"{arg.task},runlocal={arg.runlocal}")
+    names = [f"layer_{i}" for i in range(1, arg.layers + 1)]
+    behind = [(f"block_-{i}/.*", name) for i, name in enumerate(names, 1)]
+    config.groups = (("head/.*|norm/.*", "train"), *behind, (".*", "rest"))
+    part = 100 / (arg.layers + 2)
+    delays = [f"{part * i:.0f}%" for i in range(1, arg.layers + 2)]
+    config.group_optim = {
+        name: {"delay": delay} for name, delay in zip([*names, "rest"], delays, strict=True)
+    }
+    return config
