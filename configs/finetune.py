@@ -59,6 +59,8 @@ def get_config(arg=None):
     sizes = dict.fromkeys(config.model, None) | dict(variant=placeholder(str))
     how = {key: config.model[key] for key in ("attention", "scan", "remat")}
     config.model = sizes | how | dict(name="init")  # what is None is as config.init has it
+    if arg.task == "contrast":
+        config.model.dropout = 0.1  # SimCSE's only noise
     config.objectives = {arg.task: dict(weight=1.0, **args)}
     config.optim.update(lr=1e-3, decay=".*/kernel")
     config.optim.args.b2 = 0.999

@@ -316,8 +316,12 @@ def _laid_out(
     computed.
     """
     have, wanted = trees.unstack(found), trees.unstack(abstract)
-    kept = [n for n in wanted.keys() - have.keys() if fresh and re.fullmatch(FRESH, n)]
     shown = lambda x: "nothing" if x is None else f"{x.dtype}{list(x.shape)}"
+    kept = [n for n in wanted.keys() - have.keys() if fresh and re.fullmatch(FRESH, n)]
+    if fresh:  # a head for another number of classes
+        heads = [n for n in wanted.keys() & have.keys() if n.startswith("head/")]
+        kept += [n for n in heads if shown(wanted[n]) != shown(have[n])]
+        have = {name: leaf for name, leaf in have.items() if name not in kept}
     problems = [
         f"  {name}: {shown(leaf)} in the model, {shown(have.get(name))} in the checkpoint"
         for name, leaf in wanted.items()

@@ -30,6 +30,11 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         build.check_length(opened.model, settings["seq_len"])
         sharding.check_batch(mesh, config.batch_size)
         split = data.prepare(settings, {"name": str(opened.tokenizer)}).splits["train"]
+        if split.rows(np.zeros(1, np.int64))["segment_ids"].ndim > 2:
+            raise ConfigError(
+                f"config.data.columns={settings.get('columns')!r} and config.data.format="
+                f"{settings['format']!r} give several texts a record: name one column of texts."
+            )
         if dry_run:
             return
         path = Path(config.output or Path(workdir) / "embeddings.npy")

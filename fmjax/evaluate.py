@@ -35,10 +35,9 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         settings, goals, batch_size = settings_of(config, opened)
         sharding.check_batch(mesh, batch_size)
         build.check_length(opened.model, settings["seq_len"])
-        for name in goals:
-            opened.require_head(name)
         dataset = data.prepare(settings, {"name": str(opened.tokenizer)})
-        split = _split(dataset, config.split, opened)
+        split = split_of(dataset, config.split, opened)
+        check_labels(dataset, opened, goals)
         rows = min(len(split), config.limit * batch_size or len(split))
         source = settings["train"] or settings["path"] or settings["name"]
         dtype = opened.model.cfg.dtype
@@ -182,8 +181,8 @@ def settings_of(config: Any, opened: build.Opened) -> tuple[dict[str, Any], dict
     """(data settings, objectives, batch size): what is given, else the run's, else the defaults."""
     saved = opened.config
     given = {key: value for key, value in config.data.items() if value is not None}
-    if opened.labels:  # what its outputs mean, whichever labels the data have
-        given["classes"] = opened.labels
+    if opened.labels and not given.get("classes"):
+        given["classes"] = opened.labels  # what its outputs mean, whichever labels the data have
     kept = saved.data.to_dict() if saved else {}
     if given.keys() & {"name", "train", "path"}:
         kept = {key: kept[key] for key in ROWS if key in kept}
@@ -195,7 +194,22 @@ def settings_of(config: Any, opened: build.Opened) -> tuple[dict[str, Any], dict
     )
 
 
-def _split(dataset: data.Dataset, name: str, opened: build.Opened) -> Any:
+def check_labels(dataset: data.Dataset, opened: build.Opened, goals: Iterable[str]) -> None:
+    """Refuses heads that are not trained, or whose outputs are not as many as the names."""
+    for name in goals:
+        opened.require_head(name)
+        outputs = dict(opened.model.cfg.classes).get(name)
+        named = dataset.target in ("classes", "tags")
+        if named and outputs is not None and outputs != len(dataset.labels):
+            raise ConfigError(
+                f"The head {name!r} of {opened.source} has {outputs} outputs, but there are "
+                f"{len(dataset.labels)} names of classes, {list(dataset.labels)[:10]}: set "
+                "config.data.classes to the names of its outputs, in their order."
+            )
+
+
+def split_of(dataset: data.Dataset, name: str, opened: build.Opened) -> Any:
+    """The split that is called so; its tokens have to be those of the model."""
     if name not in dataset.splits:
         raise DataError(
             f"The data have no rows for config.split={name!r}. Set config.data.validation, or "

@@ -29,10 +29,10 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             if jax.process_index() == 0:
                 print(f"would export {opened} to {output}")
             return
-        _check_pool(opened)
         if not config.merge:
             _adapter(output, opened)
             return
+        _check_pool(opened)
         model, params = adapters.merged(opened.model, opened.params)
         opened = opened._replace(model=model, params=params)
         left_out = convert.export(
@@ -58,8 +58,19 @@ def _adapter(output: Path, opened: build.Opened) -> None:
             f"config.merge=False writes an adapter alone, but {opened.source} has none: leave it "
             "at True."
         )
+    if opened.model.lora.init != "uniform":
+        raise ConfigError(
+            f"The run has config.adapter.init={opened.model.lora.init!r}, which changed its base: "
+            "its adapter fits no other. Leave config.merge at True."
+        )
     names = list(trees.unstack(opened.params))
     moving = groups.trained(groups.assign(names, opened.config.groups))
+    apart = re.compile(rf"head/.*|{adapters.LEAVES}")
+    if others := [name for name in moving if not apart.fullmatch(name)]:
+        raise ConfigError(
+            f"The run trained {others[0]} beside its adapter (config.groups), which an adapter's "
+            "folder has no place for. Leave config.merge at True."
+        )
     heads = sorted({name.split("/")[1] for name in moving if name.startswith("head/")})
     peft.write(output, opened.model, opened.params, heads="|".join(map(re.escape, heads)))
     convert.copy_tokenizer(opened.tokenizer, output)
@@ -85,8 +96,11 @@ def check(output: Path, opened: build.Opened, left_out: tuple[str, ...], abstrac
 def _check_pool(opened: build.Opened) -> None:
     """Refuses a head on the mean of the tokens, where the classes of transformers take the
     first."""
+    model = adapters.base(opened.model)
+    family = convert.family_of(model)
     for name, args in opened.config.objectives.items():
-        if args.get("pool") == "mean" and name in dict(opened.model.cfg.classes):
+        written = family.place(family.type_of(model.cfg), f"head/{name}/kernel")
+        if args.get("pool") == "mean" and name in dict(model.cfg.classes) and written:
             raise ConfigError(
                 f"The run has config.objectives.{name}.pool='mean', which no class of transformers "
                 "has: its outputs would differ. Train with pool='first' to export."

@@ -31,7 +31,10 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         if settings["long"] == "drop":
             raise ConfigError("config.data.long='drop' leaves records out: set it to truncate.")
         sharding.check_batch(mesh, batch_size)
+        build.check_length(opened.model, settings["seq_len"])
         dataset = data.prepare(settings, {"name": str(opened.tokenizer)})
+        split = evaluate.split_of(dataset, "train", opened)
+        evaluate.check_labels(dataset, opened, goals)
         built = objectives.build(goals, target=dataset.target, vocab=dataset.vocab)
         if not any(objective.describe for objective in built):
             raise ConfigError(
@@ -39,7 +42,6 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             )
         if dry_run:
             return
-        split = dataset.splits["train"]
         outputs, rows = predictions(opened, built, split, batch_size, mesh)
     if jax.process_index() != 0:
         return

@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 
 from fmjax import build, data, groups, progress, sharding, trees
+from fmjax.adapters.lora import Adapted
 from fmjax.data import cache
 from fmjax.data.settings import LABELLED
 from fmjax.errors import ConfigError, Preempted
@@ -72,10 +73,13 @@ def depth(run: Any) -> int:
     refused = "config.cache_prefix=True"
     if jax.process_count() > 1:
         raise ConfigError(f"{refused} works in one process: train in one, or set it to False.")
-    if random := [key for key in ("dropout", "attention_dropout") if getattr(cfg, key)]:
+    rates = {f"model.{key}": getattr(cfg, key) for key in ("dropout", "attention_dropout")}
+    if isinstance(run.model, Adapted):
+        rates["adapter.dropout"] = run.model.lora.dropout
+    if random := [key for key, rate in rates.items() if rate]:
         raise ConfigError(
-            f"{refused} needs layers without randomness, but config.model.{random[0]} is "
-            f"{getattr(cfg, random[0])}: set it to 0.0."
+            f"{refused} needs layers without randomness, but config.{random[0]} is "
+            f"{rates[random[0]]}: set it to 0.0."
         )
     if run.config.data.format not in LABELLED or any(o.prepare for o in run.objectives):
         raise ConfigError(
@@ -99,7 +103,14 @@ def _states(run: Any, params: Any, name: str, split: Any, layers: int, stop) -> 
     for parameter, value in sorted(trees.unstack(params).items()):
         if parameter.startswith("embed/") or _layer(parameter) < layers:
             weights.update(np.asarray(jax.device_get(value)).tobytes())
-    key = [weights.hexdigest(), run.dataset.digest, run.dataset.format, name, layers]
+    key = [
+        repr(getattr(run.model, "lora", None)),
+        weights.hexdigest(),
+        run.dataset.digest,
+        run.dataset.format,
+        name,
+        layers,
+    ]
     home = cache.root(run.config.data.cache) / f"prefix-{cache.digest([*key, repr(run.model.cfg)])}"
     with cache.lock(home.with_suffix(".lock"), print, lambda: None):
         if cache.verified(home, print) is None:

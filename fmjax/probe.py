@@ -52,7 +52,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         features = {
             name: vectors(opened, dataset, name, config, mesh) for name in ("train", "validation")
         }
-    labels = {name: labels_of(split) for name, split in dataset.splits.items()}
+    labels = {name: np.asarray(split.labels) for name, split in dataset.splits.items()}
     started = time.monotonic()
     try:
         fitted.fit(features["train"], labels["train"])
@@ -140,8 +140,3 @@ def vectors(
         if cache.verified(home, print) is None:
             cache.build(home, compute)
     return np.load(home / "vectors.npy", mmap_mode="r")
-
-
-def labels_of(split: Any) -> np.ndarray:
-    """[N]: the class of each example."""
-    return split.rows(np.arange(len(split)))["labels"]

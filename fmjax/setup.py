@@ -99,6 +99,7 @@ def assemble(
                 "Set it to 1; config.model.remat=block saves memory, too."
             )
     model, assigned = grouped(build.model(config, vocab.size, labels), config.groups, *optimizers)
+    _check_noise(config, model)
     split = functools.partial(groups.split, assigned=assigned)
     optimizer = optim.make(
         split(state.abstract_params(model))[0],
@@ -110,6 +111,17 @@ def assemble(
     )
     abstract = state.abstract(model, optimizer.tx, split, mesh)
     return Run(config, mesh, None, model, objectives, assigned, optimizer, abstract, total, steps)
+
+
+def _check_noise(config: Any, model: AnyModel) -> None:
+    """Refuses to compare a text with itself where nothing tells the two apart."""
+    alone = len(read(DataSettings, config.data.to_dict(), "data").column_names) == 1
+    if "contrast" in config.objectives and alone and not model.cfg.dropout:
+        raise ConfigError(
+            "config.objectives.contrast with a single column of texts compares each with itself "
+            "under another dropout (SimCSE), but config.model.dropout is 0: set it to 0.1, or give "
+            "pairs, config.data.columns=a,b."
+        )
 
 
 def grouped(

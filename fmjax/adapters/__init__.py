@@ -12,8 +12,10 @@ from typing import Any
 
 import jax
 
+from fmjax import trees
 from fmjax.adapters import initial, merge
 from fmjax.adapters.lora import LEAVES, Adapted
+from fmjax.errors import ConfigError
 from fmjax.models import AnyModel
 
 
@@ -34,8 +36,15 @@ def start(model: Any, params: Any, fresh: Collection[str]) -> Any:
 
     `fresh` are the names of the parameters that were not loaded: an adapter that was, stays.
     """
-    adapted = isinstance(model, Adapted) and any(re.fullmatch(LEAVES, name) for name in fresh)
-    return initial.start(model, params) if adapted else params
+    if not isinstance(model, Adapted) or not any(re.fullmatch(LEAVES, name) for name in fresh):
+        return params
+    leaves = {name for name in trees.unstack(params) if re.fullmatch(LEAVES, name)}
+    if model.lora.init != "uniform" and leaves - set(fresh):
+        raise ConfigError(
+            f"config.adapter.init={model.lora.init!r} starts all of the adapter from the weights, "
+            "but config.init has a part of it: set it to uniform, or the targets as they are there."
+        )
+    return initial.start(model, params)
 
 
 def base(model: AnyModel) -> AnyModel:

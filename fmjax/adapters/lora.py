@@ -288,7 +288,10 @@ def _stream(name: str) -> int:
 
 def _canonical(model: Any) -> Any:
     """The model in its largest stacks, where it has any."""
-    return model.clone(stacks=trees.runs(model.kinds)) if hasattr(model, "stacks") else model
+    if not hasattr(model, "stacks"):
+        return model
+    whole = dict(start=0, stop=None) if hasattr(model, "start") else {}
+    return model.clone(stacks=trees.runs(model.kinds), **whole)
 
 
 @functools.cache  # asked for by every part of a run, and found by tracing the model

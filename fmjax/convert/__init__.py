@@ -25,11 +25,11 @@ from jax.sharding import SingleDeviceSharding
 from fmjax import rules, trees
 from fmjax.convert import files
 from fmjax.convert.files import Place, Tensors
-from fmjax.convert.writer import copy_tokenizer, export
+from fmjax.convert.writer import copy_tokenizer, export, family_of
 from fmjax.errors import CheckpointError, ConfigError, did_you_mean, quoted
 from fmjax.snapshot import find, read_json
 
-__all__ = ["copy_tokenizer", "Report", "describe", "export", "find", "labels", "load"]
+__all__ = ["copy_tokenizer", "Report", "describe", "export", "family_of", "find", "labels", "load"]
 
 # `model_type` of config.json -> the file in fmjax/models and in fmjax/convert
 MODEL_TYPES = {"bert": "bert", "roberta": "bert", "distilbert": "bert", "modernbert": "bert"}

@@ -121,6 +121,8 @@ class Reader:
         label = document.fields.get(settings.label)
         if settings.format == "tags":
             words = document.fields[settings.column_names[0]]
+            if label is None:
+                _check_pieces(encodings[0].word_ids, document)
             label = [UNKNOWN] * len(words) if label is None else label
             if len(words) != len(label):
                 raise DataError(
@@ -136,6 +138,16 @@ class Reader:
                 )
             return int(label)
         return label
+
+
+def _check_pieces(word_ids: list[int | None], document: Document) -> None:
+    """Refuses words of nothing that the tokenizer keeps, whose tags nobody could tell apart."""
+    present = {word for word in word_ids if word is not None}
+    if lost := sorted(set(range(max(present, default=0))) - present):
+        raise DataError(
+            f"{document.where}: the tokenizer keeps nothing of word {lost[0]}, which so gets no "
+            "tag: leave it out of config.data.columns' words."
+        )
 
 
 def _arrays(encoding: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -81,7 +81,7 @@ def _check_columns(features, settings: DataSettings, where: str) -> None:
 
 def _class_names(features, settings: DataSettings) -> list[str] | None:
     """The names behind the numbers of a label column, where the dataset has them."""
-    feature = (features or {}).get(settings.label)
+    feature = (features or {}).get(settings.label) if settings.label in settings.schema else None
     return getattr(getattr(feature, "feature", feature), "names", None)
 
 

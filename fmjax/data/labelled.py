@@ -48,6 +48,11 @@ class ExampleSplit:
     def __len__(self) -> int:
         return self._rows
 
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Those of all rows, if there are any: [N]; of tags, those of all tokens."""
+        return self._labels
+
     def extent(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(first, last + 1) of the tokens of the rows `index`, counted over the whole split."""
         return tuple(self._ends[(index + i) * self._sequences] for i in (0, 1))

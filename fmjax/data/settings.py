@@ -56,6 +56,11 @@ class DataSettings:
             raise ConfigError(
                 "data.name='text' needs files: set config.data.train to names or globs."
             )
+        if self.path and self.name != "hub":
+            raise ConfigError(
+                f"config.data.path={self.path!r} needs config.data.name='hub'; files are named by "
+                "config.data.train."
+            )
         if self.name == "hub" and not self.path:
             raise ConfigError("data.name='hub' needs config.data.path: a dataset id or a folder.")
         names = self.column_names
