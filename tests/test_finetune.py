@@ -277,8 +277,10 @@ def test_there_is_nothing_to_learn_without_labels(home, encoder):
         train.run(load("finetune.py", *words), home / "none")
 
 
-def test_the_folder_goes_to_transformers_with_its_classes(home, tuned):
-    words = [f"--config.folder={tuned}", f"--config.output={home}/out"]
+def test_the_folder_goes_to_transformers_with_its_classes(home, encoder):
+    words = [*files(home), f"--config.init={encoder}", "--config.objectives.classify.pool=first"]
+    train.run(load("finetune.py", *words), home / "first")
+    words = [f"--config.folder={home}/first", f"--config.output={home}/out"]
     export.run(configs.load(str(ROOT / "configs/export.py"), words), home)
     found = json.loads((home / "out" / "config.json").read_text())
     assert found["architectures"] == ["BertForSequenceClassification"]

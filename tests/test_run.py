@@ -12,6 +12,10 @@ import jax
 import numpy as np
 import pytest
 import saved_states
+
+from fmjax import checkpoint, evaluate, logs, workdir
+from fmjax import config as configs
+from fmjax.errors import NumericsError
 from runs import (
     KEEP_ALL,
     TOTAL,
@@ -29,10 +33,6 @@ from runs import (
     wait,
     write_corpus,
 )
-
-from fmjax import checkpoint, evaluate, logs, workdir
-from fmjax import config as configs
-from fmjax.errors import NumericsError
 
 pytest_plugins = ["runs"]
 
@@ -75,7 +75,7 @@ def test_row04_row05_row06_stopped_at_every_moment_ends_bit_identical(
     cache = f"--config.data.cache={tmp_path}/cache"
     moments = [  # (what happens, the step that is then reached)
         ("term:prepare", [0]),
-        ("term:compile", [0]),
+        ("term:compile", [1]),  # the step that it is compiled for is finished
         ("term:commit,term:commit,term:commit", range(5, 11)),  # three signals during one save
         ("term:evaluate", [20]),
         ("hang@28:data", [27, 28]),  # and a signal from outside while the loop waits for data
@@ -184,7 +184,7 @@ def test_row33_a_loss_that_is_not_finite_ends_the_run(home, tmp_path, monkeypatc
 
 def test_row29_the_best_checkpoint_is_kept(home, tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, float("nan"), 2.5, float("nan"), 2.4, 2.6, 2.3])
-    monkeypatch.setattr(evaluate, "evaluate", lambda *args: {"loss": next(losses)})
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args, **facts: {"loss": next(losses)})
     flags = "--config.eval_every=5", "--config.keep=1"
     run_here(home, tmp_path / "run", *flags, monkeypatch=monkeypatch)
     assert saved_states.steps(tmp_path / "run") == [10, 40]
