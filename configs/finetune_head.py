@@ -1,6 +1,8 @@
 """configs/finetune.py with everything frozen but the head (and the pooler, where there is one).
 
-python run.py --config=configs/finetune_head.py
+    python run.py --config=configs/finetune_head.py
+
+45.3 % where configs/finetune.py has 85.6 % (2026-11-21, one seed, the rate not tuned).
 """
 
 import runpy

@@ -1,7 +1,10 @@
 """configs/finetune.py with the last k layers and the head trained, all below them frozen.
 
-python run.py --config=configs/finetune_last.py              # k = 1
-python run.py --config=configs/finetune_last.py:layers=2 --config.init=<a deeper model>
+    python run.py --config=configs/finetune_last.py              # k = 1
+    python run.py --config=configs/finetune_last.py:layers=2 --config.init=<a deeper model>
+
+57.5 % with k = 1 and --config.optim.lr=5e-4, where configs/finetune.py has 85.6 % (2026-11-21, one
+seed, the rate not tuned).
 """
 
 import runpy
