@@ -12,10 +12,6 @@ import jax
 import numpy as np
 import pytest
 import saved_states
-
-from fmjax import checkpoint, evaluate, logs, workdir
-from fmjax import config as configs
-from fmjax.errors import NumericsError
 from runs import (
     KEEP_ALL,
     TOTAL,
@@ -33,6 +29,10 @@ from runs import (
     wait,
     write_corpus,
 )
+
+from fmjax import checkpoint, evaluate, logs, workdir
+from fmjax import config as configs
+from fmjax.errors import NumericsError
 
 pytest_plugins = ["runs"]
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 import saved_states
 import tiny
 from ml_collections import ConfigDict
 
-import runs
 from fmjax import logs, objectives, spikes
 from fmjax.checkpoint import Checkpointer, load_params
 from fmjax.errors import DataError, NumericsError
