@@ -10,23 +10,10 @@ run had it.
 import runpy
 from pathlib import Path
 
-from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
-
 
 def get_config():
-    mlm = runpy.run_path(str(Path(__file__).with_name("mlm.py")))["get_config"]()
-    config = ConfigDict()
-
+    config = runpy.run_path(str(Path(__file__).with_name("evaluate.py")))["get_config"]()
     config.task = "predict"
-    config.folder = ""
-    config.step = placeholder(int)  # of a run; None: its newest
     config.output = ""  # empty: predictions.jsonl in the workdir
-    config.batch_size = placeholder(int)
-    config.precision = placeholder(str)
-    config.data = {key: placeholder(type(value)) for key, value in mlm.data.items()}
-    del config.data.skip  # concerns training alone
-    config.objectives = placeholder(ConfigDict)
-    config.mesh = mlm.mesh
-    config.distributed = mlm.distributed
+    del config.split, config.limit  # all of the file
     return config
