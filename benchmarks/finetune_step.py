@@ -4,8 +4,8 @@ optimizer and dropout.
     python benchmarks/finetune_step.py --variant=base --batch=16 --seq=128
 
 Needs torch and peft (`pip install torch peft`). For each method both losses must agree before
-anything is timed. Steps are timed in turn; the ratio is theirs / ours for neighbours, so above 1 we
-are faster. The methods:
+anything is timed. Rounds have one step of each method on each side; the ratios are of neighbours:
+theirs / ours, and our full step / this. The methods:
 
     full   everything trains
     lora   rank 8 beside every linear layer of the blocks; and pooler and classifier
@@ -16,17 +16,19 @@ are faster. The methods:
 """
 
 import argparse
+import functools
+import multiprocessing
 import resource
 import statistics
 import tempfile
 import time
+from importlib.metadata import version
+from pathlib import Path
 
 import jax
 import numpy as np
-import peft
+import safetensors.numpy
 import sides
-import torch
-import transformers
 
 from fmjax.objectives import classify
 
@@ -40,45 +42,71 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS)
     parser.add_argument("--memory", choices=["ours", "theirs"])
     flags = parser.parse_args()
-    rng = np.random.default_rng(0)
+    if flags.memory and not flags.method:
+        parser.error("--memory wants a --method")
     print(
         f"{flags.variant} {flags.batch} x {flags.seq} {flags.precision}, dropout {flags.dropout}, "
-        f"{flags.runs} alternated runs on {jax.devices()[0].device_kind}\n"
-        f"jax {jax.__version__}, torch {torch.__version__}{' compiled' * flags.compile}, "
-        f"transformers {transformers.__version__}, peft {peft.__version__}\n"
-        f"{'':6} {'torch s':>9} {'ours s':>9}  torch / ours: median (min … max)   full / this",
+        f"{flags.runs} rounds on {jax.devices()[0].device_kind}\n"
+        + ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers", "peft"))
+        + " compiled" * flags.compile,
         flush=True,
     )
-    full = None
-    for method in [flags.method] if flags.method else METHODS:
-        seconds = measured(method, flags, batch(rng, flags))
-        if flags.memory:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            print(f"{method}: {flags.memory}: peak {peak:.2f} GiB")
-            return
-        middle = {side: statistics.median(values) for side, values in seconds.items()}
-        full = full or middle["ours"]
-        pairs = zip(seconds["theirs"], seconds["ours"], strict=True)
-        ratios = sorted(theirs / ours for theirs, ours in pairs)
+    arrays = batch(np.random.default_rng(0), flags)
+    keys = {"input_ids": "input_ids", "attention_mask": "segment_ids", "labels": "labels"}
+    given = {"theirs": {name: arrays[key].astype(np.int64) for name, key in keys.items()}}
+    given["ours"] = arrays
+    methods = [flags.method] if flags.method else METHODS
+    steps = {}
+    for method in methods:
+        runs = sides_of(method, flags)
+        found = [side.loss(given[name]) for name, side in runs.items()]
+        allowed = 1e-4 if flags.precision == "float32" else 2e-2
+        assert max(found) - min(found) < allowed, f"the sides do not compute the same: {found}"
+        for name, side in runs.items():
+            steps[method, name] = functools.partial(side.step, given[name])
+            steps[method, name](), steps[method, name]()
+    if flags.memory:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"{methods[0]}: {flags.memory}: peak {peak:.2f} GiB")
+        return
+    seconds = {key: [] for key in steps}
+    for _ in range(flags.runs):
+        for key, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[key].append(time.perf_counter() - start)
+    print(f"{'':6} {'torch s':>9} {'ours s':>9}  {'torch / ours':20} our full / this")
+    for method in methods:
+        theirs, ours = seconds[method, "theirs"], seconds[method, "ours"]
         print(
-            f"{method:6} {middle['theirs']:9.3f} {middle['ours']:9.3f}  "
-            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} … {ratios[-1]:.2f})"
-            f"{'':14}{full / middle['ours']:.2f}",
-            flush=True,
+            f"{method:6} {statistics.median(theirs):9.3f} {statistics.median(ours):9.3f}  "
+            f"{ratios(theirs, ours):20} {ratios(seconds[methods[0], 'ours'], ours)}"
         )
 
 
-def measured(method: str, flags: argparse.Namespace, arrays: dict) -> dict[str, list[float]]:
-    """{side: seconds of each step}."""
+def ratios(slow: list[float], fast: list[float]) -> str:
+    """The median (min … max) of the rounds."""
+    each = sorted(a / b for a, b in zip(slow, fast, strict=True))
+    return f"{statistics.median(each):.2f} ({each[0]:.2f} … {each[-1]:.2f})"
+
+
+def sides_of(method: str, flags: argparse.Namespace) -> dict[str, sides.Side]:
+    """{"ours", "theirs": side}, or the one that `--memory` asks for."""
+    runs, kind = {}, "BertForSequenceClassification"
     with tempfile.TemporaryDirectory() as folder:
-        reference = sides.peer(flags, folder, transformers.BertForSequenceClassification)
-        dense = reference.classifier
-        head = {"kernel": dense.weight.detach().numpy().T, "bias": dense.bias.detach().numpy()}
-        runs = {}
+        if flags.memory == "ours":  # without torch in this process
+            spawned = multiprocessing.get_context("spawn")
+            child = spawned.Process(target=sides.peer, args=(flags, folder, kind))
+            child.start(), child.join()
+        else:
+            reference = sides.peer(flags, folder, kind)
+            runs["theirs"] = sides.theirs(frozen(reference, method, flags), flags)
         if flags.memory != "theirs":
             moving = {"full": ".*", "lora": ".*/lora_.|head/.*", "head": "head/.*"}
             moving["last2"] = "block_-[12]/.*|head/.*"
             patterns = [(moving[method], "train"), (".*", "freeze")][: 1 + (method != "full")]
+            saved = safetensors.numpy.load_file(Path(folder, "model.safetensors"))
+            head = {"kernel": saved["classifier.weight"].T, "bias": saved["classifier.bias"]}
             lora = dict(name="lora", targets=TARGETS, rank=8, alpha=16.0)
             runs["ours"] = sides.ours(
                 folder,
@@ -91,27 +119,13 @@ def measured(method: str, flags: argparse.Namespace, arrays: dict) -> dict[str, 
                 classes={"classify": 2},
                 lm_head=False,
             )
-        if flags.memory != "ours":
-            runs["theirs"] = sides.theirs(frozen(reference, method, flags), flags)
-    given = {"ours": arrays}
-    keys = {"input_ids": "input_ids", "attention_mask": "segment_ids", "labels": "labels"}
-    given["theirs"] = {name: arrays[key].astype(np.int64) for name, key in keys.items()}
-    found = [side.loss(given[name]) for name, side in runs.items()]
-    allowed = 1e-4 if flags.precision == "float32" else 2e-2
-    assert max(found) - min(found) < allowed, f"the sides do not compute the same: {found}"
-    for name, side in runs.items():
-        side.step(given[name]), side.step(given[name])
-    seconds = {name: [] for name in runs}
-    for _ in range(flags.runs):
-        for name, side in runs.items():
-            start = time.perf_counter()
-            side.step(given[name])
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+    return runs
 
 
 def frozen(model, method: str, flags: argparse.Namespace):
     """The peer with what the method trains."""
+    import peft
+
     if method == "lora":
         adapter = peft.LoraConfig(
             r=8, lora_alpha=16, target_modules=LINEAR, modules_to_save=["classifier", "pooler"]

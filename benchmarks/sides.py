@@ -1,7 +1,8 @@
 """The two sides of a comparison: one BERT with the same weights, in transformers + torch and here.
 
 A side has `step(arrays) -> loss`, one update, and `loss(arrays)`, without dropout or update. Torch
-runs fused AdamW and SDPA attention; dropout, weights and arithmetic are the same on both.
+runs fused AdamW and SDPA attention; dropout, weights and arithmetic are the same on both. It is
+imported where it is needed, so that the memory of our side alone is ours.
 """
 
 import argparse
@@ -12,8 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 
 from fmjax import adapters, build, convert, groups, objectives, optim, setup, sharding, state
 from fmjax.models import bert
@@ -61,8 +60,12 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def peer(flags: argparse.Namespace, folder: str, kind: type = transformers.BertForMaskedLM) -> Any:
-    """A model of the size `flags.variant`, freshly initialised and saved in `folder`."""
+def peer(flags: argparse.Namespace, folder: str, kind: str = "BertForMaskedLM") -> Any:
+    """A model of the size `flags.variant` and the class `kind`, initialised and saved in
+    `folder`."""
+    import torch
+    import transformers
+
     sizes = bert.VARIANTS[flags.variant]
     config = transformers.BertConfig(
         hidden_size=sizes["width"],
@@ -75,13 +78,15 @@ def peer(flags: argparse.Namespace, folder: str, kind: type = transformers.BertF
         attn_implementation="sdpa",
     )
     torch.manual_seed(0)
-    model = kind(config)
+    model = getattr(transformers, kind)(config)
     model.save_pretrained(folder)
     return model
 
 
 def theirs(model: Any, flags: argparse.Namespace) -> Side:
     """Arrays: `input_ids`, `labels` (-100 where nothing is asked), maybe `attention_mask`."""
+    import torch
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -36,6 +36,7 @@ def get_config(arg=None):
     config.accumulate = 1  # microbatches per update
     config.precision = "float32"  # of the computation; parameters are always float32
     config.init = ""  # a run folder, a folder in Hugging Face format, or a hub id, to start from
+    config.new_head = False  # the objectives' own heads start fresh even where config.init has them
 
     config.data = dict(
         name="pydocs",  # or text (data.train=files), or hub (data.path=id)

@@ -17,7 +17,7 @@ from fmjax import adapters, checkpoint, convert, objectives, rules, state, trees
 from fmjax import config as configs
 from fmjax.data.tokenizer import MAX_VOCAB
 from fmjax.data.tokenizer import load as tokenizer
-from fmjax.errors import CheckpointError, ConfigError
+from fmjax.errors import CheckpointError, ConfigError, quoted
 from fmjax.models import AnyModel
 
 FRESH = r"head/.*|.*/lora_[abm]"  # parameters that a source may lack: they start fresh
@@ -162,22 +162,23 @@ def initial(config: Any, model: AnyModel, abstract: Any) -> Any:
     """Parameters to start from: None (fresh), unless `config.init` names a source.
 
     That is a run folder, a folder in Hugging Face format or a hub id (`id@revision`). Heads and
-    adapters that it does not have start fresh, and are named. Raises CheckpointError where shapes
-    differ.
+    adapters that it does not have start fresh, and are named; with `config.new_head` the heads of
+    the objectives do so in any case. Raises CheckpointError where shapes differ.
     """
     if not config.init:
         return None
+    heads = "|".join(f"head/{name}/.*" for name in config.objectives) if config.new_head else ""
     fresh = functools.partial(
         state.init_params, model, jax.random.fold_in(jax.random.key(config.seed), 0)
     )
     if is_run(config.init):
         params, saved, averaged = checkpoint.load_params(config.init)
-        params, report = _laid_out(params, model.stacks, abstract, config.init, fresh)
+        params, report = _laid_out(params, model.stacks, abstract, config.init, fresh, heads)
         source = f"step {saved['step']} of {config.init}"
         source += " (averaged parameters)" if averaged else ""
     else:
         params, report = convert.load(
-            convert.find(config.init), abstract, may_miss=FRESH, initial=fresh
+            convert.find(config.init), abstract, may_miss=FRESH, leave=heads, initial=fresh
         )
         source = config.init
     if jax.process_index() == 0:
@@ -195,6 +196,30 @@ def check_tokenizer(config: Any, folder: Path) -> None:
             f"config.init={config.init!r} was trained with another vocabulary: its embeddings "
             f"would stand for other tokens. Set --config.tokenizer.name={source}"
         )
+
+
+def check_head(config: Any, labels: Sequence[str]) -> None:
+    """Refuses to go on with a head of `config.init` that tells other classes apart than `labels`,
+    unless `config.new_head` leaves it out."""
+    if not config.init or config.new_head:
+        return
+    if is_run(config.init):
+        meta = checkpoint.load_meta(config.init)
+        options, names = _described(meta, config.init)[1], _labels(meta)
+    else:
+        source = convert.find(config.init)
+        options, names = convert.describe(source)[1], convert.labels(source)
+    has = options.get("classes", {})
+    for head, outputs in objectives.heads(config.objectives, labels).items():
+        named = names if len(names) == has.get(head) else ()
+        if has.get(head, outputs) != outputs or (named and labels and named != tuple(labels)):
+            its = f"{has[head]} classes" + (f": {quoted(', '.join(named))}" if named else "")
+            ours = f"{outputs}: {quoted(', '.join(labels))}"
+            raise ConfigError(
+                f"config.init={config.init!r} has a head {head!r} for {its}; the data have {ours}. "
+                "To start a new one, set config.new_head=True; to go on with it, "
+                "config.data.classes=<its classes, in its order>."
+            )
 
 
 def is_run(source: str | Path) -> bool:
@@ -286,7 +311,6 @@ def _open_run(
     )
     check_length(built, saved.data.seq_len)
     built = adapters.wrap(built, saved.to_dict().get("adapter", {}))
-    labels = configs.flatten(meta).get("fingerprint.labels") or ()
     built = built.clone(stacks=trees.runs(built.kinds))
     abstract = state.abstract_params(built, mesh)
     params, _ = _laid_out(params, built.stacks, abstract, str(folder))
@@ -298,9 +322,14 @@ def _open_run(
         missing=(),
         config=saved,
         step=meta["step"],
-        labels=tuple(labels),
+        labels=_labels(meta),
         averaged=averaged,
     )
+
+
+def _labels(meta: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes that a run was trained for."""
+    return tuple(configs.flatten(meta).get("fingerprint.labels") or ())
 
 
 def _laid_out(
@@ -309,19 +338,17 @@ def _laid_out(
     abstract: trees.Tree,
     source: str,
     fresh: Callable[[], trees.Tree] | None = None,
+    leave: str = "",
 ) -> tuple[trees.Tree, convert.Report]:
     """`found`, on the host and in any stacks, in those of `abstract` and where its shardings say.
 
-    Heads and adapters that `found` lacks are taken from `fresh()`, a whole tree; only they are
-    computed.
+    Heads and adapters that `found` lacks, and names that match `leave`, are taken from `fresh()`, a
+    whole tree; only they are computed.
     """
     have, wanted = trees.unstack(found), trees.unstack(abstract)
+    have = {name: leaf for name, leaf in have.items() if not re.fullmatch(leave, name)}
     shown = lambda x: "nothing" if x is None else f"{x.dtype}{list(x.shape)}"
     kept = [n for n in wanted.keys() - have.keys() if fresh and re.fullmatch(FRESH, n)]
-    if fresh:  # a head for another number of classes
-        heads = [n for n in wanted.keys() & have.keys() if n.startswith("head/")]
-        kept += [n for n in heads if shown(wanted[n]) != shown(have[n])]
-        have = {name: leaf for name, leaf in have.items() if name not in kept}
     problems = [
         f"  {name}: {shown(leaf)} in the model, {shown(have.get(name))} in the checkpoint"
         for name, leaf in wanted.items()

@@ -18,6 +18,7 @@ from fmjax import (
     objectives,
     predict,
     probe,
+    setup,
     sharding,
     train,
     trees,
@@ -277,17 +278,58 @@ def test_there_is_nothing_to_learn_without_labels(home, encoder):
         train.run(load("finetune.py", *words), home / "none")
 
 
-def test_the_folder_goes_to_transformers_with_its_classes(home, encoder):
+@pytest.fixture(scope="module")
+def first_pooled(home, encoder):
+    """A classifier as transformers has it: `run`, and what is exported of it."""
     words = [*files(home), f"--config.init={encoder}", "--config.objectives.classify.pool=first"]
-    train.run(load("finetune.py", *words), home / "first")
-    words = [f"--config.folder={home}/first", f"--config.output={home}/out"]
+    train.run(load("finetune.py", *words), home / "first" / "run")
+    words = [f"--config.folder={home}/first/run", f"--config.output={home}/first/exported"]
     export.run(configs.load(str(ROOT / "configs/export.py"), words), home)
-    found = json.loads((home / "out" / "config.json").read_text())
+    return home / "first"
+
+
+def test_the_folder_goes_to_transformers_with_its_classes(first_pooled):
+    found = json.loads((first_pooled / "exported" / "config.json").read_text())
     assert found["architectures"] == ["BertForSequenceClassification"]
     assert found["id2label"] == {"0": "bad", "1": "good", "2": "odd"}
-    again = build.open_folder(f"{home}/out", sharding.make_mesh())
+    again = build.open_folder(f"{first_pooled}/exported", sharding.make_mesh())
     assert again.labels == ("bad", "good", "odd")
     again.require_head("classify")
+
+
+def relabelled(home, names):
+    """The examples with other names for the classes, in their order."""
+    text = (home / "train.jsonl").read_text()
+    for old, new in zip(("bad", "good", "odd"), names, strict=True):
+        text = text.replace(f'"label": "{old}"', f'"label": "{new}"')
+    path = home / f"{'-'.join(names)}.jsonl"
+    path.write_text(text)
+    return [f"--config.data.train={path}", "--config.total=1", "--config.best="]
+
+
+def test_a_head_for_other_classes_is_not_gone_on_with(home, first_pooled, capsys):
+    """From a run as from Hugging Face's format: other names, and another number."""
+    for source in (first_pooled / "run", first_pooled / "exported"):
+        here = [f"--config.init={source}", "--config.objectives.classify.pool=first"]
+        for names, said in ((("x", "y", "z"), "3: 'x, y, z'"), (("x", "y", "y"), "2: 'x, y'")):
+            config = load("finetune.py", *relabelled(home, names), *here)
+            wanted = f"has a head 'classify' for 3 classes: 'bad, good, odd'; the data have {said}"
+            with pytest.raises(ConfigError, match=wanted):
+                train.run(config, home / f"refused-{said[:1]}-{source.name}")
+        config = load("finetune.py", *relabelled(home, names), *here, "--config.new_head=True")
+        capsys.readouterr()
+        train.run(config, home / f"anew-{source.name}")
+        assert "head/classify/bias" in capsys.readouterr().out  # named as fresh
+        kept = trees.flatten(build.open_folder(str(source), sharding.make_mesh()).params)
+        begun = build.initial(config, *pieces(config))
+        assert begun["head"]["classify"]["kernel"].shape[1] == 2
+        np.testing.assert_array_equal(begun["head"]["pooler"]["kernel"], kept["head/pooler/kernel"])
+
+
+def pieces(config):
+    """(model, abstract parameters) of a config for two classes."""
+    run = setup.setup(config, sharding.make_mesh())
+    return run.model, run.abstract.params
 
 
 def test_a_head_on_the_mean_is_not_exported(home, encoder):

@@ -364,7 +364,7 @@ def target(init, groups=((".*", "train"),), **changes):
     """(initial parameters, model) as `train.setup` and `train.start` make them."""
     model = bert.Model("tiny", **{**SIZES, "vocab_size": 92, "dropout": 0.0, **changes})
     model, _ = setup.grouped(model, groups, {"decay": ".*"}, {})
-    config = SimpleNamespace(init=str(init), seed=0)
+    config = SimpleNamespace(init=str(init), new_head=False, seed=0)
     abstract = state.abstract_params(model, sharding.make_mesh(fsdp=2))
     params = build.initial(config, model, abstract)
     for leaf, like in zip(jax.tree.leaves(params), jax.tree.leaves(abstract), strict=True):

@@ -72,6 +72,7 @@ def load(
     like: trees.Tree,
     *,
     may_miss: str = "",
+    leave: str = "",
     initial: Callable[[], trees.Tree] | None = None,
 ) -> tuple[trees.Tree, Report]:
     """The parameters of a checkpoint with the paths, shapes, dtypes and shardings of `like`.
@@ -80,6 +81,7 @@ def load(
     sharding goes to the first device).
     `may_miss`: regex of parameter names that the files may lack (a stack whole or not at all). They
     are taken from `initial()`, which gives a whole tree; it is traced, and only they are computed.
+    `leave`: regex of those among them that are not read from the files even if they are there.
 
     Raises CheckpointError listing what is missing or has another shape, with both shapes, and
     ConfigError as `describe` does.
@@ -93,7 +95,8 @@ def load(
         def located(name: str) -> Place | None:
             place = family.place(hf["model_type"], name)
             of_another = name.startswith("head/") and name.split("/")[1] in others
-            if place is None or place.key not in keys or of_another:
+            left = re.fullmatch(leave, name)
+            if place is None or place.key not in keys or of_another or left:
                 return None
             return place._replace(key=keys[place.key])
 

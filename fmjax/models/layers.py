@@ -153,10 +153,18 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         make = lambda features, name: Linear(features, self.use_bias, self.dtype, name=name)
-        h = ACTIVATIONS[self.activation](make(self.hidden, "up")(x, jnp.float32))
-        if self.gated:
-            h = h * make(self.hidden, "gate")(x, jnp.float32)
-        return make(x.shape[-1], "down")(h.astype(self.dtype))
+        up = make(self.hidden, "up")(x, jnp.float32)
+        gate = make(self.hidden, "gate")(x, jnp.float32) if self.gated else None
+
+        # The activation is computed again in the backward pass, which costs a CPU as much as
+        # writing and reading it, and saves an array as large as `up` a layer.
+        @functools.partial(nn.remat, policy=jax.checkpoint_policies.dots_saveable)
+        def down(mlp, up, gate):
+            h = ACTIVATIONS[mlp.activation](up)
+            h = h if gate is None else h * gate
+            return Linear(x.shape[-1], mlp.use_bias, mlp.dtype, name="down")(h.astype(mlp.dtype))
+
+        return down(self, up, gate)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

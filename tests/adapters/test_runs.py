@@ -18,7 +18,11 @@ def made(source, **settings):
     """(config, model, abstract parameters) as `setup` makes them."""
     adapter = dict(name="lora", targets=TARGETS, **settings)
     run = tiny.make(((r".*/lora_.", "train"), (".*", "freeze")), adapter=adapter)
-    return ConfigDict(dict(init=str(source), seed=3)), run.model, run.abstract.params
+    return (
+        ConfigDict(dict(init=str(source), new_head=False, seed=3)),
+        run.model,
+        run.abstract.params,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fmjax.data import files, records, sources
+from fmjax.data import files, lines, readers, records, sources
 from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError, DataError
 
@@ -265,19 +265,19 @@ def test_row46_nul_and_lone_surrogates(read, tmp_path):
 
 
 def test_row46_a_line_beyond_the_limit(read, monkeypatch):
-    monkeypatch.setattr(files, "MAX_RECORD_BYTES", 1000)
-    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1000)
+    for module in (lines, readers, records):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 1000)
     long = '{"text": "' + "x" * 5000 + '"}\n'
     with pytest.raises(DataError, match=r"a\.jsonl:1: a line of 5,013 bytes, the limit is 1,000"):
         read("a.jsonl", long)
     found = read("a.jsonl", long + '{"text": "y"}\n', on_bad_record="skip")
     assert found[1] == ("y", "a.jsonl:2")
-    lines = ("x" * 99 + "\n") * 11
+    text = ("x" * 99 + "\n") * 11
     with pytest.raises(DataError, match=r"a\.txt:1: a document of more than 1,000 bytes"):
-        read("a.txt", lines)
-    assert len(read("a.txt", lines, document="line")) == 11
+        read("a.txt", text)
+    assert len(read("a.txt", text, document="line")) == 11
     with pytest.raises(DataError, match="not CSV .*field larger than field limit"):
-        read("a.csv", "text\n" + '"' + lines + '"\n')
+        read("a.csv", "text\n" + '"' + text + '"\n')
 
 
 def test_row46_a_decompression_bomb_is_stopped_early(read, tmp_path):

@@ -1,0 +1,57 @@
+"""Training of an adapter does not depend on how arrays lie over devices, nor much on the dtype."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from fmjax import sharding, trees
+
+TRAIN = ((r".*/lora_.", "train"), (".*", "freeze"))
+LORA = dict(name="lora", targets=((r"block_.*/(attn|mlp)/.*|embed/token", 4),), rank=4, alpha=8.0)
+KINDS = {"lora": dict(dropout=0.1), "dora": dict(dora=True, dropout=0.1)}
+
+
+def two_steps(kind, mesh, **model):
+    """(parameters, losses)."""
+    with jax.set_mesh(mesh):
+        adapter = LORA | KINDS[kind]
+        made = tiny.make(
+            TRAIN, mesh=mesh, adapter=adapter, dropout=0.1, attention_dropout=0.1, **model
+        )
+        place = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+        current, losses = made.state(), []
+        for seed in (0, 1):
+            batch = {name: jax.device_put(x, place) for name, x in tiny.batch(8, seed).items()}
+            current, found = made.step(current, batch)
+            assert float(found["skipped"]) == 0
+            losses.append(float(found["loss"]))
+    return current.params, losses
+
+
+@functools.cache
+def single_device(kind):
+    one = jax.make_mesh(
+        (1, 1, 1), sharding.AXES, devices=jax.devices()[:1],
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    )  # fmt: skip
+    params, losses = two_steps(kind, one)
+    return trees.flatten(jax.device_get(params)), losses
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
+def test_any_layout_gives_the_same_numbers(layout, kind):
+    params, losses = two_steps(kind, sharding.make_mesh(**{"data": 1, **layout}))
+    wanted, wanted_losses = single_device(kind)
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-6)
+    for path, leaf in trees.flatten(params).items():
+        np.testing.assert_allclose(leaf, wanted[path], atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_stays_near_float32(kind):
+    _, losses = two_steps(kind, sharding.make_mesh(), dtype="bfloat16")
+    np.testing.assert_allclose(losses, single_device(kind)[1], rtol=5e-3)
