@@ -109,6 +109,12 @@ class Monitor:
         if named:
             self._logger.write(step, named)
             self._progress.log(step, named)
+            best = self.run.config.best
+            if not np.isfinite(named.get(best, 0.0)):
+                self._progress.print(
+                    f"step {step}: {best} is {named[best]}, so that this checkpoint cannot become "
+                    "the best one; config.best can name another metric"
+                )
 
     def owes_evaluation(self, step: int) -> bool:
         """Whether a signal has cut the evaluation of `step` short, in this sitting or the last."""

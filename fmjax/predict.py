@@ -2,6 +2,7 @@
 
 import json
 import os
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from fmjax import build, data, evaluate, logs, losses, objectives, processes, sh
 from fmjax.data import sources
 from fmjax.errors import ConfigError
 
-SHOWN = 5  # lines that the terminal gets
+SHOWN = 5  # records that the terminal gets
+LARGEST = 3  # and numbers of each
 
 
 def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
@@ -51,12 +53,15 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     }
     path = Path(config.output or Path(workdir) / "predictions.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(line, ensure_ascii=False) for line in _lines(settings, told)]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    records = _records(settings, told)
+    with path.open("w", encoding="utf-8") as file:
+        for fields, said in records:
+            file.write(json.dumps(logs.plain(fields | said), ensure_ascii=False) + "\n")
     print(f"\n{opened}")
-    for line in lines[:SHOWN]:
-        print(f"  {line if len(line) <= 160 else line[:159] + '…'}")
-    print(f"{len(lines):,} predictions written to {path}")
+    for fields, said in records[:SHOWN]:
+        texts = " | ".join(map(str, fields.values()))
+        print(f"  {textwrap.shorten(texts, 90, placeholder='…')}\n    {_readable(said)}")
+    print(f"{len(records):,} predictions written to {path}")
 
 
 def predictions(
@@ -91,13 +96,27 @@ def make_step(apply: Callable, built: list[objectives.Objective]) -> Callable:
     return step
 
 
-def _lines(settings: Mapping[str, Any], told: Mapping[str, list[dict]]) -> list[dict[str, Any]]:
-    """The records with what was told of them; one objective's words stand by themselves."""
+def _records(
+    settings: Mapping[str, Any], told: Mapping[str, list[dict]]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(columns, what was told) of each record; one objective's words stand by themselves."""
     read = data.settings.read(data.settings.DataSettings, settings, "data")
     documents = [d for d in sources.read(read, print).documents() if d.split == "train"]
-    lines = []
-    for words in zip(documents, *told.values(), strict=True):
-        document, *words = words
+    records = []
+    for document, *words in zip(documents, *told.values(), strict=True):
         said = words[0] if len(words) == 1 else dict(zip(told, words, strict=True))
-        lines.append({**document.fields, **said})
-    return logs.plain(lines)
+        records.append((document.fields, said))
+    return records
+
+
+def _readable(said: Any) -> str:
+    """On one line, of several numbers with names the largest."""
+    if isinstance(said, float):
+        return f"{said:.3f}"
+    if isinstance(said, list):
+        return textwrap.shorten(" ".join(map(_readable, said)), 100, placeholder="…")
+    if not isinstance(said, dict):
+        return str(said)
+    if said and all(isinstance(value, float) for value in said.values()):
+        said = dict(sorted(said.items(), key=lambda item: -item[1])[:LARGEST])
+    return ", ".join(f"{name} {_readable(value)}" for name, value in said.items())

@@ -190,7 +190,11 @@ def test_predictions_are_lines_in_the_order_of_the_file(home, tuned, capsys):
         assert line["label"] == max(line["probabilities"], key=line["probabilities"].get)
     right = np.mean([a["label"] == b["label"] for a, b in zip(told, rows, strict=True)])
     assert right > 0.9
-    assert "24 predictions written to" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "24 predictions written to" in shown
+    best = max(told[0]["probabilities"].values())
+    said = f"label {told[0]['label']}, probabilities {told[0]['label']} {best:.3f}"
+    assert f"  {told[0]['text']}\n    {said}" in shown
 
 
 def test_embeddings_are_the_mean_of_the_last_layer_whatever_the_batch(home, encoder):
