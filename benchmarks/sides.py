@@ -14,7 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import adapters, build, convert, groups, objectives, optim, setup, sharding, state
+from fmjax import (
+    adapters,
+    build,
+    convert,
+    groups,
+    objectives,
+    optim,
+    pretrained,
+    setup,
+    sharding,
+    state,
+)
 from fmjax.models import bert
 from fmjax.step import make_train_step
 
@@ -144,7 +155,7 @@ def ours(
     )
     abstract = state.abstract(net, made.tx, split, mesh)
     fresh = functools.partial(state.init_params, net, jax.random.key(0))
-    params, _ = convert.load(folder, abstract.params, may_miss=build.FRESH, initial=fresh)
+    params, _ = convert.load(folder, abstract.params, may_miss=pretrained.FRESH, initial=fresh)
     params["head"].update(heads or {})
     holder = {"state": state.create(abstract, net, made.tx, split, 0, params)}
     goals = [objectives.Objective(name, 1.0, None, loss_fn)]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, data, evaluate, losses, processes, sharding
+from fmjax import build, data, evaluate, losses, pretrained, processes, sharding
 from fmjax.errors import ConfigError
 
 DEFAULTS = {"format": "texts", "long": "truncate", "seq_len": 128}
@@ -22,7 +22,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     length one with `config.normalize`.
     """
     with processes.start(config) as mesh:
-        opened = build.open_folder(config.folder, mesh, config.precision, config.step)
+        opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
         given = {key: value for key, value in config.data.items() if value is not None}
         settings = DEFAULTS | given | {"label": "", "validation_fraction": 0}
         if not (settings.get("train") or settings.get("path")):

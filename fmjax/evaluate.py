@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fmjax import build, data, logs, processes, progress, sharding
+from fmjax import build, data, logs, pretrained, processes, progress, sharding
 from fmjax import losses as array_losses
 from fmjax import objectives as losses
 from fmjax.data.settings import DataSettings, read
@@ -30,7 +30,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     configs/mlm.py trains. Adds a line to evaluation.jsonl in the run folder, else in `workdir`.
     """
     with processes.start(config) as mesh:
-        opened = build.open_folder(config.folder, mesh, config.precision, config.step)
+        opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
         saved = opened.config
         settings, goals, batch_size = settings_of(config, opened)
         sharding.check_batch(mesh, batch_size)
@@ -177,7 +177,9 @@ def perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def settings_of(config: Any, opened: build.Opened) -> tuple[dict[str, Any], dict[str, Any], int]:
+def settings_of(
+    config: Any, opened: pretrained.Opened
+) -> tuple[dict[str, Any], dict[str, Any], int]:
     """(data settings, objectives, batch size): what is given, else the run's, else the defaults."""
     saved = opened.config
     given = {key: value for key, value in config.data.items() if value is not None}
@@ -194,7 +196,7 @@ def settings_of(config: Any, opened: build.Opened) -> tuple[dict[str, Any], dict
     )
 
 
-def check_labels(dataset: data.Dataset, opened: build.Opened, goals: Iterable[str]) -> None:
+def check_labels(dataset: data.Dataset, opened: pretrained.Opened, goals: Iterable[str]) -> None:
     """Refuses heads that are not trained, or whose outputs are not as many as the names."""
     for name in goals:
         opened.require_head(name)
@@ -208,7 +210,7 @@ def check_labels(dataset: data.Dataset, opened: build.Opened, goals: Iterable[st
             )
 
 
-def split_of(dataset: data.Dataset, name: str, opened: build.Opened) -> Any:
+def split_of(dataset: data.Dataset, name: str, opened: pretrained.Opened) -> Any:
     """The split that is called so; its tokens have to be those of the model."""
     if name not in dataset.splits:
         raise DataError(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmjax import adapters, build, convert, groups, processes, state, trees
+from fmjax import adapters, convert, groups, pretrained, processes, state, trees
 from fmjax.adapters import peft
 from fmjax.adapters.lora import Adapted
 from fmjax.errors import CheckpointError, ConfigError
@@ -18,7 +18,7 @@ from fmjax.errors import CheckpointError, ConfigError
 def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
     """The task: writes the run `config.folder` to `config.output`, reads it back and compares."""
     with processes.start(config) as mesh:
-        opened = build.open_folder(config.folder, mesh, step=config.step)
+        opened = pretrained.open_folder(config.folder, mesh, step=config.step)
         if opened.config is None:
             raise ConfigError(
                 f"config.folder={config.folder!r} is in Hugging Face format already; "
@@ -51,7 +51,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     print(f"to load: transformers.{architecture}.from_pretrained({str(output)!r})")
 
 
-def _adapter(output: Path, opened: build.Opened) -> None:
+def _adapter(output: Path, opened: pretrained.Opened) -> None:
     """The run's adapter and the heads that it trained in PEFT's format, with the tokenizer."""
     if not isinstance(opened.model, Adapted):
         raise ConfigError(
@@ -80,7 +80,9 @@ def _adapter(output: Path, opened: build.Opened) -> None:
     print(f"to load: peft.PeftModel.from_pretrained(<the model that it was made for>, '{output}')")
 
 
-def check(output: Path, opened: build.Opened, left_out: tuple[str, ...], abstract: Any) -> None:
+def check(
+    output: Path, opened: pretrained.Opened, left_out: tuple[str, ...], abstract: Any
+) -> None:
     """Raises CheckpointError unless the folder holds every bit of the parameters exported."""
     kept = {p: x for p, x in trees.flatten(opened.params).items() if p not in left_out}
     like = {path: leaf for path, leaf in trees.flatten(abstract).items() if path in kept}
@@ -93,7 +95,7 @@ def check(output: Path, opened: build.Opened, left_out: tuple[str, ...], abstrac
         )
 
 
-def _check_pool(opened: build.Opened) -> None:
+def _check_pool(opened: pretrained.Opened) -> None:
     """Refuses a head on the mean of the tokens, where the classes of transformers take the
     first."""
     model = adapters.base(opened.model)

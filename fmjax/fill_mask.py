@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, processes
+from fmjax import build, pretrained, processes
 from fmjax.errors import ConfigError
 
 
@@ -27,9 +27,9 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     """
     sentences = [line.strip() for line in config.text.splitlines() if line.strip()]
     with processes.start(config) as mesh:
-        opened = build.open_folder(config.folder, mesh, config.precision, config.step)
+        opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
         opened.require_head("mlm")
-        tokenizer = build.tokenizer(opened.tokenizer)
+        tokenizer = pretrained.tokenizer(opened.tokenizer)
         rows = encode(sentences, tokenizer, opened.model.cfg.max_len)
         if dry_run:
             return
@@ -73,7 +73,7 @@ def encode(sentences: list[str], tokenizer: Any, max_len: int) -> list[dict[str,
 
 
 def guesses(
-    opened: build.Opened, tokenizer: Any, rows: list[dict[str, list[int]]], top_k: int
+    opened: pretrained.Opened, tokenizer: Any, rows: list[dict[str, list[int]]], top_k: int
 ) -> list[list[list[Guess]]]:
     """The best `top_k` guesses, best first, for each mask of each row."""
     apply, cfg = build.apply(opened.model), opened.model.cfg

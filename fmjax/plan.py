@@ -88,7 +88,7 @@ def _sent(program: str) -> str:
 
 def _batch(run: Any, batch: Mapping[str, np.ndarray]) -> None:
     """The first row of the first batch as the model sees it, decoded."""
-    tokenizer = build.tokenizer(run.dataset.tokenizer_dir)
+    tokenizer = pretrained.tokenizer(run.dataset.tokenizer_dir)
     batch = {name: jnp.asarray(x) for name, x in batch.items()}  # of several processes, this one's
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.config.seed), 1), 0)
     prepared = objectives.prepare(run.objectives, batch, rng, train=True)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmjax import build, data, evaluate, logs, losses, objectives, processes, sharding
+from fmjax import build, data, evaluate, logs, losses, objectives, pretrained, processes, sharding
 from fmjax.data import sources
 from fmjax.errors import ConfigError
 
@@ -25,7 +25,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     need no label. Written to `config.output`, else predictions.jsonl in `workdir`.
     """
     with processes.start(config) as mesh:
-        opened = build.open_folder(config.folder, mesh, config.precision, config.step)
+        opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
         settings, goals, batch_size = evaluate.settings_of(config, opened)
         settings |= {"label": "", "validation": "", "validation_fraction": 0}
         if not (settings["train"] or settings["path"]):
@@ -65,7 +65,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
 
 
 def predictions(
-    opened: build.Opened,
+    opened: pretrained.Opened,
     built: list[objectives.Objective],
     split: Any,
     batch_size: int,

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import xxhash
 
-from fmjax import build, data, embed, logs, processes, sharding, trees
+from fmjax import build, data, embed, logs, pretrained, processes, sharding, trees
 from fmjax.data import cache
 from fmjax.errors import ConfigError, DataError
 from fmjax.objectives import classify
@@ -34,7 +34,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         if jax.process_count() > 1:
             raise ConfigError("The task 'probe' works in one process.")
         opened = at_layer(
-            build.open_folder(config.folder, mesh, config.precision), config.layer, mesh
+            pretrained.open_folder(config.folder, mesh, config.precision), config.layer, mesh
         )
         given = {key: value for key, value in config.data.items() if value is not None}
         settings = DEFAULTS | given
@@ -100,7 +100,9 @@ def classifier(name: str, args: Mapping[str, Any]) -> Any:
         raise ConfigError(f"config.args={dict(args)}: {error}") from error
 
 
-def at_layer(opened: build.Opened, layer: int | None, mesh: jax.sharding.Mesh) -> build.Opened:
+def at_layer(
+    opened: pretrained.Opened, layer: int | None, mesh: jax.sharding.Mesh
+) -> pretrained.Opened:
     """The same model, of which `encode` gives the hidden states behind `layer` layers."""
     if layer is None:
         return opened
@@ -114,7 +116,11 @@ def at_layer(opened: build.Opened, layer: int | None, mesh: jax.sharding.Mesh) -
 
 
 def vectors(
-    opened: build.Opened, dataset: data.Dataset, name: str, config: Any, mesh: jax.sharding.Mesh
+    opened: pretrained.Opened,
+    dataset: data.Dataset,
+    name: str,
+    config: Any,
+    mesh: jax.sharding.Mesh,
 ) -> np.ndarray:
     """[N, D] in float32, memory-mapped: one vector an example of the split, in order."""
     split = dataset.splits[name]

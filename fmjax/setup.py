@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fmjax import build, data, groups, optim, rules, sharding, state, trees
+from fmjax import build, data, groups, optim, pretrained, rules, sharding, state, trees
 from fmjax import config as configs
 from fmjax import objectives as losses
 from fmjax.data.settings import DataSettings, read
@@ -46,7 +46,7 @@ def setup(config: Any, mesh: jax.sharding.Mesh, poll: Callable[[], None] = lambd
     can tell, so that a mistake in the config is not found hours later.
     """
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
-    config = build.resolved(config)
+    config = pretrained.resolved(config)
     size = config.tokenizer.vocab_size if config.tokenizer.name == "train" else 8
     none = np.zeros(size, bool)
     stand_in = data.Vocab(size, 0, 1, 2, 3, none, none)
@@ -59,8 +59,8 @@ def setup(config: Any, mesh: jax.sharding.Mesh, poll: Callable[[], None] = lambd
     assemble(config, mesh, stand_in, labels, rows=rows, tokens=tokens)
 
     dataset = data.prepare(config.data.to_dict(), config.tokenizer.to_dict(), poll=poll)
-    build.check_tokenizer(config, dataset.tokenizer_dir)
-    build.check_head(config, dataset.labels)
+    pretrained.check_tokenizer(config, dataset.tokenizer_dir)
+    pretrained.check_head(config, dataset.labels)
     train = dataset.splits["train"]
     size = dict(rows=len(train), tokens=train.tokens)
     run = assemble(config, mesh, dataset.vocab, dataset.labels, **size)

@@ -29,6 +29,7 @@ from fmjax import (
     optim,
     plan,
     prefix,
+    pretrained,
     processes,
     report,
     sharding,
@@ -191,7 +192,7 @@ def start(
         # The run folder reads alone: evaluation, export and people need the tokenizer.
         source = run.dataset.tokenizer_dir
         shutil.copytree(source, folder.path / "tokenizer", dirs_exist_ok=True)
-    params = build.initial(run.config, run.model, run.abstract.params)
+    params = pretrained.initial(run.config, run.model, run.abstract.params)
     create = functools.partial(state.create, run.abstract, run.model, run.optimizer.tx)
     created = create(run.split, run.config.seed, params)
     rest = run.split(created.params)[1]
@@ -209,7 +210,7 @@ def meta(run: Run, batches: Any, monitor: Monitor, still: str) -> dict[str, Any]
         "frozen": still,
         "data": batches.state(),
         "fingerprint": fingerprint(run),
-        "model": build.identity(run.model),
+        "model": pretrained.identity(run.model),
         "config": configs.flatten(configs.redact(run.config)),
         "versions": report.environment(),
         **monitor.saved(),

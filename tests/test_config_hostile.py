@@ -13,8 +13,8 @@ from common import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fmjax import build, convert, data, report, setup, sharding
 from fmjax import config as configs
+from fmjax import convert, data, pretrained, report, setup, sharding
 from fmjax.data import files, hub
 from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError, DataError
@@ -188,7 +188,7 @@ def assemble(*words: str):
         try:
             mesh = sharding.make_mesh(**config.mesh)
             sharding.check_batch(mesh, config.batch_size, config.accumulate)
-            config = build.resolved(config)
+            config = pretrained.resolved(config)
             return setup.assemble(config, mesh, vocab, ("a", "b"), rows=1000, tokens=100_000)
         except ConfigError as error:
             named = [word.partition("=")[0].rpartition(".")[2] for word in (*TINY, *words)]
@@ -323,7 +323,7 @@ def test_a_name_that_no_file_can_have(name, tmp_path, monkeypatch):
         lambda: data.prepare({"cache": "cache"}, {"name": name}),
         lambda: data.prepare({"cache": f"/dev/null/{name}"}, {}),
         lambda: convert.find(name),
-        lambda: build.open_folder(name, sharding.make_mesh()),
+        lambda: pretrained.open_folder(name, sharding.make_mesh()),
         lambda: report.run(written, tmp_path),
     ]
     for door in doors:

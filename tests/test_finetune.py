@@ -17,6 +17,7 @@ from fmjax import (
     export,
     objectives,
     predict,
+    pretrained,
     probe,
     setup,
     sharding,
@@ -87,7 +88,7 @@ def last(folder):
 
 def test_the_model_and_the_tokenizer_are_those_of_init(encoder, tuned):
     mesh = sharding.make_mesh()
-    before, after = (build.open_folder(str(folder), mesh) for folder in (encoder, tuned))
+    before, after = (pretrained.open_folder(str(folder), mesh) for folder in (encoder, tuned))
     assert after.labels == ("bad", "good", "odd")
     assert after.model.cfg.width == 32 and not after.model.cfg.lm_head
     assert dict(after.model.cfg.classes) == {"classify": 3}
@@ -97,7 +98,7 @@ def test_the_model_and_the_tokenizer_are_those_of_init(encoder, tuned):
         "pooler",
     }
     assert trees.unstack(before.params)["embed/token/embedding"].shape[0] == len(
-        build.tokenizer(after.tokenizer)
+        pretrained.tokenizer(after.tokenizer)
     )
 
 
@@ -107,7 +108,7 @@ def test_the_first_word_is_learned_and_scored_over_the_whole_split(home, tuned):
     evaluate.run(configs.load(str(ROOT / "configs/evaluate.py"), words), home)
     found = json.loads((tuned / "evaluation.jsonl").read_text().splitlines()[-1])["metrics"]
     mesh = sharding.make_mesh()
-    opened = build.open_folder(str(tuned), mesh)
+    opened = pretrained.open_folder(str(tuned), mesh)
     split = data.prepare(opened.config.data.to_dict(), {"name": str(opened.tokenizer)}).splits
     goals = objectives.build({"classify": {"pool": "mean"}}, target="classes")
     step = jax.jit(evaluate.make_step(build.apply(opened.model), goals))
@@ -170,7 +171,7 @@ def test_only_the_head_moves(home, encoder):
     train.run(load("finetune.py", *words), home / "head")
     mesh = sharding.make_mesh()
     before, after = (
-        trees.unstack(build.open_folder(str(folder), mesh).params)
+        trees.unstack(pretrained.open_folder(str(folder), mesh).params)
         for folder in (encoder, home / "head")
     )
     for name in after.keys() & before.keys():
@@ -206,9 +207,9 @@ def test_embeddings_are_the_mean_of_the_last_layer_whatever_the_batch(home, enco
         found.append(np.load(home / str(size) / "embeddings.npy"))
     np.testing.assert_allclose(found[0], found[1], atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(found[0], axis=1), 1, atol=1e-5)
-    opened = build.open_folder(str(encoder), sharding.make_mesh())
+    opened = pretrained.open_folder(str(encoder), sharding.make_mesh())
     text = json.loads((home / "dev.jsonl").read_text().splitlines()[3])["text"]
-    ids = np.array([build.tokenizer(opened.tokenizer)(text)["input_ids"]])
+    ids = np.array([pretrained.tokenizer(opened.tokenizer)(text)["input_ids"]])
     row = (ids, np.ones_like(ids), np.arange(ids.shape[1])[None], np.zeros_like(ids))
     row = [jnp.asarray(x, jnp.int32) for x in row]
     hidden = build.apply(opened.model)(opened.params, *row, method="encode")
@@ -229,7 +230,7 @@ def test_a_classifier_on_the_features_of_a_layer(home, tuned):
         assert found["accuracy"] > 0.7 and found["f1"] > 0.6
     # The trunk was trained for the task, so its last layer tells the classes apart, as scikit-learn
     # itself says of vectors made one at a time.
-    opened = build.open_folder(str(tuned), sharding.make_mesh())
+    opened = pretrained.open_folder(str(tuned), sharding.make_mesh())
     settings = opened.config.data.to_dict() | {"cache": f"{home}/cache"}
     splits = data.prepare(settings, {"name": str(opened.tokenizer)}).splits
     features, labels = {}, {}
@@ -296,7 +297,7 @@ def test_the_folder_goes_to_transformers_with_its_classes(first_pooled):
     found = json.loads((first_pooled / "exported" / "config.json").read_text())
     assert found["architectures"] == ["BertForSequenceClassification"]
     assert found["id2label"] == {"0": "bad", "1": "good", "2": "odd"}
-    again = build.open_folder(f"{first_pooled}/exported", sharding.make_mesh())
+    again = pretrained.open_folder(f"{first_pooled}/exported", sharding.make_mesh())
     assert again.labels == ("bad", "good", "odd")
     again.require_head("classify")
 
@@ -324,8 +325,8 @@ def test_a_head_for_other_classes_is_not_gone_on_with(home, first_pooled, capsys
         capsys.readouterr()
         train.run(config, home / f"anew-{source.name}")
         assert "head/classify/bias" in capsys.readouterr().out  # named as fresh
-        kept = trees.flatten(build.open_folder(str(source), sharding.make_mesh()).params)
-        begun = build.initial(config, *pieces(config))
+        kept = trees.flatten(pretrained.open_folder(str(source), sharding.make_mesh()).params)
+        begun = pretrained.initial(config, *pieces(config))
         assert begun["head"]["classify"]["kernel"].shape[1] == 2
         np.testing.assert_array_equal(begun["head"]["pooler"]["kernel"], kept["head/pooler/kernel"])
 

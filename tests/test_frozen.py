@@ -3,12 +3,13 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from common import ROOT
 from test_finetune import encoder, files, home, load  # noqa: F401
 
-from fmjax import build, checkpoint, export, sharding, state, step_folders, train, trees
+from fmjax import checkpoint, export, pretrained, sharding, state, step_folders, train, trees
 from fmjax import config as configs
 from fmjax.adapters import peft
 from fmjax.errors import CheckpointError, ConfigError
@@ -77,7 +78,7 @@ def test_frozen_parameters_that_are_not_what_they_were(adapted, config, tmp_path
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
     with pytest.raises(CheckpointError, match=said):
-        build.open_folder(str(again), sharding.make_mesh())
+        pretrained.open_folder(str(again), sharding.make_mesh())
     shutil.rmtree(again / "checkpoints" / "8")
     with pytest.raises(CheckpointError, match=said):
         train.run(config, again)
@@ -90,7 +91,7 @@ def test_frozen_parameters_of_another_run_are_refused(adapted, home, encoder, co
     shutil.rmtree(again / "checkpoints" / "frozen")
     shutil.copytree(tmp_path / "head" / "checkpoints" / "frozen", again / "checkpoints" / "frozen")
     with pytest.raises(CheckpointError, match="of another run"):
-        build.open_folder(str(again), sharding.make_mesh())
+        pretrained.open_folder(str(again), sharding.make_mesh())
 
 
 def test_the_adapter_alone_is_written_with_its_head_and_tokenizer(adapted, tmp_path, capsys):
@@ -99,10 +100,10 @@ def test_the_adapter_alone_is_written_with_its_head_and_tokenizer(adapted, tmp_p
     assert "read back: equal" in capsys.readouterr().out
     folder = tmp_path / "a"
     assert (folder / "tokenizer.json").exists() and (folder / peft.BASE).exists()
-    opened = build.open_folder(str(adapted), sharding.make_mesh())
+    opened = pretrained.open_folder(str(adapted), sharding.make_mesh())
     base, _ = opened.model.model, None
     frozen = {n: x for n, x in trees.unstack(opened.params).items() if "/lora_" not in n}
-    fresh = trees.unstack(state.init_params(base, build.jax.random.key(7)))
+    fresh = trees.unstack(state.init_params(base, jax.random.key(7)))
     start = {name: fresh[name] if name.startswith("head/") else x for name, x in frozen.items()}
     model, params = peft.read(folder, base, trees.stack(start, base.stacks))
     again, wanted = trees.unstack(params), trees.unstack(opened.params)

@@ -19,7 +19,7 @@ from common import CACHE, ROOT
 from test_report import Page
 
 import run as command
-from fmjax import build, checkpoint, logs, manifest, report, sharding, step_folders
+from fmjax import checkpoint, logs, manifest, pretrained, report, sharding, step_folders
 from fmjax import config as configs
 from fmjax.data import cache
 from fmjax.errors import CheckpointError, ConfigError, DataError
@@ -256,7 +256,7 @@ def test_deleting_a_step_that_is_a_link_leaves_what_it_leads_to(saver, tmp_path)
 def test_a_run_folder_with_a_config_that_nobody_wrote(saver, tmp_path, content, said):
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises((ConfigError, CheckpointError), match=said):
-        build.open_folder(str(tmp_path), sharding.make_mesh())
+        pretrained.open_folder(str(tmp_path), sharding.make_mesh())
 
 
 # ---- compiled programs ---------------------------------------------------------------------

@@ -28,9 +28,9 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fmjax import build, convert, data, sharding, snapshot, state
+from fmjax import convert, data, pretrained, sharding, snapshot, state
 from fmjax.convert import files as weights
-from fmjax.data import files, hub, records, tokenizer
+from fmjax.data import files, hub, lines, records, tokenizer
 from fmjax.data.settings import DataSettings
 from fmjax.errors import CheckpointError, ConfigError, DataError
 from fmjax.models import bert
@@ -80,7 +80,7 @@ def edit(path, **changes):
 
 
 def opened(folder):
-    return build.open_folder(str(folder), sharding.make_mesh())
+    return pretrained.open_folder(str(folder), sharding.make_mesh())
 
 
 # ---- code ----------------------------------------------------------------------------------
@@ -467,7 +467,7 @@ def test_a_parquet_page_that_unpacks_to_far_more_is_not_read(tmp_path, memory):
 
 
 def test_a_text_that_parquet_stores_once_for_all_rows_is_stopped(tmp_path, memory, monkeypatch):
-    monkeypatch.setattr(files, "MAX_RECORD_BYTES", 10**6)
+    monkeypatch.setattr(lines, "MAX_RECORD_BYTES", 10**6)
     text, rows = "x" * 500_000, pyarrow.array([0] * 2000, pyarrow.int32())
     column = pyarrow.DictionaryArray.from_arrays(rows, pyarrow.array([text]))
     path = tmp_path / "a.parquet"

@@ -16,13 +16,13 @@ import pytest
 from common import CACHE, ROOT
 
 from fmjax import (
-    build,
     checkpoint,
     convert,
     evaluate,
     export,
     fill_mask,
     objectives,
+    pretrained,
     report,
     setup,
     sharding,
@@ -87,7 +87,7 @@ def exported(tmp, folder):
 
 @pytest.fixture(scope="module")
 def opened(folder):
-    return build.open_folder(str(folder), sharding.make_mesh())
+    return pretrained.open_folder(str(folder), sharding.make_mesh())
 
 
 def records(path):
@@ -119,25 +119,25 @@ def test_the_tasks_take_the_step_that_is_asked_for(folder, exported, tmp, capsys
     export.run(load("export", folder=folder, step=2), tmp, dry_run=True)
     assert capsys.readouterr().out.count(f"{folder} at step 2 (averaged parameters)") == 3
     mesh = sharding.make_mesh()
-    params = build.open_folder(str(folder), mesh, step=2).params
+    params = pretrained.open_folder(str(folder), mesh, step=2).params
     assert_same(params, checkpoint.load_params(folder, 2)[0])
     with pytest.raises(CheckpointError, match="no finished step 3. There are: 2, 4."):
-        build.open_folder(str(folder), mesh, step=3)
+        pretrained.open_folder(str(folder), mesh, step=3)
     with pytest.raises(ConfigError, match="config.step=4, but config.folder='.*' is not the fold"):
-        build.open_folder(str(exported), mesh, step=4)
+        pretrained.open_folder(str(exported), mesh, step=4)
 
 
 def test_process_0_alone_prints(exported, opened, tmp, capsys, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     fill_mask.run(load("fill_mask", folder=exported, text="[MASK]"), tmp)
     target(exported)
-    monkeypatch.setattr(build, "open_folder", lambda *args, **kwargs: opened)
+    monkeypatch.setattr(pretrained, "open_folder", lambda *args, **kwargs: opened)
     export.run(load("export", folder=opened.source), tmp, dry_run=True)
     assert capsys.readouterr().out == ""
 
 
 def test_an_exported_folder_opens_with_the_same_parameters(exported, opened):
-    again = build.open_folder(str(exported), sharding.make_mesh(fsdp=2), "bfloat16")
+    again = pretrained.open_folder(str(exported), sharding.make_mesh(fsdp=2), "bfloat16")
     kept = {n: x for n, x in trees.unstack(opened.params).items() if n not in LEFT_OUT}
     assert_same(again.params, trees.unflatten(kept))
     assert (again.missing, again.config, again.step) == ((), None, None)
@@ -161,7 +161,7 @@ def test_what_is_no_folder_of_a_model_is_refused(tmp, source, error, said):
     (tmp / "code" / "config.py").write_text("raise SystemExit('executed')")
     (tmp / "empty").mkdir(exist_ok=True)
     with pytest.raises(error, match=said):
-        build.open_folder(source.format(tmp=tmp), sharding.make_mesh())
+        pretrained.open_folder(source.format(tmp=tmp), sharding.make_mesh())
 
 
 # ---- evaluate ----
@@ -217,28 +217,28 @@ def test_a_dry_run_measures_nothing(folder, tmp, capsys):
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp, folder):
+def released(tmp, folder):
     """A BertForPreTraining's folder."""
     model = bert.Model("tiny", **{**SIZES, "vocab_size": 92, "classes": {"nsp": 2}})
     params = state.init_params(model, jax.random.key(0))
-    convert.export(tmp / "pretrained", model, params, folder / "tokenizer")
-    return tmp / "pretrained"
+    convert.export(tmp / "released", model, params, folder / "tokenizer")
+    return tmp / "released"
 
 
-def test_next_sentence_prediction_of_a_folder_that_has_it(folder, pretrained, tmp):
+def test_next_sentence_prediction_of_a_folder_that_has_it(folder, released, tmp):
     words = [f"--config.data.train={folder.parent / 'train.txt'}", "--config.data.seq_len=32"]
     words += ["--config.data.format=pairs", "--config.limit=2", "--config.batch_size=16"]
     words += ["--config.objectives={'nsp': {}, 'mlm': {}}"]
-    evaluate.run(load("evaluate", *words, folder=pretrained), tmp)
+    evaluate.run(load("evaluate", *words, folder=released), tmp)
     found = records(tmp)[-1]["metrics"]
     assert found["nsp/loss"] == pytest.approx(np.log(2), abs=0.1)
     assert 0 <= found["nsp/accuracy"] <= 1
-    fill_mask.run(load("fill_mask", folder=pretrained, text="the [MASK]"), tmp)
-    head = target(pretrained, classes={"nsp": 2})["head/nsp/kernel"]
-    opened = build.open_folder(str(pretrained), sharding.make_mesh())
+    fill_mask.run(load("fill_mask", folder=released, text="the [MASK]"), tmp)
+    head = target(released, classes={"nsp": 2})["head/nsp/kernel"]
+    opened = pretrained.open_folder(str(released), sharding.make_mesh())
     np.testing.assert_array_equal(head, opened.params["head"]["nsp"]["kernel"])
     with pytest.raises(ConfigError, match="objectives.nsp cannot use .* made for 'sop'"):
-        evaluate.run(load("evaluate", *words, "--config.data.pair=sop", folder=pretrained), tmp)
+        evaluate.run(load("evaluate", *words, "--config.data.pair=sop", folder=released), tmp)
 
 
 @pytest.mark.parametrize(
@@ -289,8 +289,8 @@ def test_guesses_are_those_of_torch(exported):
     torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
     from transformers import BertForMaskedLM
 
-    opened = build.open_folder(str(exported), sharding.make_mesh())
-    tokenizer = build.tokenizer(exported)
+    opened = pretrained.open_folder(str(exported), sharding.make_mesh())
+    tokenizer = pretrained.tokenizer(exported)
     sentences = ["the [MASK] of a function", "is [MASK] by a [MASK] when given"]
     rows = fill_mask.encode(sentences, tokenizer, 48)
     found = fill_mask.guesses(opened, tokenizer, rows, 5)
@@ -366,7 +366,7 @@ def target(init, groups=((".*", "train"),), **changes):
     model, _ = setup.grouped(model, groups, {"decay": ".*"}, {})
     config = SimpleNamespace(init=str(init), new_head=False, seed=0)
     abstract = state.abstract_params(model, sharding.make_mesh(fsdp=2))
-    params = build.initial(config, model, abstract)
+    params = pretrained.initial(config, model, abstract)
     for leaf, like in zip(jax.tree.leaves(params), jax.tree.leaves(abstract), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (like.shape, like.dtype, like.sharding)
     return trees.unstack(params)
@@ -402,10 +402,10 @@ def test_starting_with_another_tokenizer_is_refused(folder, exported, tmp):
     (other / "tokenizer.json").write_text(text)
     for init, right in ((folder, folder / "tokenizer"), (exported, exported)):
         config = SimpleNamespace(init=str(init))
-        build.check_tokenizer(config, folder / "tokenizer")
+        pretrained.check_tokenizer(config, folder / "tokenizer")
         with pytest.raises(ConfigError, match=f"--config.tokenizer.name={right}$"):
-            build.check_tokenizer(config, other)
-    build.check_tokenizer(SimpleNamespace(init=""), other)
+            pretrained.check_tokenizer(config, other)
+    pretrained.check_tokenizer(SimpleNamespace(init=""), other)
 
 
 def test_starting_from_a_run_of_another_shape_is_refused(folder):

@@ -6,7 +6,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from fmjax import build, combinations, convert, rules, state, trees
+from fmjax import combinations, convert, pretrained, rules, state, trees
 from fmjax.adapters import lora, merge
 from fmjax.errors import ConfigError
 from fmjax.models import bert
@@ -39,7 +39,7 @@ def base(tmp_path_factory):
 def test_any_base_loads_under_any_adapter(init, base, capsys):
     folder, expected = base
     config, model, abstract = made(folder, init=init)
-    params = build.initial(config, model, abstract)
+    params = pretrained.initial(config, model, abstract)
     assert "newly initialised" in capsys.readouterr().out
     found = trees.unstack(
         jax.jit(lambda p: merge.merge(model, p))(params)
@@ -56,20 +56,20 @@ def test_any_base_loads_under_any_adapter(init, base, capsys):
 def test_a_loaded_adapter_is_not_started_again(base, monkeypatch, tmp_path):
     config, model, abstract = made(tmp_path, init="pissa")
     trained = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract)
-    monkeypatch.setattr(build, "is_run", lambda source: True)
+    monkeypatch.setattr(pretrained, "is_run", lambda source: True)
     saved = lambda source: (trained, {"step": 5}, False)
-    monkeypatch.setattr(build.checkpoint, "load_params", saved)
-    params = build.initial(config, model, abstract)
+    monkeypatch.setattr(pretrained.checkpoint, "load_params", saved)
+    params = pretrained.initial(config, model, abstract)
     assert all((np.asarray(leaf) == 1).all() for leaf in jax.tree.leaves(params))
 
 
 def test_a_base_of_a_run_loads_under_an_adapter(base, monkeypatch, tmp_path):
     _, expected = base
     config, model, abstract = made(tmp_path)
-    monkeypatch.setattr(build, "is_run", lambda source: True)
+    monkeypatch.setattr(pretrained, "is_run", lambda source: True)
     saved = lambda source: (trees.stack(expected, (3,)), {"step": 5}, False)
-    monkeypatch.setattr(build.checkpoint, "load_params", saved)
-    found = trees.unstack(build.initial(config, model, abstract))
+    monkeypatch.setattr(pretrained.checkpoint, "load_params", saved)
+    found = trees.unstack(pretrained.initial(config, model, abstract))
     key = jax.random.fold_in(jax.random.key(3), 0)
     fresh = trees.unstack(jax.jit(lambda: state.init_params(model, key))())
     for name, leaf in found.items():
@@ -109,4 +109,4 @@ def test_a_rank_above_the_weights_has_no_singular_values(base):
     config, model, abstract = made(base[0])
     model = lora.wrap(model.model.clone(stacks=None), targets=((r".*/query", 33),), init="pissa")
     with pytest.raises(ConfigError, match="32 singular values, fewer than its rank 33"):
-        build.initial(config, model, state.abstract_params(model))
+        pretrained.initial(config, model, state.abstract_params(model))

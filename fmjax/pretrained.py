@@ -1,0 +1,329 @@
+"""Models that lie in a folder: a run's, one in Hugging Face format, or a repository of the hub.
+
+`open_folder` opens one to be applied; `initial` and `resolved` start a run from it (`config.init`).
+"""
+
+import dataclasses
+import functools
+import importlib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from fmjax import adapters, build, checkpoint, convert, objectives, rules, state, trees
+from fmjax import config as configs
+from fmjax.data.tokenizer import MAX_VOCAB
+from fmjax.data.tokenizer import load as tokenizer
+from fmjax.errors import CheckpointError, ConfigError, quoted
+from fmjax.models import AnyModel
+
+FRESH = r"head/.*|.*/lora_[abm]"  # parameters that a source may lack: they start fresh
+
+
+class Opened(NamedTuple):
+    """A model from a folder, ready to be applied."""
+
+    source: str  # the folder or hub id that was asked for
+    model: AnyModel
+    params: Any  # stored tree on the mesh
+    tokenizer: Path  # in transformers format
+    missing: tuple[str, ...]  # parameters that the folder lacks: freshly initialised
+    config: ConfigDict | None  # what the run was started with; None for Hugging Face format
+    step: int | None  # of the run
+    labels: tuple[str, ...] = ()  # names of the classes that it was trained for
+    averaged: bool = False  # the run's moving average, which its validation measures too
+
+    def __str__(self) -> str:
+        step = "" if self.step is None else f" at step {self.step}"
+        return self.source + step + (" (averaged parameters)" if self.averaged else "")
+
+    def require_head(self, name: str) -> None:
+        """Refuses to go on with a head whose numbers would be noise."""
+        if any(parameter.startswith(f"head/{name}/") for parameter in self.missing):
+            raise ConfigError(
+                f"config.folder={self.source!r} has no trained head {name!r}: its predictions "
+                "would be random. Use a folder of a model trained for it, or train one with "
+                f"--config=configs/mlm.py --config.init={self.source}"
+            )
+
+
+def resolved(config: Any) -> Any:
+    """The config with the model and the tokenizer of `config.init` in the place of the name "init".
+
+    What `config.model` says beside its name goes before what `config.init` has. Raises ConfigError
+    where there is nothing to take.
+    """
+    wanted = [key for key in ("model", "tokenizer") if config[key].name == "init"]
+    if not wanted:
+        return config
+    if not config.init:
+        raise ConfigError(
+            f"config.{wanted[0]}.name='init' means the {wanted[0]} of config.init, which is empty: "
+            "set --config.init to a run folder, a folder in Hugging Face format, or a hub id."
+        )
+    if config.init.startswith("runs/") and not os.path.isdir(config.init):
+        raise ConfigError(
+            f"config.init={config.init!r} does not exist. python run.py --config=configs/mlm.py "
+            "makes the default one; or set --config.init to another run folder, a folder in "
+            "Hugging Face format, or a hub id."
+        )
+    config = ConfigDict(config.to_dict())
+    if "tokenizer" in wanted:
+        of_run = is_run(config.init)
+        source = Path(config.init, "tokenizer") if of_run else convert.find(config.init)
+        config.tokenizer.name = str(source)
+    if "model" in wanted:
+        name, options = described(config.init)
+        own = {key: value for key, value in config.model.items() if value is not None}
+        config.model = options | own | {"name": name}
+    return config.lock()
+
+
+def described(source: str) -> tuple[str, dict[str, Any]]:
+    """(name, arguments of its `Model`) of the model in a run folder, in a folder in Hugging Face
+    format, or of a hub id; without its heads and its precision."""
+    if is_run(source):
+        name, options = _described(checkpoint.load_meta(source), source)
+    else:
+        name, options = convert.describe(convert.find(source))
+    return name, {k: v for k, v in options.items() if k not in ("classes", "lm_head", "dtype")}
+
+
+def identity(model: AnyModel) -> dict[str, Any]:
+    """What a checkpoint keeps of a model, as JSON; `described` reads it."""
+    name = type(adapters.base(model)).__module__.rpartition(".")[2]
+    return {"name": name, "options": dataclasses.asdict(model.cfg)}
+
+
+def _described(meta: Mapping[str, Any], folder: str | Path) -> tuple[str, dict[str, Any]]:
+    """(name, options) that `identity` wrote; checked, since a folder may come from anybody."""
+    try:
+        name, options = meta["model"]["name"], dict(meta["model"]["options"])
+        options["classes"] = {str(head): outputs for head, outputs in options["classes"]}
+        rules.check({"model": {"name": name, **options}})
+        if not all(isinstance(n, int) and 0 < n <= MAX_VOCAB for n in options["classes"].values()):
+            raise ValueError(f"classes are {options['classes']}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: its checkpoint does not describe a model ({error})."
+        ) from error
+    return name, options
+
+
+def initial(config: Any, model: AnyModel, abstract: Any) -> Any:
+    """Parameters to start from: None (fresh), unless `config.init` names a source.
+
+    That is a run folder, a folder in Hugging Face format or a hub id (`id@revision`). Heads and
+    adapters that it does not have start fresh, and are named; with `config.new_head` the heads of
+    the objectives do so in any case. Raises CheckpointError where shapes differ.
+    """
+    if not config.init:
+        return None
+    heads = "|".join(f"head/{name}/.*" for name in config.objectives) if config.new_head else ""
+    fresh = functools.partial(
+        state.init_params, model, jax.random.fold_in(jax.random.key(config.seed), 0)
+    )
+    if is_run(config.init):
+        params, saved, averaged = checkpoint.load_params(config.init)
+        params, report = _laid_out(params, model.stacks, abstract, config.init, fresh, heads)
+        source = f"step {saved['step']} of {config.init}"
+        source += " (averaged parameters)" if averaged else ""
+    else:
+        params, report = convert.load(
+            convert.find(config.init), abstract, may_miss=FRESH, leave=heads, initial=fresh
+        )
+        source = config.init
+    if jax.process_index() == 0:
+        print(f"starting from {source}: {report}")
+    return adapters.start(model, params, report.kept)
+
+
+def check_tokenizer(config: Any, folder: Path) -> None:
+    """Refuses to start from `config.init` where the ids of the tokenizer in `folder` differ."""
+    if not config.init:
+        return
+    source = Path(config.init, "tokenizer") if is_run(config.init) else convert.find(config.init)
+    if _has_tokenizer(source) and tokenizer(source).get_vocab() != tokenizer(folder).get_vocab():
+        raise ConfigError(
+            f"config.init={config.init!r} was trained with another vocabulary: its embeddings "
+            f"would stand for other tokens. Set --config.tokenizer.name={source}"
+        )
+
+
+def check_head(config: Any, labels: Sequence[str]) -> None:
+    """Refuses to go on with a head of `config.init` that tells other classes apart than `labels`,
+    unless `config.new_head` leaves it out."""
+    if not config.init or config.new_head:
+        return
+    if is_run(config.init):
+        meta = checkpoint.load_meta(config.init)
+        options, names = _described(meta, config.init)[1], _labels(meta)
+    else:
+        source = convert.find(config.init)
+        options, names = convert.describe(source)[1], convert.labels(source)
+    has = options.get("classes", {})
+    for head, outputs in objectives.heads(config.objectives, labels).items():
+        named = names if len(names) == has.get(head) else ()
+        if has.get(head, outputs) != outputs or (named and labels and named != tuple(labels)):
+            its = f"{has[head]} classes" + (f": {quoted(', '.join(named))}" if named else "")
+            ours = f"{outputs}: {quoted(', '.join(labels))}"
+            raise ConfigError(
+                f"config.init={config.init!r} has a head {head!r} for {its}; the data have {ours}. "
+                "To start a new one, set config.new_head=True; to go on with it, "
+                "config.data.classes=<its classes, in its order>."
+            )
+
+
+def is_run(source: str | Path) -> bool:
+    """Whether `source` is the folder of a run, as opposed to one in Hugging Face format."""
+    return any(os.path.exists(Path(source, name)) for name in ("checkpoints", "status.json"))
+
+
+def open_folder(
+    source: str, mesh: jax.sharding.Mesh, precision: str | None = None, step: int | None = None
+) -> Opened:
+    """The model of `config.folder`, wherever it comes from.
+
+    Args:
+        source: a run folder, whose averaged parameters are taken where it keeps them, a folder in
+            Hugging Face format, or a hub id (`id@revision`). It is read as data; nothing in it is
+            executed.
+        precision: of the computation; None takes the run's, float32 for Hugging Face format.
+        step: of the run; None takes its newest undamaged checkpoint.
+
+    Raises ConfigError for what is no such folder, CheckpointError for damage and for a step that is
+    not there.
+    """
+    if not source:
+        raise ConfigError(
+            "config.folder is empty. Give a run folder, such as --config.folder=runs/mlm-1a2b3c4d, "
+            "a folder in Hugging Face format, or a hub id."
+        )
+    if is_run(source):
+        return _open_run(Path(source), mesh, precision, step)
+    if step is not None:
+        raise ConfigError(
+            f"config.step={step}, but config.folder={source!r} is not the folder of a run and has "
+            "no steps: leave config.step out."
+        )
+    folder = convert.find(source)
+    if not _has_tokenizer(folder):
+        raise ConfigError(f"config.folder={source!r} has no tokenizer (tokenizer.json).")
+    name, options = convert.describe(folder)
+    built = importlib.import_module(f"fmjax.models.{name}").Model(
+        **options, dtype=precision or "float32"
+    )
+    built = built.clone(stacks=trees.runs(built.kinds))
+    fresh = functools.partial(state.init_params, built, jax.random.key(0))
+    abstract = state.abstract_params(built, mesh)
+    params, report = convert.load(folder, abstract, may_miss=FRESH, initial=fresh)
+    return Opened(
+        source,
+        built,
+        params,
+        folder,
+        report.kept,
+        config=None,
+        step=None,
+        labels=convert.labels(folder),
+    )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json"))
+
+
+def _open_run(
+    folder: Path, mesh: jax.sharding.Mesh, precision: str | None, step: int | None
+) -> Opened:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file} cannot be read: there is no such file.")
+    saved = configs.load(str(file))
+    needed = {"model.name", "data.seq_len", "precision"}
+    if missing := needed - configs.flatten(saved).keys():
+        raise CheckpointError(f"{file} is not that of a training run: it lacks {sorted(missing)}.")
+    if precision:
+        with saved.unlocked():
+            saved.precision = precision
+    params, meta, averaged = checkpoint.load_params(folder, step)
+    name, options = _described(meta, folder)
+    how = {key: saved.model[key] for key in ("attention", "scan") if key in saved.model}
+    built = importlib.import_module(f"fmjax.models.{name}").Model(
+        **options | how | {"dtype": saved.precision}
+    )
+    build.check_length(built, saved.data.seq_len)
+    built = adapters.wrap(built, saved.to_dict().get("adapter", {}))
+    built = built.clone(stacks=trees.runs(built.kinds))
+    abstract = state.abstract_params(built, mesh)
+    params, _ = _laid_out(params, built.stacks, abstract, str(folder))
+    return Opened(
+        str(folder),
+        built,
+        params,
+        tokenizer=folder / "tokenizer",
+        missing=(),
+        config=saved,
+        step=meta["step"],
+        labels=_labels(meta),
+        averaged=averaged,
+    )
+
+
+def _labels(meta: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes that a run was trained for."""
+    return tuple(configs.flatten(meta).get("fingerprint.labels") or ())
+
+
+def _laid_out(
+    found: trees.Tree,
+    stacks: tuple[int, ...] | None,
+    abstract: trees.Tree,
+    source: str,
+    fresh: Callable[[], trees.Tree] | None = None,
+    leave: str = "",
+) -> tuple[trees.Tree, convert.Report]:
+    """`found`, on the host and in any stacks, in those of `abstract` and where its shardings say.
+
+    Heads and adapters that `found` lacks, and names that match `leave`, are taken from `fresh()`, a
+    whole tree; only they are computed.
+    """
+    have, wanted = trees.unstack(found), trees.unstack(abstract)
+    have = {name: leaf for name, leaf in have.items() if not re.fullmatch(leave, name)}
+    shown = lambda x: "nothing" if x is None else f"{x.dtype}{list(x.shape)}"
+    kept = [n for n in wanted.keys() - have.keys() if fresh and re.fullmatch(FRESH, n)]
+    problems = [
+        f"  {name}: {shown(leaf)} in the model, {shown(have.get(name))} in the checkpoint"
+        for name, leaf in wanted.items()
+        if name not in kept and shown(leaf) != shown(have.get(name))
+    ]
+    if problems:
+        more = [f"  and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise CheckpointError(
+            f"{source} does not fit the model:\n" + "\n".join(problems[:20] + more) + "\n"
+            "Set config.model and config.tokenizer as in its config.json."
+        )
+    places = {path: leaf.sharding for path, leaf in trees.flatten(abstract).items()}
+    stored = trees.stack({name: have[name] for name in wanted if name in have}, stacks)
+    params = {
+        path: jax.device_put(np.asarray(leaf), places[path])
+        for path, leaf in trees.flatten(stored).items()
+    }
+    if kept:
+        lacking = places.keys() - params.keys()
+        some = lambda: {path: trees.flatten(fresh())[path] for path in lacking}
+        params |= jax.jit(some, out_shardings={path: places[path] for path in lacking})()
+    unused = sorted(have.keys() - wanted.keys())
+    if lost := [name for name in unused if re.fullmatch(adapters.LEAVES, name)]:
+        raise ConfigError(
+            f"{source} has an adapter ({lost[0]}, …) that the model has no place for: set "
+            "config.adapter as in its config.json, or start from what configs/export.py makes of "
+            "it, which has the adapter merged."
+        )
+    return trees.unflatten(params), convert.Report(tuple(sorted(kept)), tuple(unused))
