@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.stats
 import seqeval.metrics
+import torch
 import transformers
 
+from fmjax.data import spans
 from fmjax.objectives import span
 
 IGNORED = -100  # labels that the losses of transformers leave out
+STRIDE = 64  # tokens that two windows share, as in configs/mlm.py
 
 
 class Task(NamedTuple):
@@ -47,7 +50,7 @@ def _texts(task, folder, tokenizer, seq_len, examples):
         return {"accuracy": float(np.mean(logits.argmax(-1) == labels))}
 
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=len(names)
+        folder, num_labels=len(names), dtype=torch.float32
     )
     validation = rows("validation")
     collate = transformers.DataCollatorWithPadding(tokenizer)
@@ -77,7 +80,7 @@ def _tags(task, folder, tokenizer, seq_len, examples):
         return {"f1": seqeval.metrics.f1_score(right, guesses)}
 
     model = transformers.AutoModelForTokenClassification.from_pretrained(
-        folder, num_labels=len(names)
+        folder, num_labels=len(names), dtype=torch.float32
     )
     validation = list(rows("validation"))
     collate = transformers.DataCollatorForTokenClassification(tokenizer)
@@ -85,34 +88,24 @@ def _tags(task, folder, tokenizer, seq_len, examples):
 
 
 def _spans(task, folder, tokenizer, seq_len, examples):
-    """The answer in a context, cut into windows that share 64 tokens; scored as ours are."""
+    """The answer in a context, cut into windows; labelled and scored as ours are."""
 
     def rows(split):
         for number, (question, context, answers) in enumerate(examples[split]):
-            start, text = answers[0]
             found = tokenizer(
                 question,
                 context,
                 truncation="only_second",
                 max_length=seq_len,
-                stride=64,
+                stride=STRIDE,
                 return_overflowing_tokens=True,
                 return_offsets_mapping=True,
             )
-            for i in range(len(found["input_ids"])):
-                inside = np.array([s == 1 for s in found.sequence_ids(i)])
-                offsets = np.where(inside[:, None], found["offset_mapping"][i], -1)
-                first = np.flatnonzero((offsets[:, 0] <= start) & (offsets[:, 1] > start))
-                end = start + len(text)
-                last = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] >= end))
-                whole = len(first) and len(last)
-                row = {key: found[key][i] for key in ("input_ids", "token_type_ids")}
-                yield (
-                    {**row, "attention_mask": found["attention_mask"][i]}
-                    | {"start_positions": int(first[0]) if whole else 0}
-                    | {"end_positions": int(last[0]) if whole else 0},
-                    (number, offsets),
-                )
+            windows = [spans.offsets_of(encoding) for encoding in found.encodings]
+            labels = spans.labels(answers[0] if answers else None, windows)
+            for i, (window, (first, last)) in enumerate(zip(windows, labels, strict=True)):
+                row = {key: found[key][i] for key in tokenizer.model_input_names}
+                yield row | {"start_positions": first, "end_positions": last}, (number, window)
 
     def score(logits):
         windows = [window for _, window in validation]
@@ -129,7 +122,7 @@ def _spans(task, folder, tokenizer, seq_len, examples):
         every = np.arange(len(windows))
         return span.score(found, None, split=SimpleNamespace(questions=asked), rows=every)
 
-    model = transformers.AutoModelForQuestionAnswering.from_pretrained(folder)
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(folder, dtype=torch.float32)
     validation = list(rows("validation"))
     collate = transformers.DataCollatorWithPadding(tokenizer)
     train = [row for row, _ in rows("train")]

@@ -37,7 +37,7 @@ def check(config: Mapping[str, Any]) -> None:
     _check_best(config)
     _check_groups(config)
     _check_optim(config)
-    _check_adapter(config)
+    _check_init(config)
     _check_distributed(config.get("distributed", {}))
     batch_size, accumulate = config.get("batch_size", 1), config.get("accumulate", 1)
     if batch_size % accumulate:
@@ -90,7 +90,7 @@ def _check_optim(config: Mapping[str, Any]) -> None:
         _check_settings(key, settings, optim | settings)
 
 
-def _check_adapter(config: Mapping[str, Any]) -> None:
+def _check_init(config: Mapping[str, Any]) -> None:
     adapter = config.get("adapter", {})
     init = adapter.get("init", "uniform")
     if adapter.get("name") and init != "uniform" and not config.get("init"):
@@ -98,6 +98,8 @@ def _check_adapter(config: Mapping[str, Any]) -> None:
             f"--config.adapter.init={init!r} starts from the weights of a trained model: name it "
             "with --config.init"
         )
+    if config.get("new_head") and not config.get("init"):
+        raise ConfigError("--config.new_head=True needs --config.init: without it all is new")
 
 
 def _check_distributed(distributed: Mapping[str, Any]) -> None:

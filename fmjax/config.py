@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "save_every",
     "keep",
     "keep_best",
+    "best",
     "max_skipped",
     "cache_prefix",
     "tensorboard",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import build, pretrained, processes
+from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.errors import ConfigError
 
 
@@ -29,7 +30,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     with processes.start(config) as mesh:
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
         opened.require_head("mlm")
-        tokenizer = pretrained.tokenizer(opened.tokenizer)
+        tokenizer = load_tokenizer(opened.tokenizer)
         rows = encode(sentences, tokenizer, opened.model.cfg.max_len)
         if dry_run:
             return

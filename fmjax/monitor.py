@@ -32,6 +32,7 @@ class Monitor:
     def __init__(
         self, run: Any, folder: Any, first: int, saved: Mapping, started: float, restore_sec: float
     ):
+        self._told_best = False
         config, main = run.config, jax.process_index() == 0
         self.run, self.folder, self.first = run, folder, first
         self.tokens, self.skipped = saved.get("tokens", 0), saved.get("skipped", 0)
@@ -109,12 +110,7 @@ class Monitor:
         if named:
             self._logger.write(step, named)
             self._progress.log(step, named)
-            best = self.run.config.best
-            if not np.isfinite(named.get(best, 0.0)):
-                self._progress.print(
-                    f"step {step}: {best} is {named[best]}, so that this checkpoint cannot become "
-                    "the best one; config.best can name another metric"
-                )
+            self._tell_best(step, named)
 
     def owes_evaluation(self, step: int) -> bool:
         """Whether a signal has cut the evaluation of `step` short, in this sitting or the last."""
@@ -206,6 +202,15 @@ class Monitor:
             self.bad_in_a_row = 0
         self._scalars["grad_norm"].append(float(found["grad_norm"]))
         evaluate.add(self._sums, found["sums"])
+
+    def _tell_best(self, step: int, metrics: Mapping[str, float]) -> None:
+        config = self.run.config
+        if config.keep_best and not (self._told_best or np.isfinite(metrics.get(config.best, 0.0))):
+            self._told_best = True
+            self._progress.print(
+                f"step {step}: {config.best} is {metrics[config.best]}, so that no such checkpoint "
+                "becomes the best one; config.best may change, and the run go on"
+            )
 
     def _tell_skipped(self, step: int, found: Mapping[str, Any], bad: bool) -> None:
         self.skipped += 1

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import build, communication, flops, objectives, trees
+from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.progress import count
 from fmjax.setup import batch_spec
 from fmjax.step import make_train_step
@@ -88,7 +89,7 @@ def _sent(program: str) -> str:
 
 def _batch(run: Any, batch: Mapping[str, np.ndarray]) -> None:
     """The first row of the first batch as the model sees it, decoded."""
-    tokenizer = pretrained.tokenizer(run.dataset.tokenizer_dir)
+    tokenizer = load_tokenizer(run.dataset.tokenizer_dir)
     batch = {name: jnp.asarray(x) for name, x in batch.items()}  # of several processes, this one's
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.config.seed), 1), 0)
     prepared = objectives.prepare(run.objectives, batch, rng, train=True)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from fmjax.errors import ConfigError
 
 SHOWN = 5  # records that the terminal gets
 LARGEST = 3  # and numbers of each
+WIDTH = 90  # and characters of each text
 
 
 def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
@@ -59,8 +59,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             file.write(json.dumps(logs.plain(fields | said), ensure_ascii=False) + "\n")
     print(f"\n{opened}")
     for fields, said in records[:SHOWN]:
-        texts = " | ".join(map(str, fields.values()))
-        print(f"  {textwrap.shorten(texts, 90, placeholder='…')}\n    {_readable(said)}")
+        texts = " | ".join(_cut(str(value)) for value in fields.values())
+        print(f"  {texts}\n    {_readable(said)}")
     print(f"{len(records):,} predictions written to {path}")
 
 
@@ -114,9 +114,16 @@ def _readable(said: Any) -> str:
     if isinstance(said, float):
         return f"{said:.3f}"
     if isinstance(said, list):
-        return textwrap.shorten(" ".join(map(_readable, said)), 100, placeholder="…")
+        return _cut(" ".join(map(_readable, said[:WIDTH])))
     if not isinstance(said, dict):
-        return str(said)
+        return _cut(str(said))
     if said and all(isinstance(value, float) for value in said.values()):
         said = dict(sorted(said.items(), key=lambda item: -item[1])[:LARGEST])
     return ", ".join(f"{name} {_readable(value)}" for name, value in said.items())
+
+
+def _cut(text: str) -> str:
+    """On one line of at most `WIDTH` characters, all of which can be printed."""
+    words = " ".join(text[: 2 * WIDTH].split())
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)
+    return shown if len(shown) <= WIDTH and len(text) <= 2 * WIDTH else f"{shown[: WIDTH - 1]}…"

@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from fmjax import adapters, build, checkpoint, convert, objectives, rules, state, trees
 from fmjax import config as configs
 from fmjax.data.tokenizer import MAX_VOCAB
-from fmjax.data.tokenizer import load as tokenizer
-from fmjax.errors import CheckpointError, ConfigError, quoted
+from fmjax.data.tokenizer import load as load_tokenizer
+from fmjax.errors import CheckpointError, ConfigError
 from fmjax.models import AnyModel
 
 FRESH = r"head/.*|.*/lora_[abm]"  # parameters that a source may lack: they start fresh
@@ -126,6 +126,10 @@ def initial(config: Any, model: AnyModel, abstract: Any) -> Any:
     if not config.init:
         return None
     heads = "|".join(f"head/{name}/.*" for name in config.objectives) if config.new_head else ""
+    if heads and not any(re.fullmatch(heads, name) for name in trees.unstack(abstract)):
+        raise ConfigError(
+            f"config.new_head=True, but the objectives {list(config.objectives)} have no head."
+        )
     fresh = functools.partial(
         state.init_params, model, jax.random.fold_in(jax.random.key(config.seed), 0)
     )
@@ -149,7 +153,10 @@ def check_tokenizer(config: Any, folder: Path) -> None:
     if not config.init:
         return
     source = Path(config.init, "tokenizer") if is_run(config.init) else convert.find(config.init)
-    if _has_tokenizer(source) and tokenizer(source).get_vocab() != tokenizer(folder).get_vocab():
+    if (
+        _has_tokenizer(source)
+        and load_tokenizer(source).get_vocab() != load_tokenizer(folder).get_vocab()
+    ):
         raise ConfigError(
             f"config.init={config.init!r} was trained with another vocabulary: its embeddings "
             f"would stand for other tokens. Set --config.tokenizer.name={source}"
@@ -157,27 +164,32 @@ def check_tokenizer(config: Any, folder: Path) -> None:
 
 
 def check_head(config: Any, labels: Sequence[str]) -> None:
-    """Refuses to go on with a head of `config.init` that tells other classes apart than `labels`,
-    unless `config.new_head` leaves it out."""
+    """Refuses to go on with a head of `config.init` that was made for other classes than `labels`,
+    or for another number, unless `config.new_head` leaves it out.
+
+    `config.data.classes` states what each output of the head means in the data; names are compared
+    where it is empty.
+    """
     if not config.init or config.new_head:
         return
     if is_run(config.init):
         meta = checkpoint.load_meta(config.init)
-        options, names = _described(meta, config.init)[1], _labels(meta)
+        has, names = _described(meta, config.init)[1].get("classes", {}), _labels(meta)
     else:
         source = convert.find(config.init)
-        options, names = convert.describe(source)[1], convert.labels(source)
-    has = options.get("classes", {})
-    for head, outputs in objectives.heads(config.objectives, labels).items():
-        named = names if len(names) == has.get(head) else ()
-        if has.get(head, outputs) != outputs or (named and labels and named != tuple(labels)):
-            its = f"{has[head]} classes" + (f": {quoted(', '.join(named))}" if named else "")
-            ours = f"{outputs}: {quoted(', '.join(labels))}"
-            raise ConfigError(
-                f"config.init={config.init!r} has a head {head!r} for {its}; the data have {ours}. "
-                "To start a new one, set config.new_head=True; to go on with it, "
-                "config.data.classes=<its classes, in its order>."
-            )
+        has, names = convert.describe(source)[1].get("classes", {}), convert.labels(source)
+    wanted = objectives.heads(config.objectives, labels)
+    for head in wanted.keys() & has.keys():
+        same = names == tuple(labels) or not (names and labels) or config.data.classes
+        if has[head] == wanted[head] and same:
+            continue
+        told = lambda number, names: f"{number} outputs" + f" ({', '.join(names)})" * bool(names)
+        classes = "config.data.classes=<those of the data, in the order of its outputs>"
+        raise ConfigError(
+            f"config.init={config.init!r} has a head {head!r} with {told(has[head], names)}, the "
+            f"data need {told(wanted[head], labels)}. Set config.new_head=True to start a new one"
+            + (f", or {classes} to go on with it." if has[head] == wanted[head] else ".")
+        )
 
 
 def is_run(source: str | Path) -> bool:

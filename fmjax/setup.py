@@ -60,7 +60,6 @@ def setup(config: Any, mesh: jax.sharding.Mesh, poll: Callable[[], None] = lambd
 
     dataset = data.prepare(config.data.to_dict(), config.tokenizer.to_dict(), poll=poll)
     pretrained.check_tokenizer(config, dataset.tokenizer_dir)
-    pretrained.check_head(config, dataset.labels)
     train = dataset.splits["train"]
     size = dict(rows=len(train), tokens=train.tokens)
     run = assemble(config, mesh, dataset.vocab, dataset.labels, **size)

@@ -71,6 +71,7 @@ def run(
         mesh = stack.enter_context(processes.start(config, stop))
         if dry_run:
             parts = setup(config, mesh, poll)
+            pretrained.check_head(parts.config, parts.dataset.labels)
             with contextlib.closing(train_batches(parts)) as batches:
                 return plan.show(parts, next(batches))
         if table := sharding.table(mesh):
@@ -192,6 +193,7 @@ def start(
         # The run folder reads alone: evaluation, export and people need the tokenizer.
         source = run.dataset.tokenizer_dir
         shutil.copytree(source, folder.path / "tokenizer", dirs_exist_ok=True)
+    pretrained.check_head(run.config, run.dataset.labels)
     params = pretrained.initial(run.config, run.model, run.abstract.params)
     create = functools.partial(state.create, run.abstract, run.model, run.optimizer.tx)
     created = create(run.split, run.config.seed, params)

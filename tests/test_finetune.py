@@ -1,6 +1,8 @@
 """From a pretrained run to a task: the head, the scores, the folder, and what is refused."""
 
 import json
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ from fmjax import (
     trees,
 )
 from fmjax import config as configs
+from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.errors import ConfigError, DataError
 
 RUN = [
@@ -98,7 +101,7 @@ def test_the_model_and_the_tokenizer_are_those_of_init(encoder, tuned):
         "pooler",
     }
     assert trees.unstack(before.params)["embed/token/embedding"].shape[0] == len(
-        pretrained.tokenizer(after.tokenizer)
+        load_tokenizer(after.tokenizer)
     )
 
 
@@ -198,6 +201,13 @@ def test_predictions_are_lines_in_the_order_of_the_file(home, tuned, capsys):
     assert f"  {told[0]['text']}\n    {said}" in shown
 
 
+def test_what_a_terminal_shows_of_a_text_is_cut_and_can_be_printed():
+    assert predict._cut("a\n b") == "a b"
+    assert predict._cut("x" * 10**6) == "x" * 89 + "…"
+    assert predict._cut(" " * 500 + "x").endswith("…")
+    assert predict._cut("\x1b[2J") == "\N{REPLACEMENT CHARACTER}[2J"
+
+
 def test_embeddings_are_the_mean_of_the_last_layer_whatever_the_batch(home, encoder):
     found = []
     for size in (8, 16):
@@ -209,7 +219,7 @@ def test_embeddings_are_the_mean_of_the_last_layer_whatever_the_batch(home, enco
     np.testing.assert_allclose(np.linalg.norm(found[0], axis=1), 1, atol=1e-5)
     opened = pretrained.open_folder(str(encoder), sharding.make_mesh())
     text = json.loads((home / "dev.jsonl").read_text().splitlines()[3])["text"]
-    ids = np.array([pretrained.tokenizer(opened.tokenizer)(text)["input_ids"]])
+    ids = np.array([load_tokenizer(opened.tokenizer)(text)["input_ids"]])
     row = (ids, np.ones_like(ids), np.arange(ids.shape[1])[None], np.zeros_like(ids))
     row = [jnp.asarray(x, jnp.int32) for x in row]
     hidden = build.apply(opened.model)(opened.params, *row, method="encode")
@@ -312,29 +322,80 @@ def relabelled(home, names):
     return [f"--config.data.train={path}", "--config.total=1", "--config.best="]
 
 
-def test_a_head_for_other_classes_is_not_gone_on_with(home, first_pooled, capsys):
+@pytest.mark.parametrize("kind", ["run", "exported"])
+def test_a_head_for_other_classes_is_not_gone_on_with(home, first_pooled, kind):
     """From a run as from Hugging Face's format: other names, and another number."""
-    for source in (first_pooled / "run", first_pooled / "exported"):
-        here = [f"--config.init={source}", "--config.objectives.classify.pool=first"]
-        for names, said in ((("x", "y", "z"), "3: 'x, y, z'"), (("x", "y", "y"), "2: 'x, y'")):
-            config = load("finetune.py", *relabelled(home, names), *here)
-            wanted = f"has a head 'classify' for 3 classes: 'bad, good, odd'; the data have {said}"
-            with pytest.raises(ConfigError, match=wanted):
-                train.run(config, home / f"refused-{said[:1]}-{source.name}")
-        config = load("finetune.py", *relabelled(home, names), *here, "--config.new_head=True")
-        capsys.readouterr()
-        train.run(config, home / f"anew-{source.name}")
-        assert "head/classify/bias" in capsys.readouterr().out  # named as fresh
-        kept = trees.flatten(pretrained.open_folder(str(source), sharding.make_mesh()).params)
-        begun = pretrained.initial(config, *pieces(config))
-        assert begun["head"]["classify"]["kernel"].shape[1] == 2
-        np.testing.assert_array_equal(begun["head"]["pooler"]["kernel"], kept["head/pooler/kernel"])
+    source = first_pooled / kind
+    here = [f"--config.init={source}", "--config.objectives.classify.pool=first"]
+    for names, said in ((("x", "y", "z"), "3 outputs (x, y, z)"), (("x", "y", "y"), "2 outputs")):
+        config = load("finetune.py", *relabelled(home, names), *here)
+        wanted = f"has a head 'classify' with 3 outputs (bad, good, odd), the data need {said}"
+        with pytest.raises(ConfigError, match=re.escape(wanted)):
+            train.run(config, home / f"refused-{kind}-{'-'.join(names)}")
+        with pytest.raises(ConfigError, match=re.escape(wanted)):
+            train.run(config, home / "dry", dry_run=True)
 
 
-def pieces(config):
-    """(model, abstract parameters) of a config for two classes."""
+@pytest.mark.parametrize("kind", ["run", "exported"])
+def test_a_head_is_kept_unless_a_new_one_is_asked_for(home, first_pooled, kind):
+    source, mesh = first_pooled / kind, sharding.make_mesh()
+    here = [f"--config.init={source}", "--config.objectives.classify.pool=first"]
+    before = trees.flatten(pretrained.open_folder(str(source), mesh).params)
+    stated = "--config.data.classes=('x', 'y', 'z')"
+    other = relabelled(home, ("x", "y", "z"))
+    for words, kept in (
+        (files(home), True),
+        ([*files(home), "--config.new_head=True"], False),
+        ([*other, stated], True),
+        ([*other, "--config.new_head=True"], False),
+    ):
+        config = load("finetune.py", *words, *here)
+        run = setup.setup(config, mesh)
+        pretrained.check_head(run.config, run.dataset.labels)
+        begun = trees.flatten(pretrained.initial(run.config, run.model, run.abstract.params))
+        same = lambda name: bool(np.array_equal(begun[name], before[name]))  # noqa: B023
+        assert same("head/classify/kernel") == kept
+        assert same("head/pooler/kernel")
+
+
+def test_names_that_transformers_makes_up_are_not_compared(home, first_pooled, tmp_path):
+    folder = shutil.copytree(first_pooled / "exported", tmp_path / "unnamed")
+    described = json.loads((folder / "config.json").read_text())
+    described["id2label"] = {str(i): f"LABEL_{i}" for i in range(3)}
+    (folder / "config.json").write_text(json.dumps(described))
+    config = load("finetune.py", *relabelled(home, ("x", "y", "z")), f"--config.init={folder}")
+    pretrained.check_head(config, ("x", "y", "z"))
+    with pytest.raises(ConfigError, match="3 outputs, the data need 2 outputs"):
+        pretrained.check_head(config, ("x", "y"))
+
+
+def test_a_new_head_needs_something_to_differ_from(home, first_pooled):
+    with pytest.raises(ConfigError, match="config.new_head=True needs --config.init"):
+        load("finetune.py", "--config.init=", "--config.new_head=True")
+    words = [*files(home), f"--config.init={first_pooled}/run", "--config.data.label="]
+    config = load("finetune.py:contrast", *words, "--config.new_head=True")
     run = setup.setup(config, sharding.make_mesh())
-    return run.model, run.abstract.params
+    with pytest.raises(ConfigError, match=r"the objectives \['contrast'\] have no head"):
+        pretrained.initial(run.config, run.model, run.abstract.params)
+
+
+def test_a_dry_run_tells_what_a_run_would_be(home, encoder, capsys):
+    config = load("finetune.py", *files(home), f"--config.init={encoder}")
+    train.run(config, home / "dry", dry_run=True)
+    shown = capsys.readouterr().out
+    assert "head/classify/kernel" in shown and "first row of the first batch\n[CLS] " in shown
+    assert not (home / "dry").exists()
+
+
+def test_a_best_metric_that_is_no_number_is_told_once(home, encoder, capsys):
+    words = "the dog runs . a cat sleeps".split()
+    tags = "DET NOUN VERB PUNCT DET NOUN VERB".split()
+    lines = [f"{word}\t{tag}" for word, tag in zip(words, tags, strict=True)]
+    (home / "pos.conll").write_text("\n".join([*lines, ""] * 24))
+    data = [f"--config.data.{key}={home}/pos.conll" for key in ("train", "validation")]
+    config = load("finetune.py:tag", *data, f"--config.init={encoder}", "--config.eval_every=2")
+    train.run(config, home / "pos")
+    assert capsys.readouterr().out.count("validation/tag/f1 is nan, so that no such") == 1
 
 
 def test_a_head_on_the_mean_is_not_exported(home, encoder):

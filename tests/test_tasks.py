@@ -31,6 +31,7 @@ from fmjax import (
     trees,
 )
 from fmjax import config as configs
+from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.errors import CheckpointError, ConfigError, DataError
 from fmjax.models import bert
 
@@ -290,7 +291,7 @@ def test_guesses_are_those_of_torch(exported):
     from transformers import BertForMaskedLM
 
     opened = pretrained.open_folder(str(exported), sharding.make_mesh())
-    tokenizer = pretrained.tokenizer(exported)
+    tokenizer = load_tokenizer(exported)
     sentences = ["the [MASK] of a function", "is [MASK] by a [MASK] when given"]
     rows = fill_mask.encode(sentences, tokenizer, 48)
     found = fill_mask.guesses(opened, tokenizer, rows, 5)

@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -29,45 +29,35 @@ class Place(NamedTuple):
 
 
 class Tensors:
-    """The tensors of files by key, read in the layout of our parameters.
+    """The tensors of open files by key, read in the layout of our parameters."""
 
-    A file is mapped anew for each read: the pages of a mapping count as memory of the process until
-    it ends, and would add up to the size of the files beside the parameters.
-    """
-
-    def __init__(self, places: Mapping[str, Path], handles: Mapping[str, safe_open]):
-        slices = {key: handles[key].get_slice(key) for key in places}
-        self._places = places
-        self._dtypes = {key: tensor.get_dtype() for key, tensor in slices.items()}
-        self._shapes = {key: tuple(tensor.get_shape()) for key, tensor in slices.items()}
+    def __init__(self, handles: Mapping[str, safe_open]):
+        self._slices = {key: handle.get_slice(key) for key, handle in handles.items()}
 
     def keys(self) -> list[str]:
-        return sorted(self._places)
+        return sorted(self._slices)
 
     def dtype(self, key: str) -> str:
-        return self._dtypes[key]
+        return self._slices[key].get_dtype()
 
     def shape(self, place: Place) -> tuple[int, ...]:
         """The shape of what lies at `place`; a fused tensor that cannot be cut keeps its own."""
-        shape = self._shapes[place.key]
+        shape = tuple(self._slices[place.key].get_shape())
         if shape and shape[0] % place.parts == 0:
             shape = (shape[0] // place.parts, *shape[1:])
         return shape[::-1] if place.transposed else shape
 
     def read(self, place: Place, index: tuple[slice, ...]) -> np.ndarray:
         """The part `index` (slices with explicit bounds) of what lies at `place`."""
+        tensor = self._slices[place.key]
         rows, *rest = index[::-1] if place.transposed else index
-        first = place.part * (self._shapes[place.key][0] // place.parts)
-        piece = self._read(place.key, (slice(rows.start + first, rows.stop + first), *rest))
+        first = place.part * (tensor.get_shape()[0] // place.parts)
+        piece = tensor[(slice(rows.start + first, rows.stop + first), *rest)]
         return piece.T if place.transposed else piece
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same numbers."""
-        return np.array_equal(self._read(one, slice(None)), self._read(other, slice(None)))
-
-    def _read(self, key: str, index: Any) -> np.ndarray:
-        with safe_open(self._places[key], "numpy") as file:
-            return file.get_slice(key)[index]
+        return np.array_equal(self._slices[one][:], self._slices[other][:])
 
 
 @contextlib.contextmanager
@@ -81,15 +71,16 @@ def open_folder(folder: Path) -> Iterator[Tensors]:
         opened = {}
         for name in set(wanted.values()) or {SINGLE}:
             try:
-                opened[name] = stack.enter_context(safe_open(folder / name, "numpy"))
+                # Not mapped: pages of a mapping add up to the size of the file in memory.
+                file = safe_open(folder / name, "numpy", backend="pread")
+                opened[name] = stack.enter_context(file)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
         wanted = wanted or dict.fromkeys(opened[SINGLE].keys(), SINGLE)
         held = {name: set(handle.keys()) for name, handle in opened.items()}
         if lost := [key for key, name in wanted.items() if key not in held[name]]:
             raise CheckpointError(f"{folder / INDEX} lists tensors that its files lack: {lost[:5]}")
-        places = {key: folder / name for key, name in wanted.items()}
-        yield Tensors(places, {key: opened[name] for key, name in wanted.items()})
+        yield Tensors({key: opened[name] for key, name in wanted.items()})
 
 
 def _locate(folder: Path) -> dict[str, str]:

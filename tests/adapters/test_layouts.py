@@ -15,7 +15,7 @@ KINDS = {"lora": dict(dropout=0.1), "dora": dict(dora=True, dropout=0.1)}
 
 
 def two_steps(kind, mesh, **model):
-    """(parameters, losses)."""
+    """(parameters, losses, the adapter's parameters before)."""
     with jax.set_mesh(mesh):
         adapter = LORA | KINDS[kind]
         made = tiny.make(
@@ -23,12 +23,17 @@ def two_steps(kind, mesh, **model):
         )
         place = jax.sharding.NamedSharding(mesh, sharding.BATCH)
         current, losses = made.state(), []
+        before = {name: x for name, x in flat(current.params).items() if "/lora_" in name}
         for seed in (0, 1):
             batch = {name: jax.device_put(x, place) for name, x in tiny.batch(8, seed).items()}
             current, found = made.step(current, batch)
             assert float(found["skipped"]) == 0
             losses.append(float(found["loss"]))
-    return current.params, losses
+    return flat(current.params), losses, before
+
+
+def flat(params):
+    return trees.flatten(jax.device_get(params))
 
 
 @functools.cache
@@ -37,21 +42,24 @@ def single_device(kind):
         (1, 1, 1), sharding.AXES, devices=jax.devices()[:1],
         axis_types=(jax.sharding.AxisType.Auto,) * 3,
     )  # fmt: skip
-    params, losses = two_steps(kind, one)
-    return trees.flatten(jax.device_get(params)), losses
+    return two_steps(kind, one)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
 def test_any_layout_gives_the_same_numbers(layout, kind):
-    params, losses = two_steps(kind, sharding.make_mesh(**{"data": 1, **layout}))
-    wanted, wanted_losses = single_device(kind)
+    params, losses, _ = two_steps(kind, sharding.make_mesh(**{"data": 1, **layout}))
+    wanted, wanted_losses, _ = single_device(kind)
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-6)
-    for path, leaf in trees.flatten(params).items():
+    for path, leaf in params.items():
         np.testing.assert_allclose(leaf, wanted[path], atol=1e-6, err_msg=path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_stays_near_float32(kind):
-    _, losses = two_steps(kind, sharding.make_mesh(), dtype="bfloat16")
-    np.testing.assert_allclose(losses, single_device(kind)[1], rtol=5e-3)
+    params, losses, before = two_steps(kind, sharding.make_mesh(), dtype="bfloat16")
+    wanted, wanted_losses, _ = single_device(kind)
+    np.testing.assert_allclose(losses, wanted_losses, rtol=5e-3)
+    norm = lambda leaves: np.sqrt(sum(np.sum(np.square(leaf)) for leaf in leaves))
+    moved = norm(wanted[name] - x for name, x in before.items())
+    assert norm(params[name] - wanted[name] for name in before) < 0.1 * moved
