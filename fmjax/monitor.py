@@ -48,7 +48,7 @@ class Monitor:
             started=started,
             restore_sec=restore_sec,
         )
-        self._progress = Progress(run.total, start=first, enabled=main)
+        self._progress = Progress(run.total, start=first, best=config.best, enabled=main)
         self._pending: tuple[int, Any, Any] | None = None
         known = processes.first(lambda: _is_evaluated(folder.path, first))
         self._results: tuple[int, dict[str, float]] = (first if known or first == 0 else -1, {})

@@ -13,7 +13,7 @@ from typing import Any
 WIDTH = 100  # of a plain line
 SELDOM = 10.0  # seconds between plain lines about something that takes long
 # Left out in this order when a line has no room.
-OPTIONAL = ("saved", "mfu", "data", "lr", "val")
+OPTIONAL = ("saved", "mfu", "data", "lr", "best", "val")
 
 
 class Progress:
@@ -25,9 +25,15 @@ class Progress:
     """
 
     def __init__(
-        self, total: int, *, start: int = 0, enabled: bool = True, file: io.TextIOBase | None = None
+        self,
+        total: int,
+        *,
+        start: int = 0,
+        best: str = "",
+        enabled: bool = True,
+        file: io.TextIOBase | None = None,
     ):
-        self.total, self.enabled = total, enabled
+        self.total, self.best, self.enabled = total, best, enabled
         self._file = file or sys.stdout
         self._metrics: dict[str, float] = {}
         self._shown = self._saved = None
@@ -42,15 +48,17 @@ class Progress:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show new numbers. Those not given keep the value shown last; unknown ones are ignored.
 
-        Shown are train/loss, validation/loss, optim/lr (the largest optim/lr/<group>),
-        perf/tokens_per_sec and, as fractions of one, perf/mfu and perf/data_wait. A second plain
-        line on a step holds only what is new.
+        Shown are train/loss, validation/loss, the metric `best`, optim/lr (the largest
+        optim/lr/<group>), perf/tokens_per_sec and, as fractions of one, perf/mfu and
+        perf/data_wait. A second plain line on a step holds only what is new.
         """
         if not self.enabled:
             return
         self._metrics |= metrics
         again, self._shown = step == self._shown and not self._bar, step
-        fields = _fields(metrics if again else self._metrics) | {"eta": f"eta {self._eta(step)}"}
+        fields = _fields(metrics if again else self._metrics, self.best) | {
+            "eta": f"eta {self._eta(step)}"
+        }
         if self._bar:
             saved = {} if self._saved is None else {"saved": f"saved {self._saved}"}
             self._bar.step(step)
@@ -201,7 +209,7 @@ def _terminal(file: io.TextIOBase) -> bool:
     return not Console(file=file).is_dumb_terminal
 
 
-def _fields(metrics: Mapping[str, float]) -> dict[str, str]:
+def _fields(metrics: Mapping[str, float], best: str) -> dict[str, str]:
     """The known metrics as short texts of constant width, in the order of the line."""
     rates = [value for name, value in metrics.items() if name.startswith("optim/lr")]
     if rates:
@@ -209,11 +217,14 @@ def _fields(metrics: Mapping[str, float]) -> dict[str, str]:
     shown = {
         "loss": ("train/loss", lambda v: f"loss {v:5.3f}"),
         "val": ("validation/loss", lambda v: f"val {v:5.3f}"),
+        "best": (best, lambda v: f"{best.rpartition('/')[2]} {v:.3f}"),
         "lr": ("optim/lr", lambda v: f"lr {v:.1e}"),
         "speed": ("perf/tokens_per_sec", lambda v: f"{count(v):>5} tok/s"),
         "mfu": ("perf/mfu", lambda v: f"mfu {v:5.1%}"),
         "data": ("perf/data_wait", lambda v: f"data {v:.1%}"),
     }
+    if best == "validation/loss":
+        del shown["best"]
     return {
         name: text(metrics[metric]) for name, (metric, text) in shown.items() if metric in metrics
     }

@@ -67,6 +67,21 @@ def test_plain_lines(clock):
     ]
 
 
+@pytest.mark.parametrize(
+    "best, said",
+    [
+        ("validation/tag/f1", "val 2.000  f1 0.613  "),
+        ("validation/loss", "val 2.000  "),
+        ("", "val 2.000  "),
+    ],
+)
+def test_the_metric_that_decides_is_shown_beside_the_loss(clock, best, said):
+    file = io.StringIO()
+    with progress.Progress(10, best=best, file=file) as shown:
+        shown.log(0, {"validation/loss": 2.0, "validation/tag/f1": 0.6127})
+    assert file.getvalue() == f"step  0/10  {said}eta ?\n"
+
+
 def test_of_several_groups_the_largest_learning_rate_is_shown(clock):
     file = io.StringIO()
     with progress.Progress(10, file=file) as shown:
