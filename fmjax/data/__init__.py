@@ -85,8 +85,10 @@ def prepare(
         for split, counts in index["counts"].items()
         if counts["rows"]
     }
+    wanted = {"train"} | ({"validation"} if data.validation or data.validation_fraction else set())
     for split, counts in index["counts"].items():
-        log(f"data: {split}: " + _summary(counts, data))
+        if split in wanted:
+            log(f"data: {split}: " + _summary(counts, data))
     if index["bad_records"]:
         log(f"data: {index['bad_records']:,} bad records left out, see {home}/**/bad.jsonl")
     if "train" not in splits:
