@@ -2,7 +2,9 @@
 
     python run.py --config=configs/finetune_head.py
 
-45.3 % where configs/finetune.py has 85.6 % (2026-11-21, one seed, the rate not tuned).
+51.1 ± 0.5 % where configs/finetune.py has 84.6 % (2026-11-22, four seeds, 16 seconds on two cores;
+of the learning rates 5e-3, 1e-2 and 3e-2 the best). A model of BERT's size wants 1e-3: MiniLM on
+SST-2 has 70.0 ± 0.9 % with it, and 82.7 ± 1.0 % where everything trains.
 """
 
 import runpy
@@ -13,5 +15,5 @@ def get_config(arg=None):
     parent = runpy.run_path(str(Path(__file__).with_name("finetune.py")))
     config = parent["get_config"](arg)
     config.groups = (("head/.*", "train"), (".*", "freeze"))
-    config.optim.lr = 5e-3
+    config.optim.lr = 3e-2
     return config
