@@ -6,6 +6,7 @@
 70.3 ± 2.4 % with k = 1 where configs/finetune.py has 84.6 % (2026-11-22, four seeds, 25 seconds on
 two cores; of the learning rates 5e-4, 1e-3 and 3e-3 the best,
 on the same docstrings with a seed that is among the four). A model of BERT's size wants 1e-4:
+
 MiniLM on SST-2 has 81.9 ± 0.2 % with k = 2, and 82.7 ± 1.0 % where everything trains.
 """
 

@@ -6,7 +6,8 @@
 
 71.6 ± 1.4 % where configs/finetune.py has 84.6 % (2026-11-22, four seeds, 40 seconds on two cores;
 of the learning rates 2e-3, 5e-3 and 1e-2 the best,
-on the same docstrings with a seed that is among the four). A model of BERT's size wants 5e-4: MiniLM on
+on the same docstrings with a seed that is among the four). A model of BERT's size wants 5e-4:
+MiniLM on
 SST-2 has 82.3 ± 0.5 % with it, and 82.7 ± 1.0 % where everything trains.
 `:classify,plus=16` gives every B a learning rate 16 times that of A (LoRA+, Hayou et al. 2024).
 """
