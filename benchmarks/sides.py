@@ -142,7 +142,7 @@ def ours(
     """
     how = {"dtype": flags.precision, "remat": flags.remat}
     model = bert.Model(**convert.describe(folder)[1] | how | options)
-    net, assigned = setup.grouped(adapters.wrap(model, adapter or {}), patterns, OPTIM, {})
+    net, assigned = setup.grouped(adapters.wrap(model, dict(adapter=adapter)), patterns, OPTIM, {})
     split = functools.partial(groups.split, assigned=assigned)
     mesh = sharding.make_mesh(data=1)
     made = optim.make(

@@ -22,7 +22,16 @@ def get_config(arg=None):
     arg = parse_arg(arg, task="classify", plus=1.0, runlocal=False)
     parent = runpy.run_path(str(Path(__file__).with_name("finetune.py")))
     config = parent["get_config"](f"{arg.task},runlocal={arg.runlocal}")
-    config.adapter.name = "lora"
+    config.adapter = dict(
+        name="lora",
+        targets=((r"block_.*/(attn|mlp)/.*", None),),  # (regex over module paths, rank), 0: none
+        rank=8,  # where a target says None
+        alpha=16.0,
+        scaling="alpha/rank",  # or rslora: alpha / sqrt(rank)
+        dropout=0.0,
+        dora=False,
+        init="uniform",  # or, from the weights of config.init: pissa, loftq
+    )
     config.groups = ((".*/lora_.|head/.*", "train"), (".*", "freeze"))
     config.optim.lr = 5e-3
     if arg.plus != 1.0:

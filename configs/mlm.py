@@ -86,15 +86,10 @@ def get_config(arg=None):
         remat="none",
     )
     config.cache_prefix = False  # compute frozen first layers once an example: labelled data only
-    config.adapter = dict(
-        name="",  # or lora; with groups such as ((".*/lora_.|head/.*", "train"), (".*", "freeze"))
-        targets=((r"block_.*/(attn|mlp)/.*", None),),  # (regex over module paths, rank), 0: none
-        rank=8,  # where a target says None
-        alpha=16.0,
-        scaling="alpha/rank",  # or rslora: alpha / sqrt(rank)
-        dropout=0.0,
-        dora=False,
-        init="uniform",  # or, from the weights of config.init: pissa, loftq
+    config.adapter = dict(name="")  # configs/finetune_<name>.py have one each, with its settings
+    config.quantise = dict(
+        name="",  # or nf4, int8, fp8: how frozen matrices are kept
+        targets=r"block_.*/(attn|mlp)/.*",  # regex over module paths
     )
     config.objectives = dict(mlm=dict(weight=1.0, rate=0.15, mask="token", replace=(0.8, 0.1)))
 

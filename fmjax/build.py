@@ -34,16 +34,19 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
         lm_head="mlm" in config.objectives,
         classes=heads,
     )
+    built = adapters.wrap(built, config.to_dict())
     check_length(built, config.data.seq_len)
-    return adapters.wrap(built, config.to_dict().get("adapter", {}))
+    return built
 
 
 def check_length(model: AnyModel, seq_len: int) -> None:
     """Refuses rows that the model has no positions for."""
-    if seq_len > model.cfg.max_len:
+    taken = adapters.positions(model)
+    if seq_len + taken > model.cfg.max_len:
+        more = f", with {taken} of config.adapter.length before it," if taken else ""
         raise ConfigError(
-            f"config.data.seq_len={seq_len} is longer than the {model.cfg.max_len} positions of "
-            "the model: lower it, or train a model with a larger config.model.max_len."
+            f"config.data.seq_len={seq_len}{more} is longer than the {model.cfg.max_len} positions "
+            "of the model: lower it, or train a model with a larger config.model.max_len."
         )
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from fmjax import adapters, convert, groups, pretrained, processes, state, trees
 from fmjax.adapters import peft
-from fmjax.adapters.lora import Adapted
+from fmjax.adapters.lora import Lora
+from fmjax.adapters.wrapper import Adapted
 from fmjax.errors import CheckpointError, ConfigError
 
 
@@ -53,15 +54,15 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
 
 def _adapter(output: Path, opened: pretrained.Opened) -> None:
     """The run's adapter and the heads that it trained in PEFT's format, with the tokenizer."""
-    if not isinstance(opened.model, Adapted):
+    if not (isinstance(opened.model, Adapted) and isinstance(opened.model.adapter, Lora)):
         raise ConfigError(
             f"config.merge=False writes an adapter alone, but {opened.source} has none: leave it "
             "at True."
         )
-    if opened.model.lora.init != "uniform":
+    if (init := opened.model.adapter.init) != "uniform":
         raise ConfigError(
-            f"The run has config.adapter.init={opened.model.lora.init!r}, which changed its base: "
-            "its adapter fits no other. Leave config.merge at True."
+            f"The run has config.adapter.init={init!r}, which changed its base: its adapter fits "
+            "no other. Leave config.merge at True."
         )
     names = list(trees.unstack(opened.params))
     moving = groups.trained(groups.assign(names, opened.config.groups))

@@ -7,6 +7,8 @@ their own VJP whose dots are all written out.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,35 +21,43 @@ from fmjax import sharding
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def linear(
     x: Float[Array, "... D"],
-    kernel: Float[Array, "D1 D2"],
+    kernel: Any,
     dtype: DTypeLike,
     out_in: bool = False,
     spec: P = sharding.WHOLE,
+    unpack: Callable[[Any], jax.Array] | None = None,
 ) -> Float[Array, "... F"]:
     """`x @ kernel` with operands in `dtype`, accumulated and returned in float32.
 
-    The kernel is (in, out), or (out, in) with `out_in`: the layout decides which operand of the
+    The `kernel` is (in, out), or (out, in) with `out_in`: the layout decides which operand of the
     weight gradient has to be transposed, and a tied embedding (vocabulary, width) must not become a
     transpose of a transpose. `spec` is how it lies on the mesh (`fmjax.sharding`): cast first and
     then gathered, in both passes, so that no device keeps more than one layer whole.
+
+    With `unpack`, `kernel` is what a quantised one is kept as, of which `unpack` makes the whole,
+    in both passes; it gets no gradient, and of x nothing is kept.
     """
-    return _linear_forward(x, kernel, dtype, out_in, spec)[0]
+    return _linear_forward(x, kernel, dtype, out_in, spec, unpack)[0]
 
 
-def _linear_forward(x, kernel, dtype, out_in, spec):
+def _linear_forward(x, kernel, dtype, out_in, spec, unpack):
     contract = ((x.ndim - 1,), (int(out_in),))
-    whole = sharding.gather(kernel.astype(dtype), spec)
-    return _dot(x.astype(dtype), whole, contract), (x, kernel)
+    y = _dot(x.astype(dtype), _whole(kernel, dtype, spec, unpack), contract)
+    return y, (x if unpack is None else jnp.zeros(0, x.dtype), kernel)
 
 
-def _linear_backward(dtype, out_in, spec, residuals, g):
+def _linear_backward(dtype, out_in, spec, unpack, residuals, g):
     x, kernel = residuals
     g = g.astype(dtype)
-    whole = sharding.gather(kernel.astype(dtype), spec)
-    dx = _dot(g, whole, ((g.ndim - 1,), (1 - out_in,)))
+    if unpack is not None:
+        # Else the compiler finds the same matrix in the forward pass, and keeps it.
+        kernel, g = jax.lax.optimization_barrier((kernel, g))
+    dx = _dot(g, _whole(kernel, dtype, spec, unpack), ((g.ndim - 1,), (1 - out_in,)))
+    if unpack is not None:
+        return dx.astype(x.dtype), None
     rows = x.astype(dtype).reshape(-1, x.shape[-1])  # (N, in)
     cotangents = g.reshape(-1, g.shape[-1])  # (N, out)
     left, right = (cotangents, rows) if out_in else (rows, cotangents)
@@ -56,7 +66,21 @@ def _linear_backward(dtype, out_in, spec, residuals, g):
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
+def _whole(kernel, dtype, spec, unpack):
+    if unpack is not None:
+        return unpack(kernel).astype(dtype)
+    return sharding.gather(kernel.astype(dtype), spec)
+
+
 linear.defvjp(_linear_forward, _linear_backward)
+
+
+def affine(
+    x: Float[Array, "P D"], kernel: Float[Array, "D F"], bias: Float[Array, "F"]
+) -> Float[Array, "P F"]:
+    """`x @ kernel + bias` in float32 for an x that is made of parameters, not of examples: its rows
+    are not cut over devices, as `linear` takes them to be."""
+    return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST) + bias.reshape(1, -1)
 
 
 @jax.custom_vjp

@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from fmjax import build, data, groups, progress, sharding, trees
-from fmjax.adapters.lora import Adapted
+from fmjax.adapters.wrapper import Adapted
 from fmjax.data import cache
 from fmjax.data.settings import LABELLED
 from fmjax.errors import ConfigError, Preempted
@@ -75,7 +75,7 @@ def depth(run: Any) -> int:
         raise ConfigError(f"{refused} works in one process: train in one, or set it to False.")
     rates = {f"model.{key}": getattr(cfg, key) for key in ("dropout", "attention_dropout")}
     if isinstance(run.model, Adapted):
-        rates["adapter.dropout"] = run.model.lora.dropout
+        rates["adapter.dropout"] = run.model.adapter.dropout
     if random := [key for key, rate in rates.items() if rate]:
         raise ConfigError(
             f"{refused} needs layers without randomness, but config.{random[0]} is "
@@ -104,7 +104,7 @@ def _states(run: Any, params: Any, name: str, split: Any, layers: int, stop) -> 
         if parameter.startswith("embed/") or _layer(parameter) < layers:
             weights.update(np.asarray(jax.device_get(value)).tobytes())
     key = [
-        repr(getattr(run.model, "lora", None)),
+        repr(getattr(run.model, "adapter", None)),
         weights.hexdigest(),
         run.dataset.digest,
         run.dataset.format,

@@ -23,7 +23,7 @@ from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.errors import CheckpointError, ConfigError
 from fmjax.models import AnyModel
 
-FRESH = r"head/.*|.*/lora_[abm]"  # parameters that a source may lack: they start fresh
+FRESH = rf"head/.*|{adapters.LEAVES}"  # parameters that a source may lack: they start fresh
 
 
 class Opened(NamedTuple):
@@ -75,9 +75,7 @@ def resolved(config: Any) -> Any:
         )
     config = ConfigDict(config.to_dict())
     if "tokenizer" in wanted:
-        of_run = is_run(config.init)
-        source = Path(config.init, "tokenizer") if of_run else convert.find(config.init)
-        config.tokenizer.name = str(source)
+        config.tokenizer.name = str(_tokenizer(config.init))
     if "model" in wanted:
         name, options = described(config.init)
         own = {key: value for key, value in config.model.items() if value is not None}
@@ -135,24 +133,32 @@ def initial(config: Any, model: AnyModel, abstract: Any) -> Any:
     )
     if is_run(config.init):
         params, saved, averaged = checkpoint.load_params(config.init)
-        params, report = _laid_out(params, model.stacks, abstract, config.init, fresh, heads)
+        params, report = _laid_out(params, model, abstract, config.init, fresh, heads)
         source = f"step {saved['step']} of {config.init}"
         source += " (averaged parameters)" if averaged else ""
     else:
         params, report = convert.load(
-            convert.find(config.init), abstract, may_miss=FRESH, leave=heads, initial=fresh
+            convert.find(config.init),
+            abstract,
+            may_miss=FRESH,
+            leave=heads,
+            packings=adapters.packings(model),
+            initial=fresh,
         )
         source = config.init
     if jax.process_index() == 0:
         print(f"starting from {source}: {report}")
-    return adapters.start(model, params, report.kept)
+    tokenize = lambda text: load_tokenizer(_tokenizer(config.init)).encode(
+        text, add_special_tokens=False
+    )
+    return adapters.start(model, params, report.kept, tokenize)
 
 
 def check_tokenizer(config: Any, folder: Path) -> None:
     """Refuses to start from `config.init` where the ids of the tokenizer in `folder` differ."""
     if not config.init:
         return
-    source = Path(config.init, "tokenizer") if is_run(config.init) else convert.find(config.init)
+    source = _tokenizer(config.init)
     if (
         _has_tokenizer(source)
         and load_tokenizer(source).get_vocab() != load_tokenizer(folder).get_vocab()
@@ -190,6 +196,11 @@ def check_head(config: Any, labels: Sequence[str]) -> None:
             f"data need {told(wanted[head], labels)}. Set config.new_head=True to start a new one"
             + (f", or {classes} to go on with it." if has[head] == wanted[head] else ".")
         )
+
+
+def _tokenizer(source: str) -> Path:
+    """Where a source keeps its tokenizer, if it has one."""
+    return Path(source, "tokenizer") if is_run(source) else convert.find(source)
 
 
 def is_run(source: str | Path) -> bool:
@@ -270,11 +281,11 @@ def _open_run(
     built = importlib.import_module(f"fmjax.models.{name}").Model(
         **options | how | {"dtype": saved.precision}
     )
+    built = adapters.wrap(built, saved.to_dict())
     build.check_length(built, saved.data.seq_len)
-    built = adapters.wrap(built, saved.to_dict().get("adapter", {}))
     built = built.clone(stacks=trees.runs(built.kinds))
     abstract = state.abstract_params(built, mesh)
-    params, _ = _laid_out(params, built.stacks, abstract, str(folder))
+    params, _ = _laid_out(params, built, abstract, str(folder))
     return Opened(
         str(folder),
         built,
@@ -295,19 +306,31 @@ def _labels(meta: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _laid_out(
     found: trees.Tree,
-    stacks: tuple[int, ...] | None,
+    model: AnyModel,
     abstract: trees.Tree,
     source: str,
     fresh: Callable[[], trees.Tree] | None = None,
     leave: str = "",
 ) -> tuple[trees.Tree, convert.Report]:
-    """`found`, on the host and in any stacks, in those of `abstract` and where its shardings say.
+    """`found`, on the host and in any stacks, in those of `abstract` and where its shardings say,
+    quantised where the `model` has it so.
 
     Heads and adapters that `found` lacks, and names that match `leave`, are taken from `fresh()`, a
     whole tree; only they are computed.
     """
     have, wanted = trees.unstack(found), trees.unstack(abstract)
     have = {name: leaf for name, leaf in have.items() if not re.fullmatch(leave, name)}
+    packings = adapters.packings(model)
+    for name, (shape, pack) in packings.items():
+        if name in have and have[name].shape == shape:
+            whole = have.pop(name)
+            have |= {f"{name}/{part}": np.asarray(x) for part, x in pack(whole).items()}
+    kept_as = [name for name in have if name.endswith("/codes")]
+    if any(name not in wanted or have[name].dtype != wanted[name].dtype for name in kept_as):
+        raise ConfigError(
+            f"{source} has a quantised base: set config.quantise as in its config.json, or start "
+            "from what configs/export.py makes of it, which is whole."
+        )
     shown = lambda x: "nothing" if x is None else f"{x.dtype}{list(x.shape)}"
     kept = [n for n in wanted.keys() - have.keys() if fresh and re.fullmatch(FRESH, n)]
     problems = [
@@ -322,7 +345,7 @@ def _laid_out(
             "Set config.model and config.tokenizer as in its config.json."
         )
     places = {path: leaf.sharding for path, leaf in trees.flatten(abstract).items()}
-    stored = trees.stack({name: have[name] for name in wanted if name in have}, stacks)
+    stored = trees.stack({name: have[name] for name in wanted if name in have}, model.stacks)
     params = {
         path: jax.device_put(np.asarray(leaf), places[path])
         for path, leaf in trees.flatten(stored).items()

@@ -168,7 +168,7 @@ def _is_targets(value: Any) -> bool:
             isinstance(row, tuple)
             and len(row) == 2
             and is_regex(row[0])
-            and (row[1] is None or _is_whole(row[1]) and row[1] >= 0)
+            and (row[1] in (None, "input", "output") or _is_whole(row[1]) and row[1] >= 0)
             for row in value
         )
     )
@@ -202,7 +202,7 @@ def _whole(low: int, high: int) -> Check:
 # Dicts whose keys are the user's choice: the command line replaces them whole.
 OPEN = ("objectives", "group_optim", "optim.args", "args")
 DICTS = (
-    r"data|tokenizer|model|adapter|mesh|distributed|optim|(objectives|group_optim)(\.[^.]+)?"
+    r"data|tokenizer|model|adapter|quantise|mesh|distributed|optim|(objectives|group_optim)(\.[^.]+)?"
     r"|((optim|group_optim\.[^.]+)\.)?args"
 )
 SCHEDULES = ("linear", "cosine", "wsd", "rsqrt", "constant")
@@ -228,7 +228,9 @@ COLUMNS = Check(_is_names, "names of columns: 'a', 'a,b' or ('a', 'b')")
 CLASSES = Check(_is_texts, "a tuple of different texts")
 ADDRESS = Check(_is_address, "<host>:<port>, or '' with one process")
 NAME = Check(lambda v: isinstance(v, str) and v.isidentifier(), "the name of an optimizer of optax")
-TARGETS = Check(_is_targets, "(regular expression, rank) pairs, a rank of None: adapter.rank")
+TARGETS = Check(
+    _is_targets, "(regular expression, number) pairs, None: the adapter's own; or 'input', 'output'"
+)
 REGEX = Check(is_regex, "a regular expression")
 DURATION = Check(_is_span, "a duration: 1500, '1500 steps', '3 epochs', '10M tokens' or '10%'")
 LENGTH = Check(_is_length, "a duration above 0: 1500, '1500 steps', '3 epochs' or '10M tokens'")
@@ -264,12 +266,17 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("split", ("train", "validation")),
     ("classifier", ("logistic", "mlp")),
     (r"optim\.schedule", SCHEDULES),
-    (r"adapter\.name", ("", "lora")),
+    (r"adapter\.name", ("", "lora", "ia3", "bottleneck", "prompt", "prefix")),
+    (r"quantise\.name", ("", "nf4", "int8", "fp8")),
+    (r"quantise\.targets", REGEX),
     (r"adapter\.targets", TARGETS),
-    (r"adapter\.rank", _whole(1, 2**24)),
-    (r"adapter\.alpha", Check(lambda v: _is_real(v) and v > 0, "a finite number above 0")),
+    (r"adapter\.(rank|width|length)", _whole(1, 2**24)),
+    (r"adapter\.hidden", _whole(0, 2**24)),
+    (r"adapter\.encoder", ("", "mlp", "lstm")),
+    (r"adapter\.whole", ("token", "prompt")),
+    (r"adapter\.(alpha|scale)", ABOVE_ZERO),
+    (r"adapter\.activation", ("gelu", "gelu_tanh", "relu", "silu")),
     (r"adapter\.scaling", ("alpha/rank", "rslora")),
-    (r"adapter\.init", ("uniform", "pissa", "loftq")),
     (r"data\.name", ("pydocs", "text", "hub")),
     (r"data\.format", FORMATS),
     (r"data\.columns", COLUMNS),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fmjax import build, data, groups, optim, pretrained, rules, sharding, state, trees
+from fmjax import adapters, build, data, groups, optim, pretrained, rules, sharding, state, trees
 from fmjax import config as configs
 from fmjax import objectives as losses
 from fmjax.data.settings import DataSettings, read
@@ -100,6 +100,7 @@ def assemble(
             )
     model, assigned = grouped(build.model(config, vocab.size, labels), config.groups, *optimizers)
     _check_noise(config, model)
+    _check_prompt(config, model)
     split = functools.partial(groups.split, assigned=assigned)
     optimizer = optim.make(
         split(state.abstract_params(model))[0],
@@ -124,6 +125,17 @@ def _check_noise(config: Any, model: AnyModel) -> None:
         )
 
 
+def _check_prompt(config: Any, model: AnyModel) -> None:
+    """Refuses a prompt in front of a row of several documents, of which one alone would see it."""
+    packed = read(DataSettings, config.data.to_dict(), "data").format == "packed"
+    if packed and config.adapter.name == "prompt":
+        raise ConfigError(
+            "config.adapter.name='prompt' puts its vectors before a row, but config.data.format="
+            "'packed' has several documents in one: set it to 'padded', or use 'prefix', which all "
+            "of them see."
+        )
+
+
 def grouped(
     model: AnyModel, patterns: Any, optim_: Mapping[str, Any], group_optim: Mapping[str, Any]
 ) -> tuple[AnyModel, dict[str, str]]:
@@ -131,6 +143,7 @@ def grouped(
     canonical = model.clone(stacks=trees.runs(model.kinds))
     names = list(trees.unstack(state.abstract_params(canonical)))
     assigned = groups.assign(names, patterns)
+    adapters.check_frozen(canonical, groups.trained(assigned))
     stacks = None
     if model.cfg.scan:
         stacks = groups.stacks(model.kinds, assigned, optim_, group_optim)

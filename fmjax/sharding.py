@@ -26,8 +26,9 @@ WHOLE = P()
 RULES: tuple[tuple[str, P], ...] = (
     (r"embed/token/embedding", P("tensor", "fsdp")),
     (r"embed/\w+/embedding", P(None, "fsdp")),
-    (r".*/(query|key|value|up|gate)/kernel", P("fsdp", "tensor")),
-    (r".*/(out|down)/kernel", P("tensor", "fsdp")),
+    # A quantised matrix is several arrays.
+    (r".*/(query|key|value|up|gate)/kernel(/codes|/absmax)?", P("fsdp", "tensor")),
+    (r".*/(out|down)/kernel(/codes|/absmax)?", P("tensor", "fsdp")),
     (r"block_.*/(query|key|value|up|gate)/bias", P("tensor")),
     (r"head/mlm/bias", P("tensor")),
     (r"head/.*/kernel", P("fsdp", None)),

@@ -20,7 +20,10 @@ FULL += [
     "finetune_bitfit.py",
     "finetune_unfreeze.py",
 ]
-FULL += ["finetune_lora.py", "finetune_lora.py:plus=16.0"]
+FULL += ["finetune_lora.py", "finetune_lora.py:plus=16.0", "finetune_qlora.py", "finetune_ia3.py"]
+FULL += [f"finetune_adapter.py:kind={kind}" for kind in ("houlsby", "pfeiffer", "parallel")]
+KINDS = "prompt", "mlp", "lstm", "prefix", "projected"
+FULL += [f"finetune_prompt.py:kind={kind}" for kind in KINDS]
 FULL += [
     f"finetune.py:{task}" for task in ("classify", "regress", "tag", "span", "choose", "contrast")
 ]
@@ -44,6 +47,8 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
     """The whole step is traced at full size: state in, state out, nothing allocated."""
     own = ["init=", "model.name=bert", "model.variant=base", "tokenizer.name=train"]
     words = [f"--config.{word}" for word in own] if name.startswith("finetune") else []
+    if name.startswith("finetune_prompt"):  # which starts from the table of a trained model
+        words.append("--config.init=trained")
     made = config.load(str(ROOT / "configs" / name), words)
     size, length = made.tokenizer.vocab_size, made.data.seq_len
 

@@ -27,7 +27,7 @@ METHODS = {
 def cost(variant, method):
     """(FLOPs of a step, elements that train, bytes of the optimizer, bytes of a checkpoint)."""
     model = bert.Model(variant, classes={"classify": CLASSES}, lm_head=False, dropout=0.0)
-    model = adapters.wrap(model, LORA if method == "lora" else {})
+    model = adapters.wrap(model, dict(adapter=LORA) if method == "lora" else {})
     net, assigned = setup.grouped(model, METHODS[method], OPTIM, {})
     split = functools.partial(groups.split, assigned=assigned)
     moving = split(state.abstract_params(net))[0]

@@ -59,13 +59,16 @@ def make(
     mesh=None,
     changes=None,
     adapter=None,
+    quantise=None,
     group_optim=None,
     **model,
 ) -> SimpleNamespace:
     """Model, loss, optimizer, a fresh state and the jitted step, put together as `setup`
     does."""
     group_optim = group_optim or {}
-    net = adapters.wrap(bert.Model("tiny", **{**SIZES, **model}), adapter or {})
+    net = adapters.wrap(
+        bert.Model("tiny", **{**SIZES, **model}), dict(adapter=adapter, quantise=quantise)
+    )
     net, assigned = setup.grouped(net, groups, OPTIM | (changes or {}), group_optim)
     split = functools.partial(parameter_groups.split, assigned=assigned)
     goals = objectives.build(losses or {"mlm": {"rate": 0.3}}, vocab=VOCAB, target="nsp")

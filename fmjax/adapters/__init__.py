@@ -1,64 +1,133 @@
 """Adapters: wrappers of a model that keep the names of its parameters and add a few of their own.
 
+config.quantise = dict(name="nf4", targets=r"block_.*/(attn|mlp)/.*")
 config.adapter = dict(name="lora", targets=((r"block_.*/(attn|mlp)/.*", None),), rank=8, …)
 config.groups = ((r".*/lora_.|head/.*", "train"), (".*", "freeze"))
 """
 
-import functools
 import importlib
+import inspect
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
-from fmjax import trees
-from fmjax.adapters import initial, merge
-from fmjax.adapters.lora import LEAVES, Adapted
-from fmjax.errors import ConfigError
+from fmjax import sharding, trees
+from fmjax.adapters import initial, merge, prompt, quantise
+from fmjax.adapters.wrapper import LEAVES, Adapted, base
+from fmjax.errors import ConfigError, did_you_mean
 from fmjax.models import AnyModel
 
+__all__ = [
+    "LEAVES",
+    "Adapted",
+    "Packing",
+    "base",
+    "check_frozen",
+    "merged",
+    "packings",
+    "positions",
+    "start",
+    "wrap",
+]
 
-def wrap(model: AnyModel, settings: Mapping[str, Any]) -> AnyModel:
-    """The model with the adapter of `config.adapter`; the model itself where that names none.
 
-    Raises ConfigError where the adapter does not fit the model.
+class Packing(NamedTuple):
+    """How a parameter of the base is kept in several arrays, one layer at a time."""
+
+    shape: tuple[int, ...]  # of the whole
+    pack: Callable[[Any], Mapping[str, jax.Array]]
+
+
+def wrap(model: AnyModel, config: Mapping[str, Any]) -> AnyModel:
+    """The model with its base as `config["quantise"]` has it and the adapter of
+    `config["adapter"]`; without what is not there or names nothing.
+
+    Raises ConfigError where one does not fit the model.
     """
-    fields = dict(settings)
-    name = fields.pop("name", "")
-    return (
-        importlib.import_module(f"fmjax.adapters.{name}").wrap(model, **fields) if name else model
-    )
+    if (settings := dict(config.get("quantise") or {})).get("name"):
+        model = quantise.wrap(model, **settings)
+    fields = dict(config.get("adapter") or {})
+    if not (name := fields.pop("name", "")):
+        return model
+    around = importlib.import_module(f"fmjax.adapters.{name}").wrap
+    possible = list(inspect.signature(around).parameters)[1:]
+    for key in fields.keys() - set(possible):
+        raise ConfigError(
+            f"config.adapter.{key} is not known to config.adapter.name={name!r}."
+            + did_you_mean(key, possible)
+        )
+    return around(model, **fields)
 
 
-def start(model: Any, params: Any, fresh: Collection[str]) -> Any:
+def packings(model: AnyModel) -> dict[str, Packing]:
+    """{parameter of the base that is quantised: how}, by the names of single layers."""
+    if not isinstance(model, Adapted):
+        return {}
+    found = packings(model.model)
+    if isinstance(model.adapter, quantise.Quantised):
+        pack = jax.jit(quantise.SCHEMES[model.adapter.name].pack)
+        found |= {f"{path}/kernel": Packing(site, pack) for path, site in model.sites().items()}
+    return found
+
+
+def check_frozen(model: AnyModel, moving: Collection[str]) -> None:
+    """Refuses to train what is quantised: `moving` are the parameters that train."""
+    quantised = packings(model)
+    if wrong := [name for name in moving if name.rpartition("/")[0] in quantised]:
+        raise ConfigError(
+            f"config.quantise keeps {wrong[0].rpartition('/')[0]} in a few bits, but config.groups "
+            "trains it: freeze it there, or leave it out of config.quantise.targets."
+        )
+
+
+def positions(model: AnyModel) -> int:
+    """How many of the model's positions its adapters take."""
+    if not isinstance(model, Adapted):
+        return 0
+    return model.adapter.positions + positions(model.model)
+
+
+def start(
+    model: Any, params: Any, fresh: Collection[str], tokenize: Callable[[str], Sequence[int]]
+) -> Any:
     """`params` of a base that was just loaded, with an adapter that starts from its weights.
 
     `fresh` are the names of the parameters that were not loaded: an adapter that was, stays.
+    `tokenize` gives the ids of a text.
     """
-    if not isinstance(model, Adapted) or not any(re.fullmatch(LEAVES, name) for name in fresh):
+    init = getattr(getattr(model, "adapter", None), "init", "uniform")
+    if init == "uniform" or not any(re.fullmatch(LEAVES, name) for name in fresh):
         return params
     leaves = {name for name in trees.unstack(params) if re.fullmatch(LEAVES, name)}
-    if model.lora.init != "uniform" and leaves - set(fresh):
+    if leaves - set(fresh):
         raise ConfigError(
-            f"config.adapter.init={model.lora.init!r} starts all of the adapter from the weights, "
-            "but config.init has a part of it: set it to uniform, or the targets as they are there."
+            f"config.adapter.init={init!r} starts all of the adapter from the weights, but "
+            "config.init has a part of it: set it to uniform, or the targets as they are there."
         )
+    if isinstance(model.adapter, prompt.Prompt):
+        return model.adapter.from_base(params, tokenize)
     return initial.start(model, params)
 
 
-def base(model: AnyModel) -> AnyModel:
-    """The model without its adapter."""
-    return model.model if isinstance(model, Adapted) else model
-
-
 def merged(model: Any, params: Any) -> tuple[Any, Any]:
-    """(the model without its adapter, parameters that give the same outputs, where they lay).
+    """(the model without adapters, in full precision; parameters that give the same outputs, laid
+    out as they were).
 
     Raises ConfigError as `merge.merge` does.
     """
     if not isinstance(model, Adapted):
         return model, params
-    places = jax.tree.map(lambda x: x.sharding, merge.separate(params)[0])
-    fold = functools.partial(merge.merge, model)
-    return model.model, jax.jit(fold, out_shardings=places)(params)
+    here = jax.tree.leaves(params)[0].sharding
+
+    def fold(params):
+        inner, params = quantise.restored(model, params)
+        while isinstance(inner, Adapted):
+            inner, params = inner.model, merge.merge(inner, params)
+        return params
+
+    places = None
+    if isinstance(here, jax.sharding.NamedSharding):
+        places = sharding.shardings(jax.eval_shape(fold, params), here.mesh)
+    return base(model), jax.jit(fold, out_shardings=places)(params)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from fmjax import trees
 from fmjax.adapters import low_rank, merge
-from fmjax.adapters.lora import Adapted
+from fmjax.adapters.wrapper import Adapted
 from fmjax.errors import ConfigError
 
 Weight = Float[Array, "*I O"]
@@ -28,11 +28,11 @@ BLOCK = 64  # weights that share a scale
 
 
 def start(model: Adapted, params: trees.Tree) -> trees.Tree:
-    """`params` with base and adapter as `model.lora.init` says, where they lay.
+    """`params` with base and adapter as `model.adapter.init` says, where they lay.
 
     Raises ConfigError for a rank above that of the weight.
     """
-    init = model.lora.init
+    init = model.adapter.init
     if init == "uniform":
         return params
     for path, site in model.sites().items():

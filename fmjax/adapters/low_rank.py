@@ -89,6 +89,14 @@ def product(leaves: Leaves) -> Float[Array, "*I O"]:
     return whole.reshape(*leaves.a.shape[:-1], leaves.b.shape[-1])
 
 
+def merged(weight: Float[Array, "*I O"], leaves: Leaves) -> Float[Array, "*I O"]:
+    """The weight that gives what `weight` and the path give together."""
+    total = weight + product(leaves)
+    if leaves.m is None:
+        return total
+    return total * (1 + excess(weight, leaves)).reshape(*[1] * (total.ndim - 1), -1)
+
+
 def add(base: Any, path: Any, bias: Any, weight: Any, leaves: Leaves) -> Float[Array, "B *S O"]:
     """`base` + `path`, all in float32; with magnitudes, both times DoRA's factor but for the bias.
 

@@ -1,5 +1,6 @@
 """An adapter folded into the weights, taken out again, and several of them over one base."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 
@@ -7,26 +8,27 @@ import jax
 import jax.numpy as jnp
 
 from fmjax import trees
-from fmjax.adapters import low_rank
-from fmjax.adapters.lora import LEAVES, Adapted
+from fmjax.adapters import low_rank, wrapper
+from fmjax.adapters.wrapper import LEAVES, Adapted
 from fmjax.errors import ConfigError
 
 
 def merge(model: Adapted, params: trees.Tree) -> trees.Tree:
     """Parameters of `model.model` that give the same outputs, at the base model's cost.
 
-    Raises ConfigError for a table that the model's output reads too, which merging would change.
+    Raises ConfigError for an adapter that cannot be merged, as that of a table that the model's
+    output reads too.
     """
-    _check_tables(model)
-
-    def merged(weight, leaves):
-        total = weight + low_rank.product(leaves)
-        if leaves.m is not None:
-            factor = 1 + low_rank.excess(weight, leaves)
-            total *= factor.reshape(*[1] * (total.ndim - 1), -1)
-        return total, leaves
-
-    return separate(changed(model, params, merged))[0]
+    flat = trees.flatten(params)
+    for path, site in model.places(params).items():
+        one = functools.partial(model.adapter.merge, site)
+        each = jax.vmap(one) if trees.is_stacked(path) else one
+        try:
+            whole = each(wrapper.take(flat, path))
+        except ConfigError as error:
+            raise ConfigError(f"{path} {error}") from error
+        flat |= {f"{path}/{name}": leaf for name, leaf in trees.flatten(whole).items()}
+    return trees.unflatten(flat)
 
 
 def unmerge(model: Adapted, merged: trees.Tree, adapter: trees.Tree) -> trees.Tree:
@@ -34,10 +36,9 @@ def unmerge(model: Adapted, merged: trees.Tree, adapter: trees.Tree) -> trees.Tr
 
     The base's numbers come back to rounding, not to the bit.
 
-    Raises ConfigError as `merge` does, and for DoRA, whose factor needs the base that is sought.
+    Raises ConfigError for DoRA, whose factor needs the base that is sought.
     """
-    _check_tables(model)
-    if model.lora.dora:
+    if model.adapter.dora:
         raise ConfigError("A merged DoRA adapter cannot be taken out: keep the base's parameters.")
     without = lambda weight, leaves: (weight - low_rank.product(leaves), leaves)
     return changed(model, join(merged, adapter), without)
@@ -88,13 +89,3 @@ def changed(model: Adapted, params: trees.Tree, function: Callable) -> trees.Tre
         new = each(*(flat.get(name) for name in names))
         flat |= {name: x for name, x in zip(names, new, strict=True) if x is not None}
     return trees.unflatten(flat)
-
-
-def _check_tables(model: Adapted) -> None:
-    for path, site in model.sites().items():
-        if site.shared:
-            raise ConfigError(
-                f"{path} is adapted where it is looked up, and the output of the model reads the "
-                "same table, which merging would change: leave it out of config.adapter.targets, "
-                "or keep the adapter apart."
-            )

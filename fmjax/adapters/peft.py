@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fmjax import rules, trees
-from fmjax.adapters import lora, merge
-from fmjax.adapters.lora import Adapted
+from fmjax.adapters import lora, merge, quantise
+from fmjax.adapters.wrapper import Adapted, base
 from fmjax.convert.files import Place
 from fmjax.convert.writer import family_of
 from fmjax.errors import CheckpointError, ConfigError, quoted
@@ -63,7 +63,8 @@ def write(folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str 
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; write to a new folder.")
     named = {name: np.asarray(leaf) for name, leaf in trees.unstack(params).items()}
-    places = _places(model.model, named)
+    weights = [f"{path}/{site.weight}" for path, site in model.sites().items()]
+    places = _places(model, [*named, *weights])
     modules, saved, tensors = {}, set(), {}
     for path, site in model.sites().items():
         weight = f"{path}/{site.weight}"
@@ -82,7 +83,7 @@ def write(folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    _write_json(folder / BASE, {"sha256": digest(params)})
+    _write_json(folder / BASE, {"sha256": digest(params)} | _quantised(model.model))
     # Last, so that a folder that can be opened is complete.
     _write_json(folder / CONFIG, _config(model, modules, sorted(saved)))
 
@@ -105,12 +106,12 @@ def read(folder: str | Path, model: Any, params: trees.Tree) -> tuple[Adapted, t
     """
     folder = find(folder, files=(CONFIG, WEIGHTS, BASE))
     config, named = _read_config(folder), trees.unstack(params)
-    _check_base(folder, params)
+    _check_base(folder, model, params)
     heads, found = _read_tensors(folder, model, named)
     adapters, targets = {}, []
     for weight, (module, leaves) in found.items():
         path = weight.rpartition("/")[0]
-        fresh = _from_peft(weight, named[weight], leaves)
+        fresh = _from_peft(weight, quantise.matrix(named, weight), leaves)
         wanted = {"lora_a", "lora_b"} | ({"lora_m"} if config["use_dora"] else set())
         if fresh.keys() != wanted:
             raise CheckpointError(f"{folder}: {module} has {sorted(leaves)}, not one of each kind.")
@@ -138,7 +139,7 @@ def digest(params: trees.Tree) -> str:
 
 def _places(model: Any, names: Iterable[str]) -> dict[str, Place]:
     """{our parameter: where transformers keeps it}, but for those that share a matrix."""
-    family = family_of(model)
+    family = family_of(base(model))
     kind = family.type_of(model.cfg)
     places = {name: family.place(kind, name) for name in names}
     return {name: place for name, place in places.items() if place and place.parts == 1}
@@ -150,7 +151,7 @@ def _to_peft(site: lora.Site, path: str, named: Mapping[str, np.ndarray]) -> dic
     keys = ("lora_embedding_A", "lora_embedding_B") if table else ("lora_A.weight", "lora_B.weight")
     tensors = {keys[0]: a.T, keys[1]: b.T}
     if f"{path}/lora_m" in named:
-        norms = np.linalg.norm(named[f"{path}/{site.weight}"], axis=0)
+        norms = np.linalg.norm(quantise.matrix(named, f"{path}/{site.weight}"), axis=0)
         tensors["lora_magnitude_vector"] = norms + named[f"{path}/lora_m"]
     return tensors
 
@@ -183,7 +184,8 @@ def _read_tensors(
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
-    ours = {place.key: (name, place.transposed) for name, place in _places(model, named).items()}
+    names = [name.rpartition("/")[0] if name.endswith("/codes") else name for name in named]
+    ours = {place.key: (name, place.transposed) for name, place in _places(model, names).items()}
     heads: dict[str, np.ndarray] = {}
     found: dict[str, tuple[str, dict[str, np.ndarray]]] = {}
     for key, value in tensors.items():
@@ -207,7 +209,7 @@ def _read_tensors(
 
 def _config(model: Adapted, modules: Mapping[str, str], saved: list[str]) -> dict[str, Any]:
     """adapter_config.json: of all modules the commonest rank and alpha, and the exceptions."""
-    lora_, sites = model.lora, model.sites()
+    lora_, sites = model.adapter, model.sites()
     ranks = {module: sites[path].rank for path, module in modules.items()}
     alphas = {module: lora_.target(path).alpha for path, module in modules.items()}
     commonest = lambda found: max(found.values(), key=list(found.values()).count)
@@ -269,12 +271,28 @@ def _alpha(config: Mapping[str, Any], module: str) -> float:
     return config["lora_alpha"]
 
 
-def _check_base(folder: Path, params: trees.Tree) -> None:
-    """Refuses another base than the adapter was made for; PEFT's own folders do not say."""
+def _quantised(model: Any) -> dict[str, Any]:
+    """How the base is quantised, as JSON; nothing if it is not."""
+    adapter = getattr(model, "adapter", None)
+    if not isinstance(adapter, quantise.Quantised):
+        return {}
+    return {"quantise": {"name": adapter.name, "targets": adapter.targets}}
+
+
+def _check_base(folder: Path, model: Any, params: trees.Tree) -> None:
+    """Refuses another base than the adapter was made for; PEFT's own folders do not say.
+
+    A whole base that is the right one once it is quantised is accepted.
+    """
     if not (folder / BASE).is_file():
         return
     try:
-        wanted = read_json(folder / BASE)["sha256"]
+        given = read_json(folder / BASE)
+        wanted, how = given["sha256"], given.get("quantise")
+        if how and not _quantised(model):
+            rules.check({"quantise": how})
+            wrapped = quantise.wrap(model, name=how["name"], targets=how["targets"])
+            params = wrapped.add(params, jax.random.key(0))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{folder / BASE} cannot be read: {error!r}") from error
     if wanted != (got := digest(params)):

@@ -10,12 +10,14 @@ layer, is assembled piece by piece. The names of a family are tables in a file o
 as the model's (`bert.py`).
 """
 
+import functools
 import importlib
 import json
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -73,6 +75,7 @@ def load(
     *,
     may_miss: str = "",
     leave: str = "",
+    packings: Mapping[str, Any] = MappingProxyType({}),
     initial: Callable[[], trees.Tree] | None = None,
 ) -> tuple[trees.Tree, Report]:
     """The parameters of a checkpoint with the paths, shapes, dtypes and shardings of `like`.
@@ -81,6 +84,8 @@ def load(
     sharding goes to the first device).
     `may_miss`: regex of parameter names that the files may lack (a stack whole or not at all). They
     are taken from `initial()`, which gives a whole tree; it is traced, and only they are computed.
+    `packings`: {parameter: (its shape, pack)} of those that `like` has as the arrays `pack` makes
+    of one layer's; they are read and packed one by one.
     `leave`: regex of those among them that are not read from the files even if they are there.
 
     Raises CheckpointError listing what is missing or has another shape, with both shapes, and
@@ -100,8 +105,12 @@ def load(
                 return None
             return place._replace(key=keys[place.key])
 
-        problems, missing, places = [], {}, {}
+        problems, missing, places, packed = [], {}, {}, {}
         for path, leaf in trees.flatten(like).items():
+            whole, _, last = path.rpartition("/")
+            if trees.names(whole)[0] in packings:
+                packed.setdefault(whole, {})[last] = leaf
+                continue
             names = trees.names(path)
             found = {name: located(name) for name in names}
             if not any(found.values()) and all(re.fullmatch(may_miss, name) for name in names):
@@ -111,6 +120,11 @@ def load(
             wrong = [_problem(name, place, shape, tensors) for name, place in found.items()]
             problems += filter(None, wrong)
             places[path] = leaf, list(found.values())
+        for path in packed:
+            row = [(name, located(name), packings[name]) for name in trees.names(path)]
+            wrong = [_problem(name, place, how.shape, tensors) for name, place, how in row]
+            problems += filter(None, wrong)
+            packed[path] = packed[path], [(place, how) for _, place, how in row]
         if missing and initial is None:
             problems += [
                 f"{path}: not in the files, and there is no initialisation" for path in missing
@@ -121,7 +135,10 @@ def load(
                 f"Its options (config.model) are {json.dumps(_options(folder, hf, family))}."
             )
         loaded = {path: _read(path, leaf, row, tensors) for path, (leaf, row) in places.items()}
+        for path, (leaves, row) in packed.items():
+            loaded |= _packed(path, leaves, row, tensors)
         used = {place.key for _, row in places.values() for place in row}
+        used |= {place.key for _, row in packed.values() for place, _ in row}
     if missing:
         loaded |= _initialise(initial, missing)
     kept = [name for path in missing for name in trees.names(path)]
@@ -210,6 +227,24 @@ def _read(path: str, leaf: Any, places: list[Place], tensors: Tensors) -> jax.Ar
 
     sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
     return jax.make_array_from_callback(leaf.shape, sharding, piece)
+
+
+def _packed(
+    path: str, leaves: Mapping[str, Any], row: list[tuple[Place, Any]], tensors: Tensors
+) -> dict[str, jax.Array]:
+    """The arrays that the parameter of one stored path is kept as, read a layer at a time."""
+    layers = []
+    for place, how in row:
+        whole = tensors.read(place, tuple(slice(0, size) for size in how.shape))
+        layers.append(jax.device_get(how.pack(np.asarray(whole, np.float32))))
+    found = {}
+    for name, leaf in leaves.items():
+        each = [layer[name] for layer in layers]
+        array = np.stack(each) if trees.is_stacked(path) else each[0]
+        sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
+        piece = functools.partial(operator.getitem, array)
+        found[f"{path}/{name}"] = jax.make_array_from_callback(leaf.shape, sharding, piece)
+    return found
 
 
 def _initialise(

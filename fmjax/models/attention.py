@@ -33,9 +33,9 @@ def mask(
 
 def attention(
     q: Float[Array, "B N T H"],
-    k: Float[Array, "B N T H"],
-    v: Float[Array, "B N T H"],
-    mask: Bool[Array, "B 1 T T"],
+    k: Float[Array, "B N S H"],
+    v: Float[Array, "B N S H"],
+    mask: Bool[Array, "B 1 T S"],
     *,
     segment_ids: Int[Array, "B T"],
     windowed: bool = False,
@@ -66,9 +66,11 @@ def attention(
             (dropout > 0, "it has no dropout (config.model.attention_dropout)"),
             (q.shape[-1] % 8 or q.shape[-1] > 128, f"head size {q.shape[-1]} is not 8, 16, … 128"),
             (q.shape[2] % 2, f"sequence length {q.shape[2]} is odd"),
+            (k.shape[2] % 2, f"the number of keys, {k.shape[2]}, is odd"),
         ),
         "tpu": _first(
             (windowed, "it has no local window"),
+            (k.shape[2] != q.shape[2], "it takes no keys beside those of the tokens"),
             (dropout > 0, "it has no dropout (config.model.attention_dropout)"),
             (q.shape[2] % 128, f"sequence length {q.shape[2]} is not a multiple of 128"),
         ),

@@ -179,6 +179,7 @@ class Attention(nn.Module):
         q, k, v = (split(make(name)(x)) for name in ("query", "key", "value"))
         if theta is not None:
             q, k = layers.rope(q, positions, theta), layers.rope(k, positions, theta)
+        k, v, may_see = layers.Memory(name="memory")(k, v, may_see)
         out = attention(
             q, k, v, may_see,
             segment_ids=segment_ids,

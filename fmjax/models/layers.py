@@ -7,6 +7,7 @@ deterministic.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fmjax import precision, sharding, streams
 
@@ -114,6 +115,19 @@ class LayerNorm(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         return layer_norm(x, scale, bias, self.eps).astype(self.dtype)
+
+
+class Memory(nn.Module):
+    """What attention looks at: keys, values, and who may see which. As given; adapters add to
+    it."""
+
+    def __call__(
+        self,
+        k: Float[Array, "B N T H"],
+        v: Float[Array, "B N T H"],
+        may_see: Bool[Array, "B 1 T T"],
+    ) -> tuple[Any, Any, Any]:
+        return k, v, may_see
 
 
 class Embedding(nn.Module):

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from fmjax import flops, precision, state, streams, trees
-from fmjax.adapters import initial, lora, low_rank, merge
+from fmjax.adapters import initial, lora, low_rank, merge, wrapper
 from fmjax.errors import ConfigError
 from fmjax.models import bert, layers
 
@@ -123,7 +123,7 @@ def test_the_base_starts_as_without_an_adapter_and_stacking_changes_no_number(ta
     one, other = (
         trees.unstack(fresh(model.clone(stacks=stacks))) for stacks in (model.stacks, None)
     )
-    assert {name for name in one if not re.fullmatch(lora.LEAVES, name)} == base.keys()
+    assert {name for name in one if not re.fullmatch(wrapper.LEAVES, name)} == base.keys()
     for name, leaf in one.items():
         np.testing.assert_array_equal(leaf, other[name])
         if name in base:
@@ -150,7 +150,7 @@ def test_layouts_give_the_same_numbers(change, scanned):
         model, params = model.clone(stacks=None), trees.restack(params, None)
     else:
         changed = bert.Model("tiny", **tiny.SIZES, remat=change).clone(stacks=model.stacks)
-        model = lora.Adapted(changed, model.lora)
+        model = wrapper.Adapted(changed, model.adapter)
     np.testing.assert_allclose(outputs(model, params), plain, atol=1e-5)
     np.testing.assert_allclose(outputs(model, params, SEEDS), dropped, atol=1e-5)
 
@@ -169,7 +169,7 @@ def test_dropout_is_of_the_example_and_of_the_path_alone(scanned):
 def test_every_module_of_every_layer_drops_its_own(scanned):
     model, params, *_ = scanned
     flat = trees.flatten(model._with_streams(params))
-    numbers = [np.ravel(leaf) for path, leaf in flat.items() if path.endswith("lora_stream")]
+    numbers = [np.ravel(leaf) for path, leaf in flat.items() if path.endswith("adapter_stream")]
     assert len(np.unique(np.concatenate(numbers))) == 3 * 6
 
 
@@ -341,15 +341,15 @@ def test_the_norm_of_dora_is_that_of_the_sum():
 @pytest.mark.parametrize(
     "targets, message",
     [
-        (((r"block_.*", 4),), r"no matrix product: block_00/attn_norm \(LayerNorm\)"),
+        (((r"block_.*", 4),), r"cannot be adapted: block_00/attn_norm \(LayerNorm\)"),
         (
             ((r"block_07/attn/query", 4),),
-            "'block_07/attn/query' decides no matrix product.*Did you",
+            "'block_07/attn/query' decides nothing that can be adapted.*Did you",
         ),
-        (((r"block_00/attn", 4),), "'block_00/attn' decides no matrix product"),
+        (((r"block_00/attn", 4),), "'block_00/attn' decides nothing that can be adapted"),
         (((r".*/query", 4), (r"block_00/attn/query", 2)), "earlier ones win"),
         (((r"block_00/attn/query/kernel", 4),), "must match the whole path"),
-        (((r".*", 0),), "every rank is 0"),
+        (((r".*", 0),), "every value is 0"),
     ],
 )
 def test_targets_that_cannot_be_meant_are_refused(targets, message):
@@ -363,7 +363,7 @@ def test_a_grouped_convolution_is_refused_and_rank_0_leaves_modules_out():
         def __call__(self, x, ids):
             return nn.Conv(6, (3, 3), feature_group_count=3, name="conv")(x)
 
-    with pytest.raises(ConfigError, match=r"no matrix product: conv \(Conv\)"):
+    with pytest.raises(ConfigError, match=r"cannot be adapted: conv \(Conv\)"):
         lora.wrap(Grouped(), targets=(("conv", 2),))
     model = wrapped(((r"block_00/.*", 0), (r".*/(query|value)", 2)))
     assert {name.split("/")[0] for name in model.sites()} == {"block_01", "block_02"}
@@ -449,3 +449,8 @@ def test_training_moves_the_adapter_alone_and_lora_plus_is_a_group():
     for path, leaf in trees.flatten(end.params).items():
         changed = np.abs(leaf - trees.flatten(start.params)[path]).max() > 0
         assert changed == path.endswith("lora_b"), path
+
+
+def test_an_unknown_start_is_refused():
+    with pytest.raises(ConfigError, match="config.adapter.init='svd' is not known.*pissa"):
+        wrapped(init="svd")

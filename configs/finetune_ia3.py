@@ -1,0 +1,22 @@
+"""configs/finetune.py with IA³: keys, values and the MLP's inner units scaled (Liu et al. 2022).
+
+python run.py --config=configs/finetune_ia3.py
+"""
+
+import runpy
+from pathlib import Path
+
+from fmjax.config import parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, task="classify", runlocal=False)
+    parent = runpy.run_path(str(Path(__file__).with_name("finetune.py")))
+    config = parent["get_config"](f"{arg.task},runlocal={arg.runlocal}")
+    config.adapter = dict(
+        name="ia3",
+        targets=(("block_.*/attn/(key|value)", "output"), ("block_.*/mlp/down", "input")),
+    )
+    config.groups = ((".*/ia3_scale|head/.*", "train"), (".*", "freeze"))
+    config.optim.lr = 1e-2
+    return config

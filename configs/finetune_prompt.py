@@ -1,0 +1,45 @@
+"""configs/finetune.py with vectors in front of a frozen model: soft prompts, and the head.
+
+    python run.py --config=configs/finetune_prompt.py                   # prompt tuning
+    python run.py --config=configs/finetune_prompt.py:kind=mlp          # P-tuning; or kind=lstm
+    python run.py --config=configs/finetune_prompt.py:kind=prefix       # of every layer's keys and values
+    python run.py --config=configs/finetune_prompt.py:kind=projected    # the same, by a perceptron
+
+Lester et al. 2021, Liu et al. 2021 (P-tuning) and 2022 (P-tuning v2), Li and Liang 2021.
+"""  # noqa: E501  a command is one line
+
+import runpy
+from pathlib import Path
+
+from fmjax.config import parse_arg
+from fmjax.errors import ConfigError, did_you_mean
+
+PROMPT = dict(
+    name="prompt",
+    length=20,
+    table="embed/token",
+    init="vocabulary",  # or text, random
+    text="",
+    encoder="",
+    hidden=128,
+    whole="token",  # or prompt: heads on the first token see the first vector's state, as in PEFT
+)
+KINDS = {
+    "prompt": PROMPT,
+    "mlp": PROMPT | dict(encoder="mlp"),
+    "lstm": PROMPT | dict(encoder="lstm"),
+    "prefix": dict(name="prefix", length=20, hidden=0),
+    "projected": dict(name="prefix", length=20, hidden=128),
+}
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, task="classify", kind="prompt", runlocal=False)
+    if arg.kind not in KINDS:
+        raise ConfigError(f"unknown kind {arg.kind!r}.{did_you_mean(arg.kind, KINDS)}")
+    parent = runpy.run_path(str(Path(__file__).with_name("finetune.py")))
+    config = parent["get_config"](f"{arg.task},runlocal={arg.runlocal}")
+    config.adapter = KINDS[arg.kind]
+    config.groups = ((".*/(prompt|prefix)_.*|head/.*", "train"), (".*", "freeze"))
+    config.optim.lr = 1e-2
+    return config

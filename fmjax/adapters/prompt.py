@@ -1,0 +1,205 @@
+"""Soft prompts: vectors that train, in front of the embedded tokens of a frozen model.
+
+    model = prompt.wrap(model, length=20)
+
+Prompt tuning (Lester et al. 2021) trains the vectors themselves; P-tuning (Liu et al. 2021) what a
+small network makes of them: an `mlp`, or an `lstm` under one, as in PEFT. They are seen by every
+token, have the first positions, and are gone from the hidden states that the model gives.
+
+| name, at the table of the tokens | shape | at first |
+|---|---|---|
+| `prompt_tokens` | (length, width) | rows of the table (`vocabulary`, `text`), or as scattered as they are (`random`) |
+| `prompt_<layer>_kernel`, `_bias` | of the network | uniform in ±1/√in, but for the last: zero, as is the bias |
+
+A network's output is added to the vectors, so that it starts where prompt tuning does. (In PEFT it
+replaces them, and they start normal with deviation 1, some 25 times the rows of BERT's table.)
+
+Letters: B batch, T time, D width, P length of the prompt.
+"""  # noqa: E501  a row of a table is one line
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fmjax import precision, trees
+from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module
+from fmjax.errors import ConfigError, did_you_mean
+from fmjax.models import layers
+
+INITS = ("vocabulary", "text", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt(Adapter):
+    """What `config.adapter` holds."""
+
+    length: int
+    table: str = "embed/token"  # path of the module that embeds tokens
+    init: str = "vocabulary"
+    text: str = ""
+    encoder: str = ""
+    hidden: int = 128  # width of the network
+    whole: str = "token"  # the hidden state in the first place: its own, or the prompt's first
+
+    @property
+    def positions(self) -> int:
+        return self.length
+
+    def sites(self, modules: Mapping[str, Module]) -> dict[str, Any]:
+        """The model, and its table with the width of a vector."""
+        tables = [
+            path for path, module in modules.items() if isinstance(module.module, layers.Embedding)
+        ]
+        if self.table not in tables:
+            raise ConfigError(
+                f"config.adapter.table={self.table!r} is no table of embeddings."
+                + did_you_mean(self.table, tables)
+            )
+        return {"": None, self.table: modules[self.table].leaves["embedding"][1]}
+
+    def start(self, site: int, key: jax.Array, own: Leaves) -> Leaves:
+        keys = iter(jax.random.split(key, 8))
+        normal = 0.02 * jax.random.normal(next(keys), (self.length, site))
+        new = {"prompt_tokens": normal}
+        for name, (inputs, outputs, last) in self._shapes(site).items():
+            bound = 0.0 if last else inputs**-0.5
+            kernel = jax.random.uniform(next(keys), (inputs, outputs), jnp.float32, -bound, bound)
+            new[f"prompt_{name}_kernel"] = kernel
+            if not name.endswith("again"):
+                new[f"prompt_{name}_bias"] = jnp.zeros(outputs)
+        return own | new
+
+    def call(self, site: Any, here: Call, *args: Any, **options: Any) -> Any:
+        if site is not None:
+            y, vectors = here.run(*args, **options), self.vectors(here.leaf)
+            front = jnp.broadcast_to(vectors[None], (len(y), *vectors.shape)).astype(y.dtype)
+            return jnp.concatenate([front, y[:, self.length :]], axis=1)
+        if here.method != "encode":
+            return here.run(*args, **options)
+        function = type(here.module).encode
+        given = inspect.signature(function).bind_partial(here.module, *args, **options).arguments
+        given.pop("self")
+        hidden = here.run(**self._longer(given))
+        if self.whole == "prompt":
+            return jnp.concatenate([hidden[:, :1], hidden[:, self.length + 1 :]], axis=1)
+        return hidden[:, self.length :]
+
+    def vectors(self, leaf: Callable[[str], jax.Array]) -> Float[Array, "P D"]:
+        """The prompt of the parameters that `leaf` gives by their last name."""
+        tokens = leaf("prompt_tokens")
+        if not self.encoder:
+            return tokens
+
+        def linear(x, name):
+            return precision.affine(x, leaf(f"prompt_{name}_kernel"), leaf(f"prompt_{name}_bias"))
+
+        h = tokens
+        if self.encoder == "lstm":
+            run = lambda x, name: _lstm(linear(x, name), leaf(f"prompt_{name}_again_kernel"))
+            h = jnp.concatenate([run(h, "forth"), run(h[::-1], "back")[::-1]], axis=-1)
+        return tokens + linear(jax.nn.relu(linear(h, "up")), "down")
+
+    def from_base(self, params: trees.Tree, tokenize: Callable[[str], Sequence[int]]) -> trees.Tree:
+        """`params` of a base that was just loaded, with the vectors that `init` means."""
+        flat = trees.flatten(params)
+        table = flat[f"{self.table}/embedding"]
+        place = f"{self.table}/prompt_tokens"
+        rng = np.random.default_rng(0)
+        if self.init == "random":
+            scattered = jnp.std(table) * jax.random.normal(jax.random.key(0), flat[place].shape)
+            found = jnp.mean(table, axis=0, keepdims=True) + scattered
+        else:
+            ids = rng.integers(0, table.shape[0], self.length)
+            if self.init == "text":
+                said = list(tokenize(self.text))
+                if not said:
+                    raise ConfigError(
+                        "config.adapter.init='text' starts from the tokens of config.adapter.text, "
+                        f"and {self.text!r} has none."
+                    )
+                ids = np.resize(said, self.length)  # cut, or repeated
+            found = table[ids]
+        return trees.unflatten(flat | {place: jax.device_put(found, flat[place].sharding)})
+
+    def _longer(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `encode` with room for the prompt in front."""
+
+        def front(name, values):
+            return jnp.concatenate([values, given[name]], axis=1)
+
+        rows, length = given["input_ids"].shape[0], self.length
+        zeros = jnp.zeros((rows, length), given["positions"].dtype)
+        return given | {
+            "input_ids": front("input_ids", zeros),
+            # Part of what the row begins with, and absent from a row that is empty.
+            "segment_ids": front("segment_ids", zeros + given["segment_ids"][:, :1]),
+            "positions": front("positions", zeros + jnp.arange(length)[None])
+            .at[:, length:]
+            .add(length),
+            "token_types": front("token_types", zeros),
+        }
+
+    def _shapes(self, width: int) -> dict[str, tuple[int, int, bool]]:
+        """{layer of the network: (inputs, outputs, is it the last)}."""
+        if not self.encoder:
+            return {}
+        shapes, inputs = {}, width
+        if self.encoder == "lstm":
+            for name in ("forth", "back"):
+                shapes[name] = width, 4 * self.hidden, False
+                shapes[f"{name}_again"] = self.hidden, 4 * self.hidden, False
+            inputs = 2 * self.hidden
+        return shapes | {
+            "up": (inputs, self.hidden, False),
+            "down": (self.hidden, width, True),
+        }
+
+
+def wrap(
+    model: Any,
+    *,
+    length: int,
+    table: str = "embed/token",
+    init: str = "vocabulary",
+    text: str = "",
+    encoder: str = "",
+    hidden: int = 128,
+    whole: str = "token",
+) -> Adapted:
+    """`model`, with an `encode` as `fmjax.models.bert` has it, behind a prompt of `length` vectors.
+
+    `whole="prompt"` puts the hidden state of the first vector in the place of the first token's,
+    for heads on the whole: so does PEFT.
+
+    Raises ConfigError for a prompt that leaves no room.
+    """
+    if init not in INITS:
+        raise ConfigError(f"config.adapter.init={init!r} is not known.{did_you_mean(init, INITS)}")
+    if length >= model.cfg.max_len:
+        raise ConfigError(
+            f"config.adapter.length={length} leaves no room for text in the {model.cfg.max_len} "
+            "positions of the model: make it shorter."
+        )
+    adapted = Adapted(model, Prompt(length, table, init, text, encoder, hidden, whole))
+    adapted.sites()
+    return adapted
+
+
+def _lstm(inputs: Float[Array, "P G"], kernel: Float[Array, "H G"]) -> Float[Array, "P H"]:
+    """Hidden states of a long short-term memory (gates i, f, g, o) given W x + b."""
+
+    def step(carry, gates):
+        h, c = carry
+        i, f, g, o = jnp.split(gates + (h[None] @ kernel)[0], 4)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return (h, c), h
+
+    zero = jnp.zeros(kernel.shape[0])
+    return jax.lax.scan(step, (zero, zero), inputs)[1]

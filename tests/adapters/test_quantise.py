@@ -1,0 +1,343 @@
+"""A base in few bits: the codes themselves, what a step with them computes and keeps, loading."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+import tiny
+from common import ROOT
+from test_finetune import encoder, files, home, load  # noqa: F401
+
+from fmjax import adapters, convert, export, pretrained, sharding, state, train, trees
+from fmjax import config as configs
+from fmjax.adapters import lora, peft, quantise
+from fmjax.errors import CheckpointError, ConfigError
+from fmjax.models import bert, layers
+
+MATRICES = r"block_.*/(attn|mlp)/.*"
+LORA = dict(name="lora", targets=((MATRICES, 4),), rank=4, alpha=8.0)
+TRAIN = ((r".*/lora_.", "train"), (".*", "freeze"))
+SIZES = dict(width=64, mlp=128)  # blocks of 64 inputs
+SCHEMES = list(quantise.SCHEMES)
+
+
+def weight(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+def test_the_table_is_quantiles_of_a_normal_distribution():
+    """QLoRA, appendix E: 7 below zero, zero and 8 above, each half from the same outermost one."""
+    quantile = lambda n: scipy.stats.norm.ppf(np.linspace(0.9677083, 0.5, n)[:-1])
+    table = np.sort([*quantile(9), 0.0, *-quantile(8)])
+    np.testing.assert_allclose(table / table.max(), quantise.NF4, atol=1e-6)
+
+
+def test_nf4_by_hand():
+    """Of 64 inputs the largest is 2; 0.3 is 0.15 of it, nearest to 0.1609; -2 is code 0."""
+    w = np.zeros((64, 1), np.float32)
+    w[:4, 0] = -2, 0.3, 1, 0
+    packed = quantise.pack_nf4(jnp.asarray(w))
+    assert packed["codes"].shape == (32, 1)
+    # 1 / 2 is nearer to 0.4407 (12) than to 0.5626 (13); zero is code 7.
+    assert packed["codes"][:3, 0].tolist() == [0x09, 0xC7, 0x77]
+    values = np.asarray(quantise.unpack_nf4(packed))[:4, 0]
+    np.testing.assert_allclose(values, [-2, 0.32186, 0.88142, 0], atol=1e-5)
+
+
+def test_codes_and_scales_are_those_of_bitsandbytes():
+    torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
+    functional = pytest.importorskip("bitsandbytes", reason="the reference").functional
+    w = weight(256, 96)
+    theirs = torch.from_numpy(np.array(w.T))  # (out, in), in blocks along a row
+    codes, how = functional.quantize_4bit(theirs, blocksize=64, quant_type="nf4")
+    packed = quantise.pack_nf4(w)
+    np.testing.assert_array_equal(np.asarray(packed["codes"]).T.reshape(-1, 1), codes)
+    np.testing.assert_array_equal(quantise.NF4, how.code.numpy())
+    whole = functional.dequantize_4bit(codes, how).numpy().T
+    double = functional.quantize_4bit(theirs, quant_type="nf4", compress_statistics=True)
+    off = lambda values: np.abs(np.asarray(values) - whole).max()
+    ours = off(quantise.unpack_nf4(packed))
+    assert 0 < ours < off(functional.dequantize_4bit(*double).numpy().T)
+
+
+@pytest.mark.parametrize("scheme, bits", [("nf4", 4.127), ("int8", 8.04), ("fp8", 8.04)])
+def test_bits_of_a_weight(scheme, bits):
+    w = weight(768, 3072)
+    packed = quantise.SCHEMES[scheme].pack(w)
+    assert 8 * sum(x.nbytes for x in packed.values()) / w.size == pytest.approx(bits, abs=2e-3)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_errors_are_bounded_and_zeros_stay(scheme):
+    w = weight(128, 80)  # 160 scales: no whole group
+    w = (
+        w.at[:, 3].set(0).at[:64, 4].set(0).at[5, 6].set(40)
+    )  # an outlier is felt by its own scale alone
+    back = np.asarray(quantise.dense(quantise.SCHEMES[scheme].pack(w)))
+    assert not back[:, 3].any() and np.abs(back[:64, 4]).max() < (0.05 if scheme == "nf4" else 1e-9)
+    rest = np.arange(80) > 6
+    error = np.sqrt(np.mean(np.square((back - w)[:, rest])))
+    assert 1e-4 < error < {"nf4": 0.1, "int8": 0.01, "fp8": 0.03}[scheme]
+
+
+def test_nf4_is_nearer_than_even_steps():
+    from fmjax.adapters import initial
+
+    w = weight(1024, 64)
+    error = lambda values: np.sqrt(np.mean(np.square(np.asarray(values) - w)))
+    assert error(quantise.dense(quantise.pack_nf4(w))) < error(initial.int4(w))
+
+
+def made(scheme, **options):
+    how = dict(name=scheme, targets=MATRICES) if scheme else None
+    return tiny.make(TRAIN, adapter=LORA, quantise=how, **SIZES, **options)
+
+
+@functools.cache
+def stepped(scheme, scan=True, layout=None):
+    """(parameters, losses) after two steps."""
+    mesh = sharding.make_mesh(**dict(layout or [("data", -1)]))
+    if layout is None:
+        mesh = jax.make_mesh(
+            (1, 1, 1), sharding.AXES, devices=jax.devices()[:1],
+            axis_types=(jax.sharding.AxisType.Auto,) * 3,
+        )  # fmt: skip
+    with jax.set_mesh(mesh):
+        run = made(scheme, scan=scan, mesh=mesh, dropout=0.0, attention_dropout=0.0)
+        place = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+        current, losses = run.state(), []
+        for seed in (0, 1):
+            batch = {name: jax.device_put(x, place) for name, x in tiny.batch(8, seed).items()}
+            current, found = run.step(current, batch)
+            losses.append(float(found["loss"]))
+    return trees.unstack(jax.device_get(current.params)), losses
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_step_is_that_of_a_base_that_lost_what_quantising_loses(scheme):
+    run, whole = made(scheme, dropout=0.0), made(None, dropout=0.0)
+    start = run.state().params
+    model, restored = quantise.restored(run.model, start)
+    assert model == whole.model.clone(stacks=model.stacks)
+    start_whole = whole.state(params=trees.restack(restored, whole.model.stacks))
+    one, other = run.state(), start_whole
+    for seed in (0, 1):
+        one, found = run.step(one, tiny.batch(8, seed))
+        other, wanted = whole.step(other, tiny.batch(8, seed))
+        np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-6)
+    got, wanted = trees.unstack(one.params), trees.unstack(other.params)
+    for name in (name for name in got if "/lora_" in name):
+        np.testing.assert_allclose(got[name], wanted[name], atol=1e-6, err_msg=name)
+    moved = [name for name in got if not np.array_equal(got[name], trees.unstack(start)[name])]
+    assert moved and all("/lora_" in name for name in moved)
+
+
+LAYOUTS = (("data", 1), ("fsdp", 8)), (("data", 2), ("fsdp", 2), ("tensor", 2))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_any_layout_gives_the_same_numbers(scheme, layout):
+    (params, losses), (wanted, wanted_losses) = stepped(scheme, layout=layout), stepped(scheme)
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-6)
+    for name, leaf in params.items():
+        np.testing.assert_allclose(
+            leaf.astype(np.float32), wanted[name].astype(np.float32), atol=1e-6, err_msg=name
+        )
+
+
+def test_stacking_changes_no_number():
+    (params, losses), (wanted, wanted_losses) = stepped("nf4", scan=False), stepped("nf4")
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-6)
+    assert params.keys() == wanted.keys()
+
+
+def test_a_step_keeps_no_whole_matrix():
+    """What the temporaries of a deeper model have more is less than one of its layers' matrices."""
+
+    def temporaries(depth):
+        run = tiny.make(
+            TRAIN, adapter=LORA, quantise=dict(name="nf4", targets=MATRICES),
+            width=256, mlp=1024, depth=depth, dropout=0.0, attention_dropout=0.0,
+        )  # fmt: skip
+        lowered = run.step.lower(run.abstract, jax.eval_shape(lambda: tiny.batch(1)))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    layer = 4 * (4 * 256 * 256 + 2 * 256 * 1024)
+    assert temporaries(6) - temporaries(2) < 0.2 * layer
+
+
+def test_dora_over_a_quantised_base_starts_as_the_base():
+    dora = LORA | dict(dora=True)
+    how = dict(name="nf4", targets=MATRICES)
+    run = tiny.make(TRAIN, adapter=dora, quantise=how, **SIZES)
+    arrays = [tiny.batch(2)[name] for name in ("input_ids", "segment_ids", "positions")]
+    encode = lambda model, params: model.apply(
+        {"params": params}, *arrays, jnp.zeros_like(arrays[0]), method="encode"
+    )
+    params = run.state().params
+    base = adapters.wrapper.Adapted(adapters.base(run.model), run.model.model.adapter)
+    same = adapters.merge.separate(params)[0]
+    np.testing.assert_allclose(encode(run.model, params), encode(base, same), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        (dict(name="nf4", targets=r"block_.*/attn/.*"), "cuts the 48 inputs of block_00/attn"),
+        (dict(name="int8", targets=r"embed/token"), r"cannot be adapted: embed/token \(Embedding"),
+        (dict(name="int8", targets=r"blocks/.*"), "config.quantise.targets: 'blocks/.*' decides"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_quantised(how, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny.make(TRAIN, adapter=LORA, quantise=how, width=48, mlp=64)
+
+
+def test_what_is_quantised_does_not_train():
+    groups = ((r".*/query/kernel.*|.*/lora_.", "train"), (".*", "freeze"))
+    with pytest.raises(ConfigError, match="keeps block_00/attn/query/kernel in a few bits, but"):
+        tiny.make(groups, adapter=LORA, quantise=dict(name="nf4", targets=MATRICES), **SIZES)
+
+
+def test_a_bias_and_the_dtype_are_the_modules_own():
+    module = layers.Linear(3, dtype=jnp.bfloat16)
+    kernel, x = weight(64, 3), weight(5, 64, seed=1)
+
+    class One(layers.nn.Module):
+        def example(self):
+            return (jnp.ones((1, 64)),)
+
+        @layers.nn.compact
+        def __call__(self, x):
+            return layers.Linear(3, dtype=jnp.bfloat16, name="out")(x)
+
+    model = quantise.wrap(One(), name="int8", targets="out")
+    bias = jnp.array([1.0, -2.0, 3.0])
+    params = {"out": {"kernel": quantise.SCHEMES["int8"].pack(kernel), "bias": bias}}
+    whole = {"kernel": quantise.dense(params["out"]["kernel"]), "bias": bias}
+    y = model.apply({"params": params}, x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, module.apply({"params": whole}, x))
+
+
+# --- from a folder into few bits, through a run, and out again ---
+
+
+def test_a_folder_is_quantised_while_it_is_loaded(tmp_path, monkeypatch):
+    """To the same bits as the whole, of which no more than a layer's matrix is ever there."""
+    model = bert.Model("tiny", **tiny.SIZES | SIZES)
+    params = state.init_params(model, jax.random.key(3))
+    convert.export(tmp_path / "hf", model, params)
+    wrapped = lora.wrap(
+        quantise.wrap(model, name="nf4", targets=MATRICES), targets=((MATRICES, 2),)
+    )
+    wrapped = wrapped.clone(stacks=(3,))
+    abstract = state.abstract_params(wrapped, sharding.make_mesh(data=1, fsdp=8))
+    fresh = lambda: state.init_params(wrapped, jax.random.key(0))
+    loaded, report = convert.load(
+        tmp_path / "hf", abstract, may_miss=pretrained.FRESH,
+        packings=adapters.packings(wrapped), initial=fresh,
+    )  # fmt: skip
+    assert all("/lora_" in name for name in report.kept) and not report.unused
+    wanted = trees.unstack(wrapped.model.add(trees.restack(params, (3,)), jax.random.key(0)))
+    got = trees.unstack(loaded)
+    for name, leaf in wanted.items():
+        np.testing.assert_array_equal(got[name], leaf, err_msg=name)
+    assert loaded["blocks_00_02"]["attn"]["query"]["kernel"]["codes"].sharding.spec[1] == "fsdp"
+    cut = bert.Model("tiny", **tiny.SIZES | dict(width=128, mlp=128))
+    narrow = quantise.wrap(cut, name="nf4", targets=MATRICES)
+    with pytest.raises(CheckpointError, match=r"\(128,\) in the model, \(64,\) in the files"):
+        convert.load(
+            tmp_path / "hf", state.abstract_params(narrow, sharding.make_mesh()),
+            packings=adapters.packings(narrow),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(home, encoder):  # noqa: F811
+    words = [*files(home), f"--config.init={encoder}", "--config.adapter.rank=2"]
+    words += ["--config.objectives.classify.pool=first", "--config.total=8"]
+    return load("finetune_qlora.py", *words, "--config.quantise.name=int8")
+
+
+@pytest.fixture(scope="module")
+def adapted(home, config):  # noqa: F811
+    train.run(config, home / "quantised")
+    return home / "quantised"
+
+
+def test_a_run_opens_as_it_was_trained_and_merges_into_a_whole_model(adapted):
+    opened = pretrained.open_folder(str(adapted), sharding.make_mesh())
+    codes = [n for n, x in trees.unstack(opened.params).items() if x.dtype == jnp.int8]
+    assert len(codes) == len(adapters.packings(opened.model)) > 0
+    model, params = adapters.merged(opened.model, opened.params)
+    assert model == adapters.base(opened.model)
+    arrays = [tiny.batch(2)[name] for name in ("input_ids", "segment_ids", "positions")]
+    arrays.append(jnp.zeros_like(arrays[0]))
+    encode = lambda model, params: model.apply({"params": params}, *arrays, method="encode")
+    np.testing.assert_allclose(
+        encode(model, params), encode(opened.model, opened.params), atol=2e-5
+    )
+
+
+def test_another_run_starts_from_it_only_as_it_is(adapted, home, config, tmp_path):  # noqa: F811
+    words = [*files(home), f"--config.init={adapted}", "--config.total=2"]
+    words += ["--config.adapter.rank=2"]
+    with pytest.raises(ConfigError, match="has a quantised base: set config.quantise as in its"):
+        train.run(load("finetune_lora.py", *words), tmp_path / "whole")
+    with pytest.raises(ConfigError, match="has a quantised base"):
+        name = "--config.quantise.name=fp8"
+        train.run(load("finetune_qlora.py", *words, name), tmp_path / "other")
+    name = "--config.quantise.name=int8"
+    train.run(load("finetune_qlora.py", *words, name), tmp_path / "same")
+    before, after = (
+        trees.unstack(pretrained.open_folder(str(path), sharding.make_mesh()).params)
+        for path in (adapted, tmp_path / "same")
+    )
+    assert all(np.array_equal(before[n], after[n]) for n in before if n.endswith("/codes"))
+
+
+def test_its_adapter_goes_with_the_base_it_was_made_for(adapted, tmp_path):
+    words = [f"--config.folder={adapted}", "--config.merge=False", f"--config.output={tmp_path}/a"]
+    export.run(configs.load(str(ROOT / "configs/export.py"), words), tmp_path)
+    opened = pretrained.open_folder(str(adapted), sharding.make_mesh())
+    base = {n: x for n, x in trees.unstack(opened.params).items() if "/lora_" not in n}
+    model, params = peft.read(
+        tmp_path / "a", opened.model.model, trees.stack(base, opened.model.stacks)
+    )
+    one, other = trees.unstack(params), trees.unstack(opened.params)
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    codes = next(name for name in base if name.endswith("/codes"))
+    wrong = base | {codes: -base[codes]}
+    with pytest.raises(CheckpointError, match="was made for another base"):
+        peft.read(tmp_path / "a", opened.model.model, trees.stack(wrong, opened.model.stacks))
+
+
+def test_a_whole_base_is_the_right_one_if_its_codes_are(tmp_path):
+    model = bert.Model("tiny", **tiny.SIZES | SIZES)
+    base = state.init_params(model, jax.random.key(3))
+    nf4 = quantise.wrap(model, name="nf4", targets=MATRICES)
+    adapted = lora.wrap(nf4, targets=((MATRICES, 2),))
+    params = adapted.add(nf4.add(base, jax.random.key(0)), jax.random.key(1))
+    peft.write(tmp_path / "a", adapted, params)
+    peft.read(tmp_path / "a", model, base)
+    other = trees.map_names(lambda _, x: 1.5 * x, base)
+    with pytest.raises(CheckpointError, match="was made for another base"):
+        peft.read(tmp_path / "a", model, other)
+
+
+def test_names_of_the_base_stay():
+    model = bert.Model("tiny", **tiny.SIZES | SIZES)
+    plain = set(trees.unstack(state.abstract_params(model)))
+    wrapped = quantise.wrap(model, name="nf4", targets=MATRICES)
+    found = set(trees.unstack(state.abstract_params(wrapped.clone(stacks=(3,)))))
+    parts = set(adapters.packings(wrapped))
+    assert {name for name in found if name.rpartition("/")[0] not in parts} == plain - parts
+    ends = itertools.product(parts, ("codes", "absmax", "scales", "mean"))
+    assert {f"{name}/{part}" for name, part in ends} <= found
