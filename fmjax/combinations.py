@@ -93,7 +93,7 @@ def _check_optim(config: Mapping[str, Any]) -> None:
 def _check_init(config: Mapping[str, Any]) -> None:
     adapter = config.get("adapter", {})
     init = adapter.get("init", "uniform")
-    if adapter.get("name") and init != "uniform" and not config.get("init"):
+    if adapter.get("name") and init not in ("uniform", "normal") and not config.get("init"):
         raise ConfigError(
             f"--config.adapter.init={init!r} starts from the weights of a trained model: name it "
             "with --config.init"

@@ -47,8 +47,8 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
     """The whole step is traced at full size: state in, state out, nothing allocated."""
     own = ["init=", "model.name=bert", "model.variant=base", "tokenizer.name=train"]
     words = [f"--config.{word}" for word in own] if name.startswith("finetune") else []
-    if name.startswith("finetune_prompt"):  # which starts from the table of a trained model
-        words.append("--config.init=trained")
+    if name.endswith(("kind=prompt", "mlp", "lstm")):  # which start from a trained table
+        words.append("--config.adapter.init=normal")
     made = config.load(str(ROOT / "configs" / name), words)
     size, length = made.tokenizer.vocab_size, made.data.seq_len
 

@@ -98,13 +98,14 @@ def start(
     `tokenize` gives the ids of a text.
     """
     init = getattr(getattr(model, "adapter", None), "init", "uniform")
-    if init == "uniform" or not any(re.fullmatch(LEAVES, name) for name in fresh):
+    if init in ("uniform", "normal") or not any(re.fullmatch(LEAVES, name) for name in fresh):
         return params
     leaves = {name for name in trees.unstack(params) if re.fullmatch(LEAVES, name)}
     if leaves - set(fresh):
         raise ConfigError(
             f"config.adapter.init={init!r} starts all of the adapter from the weights, but "
-            "config.init has a part of it: set it to uniform, or the targets as they are there."
+            "config.init has a part of it: set it to uniform (of a prompt: normal), or the targets "
+            "as they are there."
         )
     if isinstance(model.adapter, prompt.Prompt):
         return model.adapter.from_base(params, tokenize)

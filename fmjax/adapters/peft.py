@@ -3,11 +3,9 @@
     peft.write("out", model, params)                   # an adapted model and its parameters
     model, params = peft.read("out", model, params)    # a base model and its parameters
 
-PEFT keeps the transposes: `base_model.model.<module>.lora_A.weight` is (rank, in), `lora_B.weight`
-(out, rank); of tables `lora_embedding_A` and `lora_embedding_B`; of DoRA `lora_magnitude_vector`.
-`<module>` is the name in transformers (the tables of `fmjax.convert`). A key that PEFT has no place
-for it leaves out in silence, and an adapter on another base gives numbers that mean nothing, so we
-read back what we write, and beside it lies `BASE`, a digest of the base's parameters.
+The tensors of each kind are in `fmjax.adapters.peft_formats`. A key that PEFT has no place for it
+leaves out in silence, and an adapter on another base gives numbers that mean nothing, so we read
+back what we write, and beside it lies `BASE`, a digest of the base's parameters.
 """
 
 import hashlib
@@ -24,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fmjax import rules, trees
-from fmjax.adapters import lora, merge, quantise
+from fmjax.adapters import merge, peft_formats, quantise
+from fmjax.adapters.peft_formats import FORMATS, UNUSED
 from fmjax.adapters.wrapper import Adapted, base
 from fmjax.convert.files import Place
 from fmjax.convert.writer import family_of
@@ -32,26 +31,6 @@ from fmjax.errors import CheckpointError, ConfigError, quoted
 from fmjax.snapshot import find, read_json
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
-PREFIX = "base_model.model."
-# What changes outputs and fmjax does not have, with the value that means "not used".
-UNUSED: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "lora_bias": (False,),
-    "use_qalora": (False,),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-}
-DEFAULTS: dict[str, Any] = {
-    "lora_alpha": 8.0,
-    "lora_dropout": 0.0,
-    "alpha_pattern": {},
-    "use_rslora": False,
-    "use_dora": False,
-}
-OTHER_BASES = r"pissa.*|olora|corda|loftq"  # initialisations that change the base they start from
 
 
 def write(folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str = "") -> None:
@@ -59,33 +38,42 @@ def write(folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str 
 
     Raises ConfigError for what PEFT has no place for, CheckpointError if it reads back otherwise.
     """
-    folder = Path(folder)
+    folder, kind = Path(folder), peft_formats.of(model)
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; write to a new folder.")
+    model, params = peft_formats.plain(model, params)
     named = {name: np.asarray(leaf) for name, leaf in trees.unstack(params).items()}
-    weights = [f"{path}/{site.weight}" for path, site in model.sites().items()]
-    places = _places(model, [*named, *weights])
-    modules, saved, tensors = {}, set(), {}
-    for path, site in model.sites().items():
-        weight = f"{path}/{site.weight}"
-        if weight not in places:
-            raise ConfigError(f"PEFT has no place for an adapter of {path}: no matrix of its own.")
-        module = modules[path] = places[weight].key.rpartition(".")[0]
-        for key, value in _to_peft(site, path, named).items():
-            tensors[f"{PREFIX}{module}.{key}"] = value
+    weights = _weights(model)
+    places = _places(model, [*named, *weights.values()])
+    if lost := [path for path, weight in weights.items() if weight not in places]:
+        raise ConfigError(f"PEFT has no place for an adapter of {lost[0]}: no matrix of its own.")
+    module = lambda name: places[name].key.rpartition(".")[0]
     saving = [name for name in named if re.fullmatch(f"head/({heads})/.*", name)]
     if lost := [name for name in saving if name not in places]:
         raise ConfigError(f"transformers has no place for {lost[0]}, which the adapter needs.")
+    modules = {path: module(weight) for path, weight in weights.items()}
+    own = sorted({name.split("/")[1] for name in saving})
+    tensors, config = FORMATS[kind].write(model, named, modules, own)
+    before = FORMATS[kind].before
+    tensors = {key if key == "prompt_embeddings" else before + key: x for key, x in tensors.items()}
     for name in saving:
-        place = places[name]
-        saved.add(place.key.rpartition(".")[0])
-        tensors[PREFIX + place.key] = named[name].T if place.transposed else named[name]
+        tensors[before + places[name].key] = (
+            named[name].T if places[name].transposed else named[name]
+        )
+    saved = sorted({module(name) for name in saving})
+    common = {
+        "peft_type": kind,
+        "base_model_name_or_path": None,
+        "task_type": None,
+        "inference_mode": True,
+        "modules_to_save": saved or None,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     _write_json(folder / BASE, {"sha256": digest(params)} | _quantised(model.model))
     # Last, so that a folder that can be opened is complete.
-    _write_json(folder / CONFIG, _config(model, modules, sorted(saved)))
+    _write_json(folder / CONFIG, common | config)
 
     again = trees.unstack(read(folder, model.model, merge.separate(params)[0])[1])
     if wrong := [name for name in named if not _same(name, named[name], again.get(name))]:
@@ -107,23 +95,12 @@ def read(folder: str | Path, model: Any, params: trees.Tree) -> tuple[Adapted, t
     folder = find(folder, files=(CONFIG, WEIGHTS, BASE))
     config, named = _read_config(folder), trees.unstack(params)
     _check_base(folder, model, params)
-    heads, found = _read_tensors(folder, model, named)
-    adapters, targets = {}, []
-    for weight, (module, leaves) in found.items():
-        path = weight.rpartition("/")[0]
-        fresh = _from_peft(weight, quantise.matrix(named, weight), leaves)
-        wanted = {"lora_a", "lora_b"} | ({"lora_m"} if config["use_dora"] else set())
-        if fresh.keys() != wanted:
-            raise CheckpointError(f"{folder}: {module} has {sorted(leaves)}, not one of each kind.")
-        pattern, rank = re.escape(path), fresh["lora_b"].shape[0]
-        targets.append(lora.Target(pattern, rank, float(_alpha(config, module))))
-        adapters |= {f"{path}/{name}": leaf for name, leaf in fresh.items()}
-    settings = lora.Lora(
-        tuple(targets), config["lora_dropout"], config["use_rslora"], config["use_dora"]
-    )
+    kind = FORMATS[config["peft_type"]]
+    heads, tensors, ours = _read_tensors(folder, kind.before, model, named)
+    settings, leaves = kind.read(folder, config, tensors, model, named, ours)
     adapted = Adapted(model, settings)
     stacks = None if model.stacks is None else trees.runs(adapted.kinds)
-    named = {name: jnp.asarray(leaf) for name, leaf in (named | heads | adapters).items()}
+    named = {name: jnp.asarray(leaf) for name, leaf in (named | heads | leaves).items()}
     return adapted.clone(stacks=stacks), trees.stack(named, stacks)
 
 
@@ -137,6 +114,15 @@ def digest(params: trees.Tree) -> str:
     return total.hexdigest()
 
 
+def _weights(model: Adapted) -> dict[str, str]:
+    """{adapted path: the weight that the adapter stands beside}, of what stands beside weights."""
+    sites = model.sites()
+    table = {path: getattr(site, "weight", "kernel") for path, site in sites.items()}
+    if peft_formats.of(model) not in ("LORA", "IA3"):
+        return {}
+    return {path: f"{path}/{weight}" for path, weight in table.items()}
+
+
 def _places(model: Any, names: Iterable[str]) -> dict[str, Place]:
     """{our parameter: where transformers keeps it}, but for those that share a matrix."""
     family = family_of(base(model))
@@ -145,130 +131,56 @@ def _places(model: Any, names: Iterable[str]) -> dict[str, Place]:
     return {name: place for name, place in places.items() if place and place.parts == 1}
 
 
-def _to_peft(site: lora.Site, path: str, named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    a, b = named[f"{path}/lora_a"], named[f"{path}/lora_b"]
-    table = site.weight == "embedding"
-    keys = ("lora_embedding_A", "lora_embedding_B") if table else ("lora_A.weight", "lora_B.weight")
-    tensors = {keys[0]: a.T, keys[1]: b.T}
-    if f"{path}/lora_m" in named:
-        norms = np.linalg.norm(quantise.matrix(named, f"{path}/{site.weight}"), axis=0)
-        tensors["lora_magnitude_vector"] = norms + named[f"{path}/lora_m"]
-    return tensors
-
-
-def _from_peft(
-    name: str, weight: jax.Array, tensors: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """The inverse of `_to_peft` for the weight `name`."""
-    kind = "lora_embedding_" if name.endswith("/embedding") else "lora_"
-    leaves = {}
-    if f"{kind}A" in tensors and f"{kind}B" in tensors:
-        a, b = tensors[f"{kind}A"].T, tensors[f"{kind}B"].T
-        if (*a.shape[:1], *b.shape[1:]) != weight.shape or a.shape[1:] != b.shape[:1]:
-            raise CheckpointError(
-                f"{name} is {weight.shape}, its adapter {a.shape} times {b.shape}: the adapter was "
-                "made for a model of another size."
-            )
-        leaves = {"lora_a": a.astype(np.float32), "lora_b": b.astype(np.float32)}
-    if "lora_magnitude_vector" in tensors:
-        norms = np.linalg.norm(weight, axis=0)
-        leaves["lora_m"] = tensors["lora_magnitude_vector"].reshape(-1).astype(np.float32) - norms
-    return leaves
-
-
 def _read_tensors(
-    folder: Path, model: Any, named: Mapping[str, jax.Array]
-) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, dict[str, np.ndarray]]]]:
-    """(heads, {our weight: (module in transformers, {PEFT's name: tensor})})."""
+    folder: Path, before: str, model: Any, named: Mapping[str, jax.Array]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, str]]:
+    """(heads, the adapter's tensors by their name in transformers, {module: our weight})."""
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
     names = [name.rpartition("/")[0] if name.endswith("/codes") else name for name in named]
-    ours = {place.key: (name, place.transposed) for name, place in _places(model, names).items()}
-    heads: dict[str, np.ndarray] = {}
-    found: dict[str, tuple[str, dict[str, np.ndarray]]] = {}
+    places = _places(model, names)
+    ours = {place.key: (name, place.transposed) for name, place in places.items()}
+    modules = {
+        place.key.rpartition(".")[0]: name
+        for name, place in places.items()
+        if name.endswith(("/kernel", "/embedding"))
+    }
+    heads, rest = {}, {}
     for key, value in tensors.items():
-        bare = key.removeprefix(PREFIX)
-        match = re.fullmatch(r"(.*)\.(lora_\w+)(\.weight)?", bare)
-        name, transposed = ours.get(f"{match[1]}.weight" if match else bare, ("", False))
-        value = value.T if transposed and not match else value
-        if name and match and bare != key:
-            found.setdefault(name, (match[1], {}))[1][match[2]] = value
-        elif name.startswith("head/") and bare != key and value.shape == named[name].shape:
-            heads[name] = value.astype(np.float32)
-        else:
+        bare = key.removeprefix(before)
+        name, transposed = ours.get(bare, ("", False))
+        value_ = value.T if transposed else value
+        if name.startswith("head/") and bare != key and value_.shape == named[name].shape:
+            heads[name] = value_.astype(np.float32)
+        elif name or (bare == key and key != "prompt_embeddings"):
             raise CheckpointError(
                 f"{folder}: the model has no place for {quoted(key)} {value.shape}: the adapter is "
-                f"for another model, or not of PEFT, whose keys begin with {PREFIX!r}."
+                f"for another model, or not of PEFT, whose keys begin with {before!r}."
             )
-    if not found:
+        else:
+            rest[bare] = value
+    if not rest:
         raise CheckpointError(f"{folder / WEIGHTS} holds no adapter.")
-    return heads, found
-
-
-def _config(model: Adapted, modules: Mapping[str, str], saved: list[str]) -> dict[str, Any]:
-    """adapter_config.json: of all modules the commonest rank and alpha, and the exceptions."""
-    lora_, sites = model.adapter, model.sites()
-    ranks = {module: sites[path].rank for path, module in modules.items()}
-    alphas = {module: lora_.target(path).alpha for path, module in modules.items()}
-    commonest = lambda found: max(found.values(), key=list(found.values()).count)
-    rank, alpha = commonest(ranks), commonest(alphas)
-    return {
-        "peft_type": "LORA",
-        "base_model_name_or_path": None,
-        "task_type": None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": lora_.dropout,
-        "target_modules": sorted(modules.values()),
-        "rank_pattern": {module: r for module, r in ranks.items() if r != rank},
-        "alpha_pattern": {module: a for module, a in alphas.items() if a != alpha},
-        "use_rslora": lora_.rslora,
-        "use_dora": lora_.dora,
-        "modules_to_save": saved or None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-    }
+    return heads, rest, modules
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json with its defaults, checked."""
+    """adapter_config.json, of a kind that we have."""
     try:
         given = read_json(folder / CONFIG)
         kind = given.get("peft_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{folder / CONFIG} cannot be read: {error!r}") from error
-    if kind != "LORA":
-        raise ConfigError(f"{folder / CONFIG} has peft_type={quoted(kind)}; fmjax reads 'LORA'.")
+    if kind not in FORMATS:
+        raise ConfigError(
+            f"{folder / CONFIG} has peft_type={quoted(kind)}; fmjax reads {', '.join(FORMATS)}."
+        )
     for key, possible in UNUSED.items():
         if given.get(key, possible[0]) not in possible:
             raise ConfigError(f"{folder / CONFIG}: {key}={quoted(given[key])} is not supported.")
-    if re.fullmatch(OTHER_BASES, str(given.get("init_lora_weights", True))):
-        raise ConfigError(
-            f"{folder / CONFIG}: init_lora_weights={given['init_lora_weights']!r} changes the "
-            "base, which the folder does not hold: have PEFT convert it to plain LoRA."
-        )
-    config = {key: given.get(key, default) for key, default in DEFAULTS.items()}
-    for key, default in DEFAULTS.items():
-        if isinstance(default, float | dict) and config[key] is None:
-            config[key] = default
-        kinds = (int, float) if isinstance(default, float) else type(default)
-        if not isinstance(config[key], kinds):
-            raise ConfigError(f"{folder / CONFIG}: {key}={quoted(config[key])} is not understood.")
-    for pattern, alpha in config["alpha_pattern"].items():
-        if not (rules.is_regex(pattern) and isinstance(alpha, int | float)):
-            raise ConfigError(f"{folder / CONFIG}: alpha_pattern has {quoted((pattern, alpha))}.")
-    return config
-
-
-def _alpha(config: Mapping[str, Any], module: str) -> float:
-    """As PEFT finds it: the first expression that matches a whole end of the module's name."""
-    for pattern, alpha in config["alpha_pattern"].items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return alpha
-    return config["lora_alpha"]
+    return given
 
 
 def _quantised(model: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ token, have the first positions, and are gone from the hidden states that the mo
 
 | name, at the table of the tokens | shape | at first |
 |---|---|---|
-| `prompt_tokens` | (length, width) | rows of the table (`vocabulary`, `text`), or as scattered as they are (`random`) |
+| `prompt_tokens` | (length, width) | rows of the table (`vocabulary`, `text`), as scattered as they are (`random`), or normal with deviation 0.02 (`normal`) |
 | `prompt_<layer>_kernel`, `_bias` | of the network | uniform in ±1/√in, but for the last: zero, as is the bias |
 
 A network's output is added to the vectors, so that it starts where prompt tuning does. (In PEFT it
@@ -32,7 +32,7 @@ from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module
 from fmjax.errors import ConfigError, did_you_mean
 from fmjax.models import layers
 
-INITS = ("vocabulary", "text", "random")
+INITS = ("vocabulary", "text", "random", "normal")
 
 
 @dataclasses.dataclass(frozen=True)

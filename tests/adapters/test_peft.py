@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fmjax import convert, state, trees
-from fmjax.adapters import lora, merge, peft
+from fmjax.adapters import ia3, lora, merge, peft, prefix, prompt
 from fmjax.errors import CheckpointError, ConfigError
 from fmjax.models import bert
 
@@ -27,6 +27,7 @@ KINDS = {
     "lora": dict(targets=TARGETS, alpha=6),
     "rslora": dict(targets=TARGETS, alpha=6, scaling="rslora"),
     "dora": dict(targets=TARGETS, alpha=6, dora=True),
+    "ia3": dict(targets=((r".*/(key|value)", "output"), (r"block_0[12]/mlp/down", "input"))),
     "embedding": dict(targets=((r"embed/token", 4), *TARGETS), alpha=6),
 }
 
@@ -42,7 +43,7 @@ def moved(params, scale=0.2):
     """Every leaf of the adapter away from where it starts."""
     rng = np.random.default_rng(1)
     move = lambda path, x: x + scale * rng.standard_normal(x.shape).astype(np.float32)
-    return trees.map_names(lambda p, x: move(p, x) if "/lora_" in p else x, params)
+    return trees.map_names(lambda p, x: move(p, x) if "/lora_" in p or "/ia3_" in p else x, params)
 
 
 def logits(model, params):
@@ -79,7 +80,8 @@ def reference(tmp_path_factory):
 def test_torch_gives_the_same_logits_both_ways(kind, reference, tmp_path):
     torch, reference_peft, load, run = reference
     base_model, base = model_and_base()
-    model = lora.wrap(base_model, **KINDS[kind])
+    wrap = ia3.wrap if kind == "ia3" else lora.wrap
+    model = wrap(base_model, **KINDS[kind])
     params = moved(model.add(base, jax.random.key(2)))
     peft.write(tmp_path / "ours", model, params)
     theirs = reference_peft.PeftModel.from_pretrained(load(), tmp_path / "ours")
@@ -89,7 +91,7 @@ def test_torch_gives_the_same_logits_both_ways(kind, reference, tmp_path):
 
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "ia3_" in name:
                 parameter.mul_(1.1)
     theirs.save_pretrained(tmp_path / "theirs")
     again, params = peft.read(tmp_path / "theirs", base_model, base)
@@ -190,7 +192,7 @@ def test_tensors_that_do_not_fit_are_refused(damage, message, written):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(peft_type="IA3"), "reads 'LORA'"),
+        (dict(peft_type="BOFT"), "reads LORA, IA3"),
         (dict(bias="all"), "bias='all' is not supported"),
         (dict(init_lora_weights="pissa_niter_4"), "changes the base"),
         (dict(lora_alpha="much"), "lora_alpha='much' is not understood"),
@@ -221,3 +223,85 @@ def test_a_write_that_reads_back_differently_is_not_trusted(tmp_path, monkeypatc
     monkeypatch.setattr(peft, "save_file", save)
     with pytest.raises(CheckpointError, match="reads back differently"):
         peft.write(tmp_path / "out", model, params)
+
+
+# --- prompts and prefixes, which PEFT puts before a model for a task ---
+
+CLASSIFY = dict(lm_head=False, classes={"classify": 3})
+PROMPTS = {
+    "prompt": lambda model: prompt.wrap(model, length=4, whole="prompt"),
+    "mlp": lambda model: prompt.wrap(model, length=4, encoder="mlp", hidden=8, whole="prompt"),
+    "lstm": lambda model: prompt.wrap(model, length=4, encoder="lstm", hidden=8, whole="prompt"),
+    "prefix": lambda model: prefix.wrap(model, length=4),
+    "projected": lambda model: prefix.wrap(model, length=4, hidden=8),
+}
+
+
+def classes(model, params):
+    def run(params):
+        ones, positions = jnp.ones_like(IDS), jnp.tile(jnp.arange(IDS.shape[1]), (len(IDS), 1))
+        apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
+        hidden = apply(jnp.asarray(IDS), ones, positions, jnp.zeros_like(IDS), method="encode")
+        return apply(hidden, ones, "classify", "first", method="classify")
+
+    return np.asarray(jax.jit(run)(params))
+
+
+def shaken(params):
+    """Prompts and prefixes of order one."""
+    rng = np.random.default_rng(1)
+    move = lambda x: x + 0.5 * rng.standard_normal(x.shape).astype(np.float32)
+    own = lambda path: "/prompt_" in path or "/prefix_" in path
+    return trees.map_names(lambda path, x: move(x) if own(path) else x, params)
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prompts_give_the_same_logits_both_ways(kind, reference, tmp_path):
+    torch, reference_peft, _, run = reference
+    import transformers
+
+    base_model = bert.Model("tiny", **SIZES, **CLASSIFY)
+    larger = lambda path, x: x if path.endswith("scale") else 5 * x
+    base = trees.map_names(larger, state.init_params(base_model, jax.random.key(0)))
+    convert.export(tmp_path / "base", base_model, base)
+    load = lambda: transformers.BertForSequenceClassification.from_pretrained(
+        tmp_path / "base"
+    ).eval()
+    np.testing.assert_allclose(run(load()), classes(base_model, base), atol=1e-5)
+
+    model = PROMPTS[kind](base_model)
+    params = shaken(model.add(base, jax.random.key(2)))
+    params["head"]["classify"]["kernel"] *= 2
+    params["head"]["pooler"]["kernel"] *= 1.5
+    peft.write(tmp_path / "ours", model, params, heads="classify|pooler")
+    theirs = reference_peft.PeftModel.from_pretrained(load(), tmp_path / "ours").eval()
+    ours = classes(model, params)
+    assert np.abs(ours - classes(base_model, base)).max() > 0.1
+    np.testing.assert_allclose(run(theirs), ours, atol=2e-5)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    again, read = peft.read(tmp_path / "theirs", base_model, base)
+    # Of heads PEFT saves the classifier alone.
+    read["head"]["pooler"] = params["head"]["pooler"]
+    np.testing.assert_allclose(classes(again, read), run(theirs), atol=2e-5)
+
+
+def test_what_peft_cannot_say_of_a_prompt_is_refused(tmp_path):
+    base_model = bert.Model("tiny", **SIZES, **CLASSIFY)
+    base = state.init_params(base_model, jax.random.key(0))
+    model = prompt.wrap(base_model, length=4)
+    params = model.add(base, jax.random.key(2))
+    with pytest.raises(ConfigError, match="whole='token', but in PEFT the head sees"):
+        peft.write(tmp_path / "one", model, params, heads="classify")
+    with pytest.raises(ConfigError, match="for one of its tasks only"):
+        peft.write(tmp_path / "two", prompt.wrap(base_model, length=4, whole="prompt"), params)
+    peft.write(
+        tmp_path / "three",
+        prefix.wrap(base_model, length=4),
+        prefix.wrap(base_model, length=4).add(base, jax.random.key(2)),
+        heads="classify",
+    )
+    wide = bert.Model("tiny", **SIZES | dict(depth=2), **CLASSIFY)
+    (tmp_path / "three" / peft.BASE).unlink()
+    with pytest.raises(CheckpointError, match=r"vectors are \(4, 96\), those of the model 64 wide"):
+        peft.read(tmp_path / "three", wide, state.init_params(wide, jax.random.key(0)))
