@@ -132,17 +132,20 @@ def ours(
     *,
     patterns: Any = ((".*", "train"),),
     adapter: Any = None,
+    quantise: Any = None,
     heads: Any = None,
     **options: Any,
 ) -> Side:
     """Arrays: a batch as `fmjax.data` gives it, with the targets that `loss_fn` wants.
 
-    `patterns` as config.groups, `adapter` as config.adapter, `heads` the parameters under head/
-    that the folder lacks, `options` of the model.
+    `patterns` as config.groups, `adapter` and `quantise` as config has them, `heads` the
+    parameters under head/ that the folder lacks, `options` of the model.
     """
     how = {"dtype": flags.precision, "remat": flags.remat}
     model = bert.Model(**convert.describe(folder)[1] | how | options)
-    net, assigned = setup.grouped(adapters.wrap(model, dict(adapter=adapter)), patterns, OPTIM, {})
+    net, assigned = setup.grouped(
+        adapters.wrap(model, dict(adapter=adapter, quantise=quantise)), patterns, OPTIM, {}
+    )
     split = functools.partial(groups.split, assigned=assigned)
     mesh = sharding.make_mesh(data=1)
     made = optim.make(
@@ -155,7 +158,13 @@ def ours(
     )
     abstract = state.abstract(net, made.tx, split, mesh)
     fresh = functools.partial(state.init_params, net, jax.random.key(0))
-    params, _ = convert.load(folder, abstract.params, may_miss=pretrained.FRESH, initial=fresh)
+    params, _ = convert.load(
+        folder,
+        abstract.params,
+        may_miss=pretrained.FRESH,
+        packings=adapters.packings(net),
+        initial=fresh,
+    )
     params["head"].update(heads or {})
     holder = {"state": state.create(abstract, net, made.tx, split, 0, params)}
     goals = [objectives.Objective(name, 1.0, None, loss_fn)]
