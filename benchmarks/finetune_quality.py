@@ -25,7 +25,19 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = {"full": "", "lora": "_lora", "last2": "_last", "head": "_head"}
+CONFIGS = {  # what follows "configs/finetune", and the task
+    "full": (".py", ""),
+    "lora": ("_lora.py", ""),
+    "qlora": ("_qlora.py", ""),
+    "last2": ("_last.py", ",layers=2"),
+    "head": ("_head.py", ""),
+    "ia3": ("_ia3.py", ""),
+    **{kind: ("_adapter.py", f",kind={kind}") for kind in ("houlsby", "pfeiffer", "parallel")},
+    **{
+        kind: ("_prompt.py", f",kind={kind}")
+        for kind in ("prompt", "mlp", "lstm", "prefix", "projected")
+    },
+}
 METRICS = {
     "classify": ("accuracy",),
     "regress": ("spearman",),
@@ -93,9 +105,9 @@ def ours(method: str, rate: str, seed: int, flags: argparse.Namespace) -> dict[s
         if method == "features":
             given = ["--config=configs/probe.py", f"--config.folder={flags.model}"]
         else:
-            layers = ",layers=2" * (method == "last2")
+            file, kind = CONFIGS[method]
             given = [
-                f"--config=configs/finetune{CONFIGS[method]}.py:{flags.task}{layers}",
+                f"--config=configs/finetune{file}:{flags.task}{kind}",
                 *(f"--config.init={flags.model}", f"--config.seed={seed}"),
                 *(f"--config.total={flags.epochs} epochs", f"--config.batch_size={flags.batch}"),
                 *(f"--config.optim.lr={rate}", "--config.optim.args.eps=1e-8"),

@@ -51,7 +51,8 @@ def matrix(cfg, flags) -> None:
         ways[name] = jax.jit(scheme.unpack), (jax.jit(scheme.pack)(weight),)
     from qwix._src.core import qarray
 
-    how = qarray.HowToQuantize(qtype="nf4", tiled_axes={0: quantise.BLOCK})
+    tiles = dict(channelwise_axes=[1], tiled_axes={0: quantise.BLOCK})
+    how = qarray.HowToQuantize(qtype="nf4", **tiles)
     ways["nf4, qwix"] = (
         jax.jit(qarray.dequantize),
         (jax.jit(lambda w: qarray.quantize(w, how))(weight),),
