@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from fmjax import adapters, convert, groups, pretrained, processes, state, trees
+from fmjax import adapters, build, convert, groups, pretrained, processes, state, trees
 from fmjax.adapters import peft
 from fmjax.adapters.lora import Lora
 from fmjax.adapters.wrapper import Adapted
 from fmjax.errors import CheckpointError, ConfigError
+from fmjax.models import TOKEN_HEADS, AnyModel
 
 
 def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
@@ -35,6 +37,9 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             return
         _check_pool(opened)
         model, params = adapters.merged(opened.model, opened.params)
+        if isinstance(opened.model, Adapted):
+            apart = divergence(opened, model, params)
+            _check_merged(apart, config.max_kl)
         opened = opened._replace(model=model, params=params)
         left_out = convert.export(
             output, opened.model, opened.params, opened.tokenizer, labels=opened.labels
@@ -93,6 +98,53 @@ def check(
         raise CheckpointError(
             f"{output} was written, but reads back differently: {', '.join(wrong[:5])}. Do not use "
             "it; set config.output to another folder, on another disk if it happens again."
+        )
+
+
+def divergence(
+    opened: pretrained.Opened, model: AnyModel, params: Any, rows: int = 16
+) -> dict[str, float]:
+    """{head: KL(merged || unmerged) in nats}, the mean over rows of random tokens; `model` and
+    `params` are the merged ones. A head of one output is compared as the odds of yes and no."""
+    cfg = model.cfg
+    rng, time = np.random.default_rng(0), min(64, cfg.max_len - adapters.positions(opened.model))
+    ids = jnp.asarray(rng.integers(0, cfg.vocab_size, (rows, time)), jnp.int32)
+    ones, places = jnp.ones_like(ids), jnp.broadcast_to(jnp.arange(time)[None], ids.shape)
+
+    def outputs(model, params):
+        apply = build.apply(model)
+        hidden = apply(params, ids, ones, places, jnp.zeros_like(ids), method="encode")
+        found = {}
+        for name, _ in cfg.classes:
+            if name in TOKEN_HEADS:
+                found[name] = apply(params, hidden, name, method="project")
+            else:
+                found[name] = apply(params, hidden, ones, name, method="classify")
+        return found | ({"mlm": apply(params, hidden, method="logits")} if cfg.lm_head else {})
+
+    @jax.jit
+    def compare(params, whole):
+        both = outputs(opened.model, params), outputs(model, whole)
+        return {name: _nats(both[1][name], both[0][name]) for name in both[0]}
+
+    return {name: float(x) for name, x in compare(opened.params, params).items()}
+
+
+def _nats(logits: jax.Array, others: jax.Array) -> jax.Array:
+    if logits.shape[-1] == 1:
+        logits, others = (jnp.concatenate([x, jnp.zeros_like(x)], -1) for x in (logits, others))
+    p, q = jax.nn.log_softmax(logits), jax.nn.log_softmax(others)
+    return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
+
+
+def _check_merged(apart: dict[str, float], most: float) -> None:
+    told = ", ".join(f"{head} {nats:.1e}" for head, nats in apart.items())
+    if jax.process_index() == 0:
+        print(f"KL(merged || unmerged) on random tokens, nats: {told or 'the run has no head'}")
+    if worst := [head for head, nats in apart.items() if not nats <= most]:
+        raise ConfigError(
+            f"Merged, the head {worst[0]} gives other outputs: {told} nats, above config.max_kl="
+            f"{most}. Keep the run's folder, or export the adapter alone with config.merge=False."
         )
 
 

@@ -131,9 +131,11 @@ def initial(config: Any, model: AnyModel, abstract: Any) -> Any:
     fresh = functools.partial(
         state.init_params, model, jax.random.fold_in(jax.random.key(config.seed), 0)
     )
+    audit: dict[str, float] = {}
+    packings = adapters.packings(model, audit)
     if is_run(config.init):
         params, saved, averaged = checkpoint.load_params(config.init)
-        params, report = _laid_out(params, model, abstract, config.init, fresh, heads)
+        params, report = _laid_out(params, model, abstract, config.init, fresh, heads, packings)
         source = f"step {saved['step']} of {config.init}"
         source += " (averaged parameters)" if averaged else ""
     else:
@@ -142,16 +144,28 @@ def initial(config: Any, model: AnyModel, abstract: Any) -> Any:
             abstract,
             may_miss=FRESH,
             leave=heads,
-            packings=adapters.packings(model),
+            packings=packings,
             initial=fresh,
         )
         source = config.init
     if jax.process_index() == 0:
         print(f"starting from {source}: {report}")
+        if audit:
+            print(_told(audit, config.quantise.name))
     tokenize = lambda text: load_tokenizer(_tokenizer(config.init)).encode(
         text, add_special_tokens=False
     )
     return adapters.start(model, params, report.kept, tokenize)
+
+
+def _told(audit: Mapping[str, float], name: str) -> str:
+    """How much quantising lost of each matrix, in a line."""
+    worst = sorted(audit, key=audit.get, reverse=True)[:3]
+    return (
+        f"{len(audit)} matrices in {name}: {100 * np.median(list(audit.values())):.2g} % of their "
+        "norm is lost (the median), most of "
+        + ", ".join(f"{name} ({100 * audit[name]:.2g} %)" for name in worst)
+    )
 
 
 def check_tokenizer(config: Any, folder: Path) -> None:
@@ -311,6 +325,7 @@ def _laid_out(
     source: str,
     fresh: Callable[[], trees.Tree] | None = None,
     leave: str = "",
+    packings: Mapping[str, adapters.Packing] | None = None,
 ) -> tuple[trees.Tree, convert.Report]:
     """`found`, on the host and in any stacks, in those of `abstract` and where its shardings say,
     quantised where the `model` has it so.
@@ -320,8 +335,7 @@ def _laid_out(
     """
     have, wanted = trees.unstack(found), trees.unstack(abstract)
     have = {name: leaf for name, leaf in have.items() if not re.fullmatch(leave, name)}
-    packings = adapters.packings(model)
-    for name, (shape, pack) in packings.items():
+    for name, (shape, pack) in (packings or {}).items():
         if name in have and have[name].shape == shape:
             whole = have.pop(name)
             have |= {f"{name}/{part}": np.asarray(x) for part, x in pack(whole).items()}

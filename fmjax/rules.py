@@ -274,7 +274,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"adapter\.hidden", _whole(0, 2**24)),
     (r"adapter\.encoder", ("", "mlp", "lstm")),
     (r"adapter\.whole", ("token", "prompt")),
-    (r"adapter\.(alpha|scale)", ABOVE_ZERO),
+    (r"adapter\.(alpha|scale)|max_kl", ABOVE_ZERO),
     (r"adapter\.activation", ("gelu", "gelu_tanh", "relu", "silu")),
     (r"adapter\.scaling", ("alpha/rank", "rslora")),
     (r"data\.name", ("pydocs", "text", "hub")),

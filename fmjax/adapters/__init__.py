@@ -5,6 +5,7 @@ config.adapter = dict(name="lora", targets=((r"block_.*/(attn|mlp)/.*", None),),
 config.groups = ((r".*/lora_.|head/.*", "train"), (".*", "freeze"))
 """
 
+import functools
 import importlib
 import inspect
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from fmjax import sharding, trees
 from fmjax.adapters import initial, merge, prompt, quantise
@@ -61,15 +63,27 @@ def wrap(model: AnyModel, config: Mapping[str, Any]) -> AnyModel:
     return around(model, **fields)
 
 
-def packings(model: AnyModel) -> dict[str, Packing]:
-    """{parameter of the base that is quantised: how}, by the names of single layers."""
+def packings(model: AnyModel, audit: dict[str, float] | None = None) -> dict[str, Packing]:
+    """{parameter of the base that is quantised: how}, by the names of single layers.
+
+    Into `audit` goes of each that is packed how much is lost: ||what is kept - W|| / ||W||.
+    """
     if not isinstance(model, Adapted):
         return {}
-    found = packings(model.model)
+    found = packings(model.model, audit)
     if isinstance(model.adapter, quantise.Quantised):
-        pack = jax.jit(quantise.SCHEMES[model.adapter.name].pack)
-        found |= {f"{path}/kernel": Packing(site, pack) for path, site in model.sites().items()}
+        for path, shape in model.sites().items():
+            name = f"{path}/kernel"
+            pack = functools.partial(_packed, model.adapter.name, name, audit)
+            found[name] = Packing(shape, pack)
     return found
+
+
+def _packed(scheme: str, name: str, audit: dict[str, float] | None, whole: Any) -> quantise.Packed:
+    kept, lost = quantise.packed(scheme, jnp.asarray(whole))
+    if audit is not None:
+        audit[name] = float(lost)
+    return kept
 
 
 def check_frozen(model: AnyModel, moving: Collection[str]) -> None:

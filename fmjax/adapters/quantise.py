@@ -110,6 +110,13 @@ def wrap(model: Any, *, name: str, targets: str) -> Adapted:
     return wrapped
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def packed(name: str, weight: Float[Array, "I O"]) -> tuple[Packed, Float[Array, ""]]:
+    """(the arrays of `weight` in the scheme `name`, the share of its norm that is lost)."""
+    kept, norm = SCHEMES[name].pack(weight), jnp.linalg.norm(weight)
+    return kept, jnp.linalg.norm(dense(kept) - weight) / jnp.where(norm > 0, norm, 1)
+
+
 def restored(model: Any, params: Any) -> tuple[Any, Any]:
     """(the model without `Quantised`, its parameters with whole matrices in float32)."""
     if not isinstance(model, Adapted):

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+TOKEN_HEADS = ("tag", "span")  # on every token, which need no pooler; the others: on the whole
+
 
 @runtime_checkable
 class AnyModel(Protocol):

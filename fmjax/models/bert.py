@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from fmjax import losses, precision, sharding, streams, trees
 from fmjax.errors import ConfigError, did_you_mean
-from fmjax.models import layers
+from fmjax.models import TOKEN_HEADS, layers
 from fmjax.models.attention import attention, mask
 from fmjax.precision import DTYPES
 
@@ -93,7 +93,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "modernbert_base": _MODERN | dict(depth=22, width=768, heads=12, mlp=1152),
     "modernbert_large": _MODERN | dict(depth=28, width=1024, heads=16, mlp=2624),
 }
-TOKEN_HEADS = ("tag", "span")  # on every token, which need no pooler; the others: on the whole
 REMAT = {
     "none": None,
     "block": jax.checkpoint_policies.nothing_saveable,

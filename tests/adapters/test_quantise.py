@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -282,6 +283,32 @@ def test_a_run_opens_as_it_was_trained_and_merges_into_a_whole_model(adapted):
     encode = lambda model, params: model.apply({"params": params}, *arrays, method="encode")
     np.testing.assert_allclose(
         encode(model, params), encode(opened.model, opened.params), atol=2e-5
+    )
+
+
+def test_an_export_says_how_near_it_is_and_refuses_what_is_not(adapted, tmp_path, capsys):
+    words = [f"--config.folder={adapted}", f"--config.output={tmp_path}/one"]
+    export.run(configs.load(str(ROOT / "configs/export.py"), words), tmp_path)
+    assert re.search(r"KL\(merged \|\| unmerged\).*classify \S+e-\d\d", capsys.readouterr().out)
+    opened = pretrained.open_folder(str(adapted), sharding.make_mesh())
+    model, params = adapters.merged(opened.model, opened.params)
+    near = export.divergence(opened, model, params)["classify"]
+    assert abs(near) < 1e-6
+    params["head"]["classify"]["kernel"] = 2 * params["head"]["classify"]["kernel"]
+    far = export.divergence(opened, model, params)
+    assert far["classify"] > 1e-4
+    with pytest.raises(ConfigError, match="Merged, the head classify gives other outputs"):
+        export._check_merged(far, 1e-6)
+    with pytest.raises(ConfigError, match="Merged, the head classify"):
+        export._check_merged({"classify": float("nan")}, 1e-6)
+
+
+def test_a_start_says_what_was_lost(adapted, home, encoder, tmp_path, capsys):  # noqa: F811
+    words = [*files(home), f"--config.init={encoder}", "--config.total=1"]
+    name = "--config.quantise.name=int8"
+    train.run(load("finetune_qlora.py", *words, name), tmp_path / "run")
+    assert re.search(
+        r"\d+ matrices in int8: 0\.\d+ % of their norm is lost .*block_0", capsys.readouterr().out
     )
 
 
