@@ -135,10 +135,13 @@ def initial(config: Any, model: AnyModel, abstract: Any) -> Any:
     packings = adapters.packings(model, audit)
     if is_run(config.init):
         params, saved, averaged = checkpoint.load_params(config.init)
+        found = trees.unstack(params)
+        whole = found.__getitem__
         params, report = _laid_out(params, model, abstract, config.init, fresh, heads, packings)
         source = f"step {saved['step']} of {config.init}"
         source += " (averaged parameters)" if averaged else ""
     else:
+        whole = functools.partial(_matrix, convert.find(config.init), packings)
         params, report = convert.load(
             convert.find(config.init),
             abstract,
@@ -155,7 +158,13 @@ def initial(config: Any, model: AnyModel, abstract: Any) -> Any:
     tokenize = lambda text: load_tokenizer(_tokenizer(config.init)).encode(
         text, add_special_tokens=False
     )
-    return adapters.start(model, params, report.kept, tokenize)
+    return adapters.start(model, params, report.kept, tokenize, whole)
+
+
+def _matrix(folder: Path, packings: Mapping[str, adapters.Packing], name: str) -> jax.Array:
+    """The parameter `name` of a folder in Hugging Face format."""
+    like = {name: jax.ShapeDtypeStruct(packings[name].shape, np.float32)}
+    return trees.flatten(convert.load(folder, trees.unflatten(like))[0])[name]
 
 
 def _told(audit: Mapping[str, float], name: str) -> str:

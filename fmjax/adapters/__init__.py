@@ -104,12 +104,16 @@ def positions(model: AnyModel) -> int:
 
 
 def start(
-    model: Any, params: Any, fresh: Collection[str], tokenize: Callable[[str], Sequence[int]]
+    model: Any,
+    params: Any,
+    fresh: Collection[str],
+    tokenize: Callable[[str], Sequence[int]],
+    whole: Callable[[str], Any],
 ) -> Any:
     """`params` of a base that was just loaded, with an adapter that starts from its weights.
 
     `fresh` are the names of the parameters that were not loaded: an adapter that was, stays.
-    `tokenize` gives the ids of a text.
+    `tokenize` gives the ids of a text, `whole` a matrix of the base by its name, as it was loaded.
     """
     init = getattr(getattr(model, "adapter", None), "init", "uniform")
     if init in ("uniform", "normal") or not any(re.fullmatch(LEAVES, name) for name in fresh):
@@ -123,7 +127,7 @@ def start(
         )
     if isinstance(model.adapter, prompt.Prompt):
         return model.adapter.from_base(params, tokenize)
-    return initial.start(model, params)
+    return initial.start(model, params, whole)
 
 
 def merged(model: Any, params: Any) -> tuple[Any, Any]:

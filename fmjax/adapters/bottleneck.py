@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from fmjax import precision
-from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module, chosen
+from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module, around, chosen
 from fmjax.models import layers
 
 
@@ -82,9 +82,7 @@ def wrap(
     Raises ConfigError for a target that decides nothing, or no such module.
     """
     rows = tuple((pattern, width if own is None else own) for pattern, own in targets)
-    adapted = Adapted(model, Bottleneck(rows, beside, activation, float(scale), dropout))
-    adapted.sites()
-    return adapted
+    return around(model, Bottleneck(rows, beside, activation, float(scale), dropout))
 
 
 def _fits(module: Module) -> bool:

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module, chosen
+from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module, around, chosen
 from fmjax.errors import ConfigError
 from fmjax.models import layers
 
@@ -67,6 +67,4 @@ def wrap(model: Any, *, targets: Sequence[tuple[str, str | None]]) -> Adapted:
                 f"config.adapter.targets: {pattern!r} has {side!r}; possible are 'input', 'output' "
                 "and None."
             )
-    adapted = Adapted(model, Ia3(tuple((pattern, side or "") for pattern, side in targets)))
-    adapted.sites()
-    return adapted
+    return around(model, Ia3(tuple((pattern, side or "") for pattern, side in targets)))

@@ -12,13 +12,14 @@ outputs are at first those of W to rounding, under `loftq` nearly so.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fmjax import trees
-from fmjax.adapters import low_rank, merge
+from fmjax.adapters import low_rank, merge, quantise
 from fmjax.adapters.wrapper import Adapted
 from fmjax.errors import ConfigError
 
@@ -27,9 +28,16 @@ ROUNDS = 5  # of LoftQ's alternation
 BLOCK = 64  # weights that share a scale
 
 
-def start(model: Adapted, params: trees.Tree) -> trees.Tree:
+def _same(x: Any) -> Any:
+    return x
+
+
+def start(
+    model: Adapted, params: trees.Tree, whole: Callable[[str], Any] | None = None
+) -> trees.Tree:
     """`params` with base and adapter as `model.adapter.init` says, where they lay.
 
+    `whole` gives a matrix of the base that is quantised in `params`, by its name, as it was.
     Raises ConfigError for a rank above that of the weight.
     """
     init = model.adapter.init
@@ -43,29 +51,62 @@ def start(model: Adapted, params: trees.Tree) -> trees.Tree:
             )
     function = {"pissa": pissa, "loftq": loftq}[init]
     places = jax.tree.map(lambda x: x.sharding, params)
+    if isinstance(model.model, Adapted):
+        made = _over_quantised(model, params, whole, function)
+        return jax.tree.map(jax.device_put, made, places)
     changed = functools.partial(merge.changed, model, function=function)
     return jax.jit(changed, out_shardings=places)(params)
 
 
-def pissa(weight: Weight, leaves: low_rank.Leaves) -> tuple[Weight, low_rank.Leaves]:
-    """The weight without its principal part, and leaves whose product that is."""
+def _over_quantised(model, params, whole, function):
+    """One matrix after the other, each whole only while it is its turn."""
+    named, few = dict(trees.unstack(params)), model.model.sites()
+    scheme = quantise.SCHEMES[model.model.adapter.name]
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def pair(weight, leaves, scale):
+        given = low_rank.Leaves(*leaves, scale)
+        kept, found = function(weight, given, scheme.pack, scheme.unpack)
+        return kept, (found.a, found.b, found.m)
+
+    for path, site in model.sites().items():
+        name, parts = f"{path}/{site.weight}", ("lora_a", "lora_b", "lora_m")
+        leaves = [named.get(f"{path}/{part}") for part in parts]
+        if path not in few:
+            raise ConfigError(
+                f"config.adapter.init={model.adapter.init!r} over config.quantise: {path} is "
+                "adapted but not quantised. Give both the same targets."
+            )
+        kept, found = pair(jnp.asarray(whole(name)), leaves, site.scale)
+        named |= {f"{name}/{part}": x for part, x in kept.items()}
+        found = {f"{path}/{part}": x for part, x in zip(parts, found, strict=True)}
+        named |= {name: x for name, x in found.items() if x is not None}
+    return trees.stack(named, model.stacks)
+
+
+def pissa(
+    weight: Weight, leaves: low_rank.Leaves, pack: Callable = _same, unpack: Callable = _same
+) -> tuple[Any, low_rank.Leaves]:
+    """What `pack` makes of the weight without its principal part, and leaves whose product that
+    is."""
     found = _principal(weight, leaves)
-    return _keeping(weight - low_rank.product(found), found)
+    kept = pack(weight - low_rank.product(found))
+    return kept, _keeping(unpack(kept), found)
 
 
 def loftq(
-    weight: Weight, leaves: low_rank.Leaves, quantise: Callable[[Weight], Weight] | None = None
-) -> tuple[Weight, low_rank.Leaves]:
-    """The weight as `quantise` (int4) leaves it, and leaves that make up for most of the loss.
+    weight: Weight, leaves: low_rank.Leaves, pack: Callable | None = None, unpack: Callable = _same
+) -> tuple[Any, low_rank.Leaves]:
+    """The weight as `pack` (int4) leaves it, and leaves that make up for most of the loss.
 
     Quantising what the leaves lack, and fitting them to what quantising loses, in turn.
     """
-    quantise = quantise or int4
+    pack = pack or int4
     found = leaves._replace(a=jnp.zeros_like(leaves.a), b=jnp.zeros_like(leaves.b))
     for _ in range(ROUNDS):
-        base = quantise(weight - low_rank.product(found))
-        found = _principal(weight - base, leaves)
-    return _keeping(base, found)
+        kept = pack(weight - low_rank.product(found))
+        found = _principal(weight - unpack(kept), leaves)
+    return kept, _keeping(unpack(kept), found)
 
 
 def int4(weight: Weight) -> Weight:
@@ -87,10 +128,10 @@ def _principal(weight: Weight, leaves: low_rank.Leaves) -> low_rank.Leaves:
     return leaves._replace(a=a, b=root.reshape(-1, 1) * v[:rank])
 
 
-def _keeping(base: Weight, leaves: low_rank.Leaves) -> tuple[Weight, low_rank.Leaves]:
-    """`base` and `leaves`; DoRA's magnitudes, which count from the norms of `base`, such that its
-    factor is one."""
+def _keeping(base: Weight, leaves: low_rank.Leaves) -> low_rank.Leaves:
+    """`leaves`, with DoRA's magnitudes, which count from the norms of `base`, such that its factor
+    is one."""
     if leaves.m is None:
-        return base, leaves
+        return leaves
     norm = lambda x: jnp.linalg.norm(x.reshape(-1, x.shape[-1]), axis=0)
-    return base, leaves._replace(m=norm(base + low_rank.product(leaves)) - norm(base))
+    return leaves._replace(m=norm(base + low_rank.product(leaves)) - norm(base))

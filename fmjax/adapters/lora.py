@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from fmjax.adapters import low_rank, quantise
-from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module, chosen
+from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module, around, chosen
 from fmjax.errors import ConfigError, did_you_mean
 from fmjax.models import layers
 
@@ -153,9 +153,7 @@ def wrap(
     if init not in INITS:
         raise ConfigError(f"config.adapter.init={init!r} is not known.{did_you_mean(init, INITS)}")
     rows = tuple(Target(t, rank if r is None else r, float(alpha)) for t, r in targets)
-    adapted = Adapted(model, Lora(rows, dropout, scaling == "rslora", dora, init))
-    adapted.sites()
-    return adapted
+    return around(model, Lora(rows, dropout, scaling == "rslora", dora, init))
 
 
 def _with_path(module, leaves, finish, call, x, out_dtype=None):

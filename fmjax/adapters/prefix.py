@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from fmjax import precision, trees
-from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module
+from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module, around
 from fmjax.errors import ConfigError
 from fmjax.models import layers
 
@@ -125,9 +125,7 @@ def wrap(model: Any, *, length: int, hidden: int = 0) -> Adapted:
             f"config.adapter.length={length} leaves no room for text in the {model.cfg.max_len} "
             "positions of the model: make it shorter."
         )
-    adapted = Adapted(model, Prefix(length, hidden))
-    adapted.sites()
-    return adapted
+    return around(model, Prefix(length, hidden))
 
 
 def _uniform(key: jax.Array, inputs: int, outputs: int) -> jax.Array:

@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fmjax import precision, trees
-from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module
+from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module, around
 from fmjax.errors import ConfigError, did_you_mean
 from fmjax.models import layers
 
@@ -186,9 +186,7 @@ def wrap(
             f"config.adapter.length={length} leaves no room for text in the {model.cfg.max_len} "
             "positions of the model: make it shorter."
         )
-    adapted = Adapted(model, Prompt(length, table, init, text, encoder, hidden, whole))
-    adapted.sites()
-    return adapted
+    return around(model, Prompt(length, table, init, text, encoder, hidden, whole))
 
 
 def _lstm(inputs: Float[Array, "P G"], kernel: Float[Array, "H G"]) -> Float[Array, "P H"]:

@@ -33,7 +33,7 @@ from jaxtyping import Array, Float
 
 from fmjax import precision, sharding
 from fmjax.adapters import merge
-from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module, chosen
+from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module, around, chosen
 from fmjax.errors import ConfigError
 from fmjax.models import layers
 
@@ -64,6 +64,7 @@ class Quantised(Adapter):
 
     name: str
     targets: str
+    keeps = True
 
     def sites(self, modules: Mapping[str, Module]) -> dict[str, tuple[int, int]]:
         """{path: shape of the matrix}."""
@@ -105,9 +106,7 @@ def wrap(model: Any, *, name: str, targets: str) -> Adapted:
 
     Raises ConfigError for modules that hold no matrix, or one that the blocks do not divide.
     """
-    wrapped = Adapted(model, Quantised(name, targets))
-    wrapped.sites()
-    return wrapped
+    return around(model, Quantised(name, targets))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -59,6 +59,7 @@ class Adapter:
     """The settings of an adapter, a frozen dataclass, and what it does at one module."""
 
     dropout = 0.0
+    keeps = False  # whether it is how the base is kept, which another may stand beside
     positions = 0  # of the model's that it takes, in front of those of the tokens
 
     def sites(self, modules: Mapping[str, Module]) -> Mapping[str, Any]:
@@ -218,6 +219,21 @@ class Adapted:
             numbers = jnp.asarray(numbers.view(np.int32))
             flat[f"{path}/{_STREAM}"] = numbers if trees.is_stacked(path) else numbers[0]
         return trees.unflatten(flat)
+
+
+def around(model: Any, adapter: Adapter) -> Adapted:
+    """`model` with `adapter`. Raises ConfigError where its modules have one of the kind already:
+    a base is quantised once, and of other adapters a module has one."""
+    adapted, inner = Adapted(model, adapter), model
+    paths = adapted.sites().keys() - {""}
+    while isinstance(inner, Adapted):
+        if inner.adapter.keeps == adapter.keeps and (both := sorted(paths & inner.sites().keys())):
+            raise ConfigError(
+                f"{both[0]} would have two adapters, {type(inner.adapter).__name__} and "
+                f"{type(adapter).__name__}: merge the first, or give them other targets."
+            )
+        inner = inner.model
+    return adapted
 
 
 def base(model: Any) -> Any:

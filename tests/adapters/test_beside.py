@@ -163,3 +163,28 @@ def test_dropout_of_a_bottleneck_is_each_modules_own():
 def test_what_cannot_be_meant_is_refused(adapter, message):
     with pytest.raises(ConfigError, match=message):
         tiny.make(TRAIN, adapter=adapter)
+
+
+def test_a_module_has_one_adapter_and_a_base_is_quantised_once():
+    from fmjax.adapters import lora, quantise
+
+    model = bert.Model("tiny", **tiny.SIZES)
+    scaled = ia3.wrap(model, targets=((r".*/(key|value)", "output"),))
+    with pytest.raises(ConfigError, match="attn/value would have two adapters, Ia3 and Lora"):
+        lora.wrap(scaled, targets=((r".*/(query|value)", 2),))
+    int8 = quantise.wrap(model, name="int8", targets=r".*/query")
+    with pytest.raises(ConfigError, match="attn/query would have two adapters, Quantised"):
+        quantise.wrap(int8, name="fp8", targets=r".*/query")
+    both = lora.wrap(scaled, targets=((r".*/query", 2),)).clone(stacks=(3,))
+    params = moved(state.init_params(both, jax.random.key(0)))
+    whole, merged = adapters.merged(both, params)
+    assert whole == model.clone(stacks=(3,))
+    np.testing.assert_allclose(program(whole)(merged), program(both)(params), atol=1e-5)
+
+
+def test_adapters_train_over_one_another():
+    """LoRA on one path, a bottleneck on another, over a base of few bits."""
+    quantised = dict(name="int8", targets=r"block_.*/(attn|mlp)/.*")
+    run = tiny.make(TRAIN, adapter=KINDS["houlsby"], quantise=quantised)
+    current, found = run.step(run.state(), tiny.batch(4))
+    assert float(found["skipped"]) == 0 and float(found["grad_norm"]) > 0

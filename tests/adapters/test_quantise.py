@@ -3,6 +3,7 @@
 import functools
 import itertools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -368,3 +369,33 @@ def test_names_of_the_base_stay():
     assert {name for name in found if name.rpartition("/")[0] not in parts} == plain - parts
     ends = itertools.product(parts, ("codes", "absmax", "scales", "mean"))
     assert {f"{name}/{part}" for name, part in ends} <= found
+
+
+@pytest.mark.parametrize("source", ["folder", "run"])
+@pytest.mark.parametrize("init, dora", [("loftq", False), ("pissa", False), ("loftq", True)])
+def test_an_adapter_that_starts_from_what_quantising_loses(init, dora, source, tmp_path, encoder):  # noqa: F811
+    """Base and adapter together are nearer to the weights than the base alone would be."""
+    if source == "folder":
+        model = bert.Model("tiny", **tiny.SIZES | SIZES)
+        params = state.init_params(model, jax.random.key(3))
+        convert.export(tmp_path / "hf", model, params)
+        name, wanted = str(tmp_path / "hf"), trees.unstack(params)
+    else:
+        opened = pretrained.open_folder(str(encoder), sharding.make_mesh())
+        model, wanted, name = opened.model, trees.unstack(opened.params), str(encoder)
+    attention = r"block_.*/attn/.*"
+    how = dict(name="int8" if source == "run" else "nf4", targets=attention)
+    wrapped = quantise.wrap(model.clone(stacks=None), **how)
+    wrapped = lora.wrap(wrapped, targets=((attention, 4),), init=init, dora=dora)
+    config = SimpleNamespace(
+        init=name, new_head=False, objectives={}, seed=0, quantise=SimpleNamespace(name="nf4")
+    )
+    params = pretrained.initial(
+        config, wrapped, state.abstract_params(wrapped, sharding.make_mesh())
+    )
+    found = trees.unstack(adapters.merged(wrapped, params)[1])
+    path = "block_00/attn/query/kernel"
+    error = lambda x: np.linalg.norm(np.asarray(x) - np.asarray(wanted[path]))
+    plain = quantise.dense(quantise.SCHEMES[how["name"]].pack(jnp.asarray(wanted[path])))
+    assert 0 < error(found[path]) < (1.0 if source == "run" else 0.95) * error(plain)
+    assert np.abs(trees.unstack(params)["block_00/attn/query/lora_b"]).max() > 0
