@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmjax import build, data, evaluate, logs, processes, report, trees
+from fmjax import adapters, build, data, evaluate, logs, processes, report, trees
 from fmjax import config as configs
 from fmjax import objectives as losses
 from fmjax.progress import Progress
@@ -148,7 +148,7 @@ class Monitor:
         summary = report.summarize(
             self.folder.path,
             total=self.run.total,
-            parameters=trees.size(self.run.abstract.params),
+            parameters=adapters.parameters(self.run.model, self.run.abstract.params),
             trainable_parameters=trees.size(self.run.split(self.run.abstract.params)[0]),
             config_difference=changed,
             environment=report.environment(device=f"{jax.device_count()} x {device.device_kind}"),

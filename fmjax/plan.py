@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, communication, flops, objectives, trees
+from fmjax import adapters, build, communication, flops, objectives, trees
 from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.progress import count
 from fmjax.setup import batch_spec
@@ -59,7 +59,8 @@ def _cost(run: Any) -> None:
     memory = compiled.memory_analysis()
     operations = flops.of_step(run, spec)
     tokens = run.config.batch_size * run.config.data.seq_len
-    frozen = trees.size(run.split(run.abstract.params)[1])
+    every, moving = run.abstract.params, run.split(run.abstract.params)[0]
+    frozen = adapters.parameters(run.model, every) - trees.size(moving)
     a_token = count(operations / tokens)
     print(f"\nstep        {count(operations)}FLOP in matrix products, {a_token} a token")
     cost = compiled.cost_analysis() or {}

@@ -8,6 +8,7 @@ config.groups = ((r".*/lora_.|head/.*", "train"), (".*", "freeze"))
 import functools
 import importlib
 import inspect
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ __all__ = [
     "check_frozen",
     "merged",
     "packings",
+    "parameters",
     "positions",
     "start",
     "wrap",
@@ -94,6 +96,13 @@ def check_frozen(model: AnyModel, moving: Collection[str]) -> None:
             f"config.quantise keeps {wrong[0].rpartition('/')[0]} in a few bits, but config.groups "
             "trains it: freeze it there, or leave it out of config.quantise.targets."
         )
+
+
+def parameters(model: AnyModel, params: Any) -> int:
+    """How many parameters the (abstract) tree stands for: a quantised matrix counts as it was."""
+    few = packings(model)
+    apart = [x for name, x in trees.unstack(params).items() if name.rpartition("/")[0] not in few]
+    return trees.size(apart) + sum(math.prod(packing.shape) for packing in few.values())
 
 
 def positions(model: AnyModel) -> int:

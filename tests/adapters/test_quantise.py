@@ -360,6 +360,14 @@ def test_a_whole_base_is_the_right_one_if_its_codes_are(tmp_path):
         peft.read(tmp_path / "a", model, other)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_quantised_matrix_counts_as_it_was(scheme):
+    whole, few = made(None), made(scheme)
+    number = adapters.parameters(whole.model, whole.abstract.params)
+    assert number == trees.size(whole.abstract.params)
+    assert adapters.parameters(few.model, few.abstract.params) == number
+
+
 def test_names_of_the_base_stay():
     model = bert.Model("tiny", **tiny.SIZES | SIZES)
     plain = set(trees.unstack(state.abstract_params(model)))
