@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, pretrained, processes
+from fmjax import adapters, build, pretrained, processes
 from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.errors import ConfigError
+from fmjax.models import AnyModel
 
 
 class Guess(NamedTuple):
@@ -31,7 +32,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
         opened.require_head("mlm")
         tokenizer = load_tokenizer(opened.tokenizer)
-        rows = encode(sentences, tokenizer, opened.model.cfg.max_len)
+        rows = encode(sentences, tokenizer, _room(opened.model))
         if dry_run:
             return
         found = guesses(opened, tokenizer, rows, config.top_k)
@@ -80,7 +81,7 @@ def guesses(
     apply, cfg = build.apply(opened.model), opened.model.cfg
     # Round sizes: the next sentence finds its program compiled. One row at least a device.
     batch = _round_up(len(rows), jax.device_count())
-    time = min(_round_up(max(len(row["input_ids"]) for row in rows), 64), cfg.max_len)
+    time = min(_round_up(max(len(row["input_ids"]) for row in rows), 64), _room(opened.model))
     arrays = {name: np.zeros((batch, time), np.int32) for name in ("input_ids", "token_types")}
     segment_ids = np.zeros((batch, time), np.int32)
     for i, row in enumerate(rows):
@@ -139,6 +140,11 @@ def _readable(tokenizer: Any, token: int) -> str:
     if text and text.isprintable():
         return text
     return ascii(tokenizer.convert_ids_to_tokens(token))
+
+
+def _room(model: AnyModel) -> int:
+    """Positions that are left for tokens."""
+    return model.cfg.max_len - adapters.positions(model)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -18,7 +18,6 @@ Letters: B batch, N heads, T time, H head size, D = N H, P length of the prefix.
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,9 +91,7 @@ class Prefix(Adapter):
             return self._extended(here.leaf, sizes, *here.run(*args, **options))
         if kind == "shared" or here.method != "encode":
             return here.run(*args, **options)
-        function = type(here.module).encode
-        given = inspect.signature(function).bind_partial(here.module, *args, **options).arguments
-        given.pop("self")
+        given = here.arguments(*args, **options)
         return here.run(**given | {"positions": given["positions"] + self.length})
 
     def values(self, leaf: Any) -> jax.Array:

@@ -18,7 +18,6 @@ Letters: B batch, T time, D width, P length of the prompt.
 """  # noqa: E501  a row of a table is one line
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -82,10 +81,7 @@ class Prompt(Adapter):
             return jnp.concatenate([front, y[:, self.length :]], axis=1)
         if here.method != "encode":
             return here.run(*args, **options)
-        function = type(here.module).encode
-        given = inspect.signature(function).bind_partial(here.module, *args, **options).arguments
-        given.pop("self")
-        hidden = here.run(**self._longer(given))
+        hidden = here.run(**self._longer(here.arguments(*args, **options)))
         if self.whole == "prompt":
             return jnp.concatenate([hidden[:, :1], hidden[:, self.length + 1 :]], axis=1)
         return hidden[:, self.length :]

@@ -54,6 +54,12 @@ class Call(NamedTuple):
         """A parameter that lies at the module, None where it has none of that name."""
         return self.module.get_variable("params", name)
 
+    def arguments(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """Those of the call by their names."""
+        function = getattr(type(self.module), self.method)
+        given = inspect.signature(function).bind_partial(self.module, *args, **options)
+        return dict(list(given.arguments.items())[1:])
+
 
 class Adapter:
     """The settings of an adapter, a frozen dataclass, and what it does at one module."""
