@@ -17,7 +17,6 @@ from fmjax.errors import ConfigError, did_you_mean
 PROMPT = dict(
     name="prompt",
     length=20,
-    table="embed/token",
     init="vocabulary",  # or text, random, or without config.init: normal
     text="",
     encoder="",

@@ -1,7 +1,7 @@
 """From a config to its model, and how objectives call one."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,18 +35,25 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
         classes=heads,
     )
     built = adapters.wrap(built, config.to_dict())
-    check_length(built, config.data.seq_len)
+    check_rows(built, config.data.to_dict())
     return built
 
 
-def check_length(model: AnyModel, seq_len: int) -> None:
-    """Refuses rows that the model has no positions for."""
-    taken = adapters.positions(model)
+def check_rows(model: AnyModel, data: Mapping[str, Any]) -> None:
+    """Refuses rows of `data` (`config.data`) that the model has no positions for, and several
+    documents in one where a prompt is before the first alone."""
+    taken, seq_len = adapters.positions(model), data["seq_len"]
     if seq_len + taken > model.cfg.max_len:
         more = f", with {taken} of config.adapter.length before it," if taken else ""
         raise ConfigError(
             f"config.data.seq_len={seq_len}{more} is longer than the {model.cfg.max_len} positions "
             "of the model: lower it, or train a model with a larger config.model.max_len."
+        )
+    if data["format"] == "packed" and adapters.has_prompt(model):
+        raise ConfigError(
+            "config.adapter.name='prompt' puts its vectors before a row, but config.data.format="
+            "'packed' has several documents in one: set it to 'padded', or use 'prefix', which all "
+            "of them see."
         )
 
 

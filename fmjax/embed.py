@@ -27,7 +27,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         settings = DEFAULTS | given | {"label": "", "validation_fraction": 0}
         if not (settings.get("train") or settings.get("path")):
             raise ConfigError("config.data.train is empty: set it to the file of texts.")
-        build.check_length(opened.model, settings["seq_len"])
+        build.check_rows(opened.model, settings)
         sharding.check_batch(mesh, config.batch_size)
         split = data.prepare(settings, {"name": str(opened.tokenizer)}).splits["train"]
         if split.rows(np.zeros(1, np.int64))["segment_ids"].ndim > 2:

@@ -34,7 +34,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         saved = opened.config
         settings, goals, batch_size = settings_of(config, opened)
         sharding.check_batch(mesh, batch_size)
-        build.check_length(opened.model, settings["seq_len"])
+        build.check_rows(opened.model, settings)
         dataset = data.prepare(settings, {"name": str(opened.tokenizer)})
         split = split_of(dataset, config.split, opened)
         check_labels(dataset, opened, goals)

@@ -21,7 +21,8 @@ from fmjax.models import TOKEN_HEADS, AnyModel
 def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
     """The task: writes the run `config.folder` to `config.output`, reads it back and compares."""
     with processes.start(config) as mesh:
-        opened = pretrained.open_folder(config.folder, mesh, step=config.step)
+        # Parameters are float32: what is compared must not drown in the rounding of a run's dtype.
+        opened = pretrained.open_folder(config.folder, mesh, "float32", config.step)
         if opened.config is None:
             raise ConfigError(
                 f"config.folder={config.folder!r} is in Hugging Face format already; "
@@ -32,10 +33,10 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             if jax.process_index() == 0:
                 print(f"would export {opened} to {output}")
             return
+        _check_pool(opened)
         if not config.merge:
             _adapter(output, opened)
             return
-        _check_pool(opened)
         model, params = adapters.merged(opened.model, opened.params)
         if isinstance(opened.model, Adapted):
             apart = divergence(opened, model, params)
@@ -59,12 +60,13 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
 
 def _adapter(output: Path, opened: pretrained.Opened) -> None:
     """The run's adapter and the heads that it trained in PEFT's format, with the tokenizer."""
-    if not (isinstance(opened.model, Adapted) and isinstance(opened.model.adapter, Lora)):
+    if not isinstance(opened.model, Adapted) or opened.model.adapter.keeps:
         raise ConfigError(
             f"config.merge=False writes an adapter alone, but {opened.source} has none: leave it "
             "at True."
         )
-    if (init := opened.model.adapter.init) != "uniform":
+    init = getattr(opened.model.adapter, "init", "uniform")
+    if isinstance(opened.model.adapter, Lora) and init != "uniform":
         raise ConfigError(
             f"The run has config.adapter.init={init!r}, which changed its base: its adapter fits "
             "no other. Leave config.merge at True."

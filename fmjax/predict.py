@@ -33,7 +33,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         if settings["long"] == "drop":
             raise ConfigError("config.data.long='drop' leaves records out: set it to truncate.")
         sharding.check_batch(mesh, batch_size)
-        build.check_length(opened.model, settings["seq_len"])
+        build.check_rows(opened.model, settings)
         dataset = data.prepare(settings, {"name": str(opened.tokenizer)})
         split = evaluate.split_of(dataset, "train", opened)
         evaluate.check_labels(dataset, opened, goals)

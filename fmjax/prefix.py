@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import xxhash
 
-from fmjax import build, data, groups, progress, sharding, trees
+from fmjax import adapters, build, data, groups, progress, sharding, trees
 from fmjax.adapters.wrapper import Adapted
 from fmjax.data import cache
 from fmjax.data.settings import LABELLED
@@ -76,6 +76,10 @@ def depth(run: Any) -> int:
     rates = {f"model.{key}": getattr(cfg, key) for key in ("dropout", "attention_dropout")}
     if isinstance(run.model, Adapted):
         rates["adapter.dropout"] = run.model.adapter.dropout
+    if adapters.positions(run.model):
+        raise ConfigError(
+            f"{refused}, but config.adapter puts vectors before the tokens: set False."
+        )
     if random := [key for key, rate in rates.items() if rate]:
         raise ConfigError(
             f"{refused} needs layers without randomness, but config.{random[0]} is "

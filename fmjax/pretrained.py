@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from fmjax import adapters, build, checkpoint, convert, objectives, rules, state, trees
 from fmjax import config as configs
+from fmjax.adapters import quantise
 from fmjax.data.tokenizer import MAX_VOCAB
 from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.errors import CheckpointError, ConfigError
@@ -136,7 +137,7 @@ def initial(config: Any, model: AnyModel, abstract: Any) -> Any:
     if is_run(config.init):
         params, saved, averaged = checkpoint.load_params(config.init)
         found = trees.unstack(params)
-        whole = found.__getitem__
+        whole = functools.partial(quantise.matrix, found)
         params, report = _laid_out(params, model, abstract, config.init, fresh, heads, packings)
         source = f"step {saved['step']} of {config.init}"
         source += " (averaged parameters)" if averaged else ""
@@ -158,7 +159,7 @@ def initial(config: Any, model: AnyModel, abstract: Any) -> Any:
     tokenize = lambda text: load_tokenizer(_tokenizer(config.init)).encode(
         text, add_special_tokens=False
     )
-    return adapters.start(model, params, report.kept, tokenize, whole)
+    return adapters.start(model, params, report.kept, tokenize, whole, config.seed)
 
 
 def _matrix(folder: Path, packings: Mapping[str, adapters.Packing], name: str) -> jax.Array:
@@ -292,7 +293,7 @@ def _open_run(
     if not file.is_file():
         raise CheckpointError(f"{file} cannot be read: there is no such file.")
     saved = configs.load(str(file))
-    needed = {"model.name", "data.seq_len", "precision"}
+    needed = {"model.name", "data.seq_len", "data.format", "precision"}
     if missing := needed - configs.flatten(saved).keys():
         raise CheckpointError(f"{file} is not that of a training run: it lacks {sorted(missing)}.")
     if precision:
@@ -305,7 +306,7 @@ def _open_run(
         **options | how | {"dtype": saved.precision}
     )
     built = adapters.wrap(built, saved.to_dict())
-    build.check_length(built, saved.data.seq_len)
+    build.check_rows(built, saved.data.to_dict())
     built = built.clone(stacks=trees.runs(built.kinds))
     abstract = state.abstract_params(built, mesh)
     params, _ = _laid_out(params, built, abstract, str(folder))

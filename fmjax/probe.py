@@ -38,7 +38,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         )
         given = {key: value for key, value in config.data.items() if value is not None}
         settings = DEFAULTS | given
-        build.check_length(opened.model, settings["seq_len"])
+        build.check_rows(opened.model, settings)
         sharding.check_batch(mesh, config.batch_size)
         dataset = data.prepare(settings, {"name": str(opened.tokenizer)})
         if missing := {"train", "validation"} - dataset.splits.keys():

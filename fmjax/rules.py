@@ -229,7 +229,7 @@ CLASSES = Check(_is_texts, "a tuple of different texts")
 ADDRESS = Check(_is_address, "<host>:<port>, or '' with one process")
 NAME = Check(lambda v: isinstance(v, str) and v.isidentifier(), "the name of an optimizer of optax")
 TARGETS = Check(
-    _is_targets, "(regular expression, number) pairs, None: the adapter's own; or 'input', 'output'"
+    _is_targets, "(regular expression, number) pairs, for ia3 (…, 'input'), (…, 'output'); or None"
 )
 REGEX = Check(is_regex, "a regular expression")
 DURATION = Check(_is_span, "a duration: 1500, '1500 steps', '3 epochs', '10M tokens' or '10%'")
@@ -272,6 +272,10 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"adapter\.targets", TARGETS),
     (r"adapter\.(rank|width|length)", _whole(1, 2**24)),
     (r"adapter\.hidden", _whole(0, 2**24)),
+    (
+        r"adapter\.init",
+        ("uniform", "pissa", "loftq", "vocabulary", "text", "random", "normal"),
+    ),
     (r"adapter\.encoder", ("", "mlp", "lstm")),
     (r"adapter\.whole", ("token", "prompt")),
     (r"adapter\.(alpha|scale)|max_kl", ABOVE_ZERO),

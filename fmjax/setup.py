@@ -100,7 +100,7 @@ def assemble(
             )
     model, assigned = grouped(build.model(config, vocab.size, labels), config.groups, *optimizers)
     _check_noise(config, model)
-    _check_prompt(config, model)
+    _check_prompt(config)
     split = functools.partial(groups.split, assigned=assigned)
     optimizer = optim.make(
         split(state.abstract_params(model))[0],
@@ -125,14 +125,14 @@ def _check_noise(config: Any, model: AnyModel) -> None:
         )
 
 
-def _check_prompt(config: Any, model: AnyModel) -> None:
-    """Refuses a prompt in front of a row of several documents, of which one alone would see it."""
-    packed = read(DataSettings, config.data.to_dict(), "data").format == "packed"
-    if packed and config.adapter.name == "prompt":
+def _check_prompt(config: Any) -> None:
+    """Refuses the state of a prompt among those of tokens that a head takes the mean of."""
+    means = [name for name, args in config.objectives.items() if args.get("pool") == "mean"]
+    if config.adapter.get("whole") == "prompt" and means:
         raise ConfigError(
-            "config.adapter.name='prompt' puts its vectors before a row, but config.data.format="
-            "'packed' has several documents in one: set it to 'padded', or use 'prefix', which all "
-            "of them see."
+            "config.adapter.whole='prompt' puts the state of the prompt's first vector in the "
+            f"place of the first token's, but config.objectives.{means[0]}.pool='mean' takes all: "
+            "set one of them to 'token' or 'first'."
         )
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "Packing",
     "base",
     "check_frozen",
+    "has_prompt",
     "merged",
     "packings",
     "parameters",
@@ -62,6 +63,13 @@ def wrap(model: AnyModel, config: Mapping[str, Any]) -> AnyModel:
             f"config.adapter.{key} is not known to config.adapter.name={name!r}."
             + did_you_mean(key, possible)
         )
+    required = inspect.signature(around).parameters.values()
+    if lost := [p.name for p in required if p.kind == p.KEYWORD_ONLY and p.default is p.empty]:
+        if missing := [key for key in lost if key not in fields]:
+            raise ConfigError(
+                f"config.adapter.name={name!r} needs config.adapter.{missing[0]}: start from the "
+                "config that has it, configs/finetune_*.py."
+            )
     return around(model, **fields)
 
 
@@ -112,17 +120,25 @@ def positions(model: AnyModel) -> int:
     return model.adapter.positions + positions(model.model)
 
 
+def has_prompt(model: AnyModel) -> bool:
+    """Whether there are vectors in front of the tokens of a row."""
+    inside = isinstance(model, Adapted) and has_prompt(model.model)
+    return inside or isinstance(getattr(model, "adapter", None), prompt.Prompt)
+
+
 def start(
     model: Any,
     params: Any,
     fresh: Collection[str],
     tokenize: Callable[[str], Sequence[int]],
     whole: Callable[[str], Any],
+    seed: int,
 ) -> Any:
     """`params` of a base that was just loaded, with an adapter that starts from its weights.
 
     `fresh` are the names of the parameters that were not loaded: an adapter that was, stays.
-    `tokenize` gives the ids of a text, `whole` a matrix of the base by its name, as it was loaded.
+    `tokenize` gives the ids of a text, `whole` a matrix of the base by its name, as it was loaded,
+    `seed` what is drawn.
     """
     init = getattr(getattr(model, "adapter", None), "init", "uniform")
     if init in ("uniform", "normal") or not any(re.fullmatch(LEAVES, name) for name in fresh):
@@ -135,7 +151,7 @@ def start(
             "as they are there."
         )
     if isinstance(model.adapter, prompt.Prompt):
-        return model.adapter.from_base(params, tokenize)
+        return model.adapter.from_base(params, tokenize, seed)
     return initial.start(model, params, whole)
 
 

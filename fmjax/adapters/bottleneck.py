@@ -21,7 +21,16 @@ import jax
 import jax.numpy as jnp
 
 from fmjax import precision
-from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module, around, chosen
+from fmjax.adapters.wrapper import (
+    Adapted,
+    Adapter,
+    Call,
+    Leaves,
+    Module,
+    around,
+    check_numbers,
+    chosen,
+)
 from fmjax.models import layers
 
 
@@ -81,6 +90,7 @@ def wrap(
 
     Raises ConfigError for a target that decides nothing, or no such module.
     """
+    check_numbers(targets)
     rows = tuple((pattern, width if own is None else own) for pattern, own in targets)
     return around(model, Bottleneck(rows, beside, activation, float(scale), dropout))
 

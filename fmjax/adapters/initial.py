@@ -25,7 +25,6 @@ from fmjax.errors import ConfigError
 
 Weight = Float[Array, "*I O"]
 ROUNDS = 5  # of LoftQ's alternation
-BLOCK = 64  # weights that share a scale
 
 
 def _same(x: Any) -> Any:
@@ -110,10 +109,12 @@ def loftq(
 
 
 def int4(weight: Weight) -> Weight:
-    """Rounded to 15 values, symmetric around zero, in blocks of `BLOCK` inputs of one output."""
+    """Rounded to 15 values, symmetric around zero, in blocks of inputs of one output."""
     outputs = weight.shape[-1]
     rows = weight.reshape(-1, outputs)
-    padded = jnp.pad(rows, ((0, -len(rows) % BLOCK), (0, 0))).reshape(-1, BLOCK, outputs)
+    padded = jnp.pad(rows, ((0, -len(rows) % quantise.BLOCK), (0, 0))).reshape(
+        -1, quantise.BLOCK, outputs
+    )
     step = jnp.max(jnp.abs(padded), axis=1, keepdims=True) / 7
     codes = jnp.round(padded / jnp.where(step > 0, step, 1))
     return (codes * step).reshape(-1, outputs)[: len(rows)].reshape(weight.shape)

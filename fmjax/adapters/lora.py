@@ -28,7 +28,16 @@ import jax
 import jax.numpy as jnp
 
 from fmjax.adapters import low_rank, quantise
-from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module, around, chosen
+from fmjax.adapters.wrapper import (
+    Adapted,
+    Adapter,
+    Call,
+    Leaves,
+    Module,
+    around,
+    check_numbers,
+    chosen,
+)
 from fmjax.errors import ConfigError, did_you_mean
 from fmjax.models import layers
 
@@ -71,6 +80,7 @@ class Lora(Adapter):
     rslora: bool = False  # s = alpha / √rank (Kalajdzievski 2023), not alpha / rank
     dora: bool = False  # Liu et al. 2024
     init: str = "uniform"  # or as in `fmjax.adapters.initial`
+    by_example = True
 
     def target(self, path: str) -> Target | None:
         return next((t for t in self.targets if re.fullmatch(t.pattern, path)), None)
@@ -152,6 +162,7 @@ def wrap(
     """
     if init not in INITS:
         raise ConfigError(f"config.adapter.init={init!r} is not known.{did_you_mean(init, INITS)}")
+    check_numbers(targets)
     rows = tuple(Target(t, rank if r is None else r, float(alpha)) for t, r in targets)
     return around(model, Lora(rows, dropout, scaling == "rslora", dora, init))
 

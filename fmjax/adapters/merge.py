@@ -36,8 +36,10 @@ def unmerge(model: Adapted, merged: trees.Tree, adapter: trees.Tree) -> trees.Tr
 
     The base's numbers come back to rounding, not to the bit.
 
-    Raises ConfigError for DoRA, whose factor needs the base that is sought.
+    Raises ConfigError for other adapters than LoRA, and for DoRA, whose factor needs the base that
+    is sought.
     """
+    model.adapter.check_by_example()
     if model.adapter.dora:
         raise ConfigError("A merged DoRA adapter cannot be taken out: keep the base's parameters.")
     without = lambda weight, leaves: (weight - low_rank.product(leaves), leaves)

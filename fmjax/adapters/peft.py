@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from fmjax import rules, trees
+from fmjax import adapters, rules, trees
 from fmjax.adapters import merge, peft_formats, quantise
 from fmjax.adapters.peft_formats import FORMATS, UNUSED
 from fmjax.adapters.wrapper import Adapted, base
@@ -204,7 +204,7 @@ def _check_base(folder: Path, model: Any, params: trees.Tree) -> None:
         if how and not _quantised(model):
             rules.check({"quantise": how})
             wrapped = quantise.wrap(model, name=how["name"], targets=how["targets"])
-            params = wrapped.add(params, jax.random.key(0))
+            params = _few(trees.unstack(params), adapters.packings(wrapped))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{folder / BASE} cannot be read: {error!r}") from error
     if wanted != (got := digest(params)):
@@ -212,6 +212,14 @@ def _check_base(folder: Path, model: Any, params: trees.Tree) -> None:
             f"{folder} was made for another base: its parameters have the digest "
             f"{quoted(wanted)[:14]}…, those given {got[:12]}…. Outputs would mean nothing."
         )
+
+
+def _few(named: dict[str, jax.Array], packings: Mapping[str, Any]) -> trees.Tree:
+    """The whole parameters as a folder of them is loaded: one matrix after the other."""
+    for name, packing in packings.items():
+        arrays = packing.pack(named.pop(name))
+        named |= {f"{name}/{part}": x for part, x in arrays.items()}
+    return trees.unflatten(named)
 
 
 def _same(name: str, one: np.ndarray, other: Any) -> bool:

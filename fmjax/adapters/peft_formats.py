@@ -82,8 +82,8 @@ def plain(model: Adapted, params: trees.Tree) -> tuple[Adapted, trees.Tree]:
     named = {name: jnp.asarray(leaf) for name, leaf in trees.unstack(prepared).items()}
     made: dict[str, jax.Array] = {}
     if isinstance(adapter, prompt.Prompt):
-        leaf = lambda name: named[f"{adapter.table}/{name}"]
-        made[f"{adapter.table}/prompt_tokens"] = adapter.vectors(leaf)
+        leaf = lambda name: named[f"{prompt.TABLE}/{name}"]
+        made[f"{prompt.TABLE}/prompt_tokens"] = adapter.vectors(leaf)
         bare = dataclasses.replace(adapter, encoder="")
     else:
         for path in _memories(model):
@@ -230,20 +230,24 @@ def _read_ia3(folder, config, tensors, model, named, ours):
 
 def _write_prompt(model, named, modules, heads):
     adapter = model.adapter
-    if adapter.whole == "token" and any(TASKS.get(head) == "SEQ_CLS" for head in heads):
+    config = _virtual(model, adapter.length, heads)
+    if adapter.whole != (there := _whole(config)):
         raise ConfigError(
-            "The run has config.adapter.whole='token', but in PEFT the head sees the state of the "
-            "prompt's first vector: train with 'prompt' to write its format."
+            f"The run has config.adapter.whole={adapter.whole!r}, but in PEFT the head of a "
+            f"{config['task_type']} sees the other state: train with {there!r} to write its format."
         )
-    values = named[f"{adapter.table}/prompt_tokens"]
-    return {"prompt_embeddings": values}, _virtual(model, adapter.length, heads)
+    return {"prompt_embeddings": named[f"{prompt.TABLE}/prompt_tokens"]}, config
 
 
 def _read_prompt(folder, config, tensors, model, named, ours):
-    table = "embed/token"
-    values = _embeddings(folder, tensors, named[f"{table}/embedding"].shape[1])
-    settings = prompt.Prompt(len(values), table, init="normal", whole="prompt")
-    return settings, {f"{table}/prompt_tokens": values}
+    values = _embeddings(folder, tensors, named[f"{prompt.TABLE}/embedding"].shape[1])
+    settings = prompt.Prompt(len(values), init="normal", whole=_whole(config))
+    return settings, {f"{prompt.TABLE}/prompt_tokens": values}
+
+
+def _whole(config: Mapping[str, Any]) -> str:
+    """Whose state stands first for the head of a task: `Prompt.whole`."""
+    return "prompt" if config.get("task_type") == "SEQ_CLS" else "token"
 
 
 def _write_prefix(model, named, modules, heads):

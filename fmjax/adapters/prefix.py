@@ -117,11 +117,6 @@ def wrap(model: Any, *, length: int, hidden: int = 0) -> Adapted:
 
     Raises ConfigError for a model that has none, and for a prefix that leaves no room.
     """
-    if length >= model.cfg.max_len:
-        raise ConfigError(
-            f"config.adapter.length={length} leaves no room for text in the {model.cfg.max_len} "
-            "positions of the model: make it shorter."
-        )
     return around(model, Prefix(length, hidden))
 
 

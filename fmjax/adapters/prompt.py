@@ -3,16 +3,18 @@
     model = prompt.wrap(model, length=20)
 
 Prompt tuning (Lester et al. 2021) trains the vectors themselves; P-tuning (Liu et al. 2021) what a
-small network makes of them: an `mlp`, or an `lstm` under one, as in PEFT. They are seen by every
-token, have the first positions, and are gone from the hidden states that the model gives.
+small network makes of them: an `mlp` of two layers, or an `lstm` in both directions under one. They
+are seen like tokens, have the first positions, and are gone from the hidden states that the model
+gives.
 
 | name, at the table of the tokens | shape | at first |
 |---|---|---|
 | `prompt_tokens` | (length, width) | rows of the table (`vocabulary`, `text`), as scattered as they are (`random`), or normal with deviation 0.02 (`normal`) |
 | `prompt_<layer>_kernel`, `_bias` | of the network | uniform in ±1/√in, but for the last: zero, as is the bias |
 
-A network's output is added to the vectors, so that it starts where prompt tuning does. (In PEFT it
-replaces them, and they start normal with deviation 1, some 25 times the rows of BERT's table.)
+A network's output is added to the vectors, so that it starts where prompt tuning does. (PEFT's
+networks have a layer more, replace the vectors, and start from a normal of deviation 1, some 25
+times the rows of BERT's table; what they give is written and read all the same.)
 
 Letters: B batch, T time, D width, P length of the prompt.
 """  # noqa: E501  a row of a table is one line
@@ -29,8 +31,8 @@ from jaxtyping import Array, Float
 from fmjax import precision, trees
 from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module, around
 from fmjax.errors import ConfigError, did_you_mean
-from fmjax.models import layers
 
+TABLE = "embed/token"  # path of the module that embeds tokens
 INITS = ("vocabulary", "text", "random", "normal")
 
 
@@ -39,7 +41,6 @@ class Prompt(Adapter):
     """What `config.adapter` holds."""
 
     length: int
-    table: str = "embed/token"  # path of the module that embeds tokens
     init: str = "vocabulary"
     text: str = ""
     encoder: str = ""
@@ -52,15 +53,9 @@ class Prompt(Adapter):
 
     def sites(self, modules: Mapping[str, Module]) -> dict[str, Any]:
         """The model, and its table with the width of a vector."""
-        tables = [
-            path for path, module in modules.items() if isinstance(module.module, layers.Embedding)
-        ]
-        if self.table not in tables:
-            raise ConfigError(
-                f"config.adapter.table={self.table!r} is no table of embeddings."
-                + did_you_mean(self.table, tables)
-            )
-        return {"": None, self.table: modules[self.table].leaves["embedding"][1]}
+        if TABLE not in modules:
+            raise ConfigError(f"config.adapter.name='prompt' needs a model with a table {TABLE}.")
+        return {"": None, TABLE: modules[TABLE].leaves["embedding"][1]}
 
     def start(self, site: int, key: jax.Array, own: Leaves) -> Leaves:
         keys = iter(jax.random.split(key, 8))
@@ -104,11 +99,11 @@ class Prompt(Adapter):
     def from_base(self, params: trees.Tree, tokenize: Callable[[str], Sequence[int]]) -> trees.Tree:
         """`params` of a base that was just loaded, with the vectors that `init` means."""
         flat = trees.flatten(params)
-        table = flat[f"{self.table}/embedding"]
-        place = f"{self.table}/prompt_tokens"
-        rng = np.random.default_rng(0)
+        table = flat[f"{TABLE}/embedding"]
+        place = f"{TABLE}/prompt_tokens"
+        rng = np.random.default_rng(seed)
         if self.init == "random":
-            scattered = jnp.std(table) * jax.random.normal(jax.random.key(0), flat[place].shape)
+            scattered = jnp.std(table) * rng.standard_normal(flat[place].shape, np.float32)
             found = jnp.mean(table, axis=0, keepdims=True) + scattered
         else:
             ids = rng.integers(0, table.shape[0], self.length)
@@ -161,7 +156,6 @@ def wrap(
     model: Any,
     *,
     length: int,
-    table: str = "embed/token",
     init: str = "vocabulary",
     text: str = "",
     encoder: str = "",
@@ -175,14 +169,16 @@ def wrap(
 
     Raises ConfigError for a prompt that leaves no room.
     """
+    if bool(text) != (init == "text"):
+        raise ConfigError(
+            f"config.adapter.text={text!r} with config.adapter.init={init!r}: a text is what "
+            "init='text' starts from, and nothing else."
+        )
+    if encoder and not hidden:
+        raise ConfigError(f"config.adapter.encoder={encoder!r} needs config.adapter.hidden.")
     if init not in INITS:
         raise ConfigError(f"config.adapter.init={init!r} is not known.{did_you_mean(init, INITS)}")
-    if length >= model.cfg.max_len:
-        raise ConfigError(
-            f"config.adapter.length={length} leaves no room for text in the {model.cfg.max_len} "
-            "positions of the model: make it shorter."
-        )
-    return around(model, Prompt(length, table, init, text, encoder, hidden, whole))
+    return around(model, Prompt(length, init, text, encoder, hidden, whole))
 
 
 def _lstm(inputs: Float[Array, "P G"], kernel: Float[Array, "H G"]) -> Float[Array, "P H"]:

@@ -65,6 +65,7 @@ class Adapter:
     """The settings of an adapter, a frozen dataclass, and what it does at one module."""
 
     dropout = 0.0
+    by_example = False  # whether each example can have its own
     keeps = False  # whether it is how the base is kept, which another may stand beside
     positions = 0  # of the model's that it takes, in front of those of the tokens
 
@@ -85,13 +86,22 @@ class Adapter:
         """What the module gives with the adapter."""
         raise NotImplementedError
 
+    def check_by_example(self) -> None:
+        """Raises ConfigError for an adapter that all examples of a batch share."""
+        if not self.by_example:
+            raise ConfigError(
+                f"{type(self).__name__} is one adapter for all examples of a batch; LoRA can be "
+                "chosen by example, merged and taken out again."
+            )
+
     def merge(self, site: Any, own: Leaves) -> Leaves:
         """The module's own parameters that give the same without the adapter.
 
         Raises ConfigError where there are none.
         """
         raise ConfigError(
-            "has an adapter that no weight of the base can stand for: it cannot be merged."
+            "has an adapter that no weight of the base can stand for: it cannot be merged. Write "
+            "it alone with config.merge=False if PEFT has its kind, or keep the run's folder."
         )
 
 
@@ -177,9 +187,9 @@ class Adapted:
         A method's argument `seeds`, one per example, turns the adapter's dropout on too; a method
         that has none runs without.
 
-        With `adapter_ids`, for inference, the adapter's leaves have an axis of adapters in front
-        (behind that of layers; `merge.combine` makes them), and example i uses adapter
-        `adapter_ids[i]`. One that does not exist gives NaN.
+        With `adapter_ids`, for inference with LoRA, the adapter's leaves have an axis of adapters
+        in front (behind that of layers; `merge.combine` makes them), and example i uses adapter
+        `adapter_ids[i]`. One that does not exist gives NaN. Raises ConfigError for other kinds.
         """
         params = variables["params"]
         params = self.adapter.prepare(params, self.places(params))
@@ -187,6 +197,7 @@ class Adapted:
         if seeds is not None:
             params = self._with_streams(params)
         if adapter_ids is not None:
+            self.adapter.check_by_example()
             # As an index, a negative number would count from the end.
             adapter_ids = jnp.where(adapter_ids < 0, jnp.iinfo(jnp.int32).max, adapter_ids)
         sites = self.sites()
@@ -230,13 +241,20 @@ class Adapted:
 def around(model: Any, adapter: Adapter) -> Adapted:
     """`model` with `adapter`. Raises ConfigError where its modules have one of the kind already:
     a base is quantised once, and of other adapters a module has one."""
+    room = model.cfg.max_len if adapter.positions else 1
+    if adapter.positions >= room:
+        raise ConfigError(
+            f"config.adapter.length={adapter.positions} leaves no room for text in the {room} "
+            "positions of the model: make it shorter."
+        )
     adapted, inner = Adapted(model, adapter), model
     paths = adapted.sites().keys() - {""}
     while isinstance(inner, Adapted):
-        if inner.adapter.keeps == adapter.keeps and (both := sorted(paths & inner.sites().keys())):
+        both = sorted(paths & inner.sites().keys())
+        if both and (adapter.keeps or not inner.adapter.keeps):
             raise ConfigError(
                 f"{both[0]} would have two adapters, {type(inner.adapter).__name__} and "
-                f"{type(adapter).__name__}: merge the first, or give them other targets."
+                f"{type(adapter).__name__} around it: quantise first, and adapt a module once."
             )
         inner = inner.model
     return adapted
@@ -293,6 +311,16 @@ def chosen(
     if not found:
         raise ConfigError(f"{key} adapts nothing: every value is 0.")
     return found
+
+
+def check_numbers(targets: Sequence[tuple[str, Any]]) -> None:
+    """Refuses targets whose values are no numbers, as those of another kind of adapter."""
+    for pattern, value in targets:
+        if value is not None and not isinstance(value, int):
+            raise ConfigError(
+                f"config.adapter.targets: {pattern!r} has {value!r}, where a whole number or None "
+                "has to be."
+            )
 
 
 def _stream(name: str) -> int:

@@ -138,9 +138,8 @@ def test_ia3_merges_into_the_weights():
 
 
 def test_dropout_of_a_bottleneck_is_each_modules_own():
-    model = adapters.wrap(
-        bert.Model("tiny", **tiny.SIZES), dict(adapter=KINDS["houlsby"] | dict(dropout=0.5))
-    )
+    inner = bert.Model("tiny", **tiny.SIZES, dropout=0.0, attention_dropout=0.0)
+    model = adapters.wrap(inner, dict(adapter=KINDS["houlsby"] | dict(dropout=0.5)))
     model = model.clone(stacks=(3,))
     params = moved(state.init_params(model, jax.random.key(0)))
     from fmjax import streams
@@ -149,6 +148,9 @@ def test_dropout_of_a_bottleneck_is_each_modules_own():
     encode = lambda seeds: model.apply({"params": params}, *ARRAYS, seeds, method="encode")
     assert np.abs(encode(seeds) - encode(None)).max() > 0.05
     np.testing.assert_array_equal(encode(seeds), encode(seeds))
+    numbers = trees.unstack(model._with_streams(params))
+    own = [int(x) for name, x in numbers.items() if name.endswith("adapter_stream")]
+    assert len(set(own)) == len(own) == 6
 
 
 @pytest.mark.parametrize(
@@ -173,8 +175,12 @@ def test_a_module_has_one_adapter_and_a_base_is_quantised_once():
     with pytest.raises(ConfigError, match="attn/value would have two adapters, Ia3 and Lora"):
         lora.wrap(scaled, targets=((r".*/(query|value)", 2),))
     int8 = quantise.wrap(model, name="int8", targets=r".*/query")
-    with pytest.raises(ConfigError, match="attn/query would have two adapters, Quantised"):
+    with pytest.raises(
+        ConfigError, match="attn/query would have two adapters, Quantised and Quantised"
+    ):
         quantise.wrap(int8, name="fp8", targets=r".*/query")
+    with pytest.raises(ConfigError, match="quantise first, and adapt a module once"):
+        quantise.wrap(scaled, name="int8", targets=r".*/key")
     both = lora.wrap(scaled, targets=((r".*/query", 2),)).clone(stacks=(3,))
     params = moved(state.init_params(both, jax.random.key(0)))
     whole, merged = adapters.merged(both, params)
@@ -183,8 +189,28 @@ def test_a_module_has_one_adapter_and_a_base_is_quantised_once():
 
 
 def test_adapters_train_over_one_another():
-    """LoRA on one path, a bottleneck on another, over a base of few bits."""
-    quantised = dict(name="int8", targets=r"block_.*/(attn|mlp)/.*")
-    run = tiny.make(TRAIN, adapter=KINDS["houlsby"], quantise=quantised)
-    current, found = run.step(run.state(), tiny.batch(4))
-    assert float(found["skipped"]) == 0 and float(found["grad_norm"]) > 0
+    """A bottleneck behind what LoRA adds to, over a base of few bits: all get gradients."""
+    from fmjax.adapters import lora, quantise
+
+    model = quantise.wrap(bert.Model("tiny", **tiny.SIZES), name="int8", targets=r".*/query")
+    model = lora.wrap(model, targets=((r".*/query", 2),))
+    model = bottleneck.wrap(model, targets=((r".*/attn/out", None),), width=4)
+    model = model.clone(stacks=(3,))
+    params = moved(state.init_params(model, jax.random.key(0)))
+    frozen, own = merge.separate(params)
+    loss = lambda own: jnp.sum(jnp.square(program(model)(merge.join(frozen, own))))
+    slopes = trees.flatten(jax.grad(loss)(own))
+    assert {name.rpartition("/")[2] for name in slopes} == {
+        "lora_a", "lora_b", "bottleneck_down", "bottleneck_down_bias", "bottleneck_up",
+        "bottleneck_up_bias",
+    }  # fmt: skip
+    assert all(np.abs(slope).max() > 0 for slope in slopes.values())
+
+
+def test_one_adapter_for_all_is_not_chosen_by_example():
+    run = made("ia3")
+    params = run.state().params
+    with pytest.raises(ConfigError, match="Ia3 is one adapter for all examples"):
+        run.model.apply({"params": params}, *ARRAYS, method="encode", adapter_ids=jnp.zeros(2, int))
+    with pytest.raises(ConfigError, match="Ia3 is one adapter for all examples"):
+        merge.unmerge(run.model, params, params)

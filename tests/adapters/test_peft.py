@@ -291,7 +291,7 @@ def test_what_peft_cannot_say_of_a_prompt_is_refused(tmp_path):
     base = state.init_params(base_model, jax.random.key(0))
     model = prompt.wrap(base_model, length=4)
     params = model.add(base, jax.random.key(2))
-    with pytest.raises(ConfigError, match="whole='token', but in PEFT the head sees"):
+    with pytest.raises(ConfigError, match="whole='token', but in PEFT the head of a SEQ_CLS"):
         peft.write(tmp_path / "one", model, params, heads="classify")
     with pytest.raises(ConfigError, match="for one of its tasks only"):
         peft.write(tmp_path / "two", prompt.wrap(base_model, length=4, whole="prompt"), params)

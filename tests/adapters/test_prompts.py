@@ -223,10 +223,12 @@ def test_the_lstm_is_torchs():
 @pytest.mark.parametrize("init", ("vocabulary", "text", "random"))
 def test_vectors_start_as_the_table_has_them(init):
     base = model_of("bert")
-    model = prompt.wrap(base, length=P, init=init, text="any")
+    model = prompt.wrap(base, length=P, init=init, text="any" * (init == "text"))
     params = model.add(fresh(base), jax.random.key(1))
     names = {"embed/token/prompt_tokens"}
-    begin = lambda names, ids: adapters.start(model, params, names, lambda _: ids, {}.__getitem__)
+    begin = lambda names, ids: adapters.start(
+        model, params, names, lambda _: ids, {}.__getitem__, 0
+    )
     begun = begin(names, [5, 6])
     table, found = (np.asarray(begun["embed"]["token"][n]) for n in ("embedding", "prompt_tokens"))
     if init == "random":
@@ -246,7 +248,9 @@ def test_vectors_start_as_the_table_has_them(init):
     [
         (dict(name="prompt", length=19), "config.adapter.length=19 leaves no room"),
         (dict(name="prefix", length=19), "config.adapter.length=19 leaves no room"),
-        (dict(name="prompt", length=2, table="embed"), "table='embed' is no table.*embed/token"),
+        (dict(name="prompt"), "config.adapter.name='prompt' needs config.adapter.length"),
+        (dict(name="prompt", length=2, encoder="lstm", hidden=0), "needs config.adapter.hidden"),
+        (dict(name="prompt", length=2, text="a"), "text='a' with config.adapter.init='vocabulary'"),
         (dict(name="prompt", length=2, init="zeros"), "init='zeros' is not known"),
         (dict(name="prompt", length=2, targets=()), "config.adapter.targets is not known"),
     ],
@@ -259,9 +263,13 @@ def test_what_cannot_be_meant_is_refused(adapter, message):
 @pytest.mark.parametrize("kind", ["prompt", "projected"])
 def test_text_and_prompt_have_to_fit_and_nothing_is_merged(kind):
     model = adapters.wrap(model_of("bert"), dict(adapter=KINDS[kind]))
-    build.check_length(model, tiny.T)
+    rows = dict(seq_len=tiny.T, format="padded")
+    build.check_rows(model, rows)
+    if kind == "prompt":
+        with pytest.raises(ConfigError, match="'packed' has several documents in one"):
+            build.check_rows(model, rows | dict(format="packed"))
     with pytest.raises(ConfigError, match="seq_len=17, with 3 of config.adapter.length before it"):
-        build.check_length(model, tiny.T + 1)
+        build.check_rows(model, rows | dict(seq_len=tiny.T + 1))
     params = fresh(model.clone(stacks=(3,)))
     with pytest.raises(ConfigError, match="cannot be merged"):
         adapters.merged(model.clone(stacks=(3,)), params)
