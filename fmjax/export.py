@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import adapters, build, convert, groups, pretrained, processes, state, trees
-from fmjax.adapters import peft
+from fmjax.adapters import peft, peft_formats
 from fmjax.adapters.lora import Lora
 from fmjax.adapters.wrapper import Adapted
 from fmjax.errors import CheckpointError, ConfigError
@@ -65,6 +65,7 @@ def _adapter(output: Path, opened: pretrained.Opened) -> None:
             f"config.merge=False writes an adapter alone, but {opened.source} has none: leave it "
             "at True."
         )
+    peft_formats.of(opened.model)
     init = getattr(opened.model.adapter, "init", "uniform")
     if isinstance(opened.model.adapter, Lora) and init != "uniform":
         raise ConfigError(

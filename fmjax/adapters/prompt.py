@@ -96,7 +96,9 @@ class Prompt(Adapter):
             h = jnp.concatenate([run(h, "forth"), run(h[::-1], "back")[::-1]], axis=-1)
         return tokens + linear(jax.nn.relu(linear(h, "up")), "down")
 
-    def from_base(self, params: trees.Tree, tokenize: Callable[[str], Sequence[int]]) -> trees.Tree:
+    def from_base(
+        self, params: trees.Tree, tokenize: Callable[[str], Sequence[int]], seed: int
+    ) -> trees.Tree:
         """`params` of a base that was just loaded, with the vectors that `init` means."""
         flat = trees.flatten(params)
         table = flat[f"{TABLE}/embedding"]
