@@ -1,6 +1,10 @@
 """configs/finetune.py with IA³: keys, values and the MLP's inner units scaled (Liu et al. 2022).
 
-python run.py --config=configs/finetune_ia3.py
+    python run.py --config=configs/finetune_ia3.py
+
+MiniLM on 3,200 sentences of SST-2 at 3e-2 on two cores (2026-11-22, three seeds, 1.3 minutes each):
+81.5 ± 0.9 % with 13,824 parameters beside head and pooler, where everything has 82.7 ± 1.0 % and
+the head alone 70.0 ± 0.9 %. No other rate was tried.
 """
 
 import runpy

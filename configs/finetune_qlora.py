@@ -1,7 +1,11 @@
 """configs/finetune_lora.py over a base whose matrices are kept in 4 bits (Dettmers et al. 2023).
 
-python run.py --config=configs/finetune_qlora.py
-python run.py --config=configs/finetune_qlora.py --config.quantise.name=int8
+    python run.py --config=configs/finetune_qlora.py
+    python run.py --config=configs/finetune_qlora.py --config.quantise.name=int8
+
+MiniLM on 3,200 sentences of SST-2 at 5e-4 on two cores (2026-11-22, three seeds, 1.6 minutes each):
+82.6 ± 0.4 %, where LoRA over the whole base has 82.3 ± 0.5 %. A step takes 1.02 of LoRA's time, and
+a weight 0.516 bytes: benchmarks/RESULTS.md, which has the commands.
 """
 
 import runpy
