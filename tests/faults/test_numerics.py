@@ -197,7 +197,7 @@ def test_row39_counters_of_the_state_are_exact_where_float32_is_not():
 def monitor(folder, first, saved=None):
     """The log of a run that does nothing, in an empty folder."""
     made = tiny.make()
-    config = ConfigDict({"tensorboard": False, "wandb": False, "batch_size": 8})
+    config = ConfigDict({"tensorboard": False, "wandb": False, "batch_size": 8, "best": ""})
     config.update({"data": {"skip": ()}, "optim": {"skip_spikes": 6.0}})
     run = SimpleNamespace(
         config=config, total=2**40, objectives=made.objectives, optimizer=made.optimizer
