@@ -70,7 +70,7 @@ def make_splits(folder: Path, vocab: data.Vocab) -> dict:
 
 def measure(split) -> list[float]:
     """Tokens a second (padding not counted as tokens) of seven passes of 200 batches."""
-    batches = data.batches(split, batch_size=BATCH, seed=0)
+    batches = data.batches(split, batch_size=BATCH, seeds=[0])
     per_batch = BATCH * split.tokens / len(split)
     list(itertools.islice(batches, 200))
     rates = []

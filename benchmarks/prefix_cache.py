@@ -22,6 +22,7 @@ from typing import Any
 import jax
 
 from fmjax import config, prefix, setup, sharding, state, train
+from fmjax.arms import Arms
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,12 +79,13 @@ def side(flags: argparse.Namespace, cache: str, once: bool) -> Callable[[], floa
     create = functools.partial(state.create, run.abstract, run.model, run.optimizer.tx)
     holder: dict[str, Any] = {"state": create(run.split, given.seed, None)}
     start = time.perf_counter()
-    run = prefix.cached(run, holder["state"].params)
+    together = Arms(prefix.cached([run], holder["state"].params))
+    run = together.wide
     if once:
         print(f"once    {time.perf_counter() - start:8.3f} s, compilation included, for the prefix")
     nothing = SimpleNamespace(timed=lambda name: contextlib.nullcontext(), flops={})
-    train_step, _ = train.compiled(run, nothing)
-    batches = train.train_batches(run)
+    train_step, _ = train.compiled(together, [nothing])
+    batches = train.train_batches(together)
     steps = len(run.dataset.splits["train"]) // flags.batch
 
     def epoch() -> float:

@@ -91,6 +91,7 @@ def get_config(arg=None):
         name="",  # or nf4, int8, fp8: how frozen matrices are kept
         targets=r"block_.*/(attn|mlp)/.*",  # regex over module paths
     )
+    config.arms = ()  # runs of one program: (("seed", (0, 1)), ("optim.lr", (1e-3, 3e-3))) are two
     config.objectives = dict(mlm=dict(weight=1.0, rate=0.15, mask="token", replace=(0.8, 0.1)))
 
     config.groups = ((".*", "train"),)  # (regex over parameter names, group), first match wins

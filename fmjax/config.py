@@ -133,6 +133,34 @@ def missing_keys(path: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
+def arms(config: ConfigDict) -> list[ConfigDict]:
+    """The configs of the runs that `config.arms` asks for, each without arms; of none, the config.
+
+    Raises ConfigError where one of them is not a config that can be run alone.
+    """
+    rows = plain(config).get("arms", ())
+    if not rows:
+        return [config]
+    return [
+        _arm(config, [(key, values[i]) for key, values in rows]) for i in range(len(rows[0][1]))
+    ]
+
+
+def _arm(config: ConfigDict, values: list[tuple[str, Any]]) -> ConfigDict:
+    single = plain(config) | {"arms": ()}
+    for key, value in values:
+        *sections, name = key.split(".")
+        node = single
+        for section in sections:
+            node = node.get(section) or {}
+        # A group can have of its own what it has not said yet.
+        if name not in node and not (sections[0] == "group_optim" and node):
+            raise ConfigError(f"--config.arms: this config has no key {key!r}")
+        now = node.get(name, 0.0)
+        node[name] = float(value) if isinstance(now, float) and isinstance(value, int) else value
+    return _checked(ConfigDict(single))
+
+
 def to_json(config: Mapping | ConfigDict) -> str:
     """The config as indented JSON with sorted keys; tuples become arrays."""
     return json.dumps(plain(config), indent=2, sort_keys=True, allow_nan=False)
@@ -219,4 +247,6 @@ def _checked(config: ConfigDict) -> ConfigDict:
     config = ConfigDict(plain(config))
     rules.check(config.to_dict())
     combinations.check(config.to_dict())
+    if config.get("arms"):
+        arms(config)
     return config.lock()

@@ -105,27 +105,55 @@ def evaluate(
     show: Callable[[int], None] = lambda done: None,
     **about: Any,
 ) -> dict[str, float] | None:
-    """Means over all examples, each counted once, and scores over all of them at once; None if
+    """The metrics of what `collect` finds, None if `stop()` turned true on the way."""
+    scored = any(objective.score for objective in objectives)
+    found = collect(step, params, batches, mesh, scored, stop, show)
+    return None if found is None else measured(*found, objectives, **about)
+
+
+def collect(
+    step: Callable,
+    params: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    mesh: jax.sharding.Mesh,
+    keep: bool,
+    stop: Callable[[], bool] = lambda: False,
+    show: Callable[[int], None] = lambda done: None,
+) -> tuple[dict[str, np.ndarray], list[Any]] | None:
+    """({metric: (sum, weight)} of all examples, the outputs of each batch if `keep`); None if
     `stop()` turned true on the way.
 
     `show` is told how many batches are done. Masks are a function of the row number, so every
-    evaluation sees the same ones. `about` are the `names` and the `split` that scores may ask for.
+    evaluation sees the same ones.
     """
     rng = jax.random.key(0)
     totals: dict[str, np.ndarray] = {}
     kept = []
-    scored = [objective for objective in objectives if objective.score]
     for done, batch in enumerate(sharding.to_device(batches, mesh), 1):
         if stop():
             return None
         sums, outputs = step(params, batch, rng)
         add(totals, sums)
-        if scored:
+        if keep:
             kept.append(on_host(outputs))
         show(done)
+    return totals, kept
+
+
+def measured(
+    totals: Mapping[str, np.ndarray],
+    kept: list[Any],
+    objectives: list[losses.Objective],
+    **about: Any,
+) -> dict[str, float]:
+    """Means over all examples, each counted once, and scores over all of them at once.
+
+    `about` are the `names` and the `split` that scores may ask for.
+    """
     found = losses.mean(totals, objectives)
-    if scored:
+    if kept:
         outputs, labels, rows = in_order(kept)
+        scored = [objective for objective in objectives if objective.score]
         for objective in scored:
             found_here = outputs[objective.name]
             scores = losses.told(objective.score, found_here, labels, rows=rows, **about)

@@ -4,6 +4,8 @@ checkpoints/frozen/ has state/ (the arrays, Orbax's format) and a manifest, and 
 keeps the digest of that manifest, so that no step is ever put together with other weights.
 """
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,26 @@ def save(checkpoints: Path, tree: Any) -> str:
             "repair the storage, or choose another --workdir."
         ) from error
     return processes.first(lambda: manifest.digest(folder))
+
+
+def share(checkpoints: Path, other: Path) -> None:
+    """Puts what `checkpoints` has saved beside `other` checkpoints too, on most file systems
+    without taking room again."""
+
+    def copy(source, target):
+        try:
+            os.link(source, target)
+        except OSError:  # no links here, or another file system
+            shutil.copy2(source, target)
+
+    def shared():
+        shutil.rmtree(other / FOLDER, ignore_errors=True)
+        shutil.copytree(checkpoints / FOLDER, other / FOLDER, copy_function=copy)
+
+    try:
+        processes.first(shared)
+    except OSError as error:
+        raise CheckpointError(f"{other / FOLDER} cannot be written: {error}.") from error
 
 
 def restore(checkpoints: Path, abstract: Any, digest: str) -> Any:

@@ -4,10 +4,11 @@ The loop hands over each step's metrics as device arrays. They are read one step
 step is already running, so that looking at numbers never makes the device wait.
 """
 
+import contextlib
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from fmjax.progress import Progress
 class Monitor:
     """The log of one sitting of a run; a context manager.
 
+    Runs that are computed together have one each: `arm` says which of the rows of the metrics is
+    its own, and they share what `progress` shows.
+
     first: steps done before this sitting; saved: the meta of the checkpoint it goes on from, {} for
     a new run; tokens: real tokens trained on in all sittings (a Python int);
     last_bad: (step, batch) of the last update that was not finite; bad_in_a_row: how many there
@@ -30,11 +34,20 @@ class Monitor:
     """
 
     def __init__(
-        self, run: Any, folder: Any, first: int, saved: Mapping, started: float, restore_sec: float
+        self,
+        run: Any,
+        folder: Any,
+        first: int,
+        saved: Mapping,
+        started: float,
+        restore_sec: float,
+        progress: Progress | None = None,
+        arm: int | None = None,
     ):
         self._told_best = False
-        config, main = run.config, jax.process_index() == 0
+        config = run.config
         self.run, self.folder, self.first = run, folder, first
+        self._arm, self._prefix = arm, "" if arm is None else f"arm {arm}: "
         self.tokens, self.skipped = saved.get("tokens", 0), saved.get("skipped", 0)
         self.flops: dict[int, int] = {}  # of a step, by the width of its batch
         self.bad_in_a_row, self.last_bad = 0, None
@@ -48,7 +61,7 @@ class Monitor:
             started=started,
             restore_sec=restore_sec,
         )
-        self._progress = Progress(run.total, start=first, best=config.best, enabled=main)
+        self._progress = progress or show(run, first)
         self._pending: tuple[int, Any, Any] | None = None
         known = processes.first(lambda: _is_evaluated(folder.path, first))
         self._results: tuple[int, dict[str, float]] = (first if known or first == 0 else -1, {})
@@ -58,7 +71,7 @@ class Monitor:
         self._sums |= {name: np.asarray(pair) for name, pair in window["sums"].items()}
         self._scalars |= {name: list(map(float, past)) for name, past in window["scalars"].items()}
         self.timed, self.part = self._logger.timed, self._progress.part
-        if first:
+        if first and not arm:
             self._progress.print(f"resuming at step {first} of {run.total} (verified checkpoint)")
 
     def step(self, step: int, found: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> int:
@@ -96,7 +109,8 @@ class Monitor:
         if peak:
             metrics["perf/mfu"] = self._flops / stepping / (peak * jax.device_count())
         self._logger.write(step, metrics)
-        self._progress.log(step, metrics)
+        if not self._arm:
+            self._progress.log(step, metrics)
         self.folder.update(step=step)
         self._new_window()
 
@@ -109,7 +123,12 @@ class Monitor:
         self._results = (step, named)
         if named:
             self._logger.write(step, named)
-            self._progress.log(step, named)
+            if self._arm is None:
+                self._progress.log(step, named)
+            else:
+                shown = dict.fromkeys(("validation/loss", self.run.config.best))
+                told = ", ".join(f"{name} {named[name]:.4f}" for name in shown if name in named)
+                self._progress.print(f"step {step}, arm {self._arm}: {told}")
             self._tell_best(step, named)
 
     def owes_evaluation(self, step: int) -> bool:
@@ -119,9 +138,8 @@ class Monitor:
     def save(self, saver: Any, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Starts a checkpoint, with the validation metrics if they are of this very step."""
         measured, metrics = self._results
-        with self.timed("saving"):
-            if saver.save(step, state, meta, metrics if measured == step else None):
-                self._logger.event("checkpoint", step=step)
+        if saver.save(step, state, meta, metrics if measured == step else None):
+            self._logger.event("checkpoint", step=step)
         if saver.committed is not None:
             self._progress.saved(saver.committed)
             self.folder.update(checkpoint=saver.committed)
@@ -133,13 +151,19 @@ class Monitor:
         window = logs.plain({"sums": sums, "scalars": self._scalars})
         return {"tokens": self.tokens, "skipped": self.skipped, "window": window}
 
+    def fail(self, step: int, error: Exception) -> None:
+        """Takes note that this run has come to nothing, while those beside it go on."""
+        self.folder.failure = error
+        self._logger.event("failed", step=step, reason=str(error))
+        self._progress.print(f"{self._prefix}{error}")
+
     def finish(self, step: int, signal: str, changed: Sequence[tuple[str, Any, Any]]) -> None:
         """The last line, summary.json and report.html.
 
         `signal` is what ended the run early, `changed` what differs from the config file.
         """
         self._read()
-        how = "preempted" if signal else "done"
+        how = "failed" if self.folder.failure else "preempted" if signal else "done"
         self._logger.event(how, step=step, signal=signal)
         self.folder.update(step=step, state=how, checkpoint=step)
         if jax.process_index() != 0:
@@ -156,6 +180,8 @@ class Monitor:
         )
         self._progress.close()
         page = report.write(self.folder.path)
+        if self._arm is not None:
+            return
         goals = self.run.objectives
         scores = [f"{goal.name}/{score}" for goal in goals for score in ("accuracy", *goal.scores)]
         for name in ("loss", *scores):
@@ -183,7 +209,9 @@ class Monitor:
         if self._pending is None:
             return
         (step, found, batch), self._pending = self._pending, None
-        found = jax.device_get(found)
+        found = jax.device_get(found)  # fetched once, whoever asks again
+        if self._arm is not None:
+            found = jax.tree.map(lambda x: x[self._arm], found)
         tokens = int(found["tokens"])
         self._flops += self.flops[batch["segment_ids"].shape[-1]]
         self._steps, self._tokens, self.tokens = (
@@ -208,8 +236,9 @@ class Monitor:
         if config.keep_best and not (self._told_best or np.isfinite(metrics.get(config.best, 0.0))):
             self._told_best = True
             self._progress.print(
-                f"step {step}: {config.best} is {metrics[config.best]}, so that no such checkpoint "
-                "becomes the best one; config.best may change, and the run go on"
+                f"{self._prefix}step {step}: {config.best} is {metrics[config.best]}, so "
+                "that no such checkpoint becomes the best one; config.best may change, and the run "
+                "go on"
             )
 
     def _tell_skipped(self, step: int, found: Mapping[str, Any], bad: bool) -> None:
@@ -225,9 +254,24 @@ class Monitor:
         }
         self._logger.event("skipped_update" if bad else "skipped_spike", **facts)
         self._progress.print(
-            f"step {step}: update skipped{'' if bad else ' as a spike'}, loss {facts['loss']}, "
-            f"gradient norm {facts['grad_norm']}"
+            f"{self._prefix}step {step}: update skipped{'' if bad else ' as a spike'}, "
+            f"loss {facts['loss']}, gradient norm {facts['grad_norm']}"
         )
+
+
+def show(run: Any, first: int) -> Progress:
+    """What a person sees of a run that goes on after `first` steps."""
+    main = jax.process_index() == 0
+    return Progress(run.total, start=first, best=run.config.best, enabled=main)
+
+
+@contextlib.contextmanager
+def timed(monitors: Iterable[Monitor], kind: str) -> Iterator[None]:
+    """What happens inside took the time of them all."""
+    with contextlib.ExitStack() as stack:
+        for monitor in monitors:
+            stack.enter_context(monitor.timed(kind))
+        yield
 
 
 def _is_evaluated(folder: Path, step: int) -> bool:

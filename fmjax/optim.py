@@ -23,7 +23,14 @@ PROBE = {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
 
 
 def schedule(
-    name: str, *, lr: float, warmup: int, total: int, decay: int, end: float, delay: int = 0
+    name: str,
+    *,
+    lr: float | jax.Array,
+    warmup: int,
+    total: int,
+    decay: int,
+    end: float,
+    delay: int = 0,
 ) -> Callable[[jax.Array | int], jax.Array | float]:
     """Learning rate as a function of the step: linear warm-up to `lr`, then the named shape down to
     `end * lr`.

@@ -7,24 +7,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import adapters, build, communication, flops, objectives, trees
+from fmjax import adapters, communication, flops, objectives, trees
+from fmjax.arms import Arms
 from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.progress import count
 from fmjax.setup import batch_spec
-from fmjax.step import make_train_step
 
 
-def show(run: Any, batch: Mapping[str, np.ndarray]) -> None:
+def show(together: Arms, batch: Mapping[str, np.ndarray]) -> None:
     """Prints data, parameters with groups, what a step costs, and the first batch."""
+    run = together.wide
     config, dataset = run.config, run.dataset
     split = dataset.splits["train"]
     print(f"\ndata        {len(split):,} rows of {split.seq_len}; {split.tokens:,} tokens an epoch")
     epochs = run.total * config.batch_size / len(split)
     print(f"run         {run.total:,} steps of {config.batch_size} rows = {epochs:.2f} epochs")
     print(f"mesh        {dict(run.mesh.shape)} on {jax.device_count()} x {jax.devices()[0]}")
+    if not together.alone:
+        print(f"arms        {len(together.runs)} in one program; what follows is of the widest,")
+        print("            time and memory of the step of all")
     _parameters(run)
-    _cost(run)
-    _batch(run, batch)
+    _cost(together)
+    _batch(run, together.batch(batch, 0))
 
 
 def _parameters(run: Any) -> None:
@@ -49,15 +53,12 @@ def _parameters(run: Any) -> None:
         print(f"{group:<44} {'':>16} {size:>12,}  {size / everything:.2%}")
 
 
-def _cost(run: Any) -> None:
-    apply = build.apply(run.model)
-    step = make_train_step(
-        apply, run.objectives, run.optimizer.tx, run.split, run.config.accumulate
-    )
-    spec = batch_spec(run)
-    compiled = jax.jit(step, donate_argnums=0).lower(run.abstract, spec).compile()
+def _cost(together: Arms) -> None:
+    run, abstract, spec = together.wide, together.abstract, together.batch_spec()
+    step = jax.jit(together.train_step(), donate_argnums=0)
+    compiled = step.lower(abstract, spec).compile()
     memory = compiled.memory_analysis()
-    operations = flops.of_step(run, spec)
+    operations = flops.of_step(run, batch_spec(run))
     tokens = run.config.batch_size * run.config.data.seq_len
     every, moving = run.abstract.params, run.split(run.abstract.params)[0]
     frozen = adapters.parameters(run.model, every) - trees.size(moving)
@@ -71,7 +72,7 @@ def _cost(run: Any) -> None:
         "temporary": memory.temp_size_in_bytes,
     }.items():
         print(f"memory      {size / 2**20:,.1f} MiB {name} a device")
-    print(f"            {trees.nbytes(run.abstract.opt_state) / 2**20:,.1f} MiB optimizer in all")
+    print(f"            {trees.nbytes(abstract.opt_state) / 2**20:,.1f} MiB optimizer in all")
     if run.mesh.size > 1:
         print(f"sent        {_sent(compiled.as_text())}")
     print(f"frozen      {frozen:,} parameters")

@@ -8,7 +8,7 @@ cost. With all layers frozen it is training of a head on features.
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +50,26 @@ class PrefixSplit:
         return batch | {"input_ids": states}
 
 
-def cached(run: Any, params: Any, stop: Callable[[], bool] = lambda: False) -> Any:
-    """The run with its frozen prefix computed, where `config.cache_prefix` asks for it.
+def cached(
+    runs: Sequence[Any], params: Any, stop: Callable[[], bool] = lambda: False
+) -> tuple[Any, ...]:
+    """The runs with their frozen prefix computed, where `config.cache_prefix` asks for it; they
+    share it, and `params` are those of the first.
 
     Raises ConfigError where there is no such prefix, or where something in it is random; Preempted
     when `stop()` turned true on the way.
     """
+    run = runs[0]
     if not run.config.cache_prefix:
-        return run
+        return tuple(runs)
     layers = depth(run)
     made = {
         name: PrefixSplit(split, _states(run, params, name, split, layers, stop))
         for name, split in run.dataset.splits.items()
     }
     dataset = dataclasses.replace(run.dataset, splits=made)
-    return run._replace(dataset=dataset, model=run.model.clone(start=layers))
+    behind = lambda run: run._replace(dataset=dataset, model=run.model.clone(start=layers))
+    return tuple(map(behind, runs))
 
 
 def depth(run: Any) -> int:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fmjax import adapters, build, checkpoint, convert, objectives, rules, state, trees
+from fmjax import adapters, build, checkpoint, convert, groups, objectives, rules, state, trees
 from fmjax import config as configs
 from fmjax.adapters import quantise
 from fmjax.data.tokenizer import MAX_VOCAB
@@ -115,17 +115,28 @@ def _described(meta: Mapping[str, Any], folder: str | Path) -> tuple[str, dict[s
     return name, options
 
 
-def initial(config: Any, model: AnyModel, abstract: Any) -> Any:
+class Start(NamedTuple):
+    """What a run starts from."""
+
+    params: Any  # stored tree
+    fresh: tuple[str, ...] = ()  # names of the parameters that the source lacks
+
+
+def initial(config: Any, model: AnyModel, abstract: Any, beside: Any = None) -> Start | None:
     """Parameters to start from: None (fresh), unless `config.init` names a source.
 
     That is a run folder, a folder in Hugging Face format or a hub id (`id@revision`). Heads and
     adapters that it does not have start fresh, and are named; with `config.new_head` the heads of
     the objectives do so in any case. Raises CheckpointError where shapes differ.
+
+    `beside` are the parameters of another run with the same source, of which the run takes all that
+    `abstract` does not name, and nothing is told.
     """
     if not config.init:
         return None
     heads = "|".join(f"head/{name}/.*" for name in config.objectives) if config.new_head else ""
-    if heads and not any(re.fullmatch(heads, name) for name in trees.unstack(abstract)):
+    wanted = trees.unstack(abstract)
+    if heads and not any(re.fullmatch(heads, name) for name in wanted):
         raise ConfigError(
             f"config.new_head=True, but the objectives {list(config.objectives)} have no head."
         )
@@ -133,10 +144,12 @@ def initial(config: Any, model: AnyModel, abstract: Any) -> Any:
         state.init_params, model, jax.random.fold_in(jax.random.key(config.seed), 0)
     )
     audit: dict[str, float] = {}
-    packings = adapters.packings(model, audit)
+    packings = adapters.packings(model, audit) if beside is None else {}
     if is_run(config.init):
         params, saved, averaged = checkpoint.load_params(config.init)
         found = trees.unstack(params)
+        if beside is not None:
+            params = trees.unflatten({name: found[name] for name in found.keys() & wanted.keys()})
         whole = functools.partial(quantise.matrix, found)
         params, report = _laid_out(params, model, abstract, config.init, fresh, heads, packings)
         source = f"step {saved['step']} of {config.init}"
@@ -152,14 +165,20 @@ def initial(config: Any, model: AnyModel, abstract: Any) -> Any:
             initial=fresh,
         )
         source = config.init
-    if jax.process_index() == 0:
-        print(f"starting from {source}: {report}")
-        if audit:
-            print(_told(audit, config.quantise.name))
     tokenize = lambda text: load_tokenizer(_tokenizer(config.init)).encode(
         text, add_special_tokens=False
     )
-    return adapters.start(model, params, report.kept, tokenize, whole, config.seed)
+    start = functools.partial(adapters.start, model, tokenize=tokenize, whole=whole)
+    if beside is not None:
+        params = groups.merge(beside, params)
+        if adapters.changes_base(model):  # which it has done, and made the adapter of the change
+            made = adapters.of_adapter(beside)
+            return Start(groups.merge(params, made), report.kept)
+    elif jax.process_index() == 0:
+        print(f"starting from {source}: {report}")
+        if audit:
+            print(_told(audit, config.quantise.name))
+    return Start(start(params, report.kept, seed=config.seed), report.kept)
 
 
 def _matrix(folder: Path, packings: Mapping[str, adapters.Packing], name: str) -> jax.Array:

@@ -174,6 +174,20 @@ def _is_targets(value: Any) -> bool:
     )
 
 
+def _is_arms(value: Any) -> bool:
+    rows = isinstance(value, tuple) and all(
+        isinstance(row, tuple)
+        and len(row) == 2
+        and isinstance(row[0], str)
+        and re.fullmatch(ARM_KEYS, row[0])
+        and isinstance(row[1], tuple)
+        for row in value
+    )
+    each = {len(row[1]) for row in value} if rows else set()
+    once = rows and len(dict(value)) == len(value)
+    return value == () or bool(once) and len(each) == 1 and min(each) > 1
+
+
 def is_regex(value: Any) -> bool:
     try:
         return isinstance(value, str) and bool(re.compile(value))
@@ -205,6 +219,8 @@ DICTS = (
     r"data|tokenizer|model|adapter|quantise|mesh|distributed|optim|(objectives|group_optim)(\.[^.]+)?"
     r"|((optim|group_optim\.[^.]+)\.)?args"
 )
+# In what the arms of one program may differ.
+ARM_KEYS = r"seed|(optim|group_optim\.\w+)\.(lr|weight_decay)|adapter\.(rank|alpha|init|text)"
 SCHEDULES = ("linear", "cosine", "wsd", "rsqrt", "constant")
 MASKS = ("token", "word", "span")  # what masked language modelling chooses
 POOLS = ("first", "mean")  # what stands for a whole sequence
@@ -230,6 +246,12 @@ ADDRESS = Check(_is_address, "<host>:<port>, or '' with one process")
 NAME = Check(lambda v: isinstance(v, str) and v.isidentifier(), "the name of an optimizer of optax")
 TARGETS = Check(
     _is_targets, "(regular expression, number) pairs, for ia3 (…, 'input'), (…, 'output'); or None"
+)
+ARMS = Check(
+    _is_arms,
+    "(key, values) pairs such as (('seed', (0, 1)), ('optim.lr', (1e-3, 1e-4))), each key once and "
+    "with as many values as the others, two at least; keys are seed, lr and weight_decay of optim "
+    "or group_optim, and rank, alpha, init and text of adapter",
 )
 REGEX = Check(is_regex, "a regular expression")
 DURATION = Check(_is_span, "a duration: 1500, '1500 steps', '3 epochs', '10M tokens' or '10%'")
@@ -261,6 +283,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"objectives\.mlm\.replace", SHARES),
     (r".*\.decay", REGEX),
     (r"optim\.name", NAME),
+    ("arms", ARMS),
     ("groups", Check(lambda v: isinstance(v, tuple) and v, "(regular expression, group) pairs")),
     ("precision", ("float32", "bfloat16")),
     ("split", ("train", "validation")),

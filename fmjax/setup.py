@@ -114,6 +114,15 @@ def assemble(
     return Run(config, mesh, None, model, objectives, assigned, optimizer, abstract, total, steps)
 
 
+def beside(run: Run, config: Any) -> Run:
+    """The run of another config with the data of `run`, for which it says the same."""
+    dataset, config = run.dataset, pretrained.resolved(config)
+    train = dataset.splits["train"]
+    size = dict(rows=len(train), tokens=train.tokens)
+    other = assemble(config, run.mesh, dataset.vocab, dataset.labels, **size)
+    return other._replace(dataset=dataset)
+
+
 def _check_noise(config: Any, model: AnyModel) -> None:
     """Refuses to compare a text with itself where nothing tells the two apart."""
     alone = len(read(DataSettings, config.data.to_dict(), "data").column_names) == 1

@@ -13,6 +13,7 @@ low-bias 32-bit functions ("Prospecting for Hash Functions", 2018: lowbias32).
 
 import math
 import zlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +42,20 @@ def named(seeds: Seeds, name: str) -> Seeds:
     return fold(seeds, zlib.crc32(name.encode()))
 
 
-def bits(seeds: Seeds, shape: tuple[int, ...]) -> UInt32[Array, "B *shape"]:
-    """32 random bits for each element of a (B, *shape) array."""
+def bits(
+    seeds: Seeds, shape: tuple[int, ...], strides: Sequence[int] = ()
+) -> UInt32[Array, "B *shape"]:
+    """32 random bits for each element of a (B, *shape) array.
+
+    An element is known by its place in the array, or by the sum of index times stride, which stays
+    what it is in an array with longer axes.
+    """
     rest = len(shape)
-    counter = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(1, *shape)
+    if strides:
+        each = (jax.lax.broadcasted_iota(jnp.uint32, shape, i) for i in range(rest))
+        counter = sum(x * jnp.uint32(s) for x, s in zip(each, strides, strict=True))[None]
+    else:
+        counter = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(1, *shape)
     first, second = (seeds[:, i].reshape(-1, *[1] * rest) for i in (0, 1))
     return _hash(_hash(counter + first) ^ second)
 
@@ -54,9 +65,11 @@ def uniform(seeds: Seeds, shape: tuple[int, ...]) -> Float[Array, "B *shape"]:
     return (bits(seeds, shape) >> 8).astype(jnp.float32) * jnp.float32(2**-24)
 
 
-def bernoulli(seeds: Seeds, rate: float, shape: tuple[int, ...]) -> Bool[Array, "B *shape"]:
+def bernoulli(
+    seeds: Seeds, rate: float, shape: tuple[int, ...], strides: Sequence[int] = ()
+) -> Bool[Array, "B *shape"]:
     """True with probability `rate`, exact to 2**-32."""
-    return bits(seeds, shape) < jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+    return bits(seeds, shape, strides) < jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 def _hash(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

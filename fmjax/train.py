@@ -8,7 +8,6 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,14 +17,16 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from fmjax import (
+    arms,
+    arms_summary,
+    begin,
     build,
     checkpoint,
     data,
     evaluate,
-    flops,
-    frozen,
     groups,
     interrupt,
+    monitor,
     optim,
     plan,
     prefix,
@@ -33,16 +34,16 @@ from fmjax import (
     processes,
     report,
     sharding,
-    state,
     trees,
     workdir,
 )
 from fmjax import config as configs
-from fmjax.errors import CheckpointError, ConfigError, NumericsError, Preempted, did_you_mean
+from fmjax.arms import Arms
+from fmjax.errors import ConfigError, NumericsError, Preempted, did_you_mean
 from fmjax.monitor import Monitor
-from fmjax.setup import Run, batch_spec, setup
+from fmjax.setup import Run
 from fmjax.state import TrainState
-from fmjax.step import make_gradient, make_train_step
+from fmjax.step import make_gradient
 
 
 def run(
@@ -70,139 +71,135 @@ def run(
 
         mesh = stack.enter_context(processes.start(config, stop))
         if dry_run:
-            parts = setup(config, mesh, poll)
-            pretrained.check_head(parts.config, parts.dataset.labels)
-            with contextlib.closing(train_batches(parts)) as batches:
-                return plan.show(parts, next(batches))
+            together = arms.prepare(config, mesh, poll)
+            pretrained.check_head(together.wide.config, together.wide.dataset.labels)
+            with contextlib.closing(train_batches(together)) as batches:
+                return plan.show(together, next(batches))
         if table := sharding.table(mesh):
             print(table)
         writes = jax.process_index() == 0
-        folder = stack.enter_context(
-            workdir.open(workdir_path, config, fresh=fresh, writes=writes, first=processes.first)
-        )
+
+        how = dict(fresh=fresh, writes=writes, first=processes.first)
+        folder = stack.enter_context(workdir.open(workdir_path, config, **how))
         with processes.together(folder.close), workdir.memory_errors():
-            loop(setup(config, mesh, poll), folder, stop, started, changed)
+            if not config.arms:
+                return loop(arms.prepare(config, mesh, poll), [folder], stop, started, changed)
+            with contextlib.ExitStack() as opened:
+                folders = [
+                    opened.enter_context(workdir.open(folder.path / "arms" / str(arm), own, **how))
+                    for arm, own in enumerate(configs.arms(config))
+                ]
+                loop(arms.prepare(config, mesh, poll), folders, stop, started, changed)
+            if writes:
+                arms_summary.write(folder, config, folders)
+            if failed := [other for other in folders if other.failure]:
+                raise NumericsError(
+                    f"{len(failed)} of {len(folders)} arms failed, the others are done. "
+                    f"{failed[0].path.name}: {failed[0].failure}"
+                )
 
 
 def loop(
-    run: Run,
-    folder: workdir.Folder,
+    together: Arms,
+    folders: Sequence[workdir.Folder],
     stop: interrupt.Stop,
     started: float,
     changed: Sequence[tuple[str, Any, Any]] = (),
 ) -> None:
-    """Batch, step, log, evaluate, save; until the end, a signal, or too many bad steps in a row."""
-    config = run.config
-    every = {name: run.steps(config[f"{name}_every"]) for name in ("log", "eval", "save")}
-    due = lambda name: step == run.total or (every[name] and step % every[name] == 0)
+    """Batch, step, log, evaluate, save; until the end, a signal, or too many bad steps in a row.
+
+    Each run has its folder, log and checkpoints. Of several one may fail, and the others go on.
+    """
+    runs, total = together.runs, together.wide.total
+    config = together.wide.config  # for what the runs share
+    every = {name: together.wide.steps(config[f"{name}_every"]) for name in ("log", "eval", "save")}
+    due = lambda name: step == total or (every[name] and step % every[name] == 0)
     with contextlib.ExitStack() as cleanup:
         mode = "min" if config.best.endswith(("loss", "perplexity")) else "max"
-        saver = checkpoint.Checkpointer(
-            folder.path,
-            keep=config.keep,
-            keep_best=config.keep_best,
-            best=config.best,
-            best_mode=mode,
-        )
-        cleanup.callback(saver.close)
-        begin = time.monotonic()
-        current, saved, still = start(run, folder, saver)
-        restore_sec = time.monotonic() - begin if saved else 0.0
-        run = prefix.cached(run, current.params, stop.poll)
-        batches = train_batches(run)
+        kept = dict(keep=config.keep, keep_best=config.keep_best, best=config.best, best_mode=mode)
+        savers = [checkpoint.Checkpointer(folder.path, **kept) for folder in folders]
+        for saver in savers:
+            cleanup.callback(saver.close)
+        since = time.monotonic()
+        current, saved, still = begin.states(together, folders, savers)
+        restore_sec = time.monotonic() - since if saved[0] else 0.0
+        together = Arms(prefix.cached(runs, together.apart(current, 0).params, stop.poll))
+        runs = together.runs
+        batches = train_batches(together)
         cleanup.callback(batches.close)
-        if saved:
-            batches.restore(saved["data"])
+        if saved[0]:
+            batches.restore(saved[0]["data"])
         step = int(current.step)
-        if step == run.total and folder.finished:
-            print(f"{folder.path}: already finished at step {step}; --fresh starts over")
+        for folder in folders:
+            if step == total and folder.previous.get("exit_code") == NumericsError.exit_code:
+                folder.failure = NumericsError(folder.previous["reason"])
+        if step == total and all(folder.finished or folder.failure for folder in folders):
+            where = folders[0].path if together.alone else folders[0].path.parent.parent
+            print(f"{where}: already finished at step {step}; --fresh starts over")
             return
-        monitor = cleanup.enter_context(Monitor(run, folder, step, saved, started, restore_sec))
-        train_step, eval_step = compiled(run, monitor)
-        save = lambda: monitor.save(
-            saver, step, moving(run, current), meta(run, batches, monitor, still)
-        )
-        if due("eval") and monitor.owes_evaluation(step):
-            monitor.evaluated(step, validate(run, eval_step, current, stop, monitor))
-        while step < run.total and not stop.poll():
-            with monitor.timed("data_wait"):
-                batch = sharding.put(next(batches), run.batch_sharding)
+        progress = monitor.show(together.wide, step)
+        monitors = [
+            cleanup.enter_context(
+                Monitor(run, folder, step, meta, started, restore_sec, progress, arm)
+            )
+            for run, folder, meta, arm in zip(runs, folders, saved, together.numbers, strict=True)
+        ]
+        timed = functools.partial(monitor.timed, monitors)
+        train_step, eval_step = compiled(together, monitors)
+
+        def evaluate_all():
+            found = validate(together, eval_step, current, stop, monitors)
+            for one, metrics in zip(monitors, found, strict=True):
+                one.evaluated(step, metrics)
+
+        def save_all():
+            with timed("saving"):
+                for arm, (run, one, saver) in enumerate(zip(runs, monitors, savers, strict=True)):
+                    own = begin.moving(run, together.apart(current, arm))
+                    one.save(saver, step, own, meta(run, batches, one, still))
+
+        if due("eval") and any(one.owes_evaluation(step) for one in monitors):
+            evaluate_all()
+        while step < total and not stop.poll():
+            with timed("data_wait"):
+                batch = sharding.put(next(batches), together.batch_sharding)
             current, found = train_step(current, batch)
             step += 1
-            if monitor.step(step, found, batch) >= config.max_skipped:
-                raise numerics_error(run, folder, current, monitor)
+            bad = [one.step(step, found, batch) >= config.max_skipped for one in monitors]
+            if any(bad):
+                give_up(together, folders, current, monitors, step, bad)
             if due("log"):
-                monitor.log(step)
+                for one in monitors:
+                    one.log(step)
             if due("eval"):
-                monitor.evaluated(step, validate(run, eval_step, current, stop, monitor))
-            if due("save") or due("eval") or saver.check():
-                save()
-        if stop.requested and step > monitor.first:
-            save()
-        with monitor.timed("saving"):
-            saver.wait()
-        done = step == run.total and not monitor.owes_evaluation(step)
-        monitor.finish(step, "" if done else stop.signal, changed)
+                evaluate_all()
+            if due("save") or due("eval") or any([saver.check() for saver in savers]):
+                save_all()
+        if stop.requested and step > monitors[0].first:
+            save_all()
+        with timed("saving"):
+            for saver in savers:
+                saver.wait()
+        done = step == total and not any(one.owes_evaluation(step) for one in monitors)
+        for one in monitors:
+            one.finish(step, "" if done else stop.signal, changed)
     processes.meet()  # An error ends all: not before the last has saved.
     if not done:
         where = f"after step {step}, which is saved" if step else "before the first step"
         raise Preempted(f"stopped by {stop.signal} {where}; the same command goes on")
 
 
-def train_batches(run: Run) -> Any:
+def train_batches(together: Arms) -> Any:
     """This process's part of the endless stream of training batches."""
+    run = together.wide
     return data.batches(
         run.dataset.splits["train"],
         batch_size=run.config.batch_size,
-        seed=run.config.seed,
+        seeds=together.seeds,
         skip=run.config.data.skip,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-
-
-def moving(run: Run, state: TrainState) -> TrainState:
-    """The state without the frozen parameters: what checkpoints hold."""
-    return state.replace(params=run.split(state.params)[0])
-
-
-def start(
-    run: Run, folder: workdir.Folder, saver: checkpoint.Checkpointer
-) -> tuple[TrainState, dict[str, Any], str]:
-    """(state, meta) of the newest verified checkpoint, else (new state, {}); and the digest of the
-    frozen parameters as they are saved, "" for none."""
-    checkpoints = folder.path / "checkpoints"
-
-    def same_data(saved):
-        data.check_fingerprint(saved["fingerprint"], fingerprint(run))
-
-    restored = saver.restore(moving(run, run.abstract), check=same_data)
-    if restored is not None:
-        state_, saved = restored
-        still = saved["frozen"]
-        if still:
-            rest = frozen.restore(checkpoints, run.split(run.abstract.params)[1], still)
-            state_ = state_.replace(params=groups.merge(state_.params, rest))
-        return state_, saved, still
-    if folder.previous.get("checkpoint"):
-        raise CheckpointError(
-            f"{folder.path} had a checkpoint of step {folder.previous['checkpoint']}, which is no "
-            "longer there. Put checkpoints/ back, or start from zero with --fresh."
-        )
-    if jax.process_index() == 0:
-        # The run folder reads alone: evaluation, export and people need the tokenizer.
-        source = run.dataset.tokenizer_dir
-        shutil.copytree(source, folder.path / "tokenizer", dirs_exist_ok=True)
-    pretrained.check_head(run.config, run.dataset.labels)
-    params = pretrained.initial(run.config, run.model, run.abstract.params)
-    create = functools.partial(state.create, run.abstract, run.model, run.optimizer.tx)
-    created = create(run.split, run.config.seed, params)
-    rest = run.split(created.params)[1]
-    return created, {}, frozen.save(checkpoints, rest) if jax.tree.leaves(rest) else ""
-
-
-def fingerprint(run: Run) -> dict[str, Any]:
-    return data.fingerprint(run.dataset, seed=run.config.seed, batch_size=run.config.batch_size)
 
 
 def meta(run: Run, batches: Any, monitor: Monitor, still: str) -> dict[str, Any]:
@@ -211,7 +208,7 @@ def meta(run: Run, batches: Any, monitor: Monitor, still: str) -> dict[str, Any]
     return {
         "frozen": still,
         "data": batches.state(),
-        "fingerprint": fingerprint(run),
+        "fingerprint": begin.fingerprint(run),
         "model": pretrained.identity(run.model),
         "config": configs.flatten(configs.redact(run.config)),
         "versions": report.environment(),
@@ -219,30 +216,26 @@ def meta(run: Run, batches: Any, monitor: Monitor, still: str) -> dict[str, Any]
     }
 
 
-def compiled(run: Run, monitor: Monitor) -> tuple[Callable, Callable]:
+def compiled(together: Arms, monitors: Sequence[Monitor]) -> tuple[Callable, Callable]:
     """The train step, with the state donated, and the jitted evaluation step; the former is
     compiled when the first batch of each width comes."""
-    apply = build.apply(run.model)
-    train_step = make_train_step(
-        apply, run.objectives, run.optimizer.tx, run.split, run.config.accumulate
-    )
-    eval_step = jax.jit(evaluate.make_step(apply, run.objectives))
-    jitted, programs = jax.jit(train_step, donate_argnums=0), {}
+    run = together.wide
+    jitted, programs = jax.jit(together.train_step(), donate_argnums=0), {}
 
     def program(state, batch):
         width = batch["segment_ids"].shape[-1]
         if width not in programs:
-            spec = batch_spec(run, width)
-            with monitor.timed("compile"):
-                traced = jitted.trace(run.abstract, spec)
-                monitor.flops[width] = flops.of_step(run, spec, traced)
+            with monitor.timed(monitors, "compile"):
+                traced = jitted.trace(together.abstract, together.batch_spec(width))
+                for one, flops in zip(monitors, together.flops(width, traced), strict=True):
+                    one.flops[width] = flops
                 lowered = traced.lower()
                 scores = [f"{o.name}/{score}" for o in run.objectives for score in o.scores]
                 check_best(run.config.best, [*lowered.out_info[1]["sums"], *scores])
                 programs[width] = lowered.compile()
         return programs[width](state, batch)
 
-    return program, eval_step
+    return program, jax.jit(together.eval_step())
 
 
 def check_best(best: str, metrics: Iterable[str]) -> None:
@@ -254,14 +247,20 @@ def check_best(best: str, metrics: Iterable[str]) -> None:
 
 
 def validate(
-    run: Run, eval_step: Callable, current: TrainState, stop: interrupt.Stop, monitor: Monitor
-) -> dict[str, float] | None:
-    """Metrics over the validation split, with averaged parameters where the config keeps them.
+    together: Arms,
+    eval_step: Callable,
+    current: TrainState,
+    stop: interrupt.Stop,
+    monitors: Sequence[Monitor],
+) -> list[dict[str, float] | None]:
+    """Metrics of each run over the validation split, with averaged parameters where the config
+    keeps them.
 
     None if a signal ended it early, {} if there is no validation split.
     """
+    run = together.wide
     if "validation" not in run.dataset.splits:
-        return {}
+        return [{} for _ in monitors]
     params, average = current.params, optim.averaged(current.opt_state)
     if average is not None:
         params = groups.merge(average, run.split(params)[1])
@@ -274,26 +273,50 @@ def validate(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    steps, show = data.eval_steps(split, batch_size), monitor.part("evaluation")
-    with monitor.timed("evaluation"):
-        return evaluate.evaluate(
+    steps, show = data.eval_steps(split, batch_size), monitors[0].part("evaluation")
+    with monitor.timed(monitors, "evaluation"):
+        found = evaluate.collect(
             eval_step,
             params,
             batches,
-            run.objectives,
             run.mesh,
+            any(objective.score for objective in run.objectives),
             stop.poll,
             lambda done: show(done / steps),
-            names=run.dataset.labels,
-            split=split,
         )
+        if found is None:
+            return [None for _ in monitors]
+        about = dict(names=run.dataset.labels, split=split)
+        each = (together.measured(*found, arm) for arm in range(len(monitors)))
+        return [evaluate.measured(*own, run.objectives, **about) for own in each]
+
+
+def give_up(
+    together: Arms,
+    folders: Sequence[workdir.Folder],
+    current: TrainState,
+    monitors: Sequence[Monitor],
+    step: int,
+    bad: Sequence[bool],
+) -> None:
+    """Ends the runs in which too many updates in a row were `bad`; raises where none is left."""
+    for arm, folder in enumerate(folders):
+        if bad[arm] and not folder.failure:
+            error = numerics_error(together, folder, current, monitors[arm], arm)
+            if not together.alone:
+                monitors[arm].fail(step, error)
+            folder.failure = error
+    if all(folder.failure for folder in folders):
+        raise folders[-1].failure
 
 
 def numerics_error(
-    run: Run, folder: workdir.Folder, current: TrainState, monitor: Monitor
+    together: Arms, folder: workdir.Folder, current: TrainState, monitor: Monitor, arm: int
 ) -> NumericsError:
     """Writes down what went wrong at the last bad step: which examples, which layers."""
+    run, current = together.runs[arm], together.apart(current, arm)
     step, batch = monitor.last_bad
+    batch = together.batch(batch, arm)
     gradient = make_gradient(
         build.apply(run.model), run.objectives, run.split, run.config.accumulate
     )

@@ -28,6 +28,7 @@ from fmjax.errors import CheckpointError, ConfigError, Preempted, ResourceError
 # All that fmjax writes, hence all that --fresh removes. What marks a folder as a run comes last, so
 # that an interrupted removal can be repeated.
 WRITES = (
+    "arms",
     "checkpoints",
     "tokenizer",
     "tensorboard",
@@ -49,9 +50,10 @@ class Folder:
     def __init__(self, path: Path, previous: dict[str, Any], writes: bool):
         self.path = path
         self.previous = previous
+        self.failure: BaseException | None = None  # of this run alone, while others go on
         self._writes = writes
         self._status = {"state": "running", "step": 0, "checkpoint": 0, "reason": ""}
-        # What is known to be saved stays known until something else is: see fmjax.train.start.
+        # What is known to be saved stays known until something else is: see fmjax.begin.states.
         self._status |= {key: previous[key] for key in ("step", "checkpoint") if key in previous}
 
     def update(self, **facts) -> None:
@@ -67,7 +69,7 @@ class Folder:
 
     def close(self, error: BaseException | None) -> None:
         """Records how the run has ended: well if there is no error."""
-        before = self.previous
+        before, error = self.previous, error or self.failure
         if error is None and before.get("state") == "done" and before["step"] == self.step:
             # The run had already ended: leave no trace of having looked.
             self._status = {k: v for k, v in before.items() if k != "time"}

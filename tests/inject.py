@@ -37,7 +37,7 @@ PLACES: dict[str, tuple[str, str, Callable[..., int]]] = {
     "compile": ("fmjax.flops", "of_step", lambda *_: started[0]),
     "data": ("fmjax.data.batches", "_Steps.__getitem__", lambda _, step: step + 1),
     "train": ("fmjax.monitor", "Monitor.step", lambda _, step, *rest: step),
-    "evaluate": ("fmjax.evaluate", "evaluate", lambda *_, **__: started[0]),
+    "evaluate": ("fmjax.evaluate", "collect", lambda *_, **__: started[0]),
     "save": ("fmjax.step_folders", "make_room", lambda _, step: step),
     "commit": ("fmjax.manifest", "write", lambda folder: int(folder.name)),
     "delete": ("fmjax.step_folders", "remove", lambda folder: int(folder.name)),

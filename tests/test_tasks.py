@@ -362,12 +362,12 @@ def test_export_notices_one_flipped_bit(exported, opened, tmp):
 
 
 def target(init, groups=((".*", "train"),), **changes):
-    """(initial parameters, model) as `train.setup` and `train.start` make them."""
+    """(initial parameters, model) as `train.setup` and `begin.states` make them."""
     model = bert.Model("tiny", **{**SIZES, "vocab_size": 92, "dropout": 0.0, **changes})
     model, _ = setup.grouped(model, groups, {"decay": ".*"}, {})
     config = SimpleNamespace(init=str(init), new_head=False, seed=0)
     abstract = state.abstract_params(model, sharding.make_mesh(fsdp=2))
-    params = pretrained.initial(config, model, abstract)
+    params = pretrained.initial(config, model, abstract).params
     for leaf, like in zip(jax.tree.leaves(params), jax.tree.leaves(abstract), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (like.shape, like.dtype, like.sharding)
     return trees.unstack(params)

@@ -27,9 +27,11 @@ __all__ = [
     "Adapted",
     "Packing",
     "base",
+    "changes_base",
     "check_frozen",
     "has_prompt",
     "merged",
+    "of_adapter",
     "packings",
     "parameters",
     "positions",
@@ -153,6 +155,17 @@ def start(
     if isinstance(model.adapter, prompt.Prompt):
         return model.adapter.from_base(params, tokenize, seed)
     return initial.start(model, params, whole)
+
+
+def changes_base(model: Any) -> bool:
+    """Whether `start` gives a base other weights: what the adapter has is taken out of it."""
+    return getattr(getattr(model, "adapter", None), "init", "") in ("pissa", "loftq")
+
+
+def of_adapter(params: Any) -> Any:
+    """What adapters have added to the stored tree."""
+    flat = trees.flatten(params)
+    return trees.unflatten({p: x for p, x in flat.items() if re.fullmatch(LEAVES, p)})
 
 
 def merged(model: Any, params: Any) -> tuple[Any, Any]:

@@ -57,7 +57,7 @@ def batches(
     split,
     *,
     batch_size: int,
-    seed: int,
+    seeds: Sequence[int],
     process_index: int = 0,
     process_count: int = 1,
     start: int = 0,
@@ -66,7 +66,8 @@ def batches(
     """Training batches from step `start` on; every epoch visits each row once, in its own order.
 
     `batch_size` counts all processes, and each gets its block of rows. A batch may span two epochs.
-    Examples whose `index` lies in `skip` are passed over: those after them move up.
+    Examples whose `index` lies in `skip` are passed over: those after them move up. Of several
+    `seeds` each has its own order, and arrays get an axis of seeds in front.
     """
     if len(split) < batch_size:
         raise DataError(
@@ -75,7 +76,7 @@ def batches(
             f"config.data.seq_len (now {split.seq_len})."
         )
     mine = _block(batch_size, process_index, process_count)
-    return Batches(_Steps(split, batch_size, seed, mine, skip), start)
+    return Batches(_Steps(split, batch_size, seeds, mine, skip), start)
 
 
 def examples(step: int, *, batch_size: int, skip: Ranges = ()) -> tuple[int, int]:
@@ -148,8 +149,10 @@ def check_fingerprint(saved: dict, now: dict) -> None:
 class _Steps:
     """The source that Grain indexes: item `step` is this process's whole batch."""
 
-    def __init__(self, split, batch_size: int, seed: int, mine: np.ndarray, skip: Ranges):
-        self.split, self.batch_size, self.seed, self.mine = split, batch_size, seed, mine
+    def __init__(
+        self, split, batch_size: int, seeds: Sequence[int], mine: np.ndarray, skip: Ranges
+    ):
+        self.split, self.batch_size, self.seeds, self.mine = split, batch_size, seeds, mine
         self.skip = [(first, end) for first, end in skip]
 
     def __len__(self) -> int:
@@ -159,10 +162,19 @@ class _Steps:
         # Of the whole batch, so that all processes agree on its width.
         places = order.outside(step * self.batch_size + np.arange(self.batch_size), self.skip)
         epoch, place = np.divmod(places, len(self.split))
-        rows = order.permuted(place, len(self.split), self.seed, epoch)
-        width, rows, places = self.split.width(rows), rows[self.mine], places[self.mine]
+        rows = [order.permuted(place, len(self.split), seed, epoch) for seed in self.seeds]
+        width, places = self.split.width(np.concatenate(rows)), places[self.mine]
+        batches = [
+            self._batch(step, width, mine[self.mine], places, seed)
+            for mine, seed in zip(rows, self.seeds, strict=True)
+        ]
+        if len(batches) == 1:
+            return batches[0]
+        return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+
+    def _batch(self, step, width, rows, places, seed):
         try:
-            batch = cut(self.split.rows(rows, places, self.seed), width)
+            batch = cut(self.split.rows(rows, places, seed), width)
         except Exception as error:  # raised in a thread: say where
             raise DataError(
                 f"Reading the batch of step {step} (rows {rows[:4]}…) failed: {error}"
@@ -183,7 +195,7 @@ class _Steps:
             )
 
     def __repr__(self) -> str:  # Grain prints it in its errors
-        return f"Steps(rows={len(self.split)}, batch_size={self.batch_size}, seed={self.seed})"
+        return f"Steps(rows={len(self.split)}, batch_size={self.batch_size}, seeds={self.seeds})"
 
 
 def cut(batch: dict[str, np.ndarray], width: int) -> dict[str, np.ndarray]:

@@ -18,6 +18,9 @@ from fmjax import precision, sharding, streams
 from fmjax.errors import ConfigError, did_you_mean
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "tpu")
+# Of head, query and key in the number of a pair, which dropout is drawn by: a batch may be padded
+# to any width. Multiples of the golden ratio lie far from each other modulo 2^32.
+STRIDES = (0x85EBCA6B, 0x9E3779B1, 1)
 
 
 def mask(
@@ -90,7 +93,8 @@ def attention(
     else:
         keep = None
         if dropout > 0:
-            keep = ~streams.bernoulli(seeds, dropout, (q.shape[1], q.shape[2], k.shape[2]))
+            pairs = q.shape[1], q.shape[2], k.shape[2]
+            keep = ~streams.bernoulli(seeds, dropout, pairs, STRIDES)
         return _xla(q, k, v, mask, keep, dropout)
     return jnp.where((segment_ids > 0)[:, None, :, None], out, jnp.zeros((), out.dtype))
 

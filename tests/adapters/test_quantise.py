@@ -410,7 +410,7 @@ def test_an_adapter_that_starts_from_what_quantising_loses(init, dora, source, t
     )
     params = pretrained.initial(
         config, wrapped, state.abstract_params(wrapped, sharding.make_mesh())
-    )
+    ).params
     found = trees.unstack(adapters.merged(wrapped, params)[1])
     path = "block_00/attn/query/kernel"
     error = lambda x: np.linalg.norm(np.asarray(x) - np.asarray(wanted[path]))

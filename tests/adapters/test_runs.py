@@ -39,7 +39,7 @@ def base(tmp_path_factory):
 def test_any_base_loads_under_any_adapter(init, base, capsys):
     folder, expected = base
     config, model, abstract = made(folder, init=init)
-    params = pretrained.initial(config, model, abstract)
+    params = pretrained.initial(config, model, abstract).params
     assert "newly initialised" in capsys.readouterr().out
     found = trees.unstack(
         jax.jit(lambda p: merge.merge(model, p))(params)
@@ -59,7 +59,7 @@ def test_a_loaded_adapter_is_not_started_again(base, monkeypatch, tmp_path):
     monkeypatch.setattr(pretrained, "is_run", lambda source: True)
     saved = lambda source: (trained, {"step": 5}, False)
     monkeypatch.setattr(pretrained.checkpoint, "load_params", saved)
-    params = pretrained.initial(config, model, abstract)
+    params = pretrained.initial(config, model, abstract).params
     assert all((np.asarray(leaf) == 1).all() for leaf in jax.tree.leaves(params))
 
 
@@ -69,7 +69,7 @@ def test_a_base_of_a_run_loads_under_an_adapter(base, monkeypatch, tmp_path):
     monkeypatch.setattr(pretrained, "is_run", lambda source: True)
     saved = lambda source: (trees.stack(expected, (3,)), {"step": 5}, False)
     monkeypatch.setattr(pretrained.checkpoint, "load_params", saved)
-    found = trees.unstack(pretrained.initial(config, model, abstract))
+    found = trees.unstack(pretrained.initial(config, model, abstract).params)
     key = jax.random.fold_in(jax.random.key(3), 0)
     fresh = trees.unstack(jax.jit(lambda: state.init_params(model, key))())
     for name, leaf in found.items():

@@ -23,7 +23,7 @@ def split(prepare):
 
 
 def take(split, count, **settings):
-    batches = data.batches(split, **{"batch_size": 4, "seed": 0} | settings)
+    batches = data.batches(split, **{"batch_size": 4, "seeds": [0]} | settings)
     try:
         return list(itertools.islice(batches, count))
     finally:
@@ -64,12 +64,12 @@ def test_a_batch_is_a_function_of_seed_and_step(split):
     straight = take(split, 12)
     for start in (1, 5, 11):
         same(take(split, 1, start=start)[0], straight[start])
-    assert not np.array_equal(take(split, 1, seed=1)[0]["input_ids"], straight[0]["input_ids"])
+    assert not np.array_equal(take(split, 1, seeds=[1])[0]["input_ids"], straight[0]["input_ids"])
 
 
 def test_a_restored_position_goes_on_as_the_straight_run(split):
     straight = take(split, 9)
-    batches = data.batches(split, batch_size=4, seed=0)
+    batches = data.batches(split, batch_size=4, seeds=[0])
     list(itertools.islice(batches, 4))
     state = json.loads(json.dumps(batches.state()))
     assert state == {"next_index": 4, "skip": []}
@@ -111,14 +111,14 @@ def test_row36_skipped_examples_are_passed_over_and_all_others_come(split):
 
 def test_row36_what_is_skipped_may_change_for_what_is_to_come(split):
     def go_on(saved, skip):
-        batches = data.batches(split, batch_size=4, seed=0, skip=skip)
+        batches = data.batches(split, batch_size=4, seeds=[0], skip=skip)
         try:
             batches.restore(saved)
             return next(batches)["index"].tolist()
         finally:
             batches.close()
 
-    batches = data.batches(split, batch_size=4, seed=0, skip=((5, 7),))
+    batches = data.batches(split, batch_size=4, seeds=[0], skip=((5, 7),))
     list(itertools.islice(batches, 2))  # 0 1 2 3, 4 7 8 9
     saved = json.loads(json.dumps(batches.state()))
     batches.close()
@@ -187,7 +187,7 @@ def test_evaluation_can_be_limited(split):
 
 def test_row47_fewer_rows_than_a_batch(split):
     with pytest.raises(DataError, match="21 rows, fewer than one batch.*at most 21"):
-        data.batches(split, batch_size=22, seed=0)
+        data.batches(split, batch_size=22, seeds=[0])
 
 
 def test_row51_a_run_does_not_resume_on_other_data(prepare):

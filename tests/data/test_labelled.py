@@ -161,9 +161,10 @@ def test_a_batch_is_as_wide_as_its_longest_row_needs_in_quarters(examples):
         for name in ("input_ids", "segment_ids", "positions", "token_types"):
             np.testing.assert_array_equal(batch[name], whole[name][batch["index"], :width])
     # Processes see parts of the same batch, as wide as the whole.
-    one = data.batches(split, batch_size=4, seed=0)
+    one = data.batches(split, batch_size=4, seeds=[0])
     parts = [
-        data.batches(split, batch_size=4, seed=0, process_index=i, process_count=2) for i in (0, 1)
+        data.batches(split, batch_size=4, seeds=[0], process_index=i, process_count=2)
+        for i in (0, 1)
     ]
     for _ in range(4):
         batch, halves = next(one), [next(part) for part in parts]

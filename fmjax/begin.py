@@ -1,0 +1,109 @@
+"""How runs begin: from their newest checkpoints, or from what `config.init` names, or fresh."""
+
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from fmjax import checkpoint, data, frozen, groups, pretrained, state, workdir
+from fmjax.arms import Arms
+from fmjax.errors import CheckpointError, ConfigError
+from fmjax.setup import Run
+from fmjax.state import TrainState
+
+
+def states(
+    together: Arms,
+    folders: Sequence[workdir.Folder],
+    savers: Sequence[checkpoint.Checkpointer],
+) -> tuple[TrainState, list[dict[str, Any]], str]:
+    """(state, meta of each run) of the newest step that all have a verified checkpoint of, else
+    (new state, {} of each); and the digest of the frozen parameters as they are saved, "" for none.
+    """
+    checkpoints = [folder.path / "checkpoints" for folder in folders]
+    if found := restored(together, folders, savers):
+        states, saved = zip(*found, strict=True)
+        stills = {meta["frozen"] for meta in saved}
+        if len(stills) > 1:
+            raise CheckpointError(
+                f"the arms of {folders[0].path.parent} have different frozen parameters: they are "
+                "of different runs. Put the right folders back, or start over with --fresh."
+            )
+        (still,) = stills
+        if still:
+            rest = together.wide.split(together.wide.abstract.params)[1]
+            rest = frozen.restore(checkpoints[0], rest, still)
+            states = [one.replace(params=groups.merge(one.params, rest)) for one in states]
+        return together.together(states), list(saved), still
+    if jax.process_index() == 0:
+        # A run folder reads alone: evaluation, export and people need the tokenizer.
+        for folder in folders:
+            source = together.wide.dataset.tokenizer_dir
+            shutil.copytree(source, folder.path / "tokenizer", dirs_exist_ok=True)
+    current = together.together(created(together.runs))
+    rest = together.wide.split(current.params)[1]
+    still = frozen.save(checkpoints[0], rest) if jax.tree.leaves(rest) else ""
+    for other in checkpoints[1:] if still else ():
+        frozen.share(checkpoints[0], other)
+    return current, [{} for _ in folders], still
+
+
+def restored(
+    together: Arms,
+    folders: Sequence[workdir.Folder],
+    savers: Sequence[checkpoint.Checkpointer],
+) -> list[tuple[TrainState, dict[str, Any]]]:
+    """(what moves, meta) of each run, all at the same step; [] where one has no checkpoint yet."""
+
+    def newest(run, saver, step=None):
+        same_data = lambda saved: data.check_fingerprint(saved["fingerprint"], fingerprint(run))
+        return saver.restore(moving(run, run.abstract), step, check=same_data)
+
+    found = [newest(run, saver) for run, saver in zip(together.runs, savers, strict=True)]
+    for folder, one in zip(folders, found, strict=True):
+        if one is None and folder.previous.get("checkpoint"):
+            raise CheckpointError(
+                f"{folder.path} had a checkpoint of step {folder.previous['checkpoint']}, which is "
+                "no longer there. Put checkpoints/ back, or start from zero with --fresh."
+            )
+    if any(one is None for one in found):
+        return []
+    steps = [int(one.step) for one, _ in found]
+    return [  # a run that was killed may have saved one arm and not the next
+        one if step == min(steps) else newest(run, saver, min(steps))
+        for one, step, run, saver in zip(found, steps, together.runs, savers, strict=True)
+    ]
+
+
+def created(runs: Sequence[Run]) -> list[TrainState]:
+    """The states at step 0; what is frozen is the same arrays in all."""
+    first = runs[0]
+    pretrained.check_head(first.config, first.dataset.labels)
+    begun = pretrained.initial(first.config, first.model, first.abstract.params)
+    kept = [name for name, group in first.assigned.items() if group == groups.FREEZE]
+    random = [name for name in kept if begun is None or name in begun.fresh]
+    if random and len({run.config.seed for run in runs}) > 1:
+        raise ConfigError(
+            f"config.arms has several seeds, but {random[0]} is frozen and drawn by the seed, and "
+            "arms share what is frozen: start from config.init, or let it train."
+        )
+
+    def create(run):
+        params = begun and begun.params
+        if begun and run is not first:
+            own = run.split(run.abstract.params)[0]
+            params = pretrained.initial(run.config, run.model, own, params).params
+        parts = run.abstract, run.model, run.optimizer.tx, run.split
+        return state.create(*parts, run.config.seed, params)
+
+    return [create(run) for run in runs]
+
+
+def fingerprint(run: Run) -> dict[str, Any]:
+    return data.fingerprint(run.dataset, seed=run.config.seed, batch_size=run.config.batch_size)
+
+
+def moving(run: Run, state: TrainState) -> TrainState:
+    """The state without the frozen parameters: what checkpoints hold."""
+    return state.replace(params=run.split(state.params)[0])
