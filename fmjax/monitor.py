@@ -28,7 +28,7 @@ class Monitor:
     its own, and they share what `progress` shows.
 
     first: steps done before this sitting; saved: the meta of the checkpoint it goes on from, {} for
-    a new run; tokens: real tokens trained on in all sittings (a Python int);
+    a new run; tokens, done_flops: real tokens trained on, and the FLOPs of it, in all sittings;
     last_bad: (step, batch) of the last update that was not finite; bad_in_a_row: how many there
     were with no update applied in between. A spike is no sign of a broken model and does not count.
     """
@@ -49,6 +49,7 @@ class Monitor:
         self.run, self.folder, self.first = run, folder, first
         self._arm, self._prefix = arm, "" if arm is None else f"arm {arm}: "
         self.tokens, self.skipped = saved.get("tokens", 0), saved.get("skipped", 0)
+        self.done_flops = saved.get("flops", 0)
         self.flops: dict[int, int] = {}  # of a step, by the width of its batch
         self.bad_in_a_row, self.last_bad = 0, None
         self._logger = logs.Logger(
@@ -104,6 +105,7 @@ class Monitor:
             "perf/data_wait": spent["data_wait"] / stepping,
             "memory/peak_gib": _peak_bytes() / 2**30,
             "tokens": self.tokens,
+            "flops": self.done_flops,
         }
         peak = build.peak_flops(jax.devices()[0])
         if peak:
@@ -149,7 +151,8 @@ class Monitor:
         self._read()
         sums = {name: pair.tolist() for name, pair in self._sums.items()}
         window = logs.plain({"sums": sums, "scalars": self._scalars})
-        return {"tokens": self.tokens, "skipped": self.skipped, "window": window}
+        counted = {"tokens": self.tokens, "skipped": self.skipped, "flops": self.done_flops}
+        return counted | {"window": window}
 
     def fail(self, step: int, error: Exception) -> None:
         """Takes note that this run has come to nothing, while those beside it go on."""
@@ -213,7 +216,8 @@ class Monitor:
         if self._arm is not None:
             found = jax.tree.map(lambda x: x[self._arm], found)
         tokens = int(found["tokens"])
-        self._flops += self.flops[batch["segment_ids"].shape[-1]]
+        flops = self.flops[batch["segment_ids"].shape[-1]]
+        self._flops, self.done_flops = self._flops + flops, self.done_flops + flops
         self._steps, self._tokens, self.tokens = (
             self._steps + 1, self._tokens + tokens, self.tokens + tokens,
         )  # fmt: skip

@@ -54,17 +54,16 @@ def _parameters(run: Any) -> None:
 
 
 def _cost(together: Arms) -> None:
-    run, abstract, spec = together.wide, together.abstract, together.batch_spec()
-    step = jax.jit(together.train_step(), donate_argnums=0)
-    compiled = step.lower(abstract, spec).compile()
-    memory = compiled.memory_analysis()
+    run, abstract = together.wide, together.abstract
+    step = compiled(together)
+    memory = step.memory_analysis()
     operations = flops.of_step(run, batch_spec(run))
     tokens = run.config.batch_size * run.config.data.seq_len
     every, moving = run.abstract.params, run.split(run.abstract.params)[0]
     frozen = adapters.parameters(run.model, every) - trees.size(moving)
     a_token = count(operations / tokens)
     print(f"\nstep        {count(operations)}FLOP in matrix products, {a_token} a token")
-    cost = compiled.cost_analysis() or {}
+    cost = step.cost_analysis() or {}
     told = count(cost.get("flops", 0))
     print(f"            {told}FLOP by the compiler, which counts a scanned layer once")
     for name, size in {
@@ -74,8 +73,20 @@ def _cost(together: Arms) -> None:
         print(f"memory      {size / 2**20:,.1f} MiB {name} a device")
     print(f"            {trees.nbytes(abstract.opt_state) / 2**20:,.1f} MiB optimizer in all")
     if run.mesh.size > 1:
-        print(f"sent        {_sent(compiled.as_text())}")
+        print(f"sent        {_sent(step.as_text())}")
     print(f"frozen      {frozen:,} parameters")
+
+
+def compiled(together: Arms) -> jax.stages.Compiled:
+    """The step on batches of the full width."""
+    step = jax.jit(together.train_step(), donate_argnums=0)
+    return step.lower(together.abstract, together.batch_spec()).compile()
+
+
+def peak_bytes(step: jax.stages.Compiled) -> int:
+    """Of a device at once, by the compiler: the state and the batch, and temporary arrays."""
+    memory = step.memory_analysis()
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
 def _sent(program: str) -> str:

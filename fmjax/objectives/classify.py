@@ -13,7 +13,7 @@ import numpy as np
 from fmjax import losses
 
 TARGET = "classes"
-SCORES = ("f1", "matthews")
+SCORES = ("f1", "matthews", "ece", "brier")
 
 
 def heads(labels: Sequence[str]) -> dict[str, int]:
@@ -38,11 +38,20 @@ def outputs(
 
 
 def score(found: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
-    """The mean F1 of the classes and Matthews' correlation coefficient, over a whole split."""
+    """The mean F1 of the classes and Matthews' correlation coefficient, over a whole split; and of
+    the probabilities the expected calibration error (Guo et al. 2017, eq. 3) in 15 bins, and the
+    Brier score: the mean squared distance from the class, from 0 to 2."""
     from sklearn import metrics
 
-    chosen = found["probabilities"].argmax(axis=1)
+    told = found["probabilities"]
+    chosen, sure = told.argmax(axis=1), told.max(axis=1)
+    bins = np.minimum((sure * 15).astype(int), 14)
+    # Of each bin the sum of how sure minus how right.
+    excess = np.bincount(bins, weights=sure - (chosen == labels), minlength=15)
+    missed = told - (np.arange(told.shape[1]) == labels[:, None])
     return {
+        "ece": float(np.abs(excess).sum() / len(labels)),
+        "brier": float(np.square(missed).sum(axis=1).mean()),
         "f1": metrics.f1_score(labels, chosen, average="macro", zero_division=0.0),
         "matthews": metrics.matthews_corrcoef(labels, chosen),
     }
