@@ -4,10 +4,11 @@
     config.arms = (("optim.lr", (1e-3, 3e-3)), ("adapter.rank", (4, 16)))  # two arms, row by row
 
 Runs that differ in a seed, a learning rate, a rank or in what an adapter starts from are the same
-program on other numbers. What trains in them is stacked, arm by arm, and the step is mapped over it
-(`jax.vmap`); what is frozen is there once, and its products see the rows of all arms at once. Each
-arm is the run that its own config says, in a folder of its own: the numbers are those of that run
-alone but for the order of floating-point sums, and started from its folder it goes on alone.
+program on other numbers. What trains in them is stacked, arm by arm, and the step is mapped over
+it; what is frozen is there once, and on an accelerator its products see the rows of all arms at
+once (`jax.vmap`). Each arm is the run that its own config says, in a folder of its own: the numbers
+are those of that run alone but for the order of floating-point sums, and started from its folder it
+goes on alone.
 
 A smaller rank lies among zeros: a column of A and a row of B that are both zero get no gradient and
 stay so. Its scale differs from that of the widest by a factor that B is multiplied with.
@@ -33,6 +34,9 @@ from fmjax.setup import Run
 from fmjax.state import TrainState
 from fmjax.step import make_train_step
 
+# Backends that are busy with one arm: all at once took 1.4 times as long there
+# (benchmarks/RESULTS.md), and memory for all.
+ONE_BY_ONE = ("cpu",)
 # Optimizers that move each number by itself, so that zeros around a matrix change nothing.
 ELEMENTWISE = ("adam", "adamw", "adamax", "nadam", "nadamw", "adan", "lion", "rmsprop", "sgd")
 
@@ -164,8 +168,11 @@ class Arms:
                 after, found = step_of(self._apply(values), self._tx(values))(before, batch)
                 return self._own(after), found
 
-            axes = (0, 0, 0 if len(self.seeds) > 1 else None)
-            own, found = jax.vmap(one, axes)(self._values, self._own(together), batch)
+            each = self._values, self._own(together)
+            if len(self.seeds) > 1:
+                own, found = _mapped(one, *each, batch)
+            else:
+                own, found = _mapped(lambda *each: one(*each, batch), *each)
             return _state(together.step + 1, own, frozen), found
 
         return step
@@ -183,7 +190,7 @@ class Arms:
                 step = evaluate.make_step(self._apply(values), run.objectives)
                 return step(groups.merge(moving, frozen), batch, rng)
 
-            return jax.vmap(one)(self._values, moving)
+            return _mapped(one, self._values, moving)
 
         return step
 
@@ -245,6 +252,13 @@ class Arms:
             optim=settings["optim"],
             group_optim=settings["group_optim"],
         ).tx
+
+
+def _mapped(function: Callable, *each: Any) -> Any:
+    """`function` over the first axis of all arguments."""
+    if jax.default_backend() in ONE_BY_ONE:
+        return jax.lax.map(lambda one: function(*one), each)
+    return jax.vmap(function)(*each)
 
 
 def _state(step: Any, own: tuple[Any, Any, Any], frozen: Any) -> TrainState:

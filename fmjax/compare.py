@@ -21,7 +21,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from fmjax import (
     plan,
     pretrained,
     processes,
+    setup,
     train,
     trees,
     workdir,
@@ -58,6 +59,10 @@ def run(config: Any, workdir_path: str | os.PathLike, *, dry_run: bool = False) 
             told = ", ".join(f"{key}={value!r}" for key, _, value in changed)
             print(f"{name:<12} {told}")
         return
+    remaining = [own for name, own in methods.items() if not (folder / f"{name}.json").exists()]
+    for own in remaining:  # A mistake in the last is not found hours later.
+        with processes.start(own) as mesh:
+            setup.setup(configs.arms(own)[0], mesh)
     measure = None
     records = {}
     for name, own in methods.items():
@@ -139,7 +144,7 @@ def pretraining_loss(
 
 
 def with_heads(
-    opened: pretrained.Opened, base: pretrained.Opened, goals: Sequence[str]
+    opened: pretrained.Opened, base: pretrained.Opened, goals: Iterable[str]
 ) -> tuple[Any, Any]:
     """The model and parameters of `opened` with the heads of `base` that it has not.
 

@@ -80,8 +80,20 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_each_arm_is_the_run_alone(case, home, encoder, tmp_path):  # noqa: F811
+WAYS = {"one by one": ("cpu",), "at once": ()}
+ALWAYS = ("rates", "one by one"), ("seeds", "at once"), ("ranks", "at once")
+
+
+@pytest.mark.parametrize(
+    ("case", "way"),
+    [
+        pytest.param(case, way, marks=[] if (case, way) in ALWAYS else pytest.mark.slow)
+        for case in CASES
+        for way in WAYS
+    ],
+)
+def test_each_arm_is_the_run_alone(case, way, home, encoder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(arms, "ONE_BY_ONE", WAYS[way])
     file, words, values = CASES[case]
     config = config_of(home, encoder, file, *words, f"--config.arms={tuple(values)}")
     train.run(config, tmp_path / "together")
@@ -172,8 +184,19 @@ def test_all_that_fail_fail(home, encoder, tmp_path):  # noqa: F811
         train.run(config_of(home, encoder, "finetune_lora.py", *words, rates), tmp_path / "run")
 
 
-@pytest.mark.parametrize("axes", [dict(data=2), dict(fsdp=2), dict(data=2, fsdp=2, tensor=2)])
-def test_devices_change_nothing(axes, home, encoder, tmp_path):  # noqa: F811
+EVERY = dict(data=2, fsdp=2, tensor=2)
+
+
+@pytest.mark.parametrize(
+    ("axes", "way"),
+    [
+        (dict(fsdp=2), "at once"),
+        pytest.param(dict(data=2), "one by one", marks=pytest.mark.slow),
+        *(pytest.param(EVERY, way, marks=pytest.mark.slow) for way in WAYS),
+    ],
+)
+def test_devices_change_nothing(axes, way, home, encoder, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(arms, "ONE_BY_ONE", WAYS[way])
     config = config_of(
         home,
         encoder,

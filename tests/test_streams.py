@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import streams
+from fmjax.models import attention
 
 KEY = jax.random.key(7)
 
@@ -52,3 +53,16 @@ def test_uniform_is_uniform():
 def test_rate_one_and_zero_are_exact():
     assert not streams.bernoulli(seeds(2), 0.0, (1000,)).any()
     assert streams.bernoulli(seeds(2), 1.0, (1000,)).all()
+
+
+def test_strides_give_a_pair_the_same_bits_in_a_larger_array():
+    small = streams.bits(seeds(3), (2, 5, 5), attention.STRIDES)
+    large = streams.bits(seeds(3), (4, 9, 11), attention.STRIDES)
+    np.testing.assert_array_equal(small, large[:, :2, :5, :5])
+    wide = streams.bits(seeds(3), (12, 128, 128), attention.STRIDES)
+    numbers = np.concatenate([np.asarray(wide[0]).reshape(-1), np.asarray(wide[1]).reshape(-1)])
+    # As many different ones as drawing by chance gives, so that no two places are one.
+    expected = 2**32 * (1 - np.exp(-len(numbers) / 2**32))
+    assert abs(len(np.unique(numbers)) - expected) < 40
+    keep = streams.bernoulli(seeds(3), 0.1, (12, 128, 128), attention.STRIDES)
+    assert abs(float(np.mean(keep)) - 0.1) < 0.001

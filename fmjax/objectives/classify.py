@@ -45,7 +45,7 @@ def score(found: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, floa
 
     told = found["probabilities"]
     chosen, sure = told.argmax(axis=1), told.max(axis=1)
-    bins = np.minimum((sure * 15).astype(int), 14)
+    bins = np.minimum(np.nan_to_num(sure) * 15, 14).astype(int)
     # Of each bin the sum of how sure minus how right.
     excess = np.bincount(bins, weights=sure - (chosen == labels), minlength=15)
     missed = told - (np.arange(told.shape[1]) == labels[:, None])

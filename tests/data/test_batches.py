@@ -67,6 +67,20 @@ def test_a_batch_is_a_function_of_seed_and_step(split):
     assert not np.array_equal(take(split, 1, seeds=[1])[0]["input_ids"], straight[0]["input_ids"])
 
 
+def test_batches_of_several_seeds_are_those_of_each(split):
+    together = take(split, 5, seeds=[0, 3, 1])
+    for place, seed in enumerate((0, 3, 1)):
+        alone = take(split, 5, seeds=[seed])
+        for mine, its in zip(together, alone, strict=True):
+            width = its["segment_ids"].shape[-1]
+            for name in its:
+                found = mine[name][place]
+                np.testing.assert_array_equal(
+                    found[:, :width] if found.ndim > 1 else found, its[name]
+                )
+            assert not mine["segment_ids"][place][:, width:].any()
+
+
 def test_a_restored_position_goes_on_as_the_straight_run(split):
     straight = take(split, 9)
     batches = data.batches(split, batch_size=4, seeds=[0])

@@ -131,3 +131,18 @@ def test_the_tpu_kernel_lowers_for_tpu():
     ).astype(jnp.float32).sum()  # fmt: skip
     text = jax.jit(jax.grad(total)).trace(q).lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" in text
+
+
+def test_dropout_of_a_row_does_not_depend_on_how_wide_it_is_padded():
+    key = jax.random.key(0)
+    q, k, v = (jax.random.normal(jax.random.fold_in(key, i), (2, 3, 12, 8)) for i in range(3))
+    seeds = streams.seeds(key, jnp.arange(2))
+    segments = jnp.where(jnp.arange(12) < 7, 1, 0)[None].repeat(2, 0)
+
+    def out(width):
+        ids = segments[:, :width]
+        cut = (x[:, :, :width] for x in (q, k, v))
+        seen = mask(ids, jnp.zeros_like(ids))
+        return attention(*cut, seen, segment_ids=ids, dropout=0.5, seeds=seeds)
+
+    np.testing.assert_allclose(out(12)[:, :, :7], out(7), atol=1e-6)
