@@ -79,7 +79,9 @@ def side(flags: argparse.Namespace, cache: str, once: bool) -> Callable[[], floa
     create = functools.partial(state.create, run.abstract, run.model, run.optimizer.tx)
     holder: dict[str, Any] = {"state": create(run.split, given.seed, None)}
     start = time.perf_counter()
-    together = Arms(prefix.cached([run], holder["state"].params))
+    together = Arms((run,))
+    if once:
+        together = Arms(prefix.cached([run], holder["state"].params))
     run = together.wide
     if once:
         print(f"once    {time.perf_counter() - start:8.3f} s, compilation included, for the prefix")

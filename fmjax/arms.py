@@ -8,7 +8,8 @@ program on other numbers. What trains in them is stacked, arm by arm, and the st
 it; what is frozen is there once, and on an accelerator its products see the rows of all arms at
 once (`jax.vmap`). Each arm is the run that its own config says, in a folder of its own: the numbers
 are those of that run alone but for the order of floating-point sums, and started from its folder it
-goes on alone.
+goes on alone. Batches are as wide as the longest text of all arms needs, and speeds in its log are
+those of all together.
 
 A smaller rank lies among zeros: a column of A and a row of B that are both zero get no gradient and
 stay so. Its scale differs from that of the widest by a factor that B is multiplied with.
@@ -16,6 +17,7 @@ stay so. Its scale differs from that of the widest by a factor that B is multipl
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -59,23 +61,8 @@ class Arms:
     runs: tuple[Run, ...]
 
     def __post_init__(self):
-        config = self.runs[0].config
-        settings = [run.config.adapter for run in self.runs]
-        ranks, inits = ({one.get(key) for one in settings} for key in ("rank", "init"))
-        changed = any(adapters.changes_base(run.model) for run in self.runs)
-        if changed and max(len(ranks), len(inits)) > 1:
-            raise ConfigError(
-                "config.arms: config.adapter.init='pissa' and 'loftq' take another part out of the "
-                "base for each rank, but arms share the base. Let them have one rank and one init, "
-                "or start a run for each."
-            )
-        used = [config.optim.name, *(g["name"] for g in config.group_optim.values() if "name" in g)]
-        if len(ranks) > 1 and (whole := [name for name in used if name not in ELEMENTWISE]):
-            raise ConfigError(
-                f"config.arms has several ranks, but the optimizer {whole[0]!r} looks at a matrix "
-                f"as a whole, so that its size counts. Possible are {', '.join(ELEMENTWISE)}; or "
-                "start a run for each rank."
-            )
+        if not self.alone:
+            _check(self.runs)
 
     @property
     def alone(self) -> bool:
@@ -125,12 +112,19 @@ class Arms:
         """The state of one arm, with the shapes of its own run."""
         if self.alone:
             return together
-        like = self._own(self.runs[arm].abstract)
+        run = self.runs[arm]
+        own = self._cut(run.model)(self._own(together), np.int32(arm))
+        return _state(together.step, own, run.split(together.params)[1])
+
+    @functools.cache  # noqa: B019  (compiled once a shape; there is one of these in a process)
+    def _cut(self, model: Any) -> Callable:
+        """What gives the part of an arm with this `model`."""
+        run = next(run for run in self.runs if run.model == model)
+        like = self._own(run.abstract)
         places = jax.tree.map(lambda x: x.sharding, like)
-        cut = lambda like, x: x[arm][tuple(map(slice, like.shape))]
-        own = jax.jit(lambda whole: jax.tree.map(cut, like, whole), out_shardings=places)
-        frozen = self.wide.split(together.params)[1]
-        return _state(together.step, own(self._own(together)), frozen)
+        cut = lambda arm, like, x: x[arm][tuple(map(slice, like.shape))]
+        parts = lambda whole, arm: jax.tree.map(functools.partial(cut, arm), like, whole)
+        return jax.jit(parts, out_shardings=places)
 
     def one(self, tree: Any, arm: int) -> Any:
         """What `tree`, with a leading axis of arms in every leaf, has of one; without, all."""
@@ -220,7 +214,8 @@ class Arms:
         """The numbers in which the arms differ, an array of each: of the optimizer by their keys,
         and by the path of each lora_b what it is multiplied with."""
         settings = [configs.flatten(run.config) for run in self.runs]
-        rates = [key for key in settings[0] if key.startswith(("optim.", "group_optim."))]
+        own = r"(optim|group_optim\..*)\.(lr|weight_decay)"
+        rates = [key for key in settings[0] if re.fullmatch(own, key)]
         found = {key: [one[key] for one in settings] for key in rates}
         widest, scales = _scales(self.wide), [_scales(run) for run in self.runs]
         found |= {path: [one[path] / widest[path] for one in scales] for path in widest}
@@ -252,6 +247,44 @@ class Arms:
             optim=settings["optim"],
             group_optim=settings["group_optim"],
         ).tx
+
+
+def _check(runs: Sequence[Run]) -> None:
+    """Refuses runs whose frozen parameters or programs are not the same."""
+    first = runs[0]
+    differ = lambda key: len({run.config.adapter.get(key) for run in runs}) > 1
+    differs = [key for key in ("rank", "alpha", "init", "text") if differ(key)]
+    moving = set(groups.trained(first.assigned))
+    kept = [n for n in first.assigned if n not in moving and re.fullmatch(adapters.LEAVES, n)]
+    if kept and (differs or len({run.config.seed for run in runs}) > 1):
+        raise ConfigError(
+            f"config.arms: {kept[0]} belongs to an adapter and is frozen, but arms share what is "
+            "frozen and differ in how it begins. Let it train, or start a run for each."
+        )
+    if any(adapters.changes_base(run.model) for run in runs):
+        sites = first.model.sites()
+        both = [path for path, site in sites.items() if f"{path}/{site.weight}" in moving]
+        if differs or both:
+            raise ConfigError(
+                "config.arms: config.adapter.init='pissa' and 'loftq' take a part out of the base, "
+                f"which the arms share, but they differ in {differs or both}: set config.adapter."
+                "init='uniform', or start a run for each."
+            )
+    shapes = [trees.flatten(run.abstract.params).keys() for run in runs]
+    if any(one != shapes[0] for one in shapes):
+        raise ConfigError(
+            "config.arms: with a rank of its own in config.adapter.targets, layers are stacked in "
+            "another way for each rank: leave it out there (None), or set config.model.scan=False."
+        )
+    config = first.config
+    used = [config.optim.name, *(g["name"] for g in config.group_optim.values() if "name" in g)]
+    whole = [name for name in used if name not in ELEMENTWISE]
+    if "rank" in differs and whole:
+        raise ConfigError(
+            f"config.arms has several ranks, but the optimizer {whole[0]!r} looks at a matrix as a "
+            f"whole, so that its size counts. Possible are {', '.join(ELEMENTWISE)}; or start a "
+            "run for each rank."
+        )
 
 
 def _mapped(function: Callable, *each: Any) -> Any:

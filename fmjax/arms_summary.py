@@ -1,9 +1,10 @@
 """What runs that were computed together came to: a table, and summary.json beside their folders."""
 
 import json
-import statistics
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from fmjax import workdir
 from fmjax.logs import plain
@@ -42,8 +43,8 @@ def write(folder: workdir.Folder, config: Any, arms: Sequence[workdir.Folder]) -
         for i, (arm, summary) in enumerate(zip(arms, each, strict=True))
     ]
     if list(values) == ["seed"] and not any(arm.failure for arm in arms):
-        told = [[summary["metrics"][name] for summary in each] for name in metrics]
-        spread = [f"{statistics.mean(x):.4f} ± {statistics.stdev(x):.4f}" for x in told]
+        told = [[float(summary["metrics"][name]) for summary in each] for name in metrics]
+        spread = [f"{np.mean(x):.4f} ± {np.std(x, ddof=1):.4f}" for x in told]
         rows.append(["", "mean", *spread])
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     print()
@@ -55,4 +56,4 @@ def write(folder: workdir.Folder, config: Any, arms: Sequence[workdir.Folder]) -
 def _numbers(summary: Any, metrics: Sequence[str], arm: workdir.Folder) -> list[str]:
     if arm.failure:
         return ["failed" for _ in metrics]
-    return [f"{summary['metrics'][name]:.4f}" for name in metrics]
+    return [f"{float(summary['metrics'][name]):.4f}" for name in metrics]

@@ -6,7 +6,16 @@ from typing import Any
 
 import jax
 
-from fmjax import checkpoint, data, frozen, groups, pretrained, state, workdir
+from fmjax import (
+    checkpoint,
+    data,
+    frozen,
+    groups,
+    pretrained,
+    state,
+    step_folders,
+    workdir,
+)
 from fmjax.arms import Arms
 from fmjax.errors import CheckpointError, ConfigError
 from fmjax.setup import Run
@@ -67,13 +76,24 @@ def restored(
                 f"{folder.path} had a checkpoint of step {folder.previous['checkpoint']}, which is "
                 "no longer there. Put checkpoints/ back, or start from zero with --fresh."
             )
-    if any(one is None for one in found):
+    if all(one is None for one in found):
         return []
-    steps = [int(one.step) for one, _ in found]
-    return [  # a run that was killed may have saved one arm and not the next
-        one if step == min(steps) else newest(run, saver, min(steps))
-        for one, step, run, saver in zip(found, steps, together.runs, savers, strict=True)
-    ]
+    there = {folder.path: step_folders.finished(folder.path / "checkpoints") for folder in folders}
+    if any(one is None for one in found) and max(map(len, there.values())) == 1:
+        return []  # killed while the first step was being saved
+    steps = {int(one[0].step) if one else None for one in found}
+    if len(steps) == 1:
+        return found
+    # Killed when it had saved one arm and not the next.
+    both = step_folders.common(path / "checkpoints" for path in there)
+    if not both:
+        listed = "; ".join(f"{path}: {each or 'none'}" for path, each in there.items())
+        raise CheckpointError(
+            f"there is no step that all arms have a checkpoint of ({listed}), as where one has "
+            "gone on alone. Put the missing ones back, or start over with --fresh."
+        )
+    each = zip(together.runs, savers, strict=True)
+    return [newest(run, saver, both[-1]) for run, saver in each]
 
 
 def created(runs: Sequence[Run]) -> list[TrainState]:

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ class Checkpointer:
     """Saves and restores the training state of one run folder. Used by one thread.
 
     Keeps the last `keep` steps and the best `keep_best` by the metric named `best` ("" for none;
-    `best_mode` "min" or "max"). `committed` is the newest step known to be safely stored.
+    `best_mode` "min" or "max"), and the newest that the runs `beside` it have too, which go on
+    together with it. `committed` is the newest step known to be safely stored.
 
     With several processes all of them call every method; process 0 does the work on files, so that
     only its `wait` covers the manifest.
@@ -55,6 +56,7 @@ class Checkpointer:
         keep_best: int = 1,
         best: str = "",
         best_mode: str = "min",
+        beside: Sequence[str | Path] = (),
     ):
         if keep < 1:
             raise ConfigError(f"config.keep = {keep}: at least 1 checkpoint must be kept.")
@@ -64,6 +66,7 @@ class Checkpointer:
             )
         self.committed: int | None = None
         self._directory = _directory(workdir)
+        self._beside = [_directory(other) for other in beside]
         self._keep, self._keep_best = keep, keep_best
         self._best, self._best_mode = best, best_mode
         atomicity = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
@@ -207,6 +210,7 @@ class Checkpointer:
                 keep_best=self._keep_best,
                 best=self._best,
                 mode=self._best_mode,
+                beside=self._beside,
             )
 
     def _collect(self, *, block: bool) -> None:
@@ -276,7 +280,10 @@ def _verified(workdir: str | Path, step: int | None) -> Path:
     directory = _directory(workdir)
     found = _find(directory, step, quarantine=False)
     if found is None:
-        raise CheckpointError(f"{directory} holds no checkpoint. Is {workdir} a run folder?")
+        arms = f" Its arms are: {workdir}/arms/0, …" if Path(workdir, "arms").is_dir() else ""
+        raise CheckpointError(
+            f"{directory} holds no checkpoint. Is {workdir} the folder of a single run?{arms}"
+        )
     return directory / str(found)
 
 

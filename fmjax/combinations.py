@@ -39,6 +39,11 @@ def check(config: Mapping[str, Any]) -> None:
     _check_optim(config)
     _check_init(config)
     _check_distributed(config.get("distributed", {}))
+    if config.get("arms") and config.get("wandb"):
+        raise ConfigError(
+            "--config.wandb=True with --config.arms: Weights & Biases has one run a process. Set "
+            "it to False; each arm has metrics.jsonl and TensorBoard"
+        )
     batch_size, accumulate = config.get("batch_size", 1), config.get("accumulate", 1)
     if batch_size % accumulate:
         raise ConfigError(

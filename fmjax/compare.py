@@ -5,7 +5,8 @@ run folder, <method>/arms/<i>. What they come to is in <method>.json, lists with
 
     metrics               after the last step; of classes also how well calibrated they are
     trainable_parameters  of `parameters` in all
-    kept_bytes            of what trains in float32: what is kept of a seed, beside the base
+    kept_bytes            of what trains in float32: what is kept of a seed, beside the base (which
+                          PiSSA and LoftQ change, too)
     flops                 of the training of a seed, in matrix products
     seconds               of the training steps of a seed; the seeds are computed together
     peak_bytes            of the step of one seed by the compiler, state and temporary, a device
@@ -19,13 +20,14 @@ import dataclasses
 import functools
 import json
 import os
-import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from ml_collections import ConfigDict
 
 from fmjax import (
     adapters,
@@ -36,13 +38,13 @@ from fmjax import (
     plan,
     pretrained,
     processes,
-    setup,
     train,
     trees,
     workdir,
 )
 from fmjax import config as configs
 from fmjax import objectives as losses
+from fmjax.errors import ConfigError, NumericsError
 from fmjax.logs import plain
 from fmjax.progress import count, duration
 
@@ -50,7 +52,11 @@ MAIN = ("accuracy", "spearman", "f1", "exact_match", "retrieval")  # the first o
 
 
 def run(config: Any, workdir_path: str | os.PathLike, *, dry_run: bool = False) -> None:
-    """The task: trains all of `config.methods`, and prints the table."""
+    """The task: trains all of `config.methods`, and prints the table.
+
+    Raises ConfigError for a method that cannot be run, before any is, and NumericsError in the end
+    where one of them diverged.
+    """
     folder = Path(workdir_path)
     methods = {name: method(config, name) for name, _, _ in config.methods}
     if dry_run:
@@ -59,32 +65,67 @@ def run(config: Any, workdir_path: str | os.PathLike, *, dry_run: bool = False) 
             told = ", ".join(f"{key}={value!r}" for key, _, value in changed)
             print(f"{name:<12} {told}")
         return
-    remaining = [own for name, own in methods.items() if not (folder / f"{name}.json").exists()]
-    for own in remaining:  # A mistake in the last is not found hours later.
-        with processes.start(own) as mesh:
-            setup.setup(configs.arms(own)[0], mesh)
-    measure = None
-    records = {}
+    digests = {
+        name: configs.digest(ConfigDict({"method": own, "pretraining": config.pretraining}))
+        for name, own in methods.items()
+    }
+    records = {name: kept(folder / f"{name}.json", digest) for name, digest in digests.items()}
+    with processes.start(next(iter(methods.values()))) as mesh:
+        measure = PretrainingLoss(config.pretraining, config.init, mesh)
+        for name, own in methods.items():
+            if records[name] is None:  # A mistake in the last is not found hours later.
+                measure.check(arms.prepare(own, mesh, lambda: None).wide)
+        before = measure(config.init, mesh)
     for name, own in methods.items():
-        file = folder / f"{name}.json"
-        if not file.exists():
-            print(f"\n{name}", flush=True)
-            started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        if records[name] is not None:
+            continue
+        print(f"\n{name}", flush=True)
+        record = {"method": name, "digest": digests[name], "date": time.strftime("%Y-%m-%d")}
+        try:
             train.run(own, folder / name)
+        except NumericsError as error:
+            record["failed"] = str(error)
+        else:
             with processes.start(own) as mesh:
-                measure = measure or pretraining_loss(config.pretraining, own.init, mesh)
-                record = {"method": name, "started": started, **found(own, folder / name, mesh)}
-                after = [measure(str(arm), mesh) for arm in _folders(folder / name, config.seeds)]
-                record["pretraining"] = {"before": measure(own.init, mesh), "after": after}
-            workdir.write_atomic(file, json.dumps(plain(record), indent=2))
-        records[name] = json.loads(file.read_text(encoding="utf-8"))
+                record |= found(own, folder / name, mesh)
+                after = [measure(str(arm), mesh) for arm in _folders(folder / name, own)]
+                record["pretraining"] = {"before": before, "after": after}
+        workdir.write_atomic(folder / f"{name}.json", json.dumps(plain(record), indent=2))
+        records[name] = kept(folder / f"{name}.json", digests[name])
     show(records)
     print(f"\n{folder} has all of it, a file a method")
+    if failed := [name for name, record in records.items() if "failed" in record]:
+        raise NumericsError(f"{failed[0]}: {records[failed[0]]['failed']}")
+
+
+def kept(file: Path, digest: str) -> dict[str, Any] | None:
+    """What an earlier command has found of a method; None where there is nothing yet.
+
+    Raises ConfigError where that was another config.
+    """
+    if not file.exists():
+        return None
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if record["digest"] != digest:
+        raise ConfigError(
+            f"{file} is of another config than config.methods, config.shared, config.data and "
+            "config.pretraining make now: use another --workdir, or remove it and the folder "
+            "beside it."
+        )
+    return record
 
 
 def method(config: Any, name: str) -> Any:
     """The config of one method, with the data, the base, the seeds and the settings of all."""
     file, own = next((file, own) for other, file, own in config.methods if other == name)
+    for word in (*config.shared, *own):
+        key = word.partition("=")[0]
+        if key in ("arms", "seed", "init", "cache_prefix") or key.startswith(("data.", "distrib")):
+            raise ConfigError(
+                f"config.methods, config.shared: {key} is the same for all methods: set "
+                "config.init, config.seeds and config.data. The frozen prefix is not cached, "
+                "and one process does all, so that costs compare."
+            )
     given = {f"data.{key}": value for key, value in config.data.items() if value is not None}
     given |= {"init": config.init, "arms": (("seed", tuple(config.seeds)),)}
     if len(config.seeds) == 1:
@@ -96,17 +137,14 @@ def method(config: Any, name: str) -> Any:
 def found(config: Any, folder: Path, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """What the finished arms in `folder` came to, and what one of them costs."""
     singles = configs.arms(config)
-    each = [
-        json.loads((arm / "summary.json").read_text(encoding="utf-8"))
-        for arm in _folders(folder, singles)
-    ]
+    read = lambda arm: json.loads((arm / "summary.json").read_text(encoding="utf-8"))
+    each = [read(arm) for arm in _folders(folder, config)]
     together = arms.prepare(singles[0], mesh, lambda: None)
     run = together.wide
     moving = run.split(run.abstract.params)[0]
     names = [name for name in each[0]["metrics"] if name.startswith("validation/")]
     return {
-        "config": configs.to_json(configs.redact(config)),
-        "digest": configs.digest(config),
+        "config": json.loads(configs.to_json(configs.redact(config))),
         "seeds": [single.seed for single in singles],
         "steps": run.total,
         "metrics": {name: [one["metrics"][name] for one in each] for name in names},
@@ -120,38 +158,48 @@ def found(config: Any, folder: Path, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     }
 
 
-def pretraining_loss(
-    settings: Any, source: str, mesh: jax.sharding.Mesh
-) -> Callable[[str, jax.sharding.Mesh], float]:
-    """A function (folder, mesh) that gives the loss of the objectives that `source` was trained
-    with, of a model that was made of it; heads that it lacks are those of `source`."""
-    base = pretrained.open_folder(source, mesh, settings.precision)
-    chosen, goals, batch_size = evaluate.settings_of(settings, base)
-    dataset = data.prepare(chosen, {"name": str(base.tokenizer)})
-    split = evaluate.split_of(dataset, settings.split, base)
-    objectives = losses.build(goals, target=dataset.target, vocab=dataset.vocab)
+class PretrainingLoss:
+    """The loss that `source` was trained with, of a model that was made of it.
 
-    @functools.cache  # the source is asked for beside every method
-    def measure(folder: str, mesh: jax.sharding.Mesh) -> float:
-        opened = pretrained.open_folder(folder, mesh, settings.precision)
-        model, params = with_heads(opened, base, goals)
-        step = jax.jit(evaluate.make_step(build.apply(model), objectives))
-        batches = data.eval_batches(split, batch_size=batch_size, limit=settings.limit)
-        totals, _ = evaluate.collect(step, params, batches, mesh, keep=False)
-        return losses.mean(totals, objectives)["loss"]
-
-    return measure
-
-
-def with_heads(
-    opened: pretrained.Opened, base: pretrained.Opened, goals: Iterable[str]
-) -> tuple[Any, Any]:
-    """The model and parameters of `opened` with the heads of `base` that it has not.
-
-    Raises ConfigError where the objectives `goals` need one that `base` has not.
+    Heads that the model lacks are those of `source`. Texts stand alone in their rows, as a prompt
+    has to be before each.
     """
-    for name in goals:
-        base.require_head(name)
+
+    def __init__(self, settings: Any, source: str, mesh: jax.sharding.Mesh):
+        self.base = pretrained.open_folder(source, mesh, settings.precision)
+        self.precision = self.base.model.cfg.dtype
+        chosen, self.goals, self.batch_size = evaluate.settings_of(settings, self.base)
+        if chosen["format"] == "packed":
+            chosen["format"] = "padded"
+        self.chosen, self.limit = chosen, settings.limit
+        dataset = data.prepare(chosen, {"name": str(self.base.tokenizer)})
+        self.split = evaluate.split_of(dataset, settings.split, self.base)
+        self.objectives = losses.build(self.goals, target=dataset.target, vocab=dataset.vocab)
+        for name in self.goals:
+            self.base.require_head(name)
+
+    def check(self, run: Any) -> None:
+        """Refuses a run whose model has no room for these texts."""
+        pretrained.check_head(run.config, run.dataset.labels)
+        try:
+            build.check_rows(run.model, self.chosen)
+        except ConfigError as error:
+            raise ConfigError(f"for config.pretraining: {error}") from error
+
+    def __call__(self, folder: str, mesh: jax.sharding.Mesh) -> float:
+        opened = pretrained.open_folder(folder, mesh, self.precision)
+        model, params = with_heads(opened, self.base)
+        batches = data.eval_batches(self.split, batch_size=self.batch_size, limit=self.limit)
+        totals, _ = evaluate.collect(self._step(model), params, batches, mesh, keep=False)
+        return losses.mean(totals, self.objectives)["loss"]
+
+    @functools.cache  # noqa: B019  (seeds have one model; there is one of these in a process)
+    def _step(self, model: Any) -> Callable:
+        return jax.jit(evaluate.make_step(build.apply(model), self.objectives))
+
+
+def with_heads(opened: pretrained.Opened, base: pretrained.Opened) -> tuple[Any, Any]:
+    """The model and parameters of `opened` with the heads of `base` that it has not."""
     own, heads = trees.flatten(opened.params), trees.flatten(base.params)
     lacking = {p: x for p, x in heads.items() if p.startswith("head/") and p not in own}
     classes = dict(base.model.cfg.classes) | dict(opened.model.cfg.classes)
@@ -163,12 +211,16 @@ def with_heads(
 
 def show(records: Mapping[str, Mapping[str, Any]]) -> None:
     """The table: what each method reaches, with deviations over the seeds, and what it takes."""
-    first = next(iter(records.values()))
-    names = {name.rpartition("/")[2]: name for name in first["metrics"]}
+    done = [record for record in records.values() if "failed" not in record]
+    names = {name.rpartition("/")[2]: name for record in done for name in record["metrics"]}
     main = next((names[key] for key in MAIN if key in names), "validation/loss")
-    rows = [["", main.removeprefix("validation/"), "trains", "kept", "FLOP", "time", "peak"]]
-    rows[0] += ["forgets"] + [key for key in ("ece", "brier") if key in names]
+    scores = [key for key in ("ece", "brier") if key in names]
+    heads = ["", main.removeprefix("validation/"), "trains", "kept", "FLOP", "time", "peak"]
+    rows = [[*heads, "forgets", *scores]]
     for name, record in records.items():
+        if "failed" in record:
+            rows.append([name, "failed", *[""] * (len(rows[0]) - 2)])
+            continue
         before, after = record["pretraining"]["before"], record["pretraining"]["after"]
         rows.append(
             [
@@ -176,30 +228,28 @@ def show(records: Mapping[str, Mapping[str, Any]]) -> None:
                 spread(record["metrics"][main]),
                 count(record["trainable_parameters"]),
                 f"{record['kept_bytes'] / 2**20:,.2f} MiB",
-                count(statistics.mean(record["flops"])),
-                duration(statistics.mean(record["seconds"])),
+                count(np.mean(record["flops"])),
+                duration(np.mean(record["seconds"])),
                 f"{record['peak_bytes'] / 2**20:,.0f} MiB",
-                spread([loss - before for loss in after]),
-                *(
-                    spread(record["metrics"][names[key]])
-                    for key in ("ece", "brier")
-                    if key in names
-                ),
+                spread([float(loss) - float(before) for loss in after]),
+                *(spread(record["metrics"][names[key]]) for key in scores),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print()
     for name, *cells in rows:
         padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        print("  ".join([name.ljust(widths[0]), *padded]))
+        print("  ".join([name.ljust(widths[0]), *padded]).rstrip())
 
 
-def spread(values: Sequence[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{deviation}"
+def spread(values: Sequence[Any]) -> str:
+    """Mean and standard deviation; a number that is not finite is kept as text."""
+    numbers = np.array([float(value) for value in values])
+    deviation = f" ± {np.std(numbers, ddof=1):.4f}" if len(numbers) > 1 else ""
+    return f"{np.mean(numbers):.4f}{deviation}"
 
 
-def _folders(folder: Path, seeds: Sequence[Any]) -> list[Path]:
-    if len(seeds) == 1:
-        return [folder]
-    return [folder / "arms" / str(arm) for arm in range(len(seeds))]
+def _folders(folder: Path, config: Any) -> list[Path]:
+    """Those of the arms of a method, or its own."""
+    arms_ = range(len(configs.arms(config)))
+    return [folder / "arms" / str(arm) for arm in arms_] if config.arms else [folder]

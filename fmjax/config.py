@@ -141,9 +141,12 @@ def arms(config: ConfigDict) -> list[ConfigDict]:
     rows = plain(config).get("arms", ())
     if not rows:
         return [config]
-    return [
-        _arm(config, [(key, values[i]) for key, values in rows]) for i in range(len(rows[0][1]))
-    ]
+    many = range(len(rows[0][1]))
+    found = [_arm(config, [(key, values[i]) for key, values in rows]) for i in many]
+    digests = [digest(one) for one in found]
+    if len(set(digests)) < len(digests):
+        raise ConfigError("--config.arms: two arms are the same run, with the same numbers")
+    return found
 
 
 def _arm(config: ConfigDict, values: list[tuple[str, Any]]) -> ConfigDict:
@@ -155,7 +158,8 @@ def _arm(config: ConfigDict, values: list[tuple[str, Any]]) -> ConfigDict:
             node = node.get(section) or {}
         # A group can have of its own what it has not said yet.
         if name not in node and not (sections[0] == "group_optim" and node):
-            raise ConfigError(f"--config.arms: this config has no key {key!r}")
+            hint = did_you_mean(key, flatten(config))
+            raise ConfigError(f"--config.arms: this config has no key {key!r}.{hint}")
         now = node.get(name, 0.0)
         node[name] = float(value) if isinstance(now, float) and isinstance(value, int) else value
     return _checked(ConfigDict(single))

@@ -151,7 +151,13 @@ class Monitor:
         self._read()
         sums = {name: pair.tolist() for name, pair in self._sums.items()}
         window = logs.plain({"sums": sums, "scalars": self._scalars})
-        counted = {"tokens": self.tokens, "skipped": self.skipped, "flops": self.done_flops}
+        failure = str(self.folder.failure or "")
+        counted = {
+            "failure": failure,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "flops": self.done_flops,
+        }
         return counted | {"window": window}
 
     def fail(self, step: int, error: Exception) -> None:
@@ -160,15 +166,16 @@ class Monitor:
         self._logger.event("failed", step=step, reason=str(error))
         self._progress.print(f"{self._prefix}{error}")
 
-    def finish(self, step: int, signal: str, changed: Sequence[tuple[str, Any, Any]]) -> None:
-        """The last line, summary.json and report.html.
-
-        `signal` is what ended the run early, `changed` what differs from the config file.
-        """
+    def end(self, step: int, signal: str) -> None:
+        """The last line; `signal` is what ended the run early."""
         self._read()
         how = "failed" if self.folder.failure else "preempted" if signal else "done"
         self._logger.event(how, step=step, signal=signal)
-        self.folder.update(step=step, state=how, checkpoint=step)
+        reason = str(self.folder.failure or "")
+        self.folder.update(step=step, state=how, checkpoint=step, reason=reason)
+
+    def finish(self, signal: str, changed: Sequence[tuple[str, Any, Any]]) -> None:
+        """summary.json and report.html; `changed` is what differs from the config file."""
         if jax.process_index() != 0:
             return
         device = jax.devices()[0]
@@ -247,6 +254,8 @@ class Monitor:
 
     def _tell_skipped(self, step: int, found: Mapping[str, Any], bad: bool) -> None:
         self.skipped += 1
+        if self.folder.failure:
+            return
         config = self.run.config
         facts = {
             "step": step,

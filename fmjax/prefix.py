@@ -53,15 +53,13 @@ class PrefixSplit:
 def cached(
     runs: Sequence[Any], params: Any, stop: Callable[[], bool] = lambda: False
 ) -> tuple[Any, ...]:
-    """The runs with their frozen prefix computed, where `config.cache_prefix` asks for it; they
-    share it, and `params` are those of the first.
+    """The runs with their frozen prefix computed; they share it, and `params` are those of the
+    first.
 
     Raises ConfigError where there is no such prefix, or where something in it is random; Preempted
     when `stop()` turned true on the way.
     """
     run = runs[0]
-    if not run.config.cache_prefix:
-        return tuple(runs)
     layers = depth(run)
     made = {
         name: PrefixSplit(split, _states(run, params, name, split, layers, stop))

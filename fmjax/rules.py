@@ -65,7 +65,7 @@ def is_duration(value: Any) -> bool:
 
 def rule_of(key: str) -> Check | Modules | tuple[str, ...] | None:
     """The first rule whose expression matches the whole `key`; a group obeys the rules of optim."""
-    key = re.sub(r"^group_optim\.[^.]+\.", "optim.", key)
+    key = re.sub(r"^group_optim\.[^.]+\.", "optim.", key).removeprefix("pretraining.")
     return next((rule for pattern, rule in RULES if re.fullmatch(pattern, key)), None)
 
 
@@ -78,7 +78,8 @@ def check(config: Mapping[str, Any]) -> None:
     """
     for key, value in _nodes(without_none(config)):
         _check_node(key, value)
-    for name in config.get("objectives") or ():
+    pretraining = config.get("pretraining") or {}
+    for name in (*(config.get("objectives") or ()), *(pretraining.get("objectives") or ())):
         check_choice(f"objectives.{name}", name, Modules("objectives", "loss_fn").names())
 
 
@@ -181,6 +182,7 @@ def _is_arms(value: Any) -> bool:
         and isinstance(row[0], str)
         and re.fullmatch(ARM_KEYS, row[0])
         and isinstance(row[1], tuple)
+        and None not in row[1]
         for row in value
     )
     each = {len(row[1]) for row in value} if rows else set()

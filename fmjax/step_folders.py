@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fmjax import manifest
@@ -91,13 +92,27 @@ def make_room(directory: Path, step: int) -> None:
     (directory / str(step)).unlink(missing_ok=True)  # a stray file of that name
 
 
-def delete_old(directory: Path, *, keep: int, keep_best: int, best: str, mode: str) -> None:
-    """Keeps the last `keep` steps and, unless `best` is "", the `keep_best` with the best metric.
+def common(directories: Iterable[Path]) -> list[int]:
+    """The steps that are finished in all of them, oldest first."""
+    return sorted(set.intersection(*(set(finished(directory)) for directory in directories)))
+
+
+def delete_old(
+    directory: Path,
+    *,
+    keep: int,
+    keep_best: int,
+    best: str,
+    mode: str,
+    beside: Sequence[Path] = (),
+) -> None:
+    """Keeps the last `keep` steps, unless `best` is "" the `keep_best` with the best metric, and
+    the last one that is in all of the folders `beside` it, too.
 
     Of equal ones the older is better.
     """
     there = finished(directory)
-    kept = set(there[-keep:])
+    kept = {*there[-keep:], *common([directory, *beside])[-1:]}
     scores = {step: _score(directory / str(step), best) for step in there} if best else {}
     scores = {step: score for step, score in scores.items() if score is not None}
     kept |= set(sorted(scores, key=scores.get, reverse=mode == "max")[:keep_best])

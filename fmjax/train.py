@@ -117,22 +117,26 @@ def loop(
     with contextlib.ExitStack() as cleanup:
         mode = "min" if config.best.endswith(("loss", "perplexity")) else "max"
         kept = dict(keep=config.keep, keep_best=config.keep_best, best=config.best, best_mode=mode)
-        savers = [checkpoint.Checkpointer(folder.path, **kept) for folder in folders]
+        paths = [folder.path for folder in folders]
+        savers = [checkpoint.Checkpointer(path, **kept, beside=paths) for path in paths]
         for saver in savers:
             cleanup.callback(saver.close)
         since = time.monotonic()
         current, saved, still = begin.states(together, folders, savers)
         restore_sec = time.monotonic() - since if saved[0] else 0.0
-        together = Arms(prefix.cached(runs, together.apart(current, 0).params, stop.poll))
-        runs = together.runs
+        if config.cache_prefix:
+            runs = prefix.cached(runs, together.apart(current, 0).params, stop.poll)
+            together = Arms(runs)
         batches = train_batches(together)
         cleanup.callback(batches.close)
         if saved[0]:
             batches.restore(saved[0]["data"])
         step = int(current.step)
-        for folder in folders:
-            if step == total and folder.previous.get("exit_code") == NumericsError.exit_code:
-                folder.failure = NumericsError(folder.previous["reason"])
+        for folder, meta_ in zip(folders, saved, strict=True):
+            if reason := meta_.get("failure"):
+                folder.failure = NumericsError(reason)
+                if together.alone:
+                    raise folder.failure
         if step == total and all(folder.finished or folder.failure for folder in folders):
             where = folders[0].path if together.alone else folders[0].path.parent.parent
             print(f"{where}: already finished at step {step}; --fresh starts over")
@@ -181,8 +185,11 @@ def loop(
             for saver in savers:
                 saver.wait()
         done = step == total and not any(one.owes_evaluation(step) for one in monitors)
+        signal = "" if done else stop.signal
         for one in monitors:
-            one.finish(step, "" if done else stop.signal, changed)
+            one.end(step, signal)
+        for one in monitors:
+            one.finish(signal, changed)
     processes.meet()  # An error ends all: not before the last has saved.
     if not done:
         where = f"after step {step}, which is saved" if step else "before the first step"
@@ -303,9 +310,9 @@ def give_up(
     for arm, folder in enumerate(folders):
         if bad[arm] and not folder.failure:
             error = numerics_error(together, folder, current, monitors[arm], arm)
-            if not together.alone:
-                monitors[arm].fail(step, error)
-            folder.failure = error
+            if together.alone:
+                raise error
+            monitors[arm].fail(step, error)
     if all(folder.failure for folder in folders):
         raise folders[-1].failure
 

@@ -69,7 +69,7 @@ class Folder:
 
     def close(self, error: BaseException | None) -> None:
         """Records how the run has ended: well if there is no error."""
-        before, error = self.previous, error or self.failure
+        before, error = self.previous, self.failure or error
         if error is None and before.get("state") == "done" and before["step"] == self.step:
             # The run had already ended: leave no trace of having looked.
             self._status = {k: v for k, v in before.items() if k != "time"}

@@ -9,9 +9,9 @@ import pytest
 from common import ROOT
 from test_finetune import encoder, files, home, load  # noqa: F401
 
-from fmjax import arms, frozen, logs, pretrained, sharding, step_folders, train, trees
+from fmjax import arms, logs, pretrained, sharding, step_folders, train, trees
 from fmjax import config as configs
-from fmjax.errors import ConfigError, NumericsError
+from fmjax.errors import CheckpointError, ConfigError, NumericsError
 
 SHORT = ["--config.data.seq_len=24", "--config.total=6", "--config.batch_size=16"]
 OFTEN = ["--config.log_every=1", "--config.eval_every=3", "--config.save_every=3"]
@@ -61,6 +61,16 @@ CASES = {
     ),
     "ranks": ("finetune_lora.py", ["--config.adapter.dora=True"], RANK),
     "ranks of a quantised base": ("finetune_qlora.py", ["--config.quantise.name=int8"], RANK),
+    "alphas": (
+        "finetune_lora.py",
+        ["--config.adapter.scaling=rslora"],
+        [given("adapter.alpha", 4.0, 16.0), given("adapter.rank", 4, 2)],
+    ),
+    "sgd": (
+        "finetune_lora.py",
+        ["--config.optim.name=sgd", "--config.optim.args={}", "--config.optim.weight_decay=0.0"],
+        [given("optim.lr", 1e-1, 1.0), given("seed", 0, 1)],
+    ),
     "pissa": ("finetune_lora.py", ["--config.adapter.init=pissa"], [given("seed", 0, 1)]),
     "texts": (
         "finetune_prompt.py",
@@ -146,15 +156,58 @@ def test_arms_go_on_where_they_stopped(home, encoder, tmp_path):  # noqa: F811
         same(again / "arms" / arm, tmp_path / "run/arms" / arm, tolerance=0)
 
 
-def test_an_arm_goes_on_alone(home, encoder, tmp_path):  # noqa: F811
-    words = ["--config.arms=(('seed', (0, 1)),)", "--config.total=3", "--config.optim.warmup=0"]
-    how = ["--config.optim.schedule=constant"]
-    config = config_of(home, encoder, "finetune_lora.py", *words, *how)
+def forget(folder, *steps):
+    """The run folder as if it had been killed before these steps were saved."""
+    for step in steps:
+        shutil.rmtree(folder / "checkpoints" / str(step))
+    there = step_folders.finished(folder / "checkpoints")
+    status = json.loads((folder / "status.json").read_text())
+    status |= {"state": "running", "checkpoint": there[-1] if there else 0}
+    (folder / "status.json").write_text(json.dumps(status))
+
+
+def test_an_arm_goes_on_alone_but_then_no_longer_beside_the_others(home, encoder, tmp_path, capsys):  # noqa: F811
+    words = ["--config.arms=(('seed', (0, 1)),)", "--config.keep=1", "--config.keep_best=0"]
+    config = config_of(home, encoder, "finetune_lora.py", *DROPOUT, *words, "--config.save_every=2")
     train.run(config, tmp_path / "run")
-    opened = tmp_path / "run/arms/1"
-    train.run(configs.load(f"{opened}/config.json"), opened)  # it is done, and says so
-    digest = json.loads(next(opened.glob("checkpoints/3/meta/*")).read_text())["frozen"]
-    assert frozen.load(opened / "checkpoints", digest)
+    again = shutil.copytree(tmp_path / "run", tmp_path / "again")
+    # One step each is left; of the other arm, as after 3 and 4, only an older one.
+    alone = config_of(
+        home, encoder, "finetune_lora.py", *DROPOUT, "--config.keep=9", "--config.seed=1"
+    )
+    train.run(alone, tmp_path / "alone")
+    checkpoints = again / "arms/1/checkpoints"
+    shutil.copytree(tmp_path / "alone/checkpoints/3", checkpoints / "3")
+    for arm, left in ((0, 6), (1, 3)):
+        there = step_folders.finished(again / f"arms/{arm}/checkpoints")
+        forget(again / f"arms/{arm}", *(step for step in there if step != left))
+    with pytest.raises(CheckpointError, match="no step that all arms have.*0: .6.; .*1: .3."):
+        train.run(config, again)
+    own = again / "arms/1"
+    train.run(configs.load(f"{own}/config.json"), own)
+    assert "resuming at step 3" in capsys.readouterr().out
+    one, other = (params_of(folder) for folder in (own, tmp_path / "alone"))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    train.run(config, again)  # both at the end again
+    shutil.rmtree(own)
+    with pytest.raises(CheckpointError, match="no step that all arms have"):
+        train.run(config, again)
+
+
+def params_of(folder):
+    return trees.unstack(pretrained.open_folder(str(folder), sharding.make_mesh()).params)
+
+
+def test_the_last_step_that_all_arms_have_stays(tmp_path):
+    for arm, steps in ((0, (3, 6, 9)), (1, (3,))):
+        for step in steps:
+            (tmp_path / str(arm) / str(step)).mkdir(parents=True)
+            (tmp_path / str(arm) / str(step) / "MANIFEST.json").write_text("{}")
+    how = dict(keep=1, keep_best=0, best="", mode="min")
+    step_folders.delete_old(tmp_path / "0", **how, beside=[tmp_path / "1"])
+    assert step_folders.finished(tmp_path / "0") == [3, 9]
+    step_folders.delete_old(tmp_path / "0", **how)
+    assert step_folders.finished(tmp_path / "0") == [9]
 
 
 def test_an_arm_that_fails_leaves_the_others_alone(home, encoder, tmp_path, capsys):  # noqa: F811
@@ -174,7 +227,16 @@ def test_an_arm_that_fails_leaves_the_others_alone(home, encoder, tmp_path, caps
     with pytest.raises(NumericsError, match="1 of 2 arms failed"):  # and is not tried again
         train.run(config, tmp_path / "run")
     again = json.loads((tmp_path / "run/arms/0/status.json").read_text())
-    assert again["state"] == "failed"
+    assert again["state"] == "failed" and again["reason"] == status[0]["reason"]
+    assert "were not finite" in (tmp_path / "run/arms/0/report.html").read_text()
+    failed = configs.load(f"{tmp_path}/run/arms/0/config.json")
+    with pytest.raises(NumericsError, match="were not finite"):  # nor alone
+        train.run(failed, tmp_path / "run/arms/0")
+    # Stopped when one had failed, it is not forgotten.
+    for arm in (0, 1):
+        forget(tmp_path / f"run/arms/{arm}", 6)
+    with pytest.raises(NumericsError, match="1 of 2 arms failed"):
+        train.run(config, tmp_path / "run")
 
 
 def test_all_that_fail_fail(home, encoder, tmp_path):  # noqa: F811
@@ -182,6 +244,9 @@ def test_all_that_fail_fail(home, encoder, tmp_path):  # noqa: F811
     rates = "--config.arms=(('optim.lr', (1e30, 1e31)),)"
     with pytest.raises(NumericsError, match="updates in a row were not finite"):
         train.run(config_of(home, encoder, "finetune_lora.py", *words, rates), tmp_path / "run")
+    for arm in (0, 1):
+        status = json.loads((tmp_path / f"run/arms/{arm}/status.json").read_text())
+        assert f"arms/{arm}/dumps" in status["reason"]
 
 
 EVERY = dict(data=2, fsdp=2, tensor=2)
@@ -236,6 +301,8 @@ BAD = {
     "(('optim.lr', (1e-3, -1.0)),)": "optim.lr: got -1.0",
     "(('adapter.rank', (4, 0)),)": "adapter.rank: got 0",
     "(('adapter.rank', (4, 2.5)),)": "adapter.rank: got 2.5",
+    "(('seed', (0, 0)),)": "two arms are the same run",
+    "(('adapter.rank', (4, None)),)": "two at least",
     "(('group_optim.x.lr', (1e-3, 1e-4)),)": "no key 'group_optim.x.lr'",
 }
 
@@ -249,7 +316,13 @@ def test_arms_that_make_no_runs_are_refused(value):
 def test_arms_that_do_not_share_are_refused(home, encoder, tmp_path):  # noqa: F811
     ranks = "--config.arms=(('adapter.rank', (2, 4)),)"
     for words, match in (
-        (["--config.adapter.init=pissa", ranks], "take another part out of the base"),
+        (["--config.adapter.init=pissa", ranks], "take a part out of the base.*'rank'"),
+        (["--config.adapter.init=pissa", "--config.arms=(('adapter.alpha', (2.0, 4.0)),)"],
+         "take a part out of the base.*'alpha'"),
+        (["--config.groups=(('head/.*|.*/lora_b', 'train'), ('.*', 'freeze'))", ranks],
+         "belongs to an adapter and is frozen"),
+        (["--config.adapter.targets=(('block_00/attn/.*', 4), ('block_.*/attn/.*', None))", ranks],
+         "layers are stacked in another way"),
         (["--config.optim.name=lamb", ranks], "the optimizer 'lamb' looks at a matrix as a whole"),
         (["--config.init=", "--config.model.name=bert", "--config.model.variant=modernbert_tiny",
           "--config.tokenizer.name=train", "--config.arms=(('seed', (0, 1)),)"],

@@ -19,7 +19,7 @@ from fmjax.errors import ConfigError, did_you_mean
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "tpu")
 # Of head, query and key in the number of a pair, which dropout is drawn by: a batch may be padded
-# to any width. Multiples of the golden ratio lie far from each other modulo 2^32.
+# to any width. Multiples of the golden ratio, modulo 2^32, lie far apart, so that rows do not meet.
 STRIDES = (0x85EBCA6B, 0x9E3779B1, 1)
 
 

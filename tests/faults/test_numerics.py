@@ -202,7 +202,7 @@ def monitor(folder, first, saved=None):
     run = SimpleNamespace(
         config=config, total=2**40, objectives=made.objectives, optimizer=made.optimizer
     )
-    folder = SimpleNamespace(path=folder, update=lambda **facts: None)
+    folder = SimpleNamespace(path=folder, update=lambda **facts: None, failure=None)
     made = Monitor(run, folder, first, saved or {}, 0.0, 0.0)
     made.flops[ROW["segment_ids"].shape[-1]] = 0  # as a compiled step has told it
     return made
