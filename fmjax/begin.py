@@ -79,8 +79,9 @@ def restored(
     if all(one is None for one in found):
         return []
     there = {folder.path: step_folders.finished(folder.path / "checkpoints") for folder in folders}
-    if any(one is None for one in found) and max(map(len, there.values())) == 1:
-        return []  # killed while the first step was being saved
+    without = [folder for folder, one in zip(folders, found, strict=True) if one is None]
+    if without and all(folder.previous for folder in without):
+        return []  # killed while the first step was being saved: they have begun, and no more
     steps = {int(one[0].step) if one else None for one in found}
     if len(steps) == 1:
         return found

@@ -177,7 +177,9 @@ def test_an_arm_goes_on_alone_but_then_no_longer_beside_the_others(home, encoder
     )
     train.run(alone, tmp_path / "alone")
     checkpoints = again / "arms/1/checkpoints"
-    shutil.copytree(tmp_path / "alone/checkpoints/3", checkpoints / "3")
+    shutil.rmtree(checkpoints / "frozen")  # as a step is bound to the files beside it
+    for name in ("3", "frozen"):
+        shutil.copytree(tmp_path / "alone/checkpoints" / name, checkpoints / name)
     for arm, left in ((0, 6), (1, 3)):
         there = step_folders.finished(again / f"arms/{arm}/checkpoints")
         forget(again / f"arms/{arm}", *(step for step in there if step != left))
@@ -188,10 +190,11 @@ def test_an_arm_goes_on_alone_but_then_no_longer_beside_the_others(home, encoder
     assert "resuming at step 3" in capsys.readouterr().out
     one, other = (params_of(folder) for folder in (own, tmp_path / "alone"))
     assert all(np.array_equal(one[name], other[name]) for name in one)
-    train.run(config, again)  # both at the end again
-    shutil.rmtree(own)
-    with pytest.raises(CheckpointError, match="no step that all arms have"):
+    again = tmp_path / "run"
+    shutil.rmtree(again / "arms/1")  # Nor is the other one started from zero.
+    with pytest.raises(CheckpointError, match="no step that all arms have.*1: none"):
         train.run(config, again)
+    assert step_folders.finished(again / "arms/0/checkpoints")[-1] == 6
 
 
 def params_of(folder):
