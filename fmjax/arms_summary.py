@@ -9,7 +9,7 @@ import numpy as np
 from fmjax import workdir
 from fmjax.logs import plain
 
-SHOWN = ("loss", "accuracy", "f1", "exact_match", "spearman", "pearson")
+SHOWN = ("accuracy", "f1", "exact_match", "spearman", "pearson")
 
 
 def write(folder: workdir.Folder, config: Any, arms: Sequence[workdir.Folder]) -> None:
@@ -35,7 +35,9 @@ def write(folder: workdir.Folder, config: Any, arms: Sequence[workdir.Folder]) -
     metrics = [
         name
         for name in each[0]["metrics"]
-        if name.startswith("validation/") and name.rpartition("/")[2] in SHOWN
+        if name == "validation/loss"
+        or name.startswith("validation/")
+        and name.rpartition("/")[2] in SHOWN
     ]
     heads = ["arm", *values, *(name.removeprefix("validation/") for name in metrics)]
     rows = [
