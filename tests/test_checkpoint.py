@@ -314,7 +314,7 @@ def test_row31_four_bit_leaves_are_refused_with_a_remedy(checkpointer, tmp_path)
 
 
 def test_load_params_without_knowing_the_optimizer(checkpointer, tmp_path):
-    with pytest.raises(CheckpointError, match="Is .* a run folder"):
+    with pytest.raises(CheckpointError, match="Is .* the folder of a single run"):
         load_params(tmp_path)
     save(checkpointer(), 1, 2)
     params, meta, averaged = load_params(tmp_path)

@@ -184,7 +184,7 @@ def test_row33_a_loss_that_is_not_finite_ends_the_run(home, tmp_path, monkeypatc
 
 def test_row29_the_best_checkpoint_is_kept(home, tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, float("nan"), 2.5, float("nan"), 2.4, 2.6, 2.3])
-    monkeypatch.setattr(evaluate, "evaluate", lambda *args, **facts: {"loss": next(losses)})
+    monkeypatch.setattr(evaluate, "measured", lambda *args, **facts: {"loss": next(losses)})
     flags = "--config.eval_every=5", "--config.keep=1"
     run_here(home, tmp_path / "run", *flags, monkeypatch=monkeypatch)
     assert saved_states.steps(tmp_path / "run") == [10, 40]
