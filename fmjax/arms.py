@@ -36,8 +36,7 @@ from fmjax.setup import Run
 from fmjax.state import TrainState
 from fmjax.step import make_train_step
 
-# Backends that are busy with one arm: all at once took 1.4 times as long there
-# (benchmarks/RESULTS.md), and memory for all.
+# Backends on which all arms at once took longer than each by itself (benchmarks/RESULTS.md).
 ONE_BY_ONE = ("cpu",)
 # Optimizers that move each number by itself, so that zeros around a matrix change nothing.
 ELEMENTWISE = ("adam", "adamw", "adamax", "nadam", "nadamw", "adan", "lion", "rmsprop", "sgd")
