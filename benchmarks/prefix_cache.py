@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from fmjax import config, prefix, setup, sharding, state, train
+from fmjax import config, prefix_cache, setup, sharding, state, train
 from fmjax.arms import Arms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +81,7 @@ def side(flags: argparse.Namespace, cache: str, once: bool) -> Callable[[], floa
     start = time.perf_counter()
     together = Arms((run,))
     if once:
-        together = Arms(prefix.cached([run], holder["state"].params))
+        together = Arms(prefix_cache.cached([run], holder["state"].params))
     run = together.wide
     if once:
         print(f"once    {time.perf_counter() - start:8.3f} s, compilation included, for the prefix")

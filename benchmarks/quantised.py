@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import finetune_step
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import sides
 
-from fmjax import convert, state, trees
+from fmjax import adapters, convert, state, trees
 from fmjax.adapters import quantise
 from fmjax.models import bert
 from fmjax.objectives import classify
@@ -29,16 +30,27 @@ TARGETS = r"block_.*/(attn|mlp)/.*"
 
 def main() -> None:
     parser = sides.arguments(__doc__)
+    parser.add_argument("--only", default="matrix,steps,loading", help="which parts")
+    parser.add_argument("--load", nargs=2, help="a scheme and a folder: what `loading` starts")
     flags = parser.parse_args()
+    if flags.load:
+        load(*flags.load, flags)
+        return
     print(
         f"{flags.variant} {flags.batch} x {flags.seq} {flags.precision}, {flags.runs} rounds on "
         f"{jax.devices()[0].device_kind}, jax {version('jax')}, qwix {version('qwix')}"
     )
     model = bert.Model(flags.variant, lm_head=False, classes={"classify": 2})
-    matrix(model.cfg, flags)
+    parts = flags.only.split(",")
+    if "matrix" in parts:
+        matrix(model.cfg, flags)
     with tempfile.TemporaryDirectory() as folder:
         convert.export(folder + "/hf", model, state.init_params(model, jax.random.key(0)))
-        steps(folder + "/hf", flags)
+        if "steps" in parts:
+            steps(folder + "/hf", flags)
+        for name in ("whole", *quantise.SCHEMES) if "loading" in parts else ():
+            words = [f"--variant={flags.variant}", "--load", name, folder + "/hf"]
+            subprocess.run([sys.executable, __file__, *words], check=True)
 
 
 def matrix(cfg, flags) -> None:
@@ -94,6 +106,36 @@ def steps(folder, flags) -> None:
         if n.startswith("block_") and n.endswith("/kernel")
     }  # fmt: skip
     print(f"{sum(x.size for x in blocks.values()):,} weights in the matrices of the blocks")
+
+
+def load(name, folder, flags) -> None:
+    """Prints what reading the model with its base as `name` says takes."""
+    model = bert.Model(flags.variant, lm_head=False, classes={"classify": 2})
+    if name != "whole":
+        model = quantise.wrap(model, name=name, targets=TARGETS)
+    model = model.clone(stacks=trees.runs(model.kinds))
+    abstract, packings = state.abstract_params(model), adapters.packings(model)
+    jax.block_until_ready(jnp.zeros(1))
+    most, done = [anonymous()], threading.Event()
+
+    def watch():
+        while not done.wait(0.002):
+            most.append(anonymous())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    params, _ = convert.load(Path(folder), abstract, packings=packings)
+    jax.block_until_ready(params)
+    done.set()
+    thread.join()
+    mib = [(max(most) - most[0]) / 2**20, trees.nbytes(params) / 2**20]
+    print(f"{name:6} reading takes {mib[0]:,.0f} MiB at most, the model has {mib[1]:,.0f} MiB")
+
+
+def anonymous() -> int:
+    """Bytes of this process that are no mapped file's."""
+    told = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", told)[1])
 
 
 def alternated(ways, runs) -> dict[str, list[float]]:

@@ -24,6 +24,7 @@ def get_config():
     config.output = ""  # empty: export/ in the run folder; never one that holds files
     config.merge = True  # an adapter into its base; False: write it alone, in PEFT's format
     config.max_kl = 1e-4  # nats: refuses a merged adapter whose outputs differ by more
+    config.limit = 64  # batches of its validation that a merged adapter is measured on; 0: none
     config.mesh = mlm.mesh
     config.distributed = mlm.distributed
     return config

@@ -189,8 +189,10 @@ class Arms:
 
     def flops(self, width: int, traced: jax.stages.Traced) -> list[int]:
         """Of a step of each arm, given the program of all that was traced for this width."""
-        if self.alone:
-            return [flops.of_step(self.wide, self.batch_spec(width), traced)]
+        number, models = len(self.runs), {run.model for run in self.runs}
+        if self.alone or len(models) == 1 and jax.default_backend() in ONE_BY_ONE:
+            alone = setup.batch_spec(self.wide, width)
+            return [flops.of_step(self.wide, alone, traced, number)] * number
         found: dict[Any, int] = {}
         for run in self.runs:
             if run.model not in found:

@@ -17,11 +17,10 @@ What has its file is not done again, so that the same command goes on.
 """
 
 import dataclasses
-import functools
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from fmjax import (
     adapters,
     arms,
     build,
-    data,
     evaluate,
     plan,
     pretrained,
@@ -43,7 +41,6 @@ from fmjax import (
     workdir,
 )
 from fmjax import config as configs
-from fmjax import objectives as losses
 from fmjax.errors import ConfigError, NumericsError
 from fmjax.logs import plain
 from fmjax.progress import count, duration
@@ -168,34 +165,19 @@ class PretrainingLoss:
     def __init__(self, settings: Any, source: str, mesh: jax.sharding.Mesh):
         self.base = pretrained.open_folder(source, mesh, settings.precision)
         self.precision = self.base.model.cfg.dtype
-        chosen, self.goals, self.batch_size = evaluate.settings_of(settings, self.base)
-        if chosen["format"] == "packed":
-            chosen["format"] = "padded"
-        self.chosen, self.limit = chosen, settings.limit
-        dataset = data.prepare(chosen, {"name": str(self.base.tokenizer)})
-        self.split = evaluate.split_of(dataset, settings.split, self.base)
-        self.objectives = losses.build(self.goals, target=dataset.target, vocab=dataset.vocab)
-        for name in self.goals:
-            self.base.require_head(name)
+        self.measure = evaluate.Measure(settings, self.base, mesh, alone=True)
 
     def check(self, run: Any) -> None:
         """Refuses a run whose model has no room for these texts."""
         pretrained.check_head(run.config, run.dataset.labels)
         try:
-            build.check_rows(run.model, self.chosen)
+            build.check_rows(run.model, self.measure.settings)
         except ConfigError as error:
             raise ConfigError(f"for config.pretraining: {error}") from error
 
     def __call__(self, folder: str, mesh: jax.sharding.Mesh) -> float:
         opened = pretrained.open_folder(folder, mesh, self.precision)
-        model, params = with_heads(opened, self.base)
-        batches = data.eval_batches(self.split, batch_size=self.batch_size, limit=self.limit)
-        totals, _ = evaluate.collect(self._step(model), params, batches, mesh, keep=False)
-        return losses.mean(totals, self.objectives)["loss"]
-
-    @functools.cache  # noqa: B019  (seeds have one model; there is one of these in a process)
-    def _step(self, model: Any) -> Callable:
-        return jax.jit(evaluate.make_step(build.apply(model), self.objectives))
+        return self.measure(*with_heads(opened, self.base), mesh)["loss"]
 
 
 def with_heads(opened: pretrained.Opened, base: pretrained.Opened) -> tuple[Any, Any]:

@@ -1,6 +1,7 @@
 """Evaluation: an objective's metrics over a whole split, and the task that runs it on a folder."""
 
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -17,6 +18,7 @@ from fmjax import losses as array_losses
 from fmjax import objectives as losses
 from fmjax.data.settings import DataSettings, read
 from fmjax.errors import ConfigError, DataError
+from fmjax.models import AnyModel
 
 FILE = "evaluation.jsonl"
 # A new source replaces all that names the run's; only these say how rows are made of documents.
@@ -31,40 +33,17 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     """
     with processes.start(config) as mesh:
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
-        saved = opened.config
-        settings, goals, batch_size = settings_of(config, opened)
-        sharding.check_batch(mesh, batch_size)
-        build.check_rows(opened.model, settings)
-        dataset = data.prepare(settings, {"name": str(opened.tokenizer)})
-        split = split_of(dataset, config.split, opened)
-        check_labels(dataset, opened, goals)
-        rows = min(len(split), config.limit * batch_size or len(split))
+        measure = Measure(config, opened, mesh)
+        settings, split = measure.settings, measure.split
         source = settings["train"] or settings["path"] or settings["name"]
-        dtype = opened.model.cfg.dtype
-        _show(f"\n{opened}: {config.split} of {source}, {rows:,} rows of {split.seq_len}, {dtype}")
+        dtype, rows = opened.model.cfg.dtype, f"{measure.rows:,} rows of {split.seq_len}"
+        _show(f"\n{opened}: {config.split} of {source}, {rows}, {dtype}")
         if dry_run:
             return
-        objectives = losses.build(goals, target=dataset.target, vocab=dataset.vocab)
-        batches = data.eval_batches(
-            split,
-            batch_size=batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            limit=config.limit,
-        )
-        step = jax.jit(make_step(build.apply(opened.model), objectives))
-        steps = data.eval_steps(split, batch_size, config.limit)
-        with progress.part(_show, enabled=jax.process_index() == 0) as show:
-            metrics = evaluate(
-                step,
-                opened.params,
-                batches,
-                objectives,
-                mesh,
-                show=lambda done: show(done / steps, f"evaluated {done:,} of {steps:,} batches"),
-                names=dataset.labels,
-                split=split,
-            )
+        steps = measure.steps
+        with progress.part(_show, enabled=jax.process_index() == 0) as part:
+            show = lambda done: part(done / steps, f"evaluated {done:,} of {steps:,} batches")
+            metrics = measure(opened.model, opened.params, mesh, show)
     metrics |= perplexity(metrics)
     for name, value in metrics.items():
         _show(f"  {name:<16} {value:>12,.4f}")
@@ -74,13 +53,66 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         "step": opened.step,
         "averaged": opened.averaged,
         "split": config.split,
-        "rows": rows,
+        "rows": measure.rows,
         "precision": dtype,
         "data": settings,
-        "objectives": goals,
+        "objectives": measure.goals,
         "metrics": metrics,
     }
-    _append(Path(opened.source if saved else workdir) / FILE, record)
+    _append(Path(opened.source if opened.config else workdir) / FILE, record)
+
+
+class Measure:
+    """What the model of a folder is measured for, and on which rows: called with a model and its
+    stored parameters it gives the metrics.
+
+    Of `config` are read data, objectives, batch_size, split and limit, as in configs/evaluate.py.
+    With `alone` texts stand in rows of their own, as a prompt has to be before each. Raises
+    ConfigError and DataError where the model and the rows do not fit.
+    """
+
+    def __init__(
+        self, config: Any, opened: pretrained.Opened, mesh: jax.sharding.Mesh, alone: bool = False
+    ):
+        settings, self.goals, self.batch_size = settings_of(config, opened)
+        if alone and settings["format"] == "packed":
+            settings["format"] = "padded"
+        sharding.check_batch(mesh, self.batch_size)
+        build.check_rows(opened.model, settings)
+        self.settings, self.limit = settings, config.limit
+        self.dataset = data.prepare(settings, {"name": str(opened.tokenizer)})
+        self.split = split_of(self.dataset, config.split, opened)
+        check_labels(self.dataset, opened, self.goals)
+        self.rows = min(len(self.split), self.limit * self.batch_size or len(self.split))
+        self.steps = data.eval_steps(self.split, self.batch_size, self.limit)
+        self.objectives = losses.build(
+            self.goals, target=self.dataset.target, vocab=self.dataset.vocab
+        )
+
+    def __call__(
+        self,
+        model: AnyModel,
+        params: Any,
+        mesh: jax.sharding.Mesh,
+        show: Callable[[int], None] = lambda done: None,
+    ) -> dict[str, float]:
+        """{metric: mean over the rows}; `show` is told how many batches are done."""
+        batches = data.eval_batches(
+            self.split,
+            batch_size=self.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            limit=self.limit,
+            alike=not any(objective.whole_batch for objective in self.objectives),
+        )
+        about = dict(names=self.dataset.labels, split=self.split)
+        return evaluate(
+            self._step(model), params, batches, self.objectives, mesh, show=show, **about
+        )
+
+    @functools.cache  # noqa: B019  (seeds have one model; there are few of these in a process)
+    def _step(self, model: AnyModel) -> Callable:
+        return jax.jit(make_step(build.apply(model), self.objectives))
 
 
 def make_step(apply: Callable, objectives: list[losses.Objective]) -> Callable:

@@ -9,12 +9,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from fmjax import adapters, build, convert, groups, pretrained, processes, state, trees
+from fmjax import (
+    adapters,
+    build,
+    convert,
+    evaluate,
+    groups,
+    pretrained,
+    processes,
+    state,
+    trees,
+)
 from fmjax.adapters import peft, peft_formats
 from fmjax.adapters.lora import Lora
 from fmjax.adapters.wrapper import Adapted
-from fmjax.errors import CheckpointError, ConfigError
+from fmjax.errors import CheckpointError, ConfigError, FmjaxError
 from fmjax.models import TOKEN_HEADS, AnyModel
 
 
@@ -41,6 +52,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         if isinstance(opened.model, Adapted):
             apart = divergence(opened, model, params)
             _check_merged(apart, config.max_kl)
+            _compare(opened, model, params, mesh, config.limit)
         opened = opened._replace(model=model, params=params)
         left_out = convert.export(
             output, opened.model, opened.params, opened.tokenizer, labels=opened.labels
@@ -149,6 +161,27 @@ def _check_merged(apart: dict[str, float], most: float) -> None:
             f"Merged, the head {worst[0]} gives other outputs: {told} nats, above config.max_kl="
             f"{most}. Keep the run's folder, or export the adapter alone with config.merge=False."
         )
+
+
+def _compare(
+    opened: pretrained.Opened, model: AnyModel, params: Any, mesh: jax.sharding.Mesh, limit: int
+) -> None:
+    """Prints what the run's own validation measures before and after merging; `model` and `params`
+    are the merged ones."""
+    if not limit:
+        return
+    as_trained = dict(data={}, objectives=None, batch_size=None, split="validation", limit=limit)
+    try:
+        measure = evaluate.Measure(ConfigDict(as_trained), opened, mesh)
+    except FmjaxError as error:
+        told = f"not measured on the run's validation split: {error}"
+    else:
+        before = measure(opened.model, opened.params, mesh)
+        after = measure(model, params, mesh)
+        pairs = (f"{name} {before[name]:.6g} -> {after[name]:.6g}" for name in before)
+        told = f"merged, on {measure.rows:,} rows of its validation split: {', '.join(pairs)}"
+    if jax.process_index() == 0:
+        print(told)
 
 
 def _check_pool(opened: pretrained.Opened) -> None:

@@ -22,14 +22,14 @@ def count(function: Any, *args: Any) -> int:
     return _used(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def of_step(run: Any, batch: Any, traced: jax.stages.Traced | None = None) -> int:
+def of_step(run: Any, batch: Any, traced: jax.stages.Traced | None = None, times: int = 1) -> int:
     """FLOPs that the mathematics of one update needs: nothing recomputed, nothing twice.
 
-    `traced` is the step as it runs. Where that is the mathematics it is counted as it stands, which
-    spares the seconds of another trace.
+    `traced` is the step as it runs, `times` over. Where that is the mathematics it is counted as it
+    stands, which spares the seconds of another trace.
     """
     if traced and run.model.cfg.remat == "none" and run.config.accumulate == 1:
-        return _used(traced.jaxpr.jaxpr)
+        return _used(traced.jaxpr.jaxpr) // times
     model = run.model.clone(cfg=dataclasses.replace(run.model.cfg, remat="none"))
     step = make_train_step(build.apply(model), run.objectives, run.optimizer.tx, run.split)
     return count(step, run.abstract, batch)

@@ -112,7 +112,7 @@ class Monitor:
             metrics["perf/mfu"] = self._flops / stepping / (peak * jax.device_count())
         self._logger.write(step, metrics)
         if not self._arm:
-            self._progress.log(step, metrics)
+            self._progress.log(step, metrics, self._arm)
         self.folder.update(step=step)
         self._new_window()
 

@@ -45,20 +45,21 @@ class Progress:
         if self._bar:
             self._bar.step(step)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show new numbers. Those not given keep the value shown last; unknown ones are ignored.
+    def log(self, step: int, metrics: Mapping[str, float], arm: int | None = None) -> None:
+        """Show new numbers, of an `arm` where there are several.
 
-        Shown are train/loss, validation/loss, the metric `best`, optim/lr (the largest
-        optim/lr/<group>), perf/tokens_per_sec and, as fractions of one, perf/mfu and
-        perf/data_wait. A second plain line on a step holds only what is new.
+        Those not given keep the value shown last; unknown ones are ignored. Shown are train/loss,
+        validation/loss, the metric `best`, optim/lr (the largest optim/lr/<group>),
+        perf/tokens_per_sec and, as fractions of one, perf/mfu and perf/data_wait. A second plain
+        line on a step holds only what is new.
         """
         if not self.enabled:
             return
         self._metrics |= metrics
         again, self._shown = step == self._shown and not self._bar, step
-        fields = _fields(metrics if again else self._metrics, self.best) | {
-            "eta": f"eta {self._eta(step)}"
-        }
+        fields = {} if arm is None else {"arm": f"arm {arm}"}
+        fields |= _fields(metrics if again else self._metrics, self.best)
+        fields["eta"] = f"eta {self._eta(step)}"
         if self._bar:
             saved = {} if self._saved is None else {"saved": f"saved {self._saved}"}
             self._bar.step(step)

@@ -29,7 +29,7 @@ from fmjax import (
     monitor,
     optim,
     plan,
-    prefix,
+    prefix_cache,
     pretrained,
     processes,
     report,
@@ -125,7 +125,7 @@ def loop(
         current, saved, still = begin.states(together, folders, savers)
         restore_sec = time.monotonic() - since if saved[0] else 0.0
         if config.cache_prefix:
-            runs = prefix.cached(runs, together.apart(current, 0).params, stop.poll)
+            runs = prefix_cache.cached(runs, together.apart(current, 0).params, stop.poll)
             together = Arms(runs)
         batches = train_batches(together)
         cleanup.callback(batches.close)
@@ -279,6 +279,7 @@ def validate(
         batch_size=batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        alike=not any(objective.whole_batch for objective in run.objectives),
     )
     steps, show = data.eval_steps(split, batch_size), monitors[0].part("evaluation")
     with monitor.timed(monitors, "evaluation"):

@@ -121,6 +121,9 @@ def open(
             check(path, config, fresh=fresh)
             stack.enter_context(_locked(path, log))
             if fresh:
+                for arm in sorted(path.glob("arms/*")):  # where one may go on alone
+                    with _locked(arm, log):
+                        pass
                 _remove(path)
             check(path, config)
             _keep_config(path / "config.json", config, log)

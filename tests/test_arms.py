@@ -37,7 +37,7 @@ def same(one, other, tolerance=TOLERANCE):
     for mine, its in zip(logs.read(one)[0], logs.read(other)[0], strict=True):
         assert mine.keys() == its.keys()
         for name in mine:
-            if name.startswith(("train/", "validation/", "optim/", "tokens")):
+            if name.startswith(("train/", "validation/", "optim/", "tokens", "flops")):
                 assert mine[name] == pytest.approx(its[name], rel=tolerance, abs=1e-6), name
     mesh = sharding.make_mesh()
     opened = [pretrained.open_folder(str(folder), mesh) for folder in (one, other)]

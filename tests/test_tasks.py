@@ -31,6 +31,7 @@ from fmjax import (
     trees,
 )
 from fmjax import config as configs
+from fmjax.adapters import prompt
 from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.errors import CheckpointError, ConfigError, DataError
 from fmjax.models import bert
@@ -304,6 +305,25 @@ def test_guesses_are_those_of_torch(exported):
         assert [[guess.id for guess in mask] for mask in masks] == best.indices.tolist()
         ours = [[guess.probability for guess in mask] for mask in masks]
         np.testing.assert_allclose(ours, best.values, rtol=1e-5)
+
+
+def test_guesses_behind_a_prompt_of_words_are_those_of_the_words_in_front(exported):
+    opened = pretrained.open_folder(str(exported), sharding.make_mesh())
+    tokenizer = load_tokenizer(exported)
+    (row,) = fill_mask.encode(["is [MASK] by a function"], tokenizer, 40)
+    words = [7, 8, 9]
+    model = prompt.wrap(opened.model, length=len(words))
+    flat = trees.flatten(model.add(opened.params, jax.random.key(0)))
+    table = flat[f"{prompt.TABLE}/embedding"]
+    params = trees.unflatten(flat | {f"{prompt.TABLE}/prompt_tokens": table[np.array(words)]})
+    ((found,),) = fill_mask.guesses(
+        opened._replace(model=model, params=params), tokenizer, [row], 5
+    )
+    longer = {"input_ids": words + row["input_ids"], "token_types": [0, 0, 0, *row["token_types"]]}
+    ((wanted,),) = fill_mask.guesses(opened, tokenizer, [longer], 5)
+    assert [guess.id for guess in found] == [guess.id for guess in wanted]
+    near = [guess.probability for guess in wanted]
+    np.testing.assert_allclose([guess.probability for guess in found], near, rtol=1e-4)
 
 
 def test_a_folder_without_the_head_is_refused(tmp, exported, opened):

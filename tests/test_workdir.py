@@ -195,6 +195,16 @@ def test_row15_a_second_run_is_refused_at_once_and_told_who_is_here(tmp_path):
     finish(tmp_path)
 
 
+def test_fresh_leaves_an_arm_alone_in_which_somebody_works(tmp_path):
+    finish(tmp_path)
+    with workdir.open(tmp_path / "arms" / "1", config()):
+        with pytest.raises(ConfigError, match="arms/1 is in use"):
+            finish(tmp_path, fresh=True)
+        assert (tmp_path / "arms" / "1" / "config.json").exists()
+    finish(tmp_path, fresh=True)
+    assert not (tmp_path / "arms").exists()
+
+
 HOLD = """
 import sys, time
 from ml_collections import ConfigDict

@@ -89,21 +89,33 @@ def examples(step: int, *, batch_size: int, skip: Ranges = ()) -> tuple[int, int
 
 
 def eval_batches(
-    split, *, batch_size: int, process_index: int = 0, process_count: int = 1, limit: int = 0
+    split,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    limit: int = 0,
+    alike: bool = True,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every row once, at most `limit` batches (0: all); the last batch is filled with empty rows
     (all zero).
 
-    The order is one fixed permutation, so the first `limit` batches are a fair sample. All
-    processes get the same number of batches, and the same rows whatever their number.
+    One fixed permutation decides which rows the first `limit` batches have, so that they are a fair
+    sample. Rows that need as many columns come together, the longest first, unless `alike` is
+    False, for losses that compare the rows of a batch. All processes get the same number of
+    batches, and the same rows whatever their number.
     """
     mine = _block(batch_size, process_index, process_count)
-    for step in range(eval_steps(split, batch_size, limit)):
-        places = step * batch_size + np.arange(batch_size)
-        inside = places < len(split)
-        rows = order.permuted(np.where(inside, places, 0), len(split), EVALUATION)
-        width, rows, inside = split.width(rows), rows[mine], inside[mine]
-        batch = cut(split.rows(rows), width) | {"index": rows.astype(np.int32)}
+    places = np.arange(eval_steps(split, batch_size, limit) * batch_size)
+    rows = order.permuted(places[places < len(split)], len(split), EVALUATION)
+    if alike:
+        rows = rows[np.argsort(-split.widths(rows), kind="stable")]
+    for start in range(0, len(places), batch_size):
+        taken = rows[start : start + batch_size]
+        inside = np.arange(batch_size) < len(taken)
+        filled = np.concatenate([taken, np.zeros(batch_size - len(taken), taken.dtype)])
+        width, own, inside = int(split.widths(taken).max()), filled[mine], inside[mine]
+        batch = cut(split.rows(own), width) | {"index": own.astype(np.int32)}
         for array in batch.values():
             array[~inside] = 0
         yield batch
@@ -163,7 +175,7 @@ class _Steps:
         places = order.outside(step * self.batch_size + np.arange(self.batch_size), self.skip)
         epoch, place = np.divmod(places, len(self.split))
         rows = [order.permuted(place, len(self.split), seed, epoch) for seed in self.seeds]
-        width, places = self.split.width(np.concatenate(rows)), places[self.mine]
+        width, places = int(self.split.widths(np.concatenate(rows)).max()), places[self.mine]
         batches = [
             self._batch(step, width, mine[self.mine], places, seed)
             for mine, seed in zip(rows, self.seeds, strict=True)

@@ -57,12 +57,13 @@ class ExampleSplit:
         """(first, last + 1) of the tokens of the rows `index`, counted over the whole split."""
         return tuple(self._ends[(index + i) * self._sequences] for i in (0, 1))
 
-    def width(self, index: np.ndarray) -> int:
-        """Columns that the rows `index` need: a quarter of `seq_len`, or two, or three, or all."""
+    def widths(self, index: np.ndarray) -> np.ndarray:
+        """Columns that each of the rows `index` needs: a quarter of `seq_len`, or two, or three, or
+        all."""
         each = index[:, None] * self._sequences + np.arange(self._sequences)
-        longest = (self._ends[each + 1] - self._ends[each]).max()
+        longest = (self._ends[each + 1] - self._ends[each]).max(axis=1)
         quarter = -(-self.seq_len // 4)
-        return min(-(-int(longest) // quarter) * quarter, self.seq_len)
+        return np.minimum(np.maximum(-(-longest // quarter), 1) * quarter, self.seq_len)
 
     def rows(
         self, index: np.ndarray, examples: np.ndarray | None = None, seed: int = 0

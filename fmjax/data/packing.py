@@ -33,9 +33,9 @@ class PackedSplit:
     def __len__(self) -> int:
         return self._rows
 
-    def width(self, index: np.ndarray) -> int:
-        """Columns that the rows `index` need: all, as nearly every row is full."""
-        return self.seq_len
+    def widths(self, index: np.ndarray) -> np.ndarray:
+        """Columns that each of the rows `index` needs: all, as nearly every row is full."""
+        return np.full(len(index), self.seq_len)
 
     def rows(
         self, index: np.ndarray, examples: np.ndarray | None = None, seed: int = 0

@@ -43,9 +43,9 @@ class PairSplit:
     def __len__(self) -> int:
         return len(self._anchors)
 
-    def width(self, index: np.ndarray) -> int:
-        """Columns that the rows `index` need: all, as nearly every row is full."""
-        return self.seq_len
+    def widths(self, index: np.ndarray) -> np.ndarray:
+        """Columns that each of the rows `index` needs: all, as nearly every row is full."""
+        return np.full(len(index), self.seq_len)
 
     def rows(
         self, index: np.ndarray, examples: np.ndarray | None = None, seed: int = 0

@@ -2,7 +2,9 @@
 
 import functools
 import itertools
+import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -294,7 +296,13 @@ def test_a_run_opens_as_it_was_trained_and_merges_into_a_whole_model(adapted):
 def test_an_export_says_how_near_it_is_and_refuses_what_is_not(adapted, tmp_path, capsys):
     words = [f"--config.folder={adapted}", f"--config.output={tmp_path}/one"]
     export.run(configs.load(str(ROOT / "configs/export.py"), words), tmp_path)
-    assert re.search(r"KL\(merged \|\| unmerged\).*classify \S+e-\d\d", capsys.readouterr().out)
+    told = capsys.readouterr().out
+    assert re.search(r"KL\(merged \|\| unmerged\).*classify \S+e-\d\d", told)
+    summary = json.loads((adapted / "summary.json").read_text())["metrics"]
+    for name in ("loss", "classify/accuracy", "classify/ece"):
+        before, after = re.search(rf"[:,] {name} (\S+) -> ([^\s,]+)", told).groups()
+        np.testing.assert_allclose(float(before), summary[f"validation/{name}"], rtol=1e-5)
+        np.testing.assert_allclose(float(after), float(before), rtol=1e-4)
     opened = pretrained.open_folder(str(adapted), sharding.make_mesh())
     model, params = adapters.merged(opened.model, opened.params)
     near = export.divergence(opened, model, params)["classify"]
@@ -306,6 +314,18 @@ def test_an_export_says_how_near_it_is_and_refuses_what_is_not(adapted, tmp_path
         export._check_merged(far, 1e-6)
     with pytest.raises(ConfigError, match="Merged, the head classify"):
         export._check_merged({"classify": float("nan")}, 1e-6)
+
+
+def test_an_export_without_the_data_says_that_nothing_was_measured(adapted, tmp_path, capsys):
+    elsewhere = shutil.copytree(adapted, tmp_path / "run")
+    saved = json.loads((elsewhere / "config.json").read_text())
+    saved["data"]["train"] = "gone.tsv"
+    (elsewhere / "config.json").write_text(json.dumps(saved))
+    words = [f"--config.folder={elsewhere}", f"--config.output={tmp_path}/one"]
+    export.run(configs.load(str(ROOT / "configs/export.py"), words), tmp_path)
+    told = capsys.readouterr().out
+    assert re.search("not measured on the run's validation split: .*gone.tsv", told)
+    assert "bit by bit" in told
 
 
 def test_a_start_says_what_was_lost(adapted, home, encoder, tmp_path, capsys):  # noqa: F811

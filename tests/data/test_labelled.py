@@ -149,11 +149,30 @@ def test_tsv_has_no_quotation_marks(prepare, tmp_path):
     np.testing.assert_array_equal(rows(dataset)["labels"], [1, 0])
 
 
+def test_evaluation_has_rows_of_like_length_together(examples):
+    found = records(*[("abcdefghij"[: 1 + i % 9], "xy"[i % 2]) for i in range(25)])
+    split = examples(found, seq_len=12).splits["train"]
+
+    def batches(**how):
+        for batch in data.eval_batches(split, batch_size=4, **how):
+            yield batch["index"][batch["segment_ids"].any(1)], batch["input_ids"].shape[1]
+
+    rows, widths = zip(*batches(), strict=True)
+    assert list(widths) == sorted(widths, reverse=True) and len(set(widths)) == 4
+    assert sorted(np.concatenate(rows)) == list(range(25))
+    assert sum(widths) < sum(width for _, width in batches(alike=False))
+    # A part of them is the same part, and losses over whole batches can have them as they came.
+    some = lambda **how: sorted(np.concatenate([rows for rows, _ in batches(limit=3, **how)]))
+    assert some() == some(alike=False)
+    first = next(batches(alike=False))[0]
+    assert not np.array_equal(first, rows[0])
+
+
 def test_a_batch_is_as_wide_as_its_longest_row_needs_in_quarters(examples):
     found = records(*[("abcdefgh"[: 1 + i % 3], "xy"[i % 2]) for i in range(8)], ("abcdef", "x"))
     split = examples(found, seq_len=16).splits["train"]
     whole = rows(examples(found, seq_len=16))
-    assert split.width(np.array([0])) == 4 and split.width(np.array([0, 2])) == 8
+    assert split.widths(np.array([0, 2])).tolist() == [4, 8]
     for batch in data.eval_batches(split, batch_size=3):
         used = np.count_nonzero(batch["segment_ids"], axis=1).max()
         width = batch["input_ids"].shape[1]

@@ -66,7 +66,7 @@ def test_a_damaged_cache_is_made_again_and_a_second_run_reads_it(home, encoder, 
 
 
 def test_states_are_those_of_their_row_in_any_order():
-    from fmjax.prefix import PrefixSplit
+    from fmjax.prefix_cache import PrefixSplit
 
     class Split:
         seq_len, tokens, width = 3, 5, None

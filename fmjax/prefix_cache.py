@@ -141,23 +141,23 @@ def _compute(run: Any, params: Any, split: Any, layers: int, folder: Path, stop)
         flat = lambda x: x.reshape(-1, x.shape[-1])  # several sequences of an example
         return apply(params, *(flat(batch[name]) for name in names), method="encode")
 
-    with open(folder / "states", "wb") as file, progress.part(print) as show:
-        for first in range(0, len(split), BATCH):
+    first, last = split.extent(np.arange(len(split)))
+    shape = int(last[-1]), run.model.cfg.width
+    out = np.memmap(folder / "states", DTYPES[run.model.cfg.dtype], "w+", shape=shape)
+    steps = data.eval_steps(split, BATCH)
+    with progress.part(print) as show:
+        for done, batch in enumerate(data.eval_batches(split, batch_size=BATCH), 1):
             if stop():
                 raise Preempted(
                     "stopped while the frozen layers were computed; the same command starts again"
                 )
-            places = np.arange(first, first + BATCH)
-            index = np.minimum(places, len(split) - 1)
-            batch = data.cut(split.rows(index), split.width(index))
-            real = (batch["segment_ids"] > 0) & _shaped(places < len(split), batch["segment_ids"])
+            real = batch["segment_ids"] > 0
             states = encode(params, sharding.put(batch, run.batch_sharding))
             states = np.asarray(states).reshape(*real.shape, -1)
-            file.write(np.ascontiguousarray(states[real]).tobytes())
-            done = min(first + BATCH, len(split))
-            show(done / len(split), f"{layers} frozen layers: {done:,} of {len(split):,} examples")
+            for row, own, each in zip(batch["index"], real, states, strict=True):
+                if own.any():
+                    out[first[row] : last[row]] = each[own]
+            told = min(done * BATCH, len(split))
+            show(done / steps, f"{layers} frozen layers: {told:,} of {len(split):,} examples")
+    out.flush()
     return {}
-
-
-def _shaped(rows: np.ndarray, like: np.ndarray) -> np.ndarray:
-    return rows.reshape(-1, *[1] * (like.ndim - 1))
