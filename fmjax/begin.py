@@ -98,7 +98,8 @@ def restored(
 
 
 def created(runs: Sequence[Run]) -> list[TrainState]:
-    """The states at step 0; what is frozen is the same arrays in all."""
+    """The states at step 0; what is frozen is the same arrays in all, and where runs begin alike,
+    as with other learning rates, all is."""
     first = runs[0]
     pretrained.check_head(first.config, first.dataset.labels)
     begun = pretrained.initial(first.config, first.model, first.abstract.params)
@@ -118,7 +119,14 @@ def created(runs: Sequence[Run]) -> list[TrainState]:
         parts = run.abstract, run.model, run.optimizer.tx, run.split
         return state.create(*parts, run.config.seed, params)
 
-    return [create(run) for run in runs]
+    made: dict[str, TrainState] = {}
+    found = []
+    for run in runs:
+        alike = repr((run.config.seed, run.config.adapter))
+        if alike not in made:
+            made[alike] = create(run)
+        found.append(made[alike])
+    return found
 
 
 def fingerprint(run: Run) -> dict[str, Any]:
