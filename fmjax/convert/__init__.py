@@ -44,7 +44,7 @@ class Report(NamedTuple):
     unused: tuple[str, ...]  # tensors of the files that the model has no place for
 
     def __str__(self) -> str:
-        lines = [f"newly initialised: {_some(self.kept)}"] if self.kept else []
+        lines = [f"newly initialised: {_some(_by_block(self.kept))}"] if self.kept else []
         lines += [f"in the files but not used: {_some(self.unused)}"] if self.unused else []
         return "; ".join(lines) or "every parameter loaded, every tensor used"
 
@@ -257,6 +257,15 @@ def _initialise(
         return {path: tree[path].astype(leaf.dtype) for path, leaf in missing.items()}
 
     return jax.jit(some, out_shardings={path: leaf.sharding for path, leaf in missing.items()})()
+
+
+def _by_block(names: Iterable[str]) -> list[str]:
+    """The names; one for what several blocks have: "block_00…05/attn/query/lora_a"."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"^block_\d+", "", name), []).append(name)
+    shown = lambda first, last: first.replace("/", f"…{last[6:8]}/", 1) if first != last else first
+    return [shown(same[0], same[-1]) for same in alike.values()]
 
 
 def _some(lines: Iterable[str], separator: str = ", ", limit: int = 20) -> str:
