@@ -5,11 +5,17 @@
 Needs qwix for the first table (`pip install qwix`). One matrix of the MLP: the product of the rows
 of a batch with it, and what making it of its codes takes. Then steps of the classifier of
 `finetune_step.py` with rank 8 beside every linear layer of the blocks, in rounds of one step of
-each, of which every other one is timed; ratios are of neighbours: quantised / whole.
+each, of which every other one is timed; ratios are of neighbours: quantised / whole. Last what
+reading the model from a folder in Hugging Face format takes of the host's memory, each in a process
+of its own (Linux): the most that it had beyond what it began with, mapped files apart.
 """
 
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
