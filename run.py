@@ -4,19 +4,19 @@
   python run.py --config=configs/mlm.py:tiny --dry_run         show what would run
   python run.py --config=configs/mlm.py --print_config         every key that can be set
   python run.py --config=configs/mlm.py --config.optim.lr=3e-4 --config.data.train=my.txt
+  python run.py --config=configs/….py --sweep                  all trials of a config that has some
 
 A config file is executed, with the argument after its colon; a saved config.json is only read.
 """
 
 import argparse
-import importlib
 import logging
 import os
 import sys
 from pathlib import Path
 
 from fmjax import config as configs
-from fmjax import rules, workdir
+from fmjax import tasks, trials
 from fmjax.errors import ConfigError, FmjaxError, Preempted, did_you_mean
 
 
@@ -30,32 +30,31 @@ def main(words: list[str]) -> None:
     )
     parser.add_argument("--fresh", action="store_true", help="remove the old run and start over")
     parser.add_argument("--dry_run", action="store_true", help="describe the run, do not start it")
+    parser.add_argument(
+        "--sweep", nargs="?", const="all", help="all trials of the config, or list, or a number"
+    )
     parser.add_argument("--print_config", action="store_true", help="print the resolved config")
     flags, overrides = parser.parse_known_args(words)
     if not flags.config:
         raise ConfigError(f"--config is missing.{did_you_mean('', Path('configs').glob('*.py'))}")
-    config = configs.load(flags.config, overrides)
     file = Path(flags.config.partition(":")[0])
-    changed = configs.diff(configs.redact(configs.load(str(file))), configs.redact(config))
+    if flags.sweep:
+        if flags.print_config:
+            raise ConfigError(
+                "--print_config shows one config: start it with a trial's own command"
+            )
+        folder, how = flags.workdir or f"runs/{file.stem}", dict(fresh=flags.fresh)
+        trials.run(flags.config, overrides, flags.sweep, folder, dry_run=flags.dry_run, **how)
+        return
+    config = configs.load(flags.config, overrides)
     if flags.print_config:
         print(configs.to_json(configs.redact(config)), flush=True)
-        for key, default, value in changed:
+        for key, default, value in configs.changes(config, file):
             print(f"changed: {key}: {default!r} -> {value!r}", file=sys.stderr)
         return
-
-    if "task" not in config:
-        raise ConfigError(f"--config={file}: not a config of fmjax, it has no key 'task'")
-    takes = rules.task_flags(config.task)
-    given = {"dry_run": flags.dry_run, "fresh": flags.fresh}
-    if refused := [name for name in given if given[name] and name not in takes]:
-        raise ConfigError(f"--{refused[0]} means nothing to the task {config.task!r}")
-    given = {name: value for name, value in (given | {"changed": changed}).items() if name in takes}
     own = file.parent if file.name == "config.json" else None  # the run that it was saved by
     folder = Path(flags.workdir or own or f"runs/{file.stem}-{configs.digest(config)}")
-    if "fresh" in takes and not flags.dry_run:
-        workdir.check(folder, config, fresh=flags.fresh)  # Before the seconds that jax takes.
-    with workdir.memory_errors(), configs.missing_keys(file):
-        importlib.import_module(f"fmjax.{config.task}").run(config, folder, **given)
+    tasks.run(config, folder, file=file, fresh=flags.fresh, dry_run=flags.dry_run)
 
 
 def use_huge_pages() -> None:

@@ -119,11 +119,7 @@ def ours(method: str, rate: str, seed: int, flags: argparse.Namespace) -> dict[s
         workdir = Path(folder, "run")
         command = [sys.executable, "run.py", *given, *data_flags(flags), f"--workdir={workdir}"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        name = "probe.jsonl" if method == "features" else "metrics.jsonl"
-        lines = [json.loads(line) for line in Path(workdir, name).read_text().splitlines()]
-    if method == "features":
-        return {name: lines[-1]["metrics"][name] for name in METRICS[flags.task]}
-    found = {key: value for line in lines for key, value in line.items()}
+        found = json.loads(Path(workdir, "summary.json").read_text())["metrics"]
     return {name: found[f"validation/{flags.task}/{name}"] for name in METRICS[flags.task]}
 
 

@@ -24,6 +24,7 @@ def get_config():
     config.folder = ""
     config.classifier = "logistic"  # or mlp
     config.args = {}  # of the classifier: {"C": 0.1}, {"hidden_layer_sizes": (256,)}
+    config.features = "states"  # or words: how often each token is there, without the model
     config.layer = placeholder(int)  # 1 … depth; None: the last, and the norm behind it
     config.pool = "mean"  # over the tokens; or first
     config.batch_size = 64

@@ -4,10 +4,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from fmjax import workdir
 from fmjax.logs import plain
+from fmjax.progress import spread, table
 
 SHOWN = ("accuracy", "f1", "exact_match", "spearman", "pearson")
 
@@ -45,13 +44,10 @@ def write(folder: workdir.Folder, config: Any, arms: Sequence[workdir.Folder]) -
         for i, (arm, summary) in enumerate(zip(arms, each, strict=True))
     ]
     if list(values) == ["seed"] and not any(arm.failure for arm in arms):
-        told = [[float(summary["metrics"][name]) for summary in each] for name in metrics]
-        spread = [f"{np.mean(x):.4f} ± {np.std(x, ddof=1):.4f}" for x in told]
-        rows.append(["", "mean", *spread])
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+        told = [[summary["metrics"][name] for summary in each] for name in metrics]
+        rows.append(["", "mean", *map(spread, told)])
     print()
-    for row in (heads, *rows):
-        print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
+    print(table([heads, *rows]))
     print(f"{folder.path}/arms has a run folder of each, with its report")
 
 

@@ -20,7 +20,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from fmjax import (
 from fmjax import config as configs
 from fmjax.errors import ConfigError, NumericsError
 from fmjax.logs import plain
-from fmjax.progress import count, duration
+from fmjax.progress import count, duration, spread, table
 
 MAIN = ("accuracy", "spearman", "f1", "exact_match", "retrieval")  # the first of them is shown
 
@@ -85,7 +85,7 @@ def run(config: Any, workdir_path: str | os.PathLike, *, dry_run: bool = False) 
         else:
             with processes.start(own) as mesh:
                 record |= found(own, folder / name, mesh)
-                after = [measure(str(arm), mesh) for arm in _folders(folder / name, own)]
+                after = [measure(str(arm), mesh) for arm in workdir.of_arms(folder / name, own)]
                 record["pretraining"] = {"before": before, "after": after}
         workdir.write_atomic(folder / f"{name}.json", json.dumps(plain(record), indent=2))
         records[name] = kept(folder / f"{name}.json", digests[name])
@@ -135,7 +135,7 @@ def found(config: Any, folder: Path, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """What the finished arms in `folder` came to, and what one of them costs."""
     singles = configs.arms(config)
     read = lambda arm: json.loads((arm / "summary.json").read_text(encoding="utf-8"))
-    each = [read(arm) for arm in _folders(folder, config)]
+    each = [read(arm) for arm in workdir.of_arms(folder, config)]
     together = arms.prepare(singles[0], mesh, lambda: None)
     run = together.wide
     moving = run.split(run.abstract.params)[0]
@@ -217,21 +217,5 @@ def show(records: Mapping[str, Mapping[str, Any]]) -> None:
                 *(spread(record["metrics"][names[key]]) for key in scores),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print()
-    for name, *cells in rows:
-        padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        print("  ".join([name.ljust(widths[0]), *padded]).rstrip())
-
-
-def spread(values: Sequence[Any]) -> str:
-    """Mean and standard deviation; a number that is not finite is kept as text."""
-    numbers = np.array([float(value) for value in values])
-    deviation = f" ± {np.std(numbers, ddof=1):.4f}" if len(numbers) > 1 else ""
-    return f"{np.mean(numbers):.4f}{deviation}"
-
-
-def _folders(folder: Path, config: Any) -> list[Path]:
-    """Those of the arms of a method, or its own."""
-    arms_ = range(len(configs.arms(config)))
-    return [folder / "arms" / str(arm) for arm in arms_] if config.arms else [folder]
+    print(table(rows))

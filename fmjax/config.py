@@ -15,7 +15,7 @@ import os
 import re
 import runpy
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,32 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     config = _read(Path(path), arg or None)
     command_line.apply(config, overrides)
     return _checked(config)
+
+
+def sweep(spec: str) -> list[dict[str, Any]] | Generator:
+    """What `get_sweep(arg=None)` of `path.py` or `path.py:arg` gives: {key: value} for each trial,
+    or a generator of them that is sent the record of each (`fmjax.trials`).
+
+    Raises ConfigError where there is none.
+    """
+    name, _, arg = spec.partition(":")
+    path = Path(name)
+    _check_file(path)
+    with _located(path):
+        found = _call(path, "get_sweep", arg or None)
+    if inspect.isgenerator(found):
+        return found
+    rows = list(found)
+    if not rows or not all(isinstance(row, Mapping) for row in rows):
+        raise ConfigError(
+            f"--config={path}: get_sweep returned no list of {{key: value}}; see fmjax/sweep.py"
+        )
+    return [dict(row) for row in rows]
+
+
+def changes(config: ConfigDict, file: str | os.PathLike) -> list[tuple[str, Any, Any]]:
+    """(key, default, value) in which a config differs from what its `file` says; no secrets."""
+    return diff(redact(load(str(file))), redact(config))
 
 
 def parse_arg(arg: str | None, **defaults) -> ConfigDict:
@@ -213,38 +239,49 @@ def may_change(key: str) -> bool:
 
 
 def _read(path: Path, arg: str | None) -> ConfigDict:
+    _check_file(path)
+    with _located(path):
+        if path.suffix == ".json":
+            return ConfigDict(from_json(path.read_text(encoding="utf-8")))
+        config = _call(path, "get_config", arg)
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise ConfigError(f"--config={path}: get_config returned a {kind}, not a ConfigDict")
+    return config
+
+
+def _check_file(path: Path) -> None:
     # os.path: a Path raises for names that are too long.
     if path.suffix not in (".py", ".json") or not os.path.isfile(path):
         folder = path.parent if os.path.isdir(path.parent) else Path("configs")
         hint = did_you_mean(str(path), map(str, folder.glob("*.py")))
         raise ConfigError(f"--config: got {quoted(str(path))}, no .py or .json file.{hint}")
+
+
+@contextlib.contextmanager
+def _located(path: Path) -> Iterator[None]:
+    """Turns what the user's own code raises into a ConfigError that says where."""
     try:
-        if path.suffix == ".json":
-            return ConfigDict(from_json(path.read_text(encoding="utf-8")))
-        return _execute(path, arg)
+        yield
     except FmjaxError:
         raise
-    except Exception as error:  # The user's own code: any mistake is possible, say where it is.
+    except Exception as error:  # any mistake is possible
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", None) or 1
         raise ConfigError(f"{path}:{line}: {type(error).__name__}: {error}") from error
 
 
-def _execute(path: Path, arg: str | None) -> ConfigDict:
-    get_config = runpy.run_path(str(path)).get("get_config")
-    if not callable(get_config):
-        raise ConfigError(f"--config={path}: the file defines no get_config(arg=None)")
-    if inspect.signature(get_config).parameters:
-        config = get_config(arg)
-    elif arg is None:
-        config = get_config()
-    else:
-        raise ConfigError(f"--config={path}:{arg}: its get_config() takes no argument")
-    if not isinstance(config, ConfigDict):
-        kind = type(config).__name__
-        raise ConfigError(f"--config={path}: get_config returned a {kind}, not a ConfigDict")
-    return config
+def _call(path: Path, name: str, arg: str | None) -> Any:
+    """What the function of a config file gives."""
+    function = runpy.run_path(str(path)).get(name) if path.suffix == ".py" else None
+    if not callable(function):
+        raise ConfigError(f"--config={path}: the file defines no {name}(arg=None)")
+    if inspect.signature(function).parameters:
+        return function(arg)
+    if arg is not None:
+        raise ConfigError(f"--config={path}:{arg}: its {name}() takes no argument")
+    return function()
 
 
 def _checked(config: ConfigDict) -> ConfigDict:

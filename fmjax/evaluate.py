@@ -138,8 +138,7 @@ def evaluate(
     **about: Any,
 ) -> dict[str, float] | None:
     """The metrics of what `collect` finds, None if `stop()` turned true on the way."""
-    scored = any(objective.score for objective in objectives)
-    found = collect(step, params, batches, mesh, scored, stop, show)
+    found = collect(step, params, batches, mesh, keeps(objectives), stop, show)
     return None if found is None else measured(*found, objectives, **about)
 
 
@@ -190,6 +189,30 @@ def measured(
             found_here = outputs[objective.name]
             scores = losses.told(objective.score, found_here, labels, rows=rows, **about)
             found |= {f"{objective.name}/{name}": value for name, value in scores.items()}
+    return found
+
+
+def keeps(objectives: Iterable[losses.Objective]) -> bool:
+    """Whether anything is said of single examples, so that `collect` has to keep the outputs."""
+    return any(objective.score or objective.each for objective in objectives)
+
+
+def by_example(
+    kept: list[Any], objectives: list[losses.Objective], split: Any
+) -> dict[str, np.ndarray]:
+    """{metric: [N]}, what each example of the split adds to means; with `label` [N] and, where the
+    split knows it, `tokens` [N]. {} where no objective says such a thing."""
+    if not kept or not any(objective.each for objective in objectives):
+        return {}
+    outputs, labels, rows = in_order(kept)
+    found = {"label": labels}
+    if hasattr(split, "extent"):
+        first, last = split.extent(rows)
+        found["tokens"] = last - first
+    for objective in objectives:
+        if objective.each:
+            told = objective.each(outputs[objective.name], labels)
+            found |= {f"{objective.name}/{name}": values for name, values in told.items()}
     return found
 
 

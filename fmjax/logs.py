@@ -80,7 +80,7 @@ class Logger:
         self._file = open(self._path, "ab", buffering=0)
         self._zero = started - reached
         fields = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-        fields["command"] = _command(sys.argv)
+        fields["command"] = command(sys.argv)
         if lines:
             fields["lost_sec"] = round(reached - lines[-1]["time"], 3)
         if wandb:
@@ -252,7 +252,7 @@ def _number(value: Any) -> int | float:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-def _command(words: list[str]) -> str:
+def command(words: list[str]) -> str:
     """The command that goes on with this run: without --fresh, and without secrets."""
     shown, flag = ["python"], ""
     for word in words:

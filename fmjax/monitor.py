@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 
-from fmjax import adapters, build, data, evaluate, logs, processes, report, trees
+from fmjax import adapters, build, data, evaluate, logs, processes, report, trees, workdir
 from fmjax import config as configs
 from fmjax import objectives as losses
 from fmjax.progress import Progress
@@ -116,10 +117,20 @@ class Monitor:
         self.folder.update(step=step)
         self._new_window()
 
-    def evaluated(self, step: int, metrics: Mapping[str, float] | None) -> None:
-        """Takes the validation metrics: None when a signal cut it short, {} when there are none."""
+    def evaluated(
+        self,
+        step: int,
+        metrics: Mapping[str, float] | None,
+        examples: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ) -> None:
+        """Takes the validation metrics: None when a signal cut it short, {} when there are none;
+        what each example adds to them goes to examples.npz, of the last evaluation alone."""
         if metrics is None:
             return
+        if examples and jax.process_index() == 0:
+            workdir.write_arrays(
+                self.folder.path / workdir.EXAMPLES, {"step": np.asarray(step), **examples}
+            )
         metrics = {**metrics, **evaluate.perplexity(metrics)}
         named = {f"validation/{name}": value for name, value in metrics.items()}
         self._results = (step, named)

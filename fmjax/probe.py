@@ -1,10 +1,12 @@
 """Feature-based transfer: a classifier of scikit-learn on what a frozen trunk makes of texts.
 
 The vectors are computed once and kept, memory-mapped, under a key of weights, data, layer and
-pooling; a second classifier on them starts at once.
+pooling; a second classifier on them starts at once. What a trunk is worth shows beside
+`features="words"`: the tokens of each text are counted, in no order, and no trunk is used.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -16,19 +18,22 @@ import jax
 import numpy as np
 import xxhash
 
-from fmjax import build, data, embed, logs, pretrained, processes, sharding, trees
+from fmjax import build, data, embed, logs, pretrained, processes, report, sharding, trees
 from fmjax.data import cache
 from fmjax.errors import ConfigError, DataError
 from fmjax.objectives import classify
+from fmjax.workdir import EXAMPLES, write_arrays, write_atomic
 
-FILE = "probe.jsonl"
+FILE = "summary.json"
+COUNTED = 1024  # examples at a time
 DEFAULTS = {"format": "classes", "long": "truncate", "seq_len": 128}
 
 
 def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
     """The task: fits `config.classifier` on the training split, measures it on `validation`.
 
-    Scores are those of the objective `classify`. Adds a line to probe.jsonl in `workdir`.
+    Scores are those of the objective `classify`, under the names that training gives them in
+    summary.json, which is written to `workdir`, with examples.npz beside it.
     """
     with processes.start(config) as mesh:
         if jax.process_count() > 1:
@@ -46,12 +51,14 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
                 f"There are no examples for {sorted(missing)}: see config.data.validation and "
                 "config.data.validation_fraction."
             )
-        fitted = classifier(config.classifier, config.args.to_dict())
+        words = config.features == "words"
+        fitted = classifier(config.classifier, config.args.to_dict(), words)
         if dry_run:
             return
-        features = {
-            name: vectors(opened, dataset, name, config, mesh) for name in ("train", "validation")
-        }
+        make = functools.partial(vectors, opened, dataset, config=config, mesh=mesh)
+        if words:
+            make = functools.partial(counts, dataset)
+        features = {name: make(name) for name in ("train", "validation")}
     labels = {name: np.asarray(split.labels) for name, split in dataset.splits.items()}
     started = time.monotonic()
     try:
@@ -64,29 +71,33 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     right = told.argmax(axis=1) == labels["validation"]
     scores = classify.score({"probabilities": told}, labels["validation"])
     metrics = {"accuracy": float(np.mean(right)), **scores}
-    print(f"\n{opened}, {config.classifier} on {features['train'].shape} in {seconds:,.1f} s")
+    shape = features["train"].shape
+    print(f"\n{opened}, {config.classifier} on {config.features} {shape} in {seconds:,.1f} s")
     for name, value in metrics.items():
         print(f"  {name:<16} {value:>12,.4f}")
     record = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "folder": opened.source,
         "step": opened.step,
-        "layer": config.layer,
-        "pool": config.pool,
-        "classifier": config.classifier,
-        "args": config.args.to_dict(),
         "data": settings,
-        "metrics": metrics,
+        "metrics": {f"validation/classify/{name}": value for name, value in metrics.items()},
+        "seconds": seconds,
+        "environment": report.environment(),
+        **{key: config[key] for key in ("features", "layer", "pool", "classifier")},
+        "args": config.args.to_dict(),
     }
     path = Path(workdir) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(logs.plain(record)) + "\n")
-    print(f"added to {path}")
+    write_atomic(path, json.dumps(logs.plain(record), indent=2))
+    each = {"label": labels["validation"], "classify/accuracy": right}
+    write_arrays(path.with_name(EXAMPLES), each)
+    print(f"written to {path}")
 
 
-def classifier(name: str, args: Mapping[str, Any]) -> Any:
-    """scikit-learn's logistic regression or MLP, on features of mean 0 and variance 1."""
+def classifier(name: str, args: Mapping[str, Any], words: bool = False) -> Any:
+    """scikit-learn's logistic regression or MLP, on features of mean 0 and variance 1; on counts of
+    `words` by their tf-idf, with logarithms of the counts."""
+    from sklearn.feature_extraction.text import TfidfTransformer
     from sklearn.linear_model import LogisticRegression
     from sklearn.neural_network import MLPClassifier
     from sklearn.pipeline import make_pipeline
@@ -94,10 +105,25 @@ def classifier(name: str, args: Mapping[str, Any]) -> Any:
 
     kinds = {"logistic": (LogisticRegression, {"max_iter": 1000}), "mlp": (MLPClassifier, {})}
     kind, defaults = kinds[name]
+    first = TfidfTransformer(sublinear_tf=True) if words else StandardScaler()
     try:
-        return make_pipeline(StandardScaler(), kind(**{"random_state": 0} | defaults | dict(args)))
+        return make_pipeline(first, kind(**{"random_state": 0} | defaults | dict(args)))
     except TypeError as error:
         raise ConfigError(f"config.args={dict(args)}: {error}") from error
+
+
+def counts(dataset: data.Dataset, name: str) -> Any:
+    """[N, V], sparse: how often each token is in each example of the split, in order."""
+    from scipy.sparse import csr_matrix, vstack
+
+    split, size, found = dataset.splits[name], dataset.vocab.size, []
+    for start in range(0, len(split), COUNTED):
+        rows = split.rows(np.arange(start, min(start + COUNTED, len(split))))
+        example, place = np.nonzero(rows["segment_ids"])
+        shape = len(rows["input_ids"]), size
+        tokens = rows["input_ids"][example, place]
+        found.append(csr_matrix((np.ones(len(tokens)), (example, tokens)), shape))
+    return vstack(found, format="csr")
 
 
 def at_layer(

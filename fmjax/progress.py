@@ -7,8 +7,10 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 WIDTH = 100  # of a plain line
 SELDOM = 10.0  # seconds between plain lines about something that takes long
@@ -163,6 +165,23 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds // size}{unit}{seconds % size // part:02}{below}"
     return f"{seconds // 60}m{seconds % 60:02}s" if seconds >= 60 else f"{seconds}s"
+
+
+def spread(values: Sequence[Any]) -> str:
+    """Mean and standard deviation; a number that is not finite may be text, as JSON has it."""
+    numbers = np.array([float(value) for value in values])
+    deviation = f" ± {np.std(numbers, ddof=1):.4f}" if len(numbers) > 1 else ""
+    return f"{np.mean(numbers):.4f}{deviation}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equal length as lines with aligned columns, the first to the left."""
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *cells in rows:
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        lines.append("  ".join([name.ljust(first), *padded]).rstrip())
+    return "\n".join(lines)
 
 
 class _Bar:

@@ -315,6 +315,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("precision", ("float32", "bfloat16")),
     ("split", ("train", "validation")),
     ("classifier", ("logistic", "mlp")),
+    ("features", ("states", "words")),
     (r"optim\.schedule", SCHEDULES),
     (r"adapter\.name", ("", "lora", "ia3", "bottleneck", "prompt", "prefix")),
     (r"quantise\.name", ("", "nf4", "int8", "fp8")),

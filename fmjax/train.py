@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 
 from fmjax import (
@@ -86,8 +87,10 @@ def run(
                 return loop(arms.prepare(config, mesh, poll), [folder], stop, started, changed)
             with contextlib.ExitStack() as opened:
                 folders = [
-                    opened.enter_context(workdir.open(folder.path / "arms" / str(arm), own, **how))
-                    for arm, own in enumerate(configs.arms(config))
+                    opened.enter_context(workdir.open(path, own, **how))
+                    for path, own in zip(
+                        workdir.of_arms(folder.path, config), configs.arms(config), strict=True
+                    )
                 ]
                 loop(arms.prepare(config, mesh, poll), folders, stop, started, changed)
             if writes:
@@ -153,8 +156,8 @@ def loop(
 
         def evaluate_all():
             found = validate(together, eval_step, current, stop, monitors)
-            for one, metrics in zip(monitors, found, strict=True):
-                one.evaluated(step, metrics)
+            for one, measured in zip(monitors, found, strict=True):
+                one.evaluated(step, *measured)
 
         def save_all():
             with timed("saving"):
@@ -259,15 +262,15 @@ def validate(
     current: TrainState,
     stop: interrupt.Stop,
     monitors: Sequence[Monitor],
-) -> list[dict[str, float] | None]:
-    """Metrics of each run over the validation split, with averaged parameters where the config
-    keeps them.
+) -> list[tuple[dict[str, float] | None, dict[str, np.ndarray]]]:
+    """(metrics, what each example adds to them) of each run over the validation split, with
+    averaged parameters where the config keeps them.
 
-    None if a signal ended it early, {} if there is no validation split.
+    Metrics are None if a signal ended it early, {} if there is no validation split.
     """
     run = together.wide
     if "validation" not in run.dataset.splits:
-        return [{} for _ in monitors]
+        return [({}, {}) for _ in monitors]
     params, average = current.params, optim.averaged(current.opt_state)
     if average is not None:
         params = groups.merge(average, run.split(params)[1])
@@ -288,15 +291,21 @@ def validate(
             params,
             batches,
             run.mesh,
-            any(objective.score for objective in run.objectives),
+            evaluate.keeps(run.objectives),
             stop.poll,
             lambda done: show(done / steps),
         )
         if found is None:
-            return [None for _ in monitors]
+            return [(None, {}) for _ in monitors]
         about = dict(names=run.dataset.labels, split=split)
-        each = (together.measured(*found, arm) for arm in range(len(monitors)))
-        return [evaluate.measured(*own, run.objectives, **about) for own in each]
+        each = [together.measured(*found, arm) for arm in range(len(monitors))]
+        return [
+            (
+                evaluate.measured(totals, kept, run.objectives, **about),
+                evaluate.by_example(kept, run.objectives, split),
+            )
+            for totals, kept in each
+        ]
 
 
 def give_up(

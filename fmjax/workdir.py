@@ -16,15 +16,17 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from fmjax import config as configs
 from fmjax.errors import CheckpointError, ConfigError, Preempted, ResourceError
 
+EXAMPLES = "examples.npz"  # what each example of the last evaluation adds to its means
 # All that fmjax writes, hence all that --fresh removes. What marks a folder as a run comes last, so
 # that an interrupted removal can be repeated.
 WRITES = (
@@ -36,12 +38,17 @@ WRITES = (
     "dumps",
     "metrics.jsonl",
     "evaluation.jsonl",
+    EXAMPLES,
     "summary.json",
     "report.html",
     "status.json",
     "config.json",
 )
 MARKS = ("config.json", "status.json", "lock.json")
+
+
+class InUse(ConfigError):
+    """Another process works here."""
 
 
 class Folder:
@@ -119,10 +126,10 @@ def open(
 
         def begin():
             check(path, config, fresh=fresh)
-            stack.enter_context(_locked(path, log))
+            stack.enter_context(locked(path, log))
             if fresh:
                 for arm in sorted(path.glob("arms/*")):  # where one may go on alone
-                    with _locked(arm, log):
+                    with locked(arm, log):
                         pass
                 _remove(path)
             check(path, config)
@@ -161,6 +168,12 @@ def check(path: str | os.PathLike, config: ConfigDict, *, fresh: bool = False) -
         )
 
 
+def of_arms(path: Path, config: ConfigDict) -> list[Path]:
+    """The folders of the arms of a run (`config.arms`); of a run without any, its own."""
+    arms = range(len(configs.arms(config)))
+    return [path / "arms" / str(arm) for arm in arms] if config.get("arms") else [path]
+
+
 @contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
     """Turns XLA's out-of-memory error into a ResourceError that says what to change."""
@@ -183,6 +196,14 @@ def write_atomic(path: Path, text: str) -> None:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes an .npz as a whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
     os.replace(temporary, path)
 
 
@@ -215,12 +236,15 @@ def _listed(changed: list[tuple[str, Any, Any]], most: int = 8) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Holds the folder's lock file, after proving that the folder can be written."""
+def locked(path: Path, log: Callable[[str], None], name: str = "lock.json") -> Iterator[None]:
+    """Holds the lock file `name` of a folder, after proving that the folder can be written.
+
+    Raises InUse where another process holds it.
+    """
     with contextlib.ExitStack() as stack:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((path / "lock.json").open("a+", encoding="utf-8"))
+            file = stack.enter_context((path / name).open("a+", encoding="utf-8"))
             _flock(file, path, log)
             file.seek(0)
             stale = _parse_json(file.read())
@@ -247,7 +271,7 @@ def _flock(file, path: Path, log: Callable[[str], None]) -> None:
     except BlockingIOError as error:
         file.seek(0)
         holder = _who(_parse_json(file.read()))
-        raise ConfigError(
+        raise InUse(
             f"{path} is in use ({holder}): wait for that run, stop it, or use another --workdir"
         ) from error
     except OSError as error:

@@ -114,6 +114,10 @@ def test_each_arm_is_the_run_alone(case, way, home, encoder, tmp_path, monkeypat
         same(mine, tmp_path / "apart" / str(arm))
         saved = [configs.load(f"{x}/config.json") for x in (mine, tmp_path / "apart" / str(arm))]
         assert configs.digest(saved[0]) == configs.digest(saved[1]) == configs.digest(own)
+        with np.load(mine / "examples.npz") as found:
+            (accuracy,) = {name for name in found if "accuracy" in name}
+            last = logs.read(mine)[0][-1][f"validation/{accuracy}"]
+            assert found[accuracy].mean() == pytest.approx(last)
         losses.append(logs.read(mine)[0][-1]["validation/loss"])
     assert len(set(losses)) == len(losses)  # they do differ
     told = json.loads((tmp_path / "together/summary.json").read_text())

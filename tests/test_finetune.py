@@ -236,8 +236,9 @@ def test_a_classifier_on_the_features_of_a_layer(home, tuned):
     }.items():
         made = configs.load(str(ROOT / "configs/probe.py"), [*words, *more])
         probe.run(made, home / name)
-        found = json.loads((home / name / "probe.jsonl").read_text())["metrics"]
-        assert found["accuracy"] > 0.7 and found["f1"] > 0.6
+        found = json.loads((home / name / "summary.json").read_text())["metrics"]
+        assert found["validation/classify/accuracy"] > 0.7
+        assert found["validation/classify/f1"] > 0.6
     # The trunk was trained for the task, so its last layer tells the classes apart, as scikit-learn
     # itself says of vectors made one at a time.
     opened = pretrained.open_folder(str(tuned), sharding.make_mesh())
@@ -255,8 +256,53 @@ def test_a_classifier_on_the_features_of_a_layer(home, tuned):
         features[name] = np.sum(hidden * real, axis=1) / real.sum(axis=1)
     model = probe.classifier("logistic", {}).fit(features["train"], labels["train"])
     right = np.mean(model.predict(features["validation"]) == labels["validation"])
-    last = json.loads((home / "last" / "probe.jsonl").read_text())["metrics"]
-    assert last["accuracy"] == pytest.approx(right)
+    last = json.loads((home / "last" / "summary.json").read_text())["metrics"]
+    assert last["validation/classify/accuracy"] == pytest.approx(right)
+
+
+def test_a_run_keeps_what_each_example_adds_to_its_means(home, tuned):
+    metrics = json.loads((tuned / "summary.json").read_text())["metrics"]
+    opened = pretrained.open_folder(str(tuned), sharding.make_mesh())
+    settings = opened.config.data.to_dict()
+    split = data.prepare(settings, {"name": str(opened.tokenizer)}).splits["validation"]
+    rows = split.rows(np.arange(len(split)))
+    with np.load(tuned / "examples.npz") as found:
+        right = found["classify/accuracy"]
+        assert right.mean() == pytest.approx(metrics["validation/classify/accuracy"])
+        assert 0 < right.mean() and len(right) == len(split)
+        np.testing.assert_array_equal(found["label"], rows["labels"])
+        np.testing.assert_array_equal(found["tokens"], rows["segment_ids"].sum(1))
+        assert found["step"] == opened.step
+    row = [jnp.asarray(rows[k]) for k in ("input_ids", "segment_ids", "positions", "token_types")]
+    apply = build.apply(opened.model)
+    hidden = apply(opened.params, *row, method="encode")
+    pooled = (opened.params, hidden, row[1], "classify", "mean")
+    logits = apply(*pooled, method="classify")
+    np.testing.assert_array_equal(right, np.argmax(logits, -1) == rows["labels"])
+
+
+def test_a_classifier_on_counted_words(home, tuned):
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    words = [*files(home), f"--config.folder={tuned}", "--config.data.seq_len=16"]
+    words += ["--config.features=words", f"--config.data.cache={home}/cache"]
+    probe.run(configs.load(str(ROOT / "configs/probe.py"), words), home / "words")
+    found = json.loads((home / "words" / "summary.json").read_text())["metrics"]
+    # As scikit-learn itself says of the tokens as words.
+    opened = pretrained.open_folder(str(tuned), sharding.make_mesh())
+    tokenizer = load_tokenizer(opened.tokenizer)
+    texts, labels = {}, {}
+    for name in ("train", "dev"):
+        rows = [json.loads(line) for line in (home / f"{name}.jsonl").read_text().splitlines()]
+        cut = [tokenizer(row["text"], truncation=True, max_length=16)["input_ids"] for row in rows]
+        texts[name] = [" ".join(map(str, ids)) for ids in cut]
+        labels[name] = [row["label"] for row in rows]
+    counted = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\d+").fit(texts["train"])
+    model = LogisticRegression(max_iter=1000)
+    model.fit(counted.transform(texts["train"]), labels["train"])
+    right = np.mean(model.predict(counted.transform(texts["dev"])) == np.array(labels["dev"]))
+    assert found["validation/classify/accuracy"] == pytest.approx(right)
 
 
 @pytest.mark.parametrize(

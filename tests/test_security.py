@@ -128,7 +128,7 @@ def test_the_saved_command_can_be_typed_but_for_its_secrets(ran):
         "python run.py --config=mine.py --workdir=out '--config.hub.hf_token=***' "
         "--config.proxy.passwd '***' --config.seed=3"
     )
-    whole = logs._command(["run.py", "--config.hub={'api_key': 'x', 'user': 'y'}", "--fresh"])
+    whole = logs.command(["run.py", "--config.hub={'api_key': 'x', 'user': 'y'}", "--fresh"])
     assert whole == "python run.py '--config.hub=***'"
 
 

@@ -1,11 +1,12 @@
 """Objectives: one file a loss; this file composes them.
 
-An objective module has one to five pure functions:
+An objective module has one to six pure functions:
 
     prepare(batch, seeds, **args) -> batch             corrupts the batch (masking)
     loss_fn(apply, params, batch, **args) -> metrics   {name: (sum, weight)}, "loss" is minimised
     outputs(apply, params, batch, **args) -> arrays    {name: (B, …)}, what it says of each example
     score(outputs, labels) -> {metric: number}         of a whole split, on the host
+    each(outputs, labels) -> {metric: (N,)}            what its mean of that name is the mean of
     describe(outputs) -> [{…}, …]                      each example's outputs as a person reads them
 
 All but `loss_fn` are optional. `apply(params, *arrays, method=…)` runs a method of the model;
@@ -32,7 +33,7 @@ from fmjax import streams
 from fmjax.errors import ConfigError, did_you_mean
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-FUNCTIONS = ("prepare", "loss_fn", "outputs", "score", "describe")
+FUNCTIONS = ("prepare", "loss_fn", "outputs", "score", "each", "describe")
 ABOUT_SPLITS = ("names", "split", "rows")  # what `score` and `describe` may ask for
 
 
@@ -45,6 +46,7 @@ class Objective(NamedTuple):
     loss_fn: Callable
     outputs: Callable | None = None
     score: Callable | None = None
+    each: Callable | None = None
     describe: Callable | None = None
     scores: tuple[str, ...] = ()  # names of what `score` gives
     whole_batch: bool = False  # whether the loss of an example depends on the others
@@ -108,6 +110,7 @@ def _bind(name: str, args: dict[str, Any], target: str, facts: Mapping[str, Any]
         bound["loss_fn"],
         bound.get("outputs"),
         bound.get("score"),
+        bound.get("each"),
         bound.get("describe"),
         getattr(module, "SCORES", ()),
         getattr(module, "WHOLE_BATCH", False),

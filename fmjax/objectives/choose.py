@@ -39,6 +39,11 @@ def outputs(
     return {"probabilities": jax.nn.softmax(_logits(apply, params, batch, pool), axis=-1)}
 
 
+def each(found: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Whether the most probable one is right."""
+    return {"accuracy": found["probabilities"].argmax(axis=1) == labels}
+
+
 def describe(found: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """For each example the number of the choice, from 0, and the probability of each."""
     return [

@@ -57,6 +57,11 @@ def score(found: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, floa
     }
 
 
+def each(found: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Whether the most probable one is right."""
+    return {"accuracy": found["probabilities"].argmax(axis=1) == labels}
+
+
 def describe(found: Mapping[str, np.ndarray], *, names: Sequence[str]) -> list[dict[str, Any]]:
     """For each example the class chosen, and the probability of each."""
     return [

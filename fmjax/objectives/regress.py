@@ -52,6 +52,11 @@ def score(found: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, floa
     }
 
 
+def each(found: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, np.ndarray]:
+    """The squared error."""
+    return {"loss": np.square(found["value"] - labels)}
+
+
 def describe(found: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """For each example its value."""
     return [{"value": float(value)} for value in found["value"]]

@@ -1,0 +1,175 @@
+"""What the trials of a sweep say about each other: means over seeds, and differences with errors.
+
+Results that differ in nothing but the seed are a group. Groups are compared with the first one,
+pair by pair: with the same seed both have the same order of examples and the same head at first, so
+that much of what a seed does to one it does to the other (`fmjax.statistics`). Where runs say what
+each example adds, examples are paired as well, and conclusions are meant for others of their kind.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fmjax import statistics
+from fmjax.errors import CheckpointError
+from fmjax.progress import table
+
+Value = np.ndarray | float  # what each example of an evaluation adds, or their mean
+
+
+class Group(NamedTuple):
+    """Results that differ in the seed alone."""
+
+    name: str  # what it sets, apart from what all groups set alike
+    results: dict[int | None, Mapping[str, Any]]  # by seed, None of what has none
+    failed: int = 0  # how many did not come to their end: the others alone would flatter it
+
+    def values(self, metric: str, by_example: bool = True) -> dict[int | None, Value]:
+        """Of each seed that has the metric: [examples] where the result knows them, else a number.
+
+        Raises CheckpointError where examples are not those of the number.
+        """
+        found = {}
+        for seed, result in self.results.items():
+            if metric not in result["metrics"]:
+                continue
+            found[seed] = np.float64(result["metrics"][metric])
+            each = result.get("examples", {}).get(metric.removeprefix("validation/"))
+            if each is not None and by_example:
+                if not np.isclose(each.mean(dtype=np.float64), found[seed], rtol=1e-4, atol=1e-6):
+                    raise CheckpointError(
+                        f"{result['folder']}: its examples have the mean {each.mean()} of "
+                        f"{metric}, its summary has {found[seed]}: they are not of the same "
+                        "evaluation."
+                    )
+                found[seed] = np.asarray(each, np.float64)
+        return found
+
+
+def groups(records: Iterable[Mapping[str, Any]]) -> list[Group]:
+    """The groups in the order of their first trials; arms are results like others. Raises
+    ValueError where two results of a group have the same seed."""
+    settings: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[int | None, Any]] = {}
+    failed: dict[str, int] = {}
+    for record in records:
+        lost = [{"arm": {}, "failed": record.get("reason")}] if not record["results"] else []
+        for result in (*record["results"], *lost):
+            own = {**record["settings"], **result["arm"]}
+            own.pop("seed", None)
+            key = repr(sorted(own.items()))
+            settings.setdefault(key, own)
+            results.setdefault(key, {})
+            if result.get("failed"):
+                failed[key] = failed.get(key, 0) + 1
+            elif result["seed"] in results[key]:
+                raise ValueError(f"two results of {own} have the seed {result['seed']}")
+            else:
+                results[key][result["seed"]] = result
+    names = _names(list(settings.values()))
+    return [
+        Group(name, results[key], failed.get(key, 0))
+        for name, key in zip(names, settings, strict=True)
+    ]
+
+
+def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each what not all set alike, without the words of `get_config`'s argument that all have;
+    of a single key the value is enough."""
+    arguments = [str(own.get("arg", "")).split(",") for own in settings]
+    alike = set.intersection(*map(set, arguments)) if len(settings) > 1 else set()
+    shown = [dict(own) for own in settings]
+    for own, words in zip(shown, arguments, strict=True):
+        if "arg" in own:
+            own["arg"] = ",".join(word for word in words if word not in alike)
+    keys = dict.fromkeys(key for own in shown for key in own)
+    differ = [key for key in keys if len({repr(own.get(key)) for own in shown}) > 1]
+    if len(differ) == 1:
+        return [str(own.get(differ[0], "")) or f"no {differ[0]}" for own in shown]
+    told = [", ".join(f"{key}={own[key]}" for key in differ if key in own) for own in shown]
+    return [text or "the config" for text in told]
+
+
+class Row(NamedTuple):
+    """A group beside the first; where a run failed, or without two seeds in common, no more."""
+
+    group: Group
+    mean: float
+    interval: statistics.Estimate | None
+    against: statistics.Comparison | None = None
+    p: float = float("nan")  # after Holm's correction
+    verdict: str = ""
+
+
+def compare(found: Sequence[Group], metric: str, level: float = 0.95) -> list[Row]:
+    """Each group, and what it has more than the first one; the corrected family is all of these.
+
+    Examples are paired where all results have the same ones in the same order, by their labels.
+    """
+    each = [result.get("examples", {}) for group in found for result in group.results.values()]
+    same = len({one["label"].tobytes() for one in each if "label" in one}) == 1
+    whole = [group.values(metric, by_example=same) for group in found]
+    rows, family = [], {}
+    for number, (group, values) in enumerate(zip(found, whole, strict=True)):
+        own = _stacked(list(values.values()))
+        interval = (
+            statistics.estimate(own, level) if np.isfinite(own).all() and len(own) > 1 else None
+        )
+        rows.append(Row(group, float(own.mean()) if len(own) else float("nan"), interval))
+        one, other = _pairs(values, whole[0])
+        failed = group.failed or found[0].failed
+        if number and not failed and len(one) > 1 and np.isfinite(one - other).all():
+            family[number] = statistics.compare(one, other, level)
+    raised = statistics.holm([one.p for one in family.values()])
+    told = statistics.verdicts({str(n): one for n, one in family.items()}, level)
+    for (number, one), p in zip(family.items(), raised, strict=True):
+        rows[number] = rows[number]._replace(against=one, p=p, verdict=told[str(number)])
+    return rows
+
+
+def _pairs(one: Mapping[Any, Value], other: Mapping[Any, Value]) -> tuple[np.ndarray, np.ndarray]:
+    """Of the seeds that both have; what has no seed (None) is the same with each."""
+    seeds = one.keys() & other.keys()
+    if None in one.keys() | other.keys():
+        seeds = (one.keys() | other.keys()) - {None}
+    of = lambda values: [values.get(seed, values.get(None)) for seed in sorted(seeds)]
+    both = _stacked([*of(one), *of(other)])
+    return both[: len(seeds)], both[len(seeds) :]
+
+
+def _stacked(values: Sequence[Value]) -> np.ndarray:
+    """[seeds, examples], or [seeds] of means where not all have the same examples."""
+    shapes = {np.shape(value) for value in values}
+    return np.array([np.mean(value) for value in values] if len(shapes) > 1 else values)
+
+
+def text(rows: Sequence[Row], metric: str, level: float = 0.95) -> str:
+    """The rows as a table."""
+    percent = f"{100 * level:.0f} %"
+    heads = [
+        metric.removeprefix("validation/"),
+        "seeds",
+        "mean",
+        percent,
+        f"less {rows[0].group.name}",
+        percent,
+        "p (Holm)",
+        "",
+        "detectable",
+    ]
+    lines = [heads]
+    for row in rows:
+        number, against = str(len(row.group.values(metric))), row.against
+        number += f", {row.group.failed} failed" if row.group.failed else ""
+        own = [row.group.name, number, f"{row.mean:.4f}", _range(row.interval)]
+        if against is None:
+            lines.append([*own, "", "", "", "", ""])
+            continue
+        told = [f"{against.estimate.mean:+.4f}", _range(against.estimate, "+"), f"{row.p:.2g}"]
+        lines.append([*own, *told, row.verdict, f"{against.detectable:.4f}"])
+    return table(lines)
+
+
+def _range(found: statistics.Estimate | None, sign: str = "") -> str:
+    return f"{found.low:{sign}.4f} … {found.high:{sign}.4f}" if found else ""

@@ -1,0 +1,306 @@
+"""The trials of a sweep: runs of their own, each with a folder and a record of what came of it.
+
+    python run.py --config=configs/….py --sweep          all that have no record yet, one by one
+    python run.py --config=configs/….py --sweep=list     what they set, and how far they are
+    python run.py --config=configs/….py --sweep=7        that one, again if it has failed
+
+    <workdir>/<trial>/         what its task writes there
+    <workdir>/<trial>.json     what it sets, its command, and of each of its arms the metrics
+
+A trial is called by its task and the digest of its config: what is changed in the file or on the
+command line makes other trials, and those of before stay as they are. One that fails does not stop
+the rest; one that diverged is not tried again, since that is a result. Several commands, on one
+machine or on several that share the folder, share the trials among themselves. Nothing here imports
+jax.
+"""
+
+import contextlib
+import inspect
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from fmjax import comparisons, tasks, workdir
+from fmjax import config as configs
+from fmjax.errors import ConfigError, FmjaxError, NumericsError, Preempted, of_exit_code
+from fmjax.logs import command, plain
+from fmjax.progress import duration, spread, table
+
+KEPT = ("metrics", "seconds", "goodput", "trainable_parameters")  # of a run's summary.json
+MAIN = ("accuracy", "spearman", "f1", "exact_match", "retrieval", "loss")  # the first is shown
+
+Record = dict[str, Any]
+
+
+class Trial(NamedTuple):
+    """One run of a sweep."""
+
+    number: int  # from 1, in the order of the sweep
+    settings: dict[str, Any]  # what the sweep sets
+    words: list[str]  # of its own command, behind run.py
+    config: ConfigDict
+
+    @property
+    def name(self) -> str:
+        return f"{self.config.task}-{configs.digest(self.config)}"
+
+
+def run(
+    spec: str,
+    overrides: Sequence[str],
+    which: str,
+    folder: str | os.PathLike,
+    *,
+    fresh: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Runs the trials of the sweep in the config file `spec`, or lists them.
+
+    Args:
+      overrides: words of the command line, for every trial.
+      which: "all", "list", or the number of a trial.
+      fresh: does again what has a record.
+
+    Raises:
+      ConfigError: there is no sweep, no trial of that number, or a config that is refused; before
+        any is run. What a trial has failed with, when all have been tried.
+    """
+    folder, wanted = Path(folder), _number(which)
+    told = []
+    for trial in walk(spec, overrides, folder):
+        if not dry_run and which != "list" and wanted in (None, trial.number):
+            _take(trial, spec, folder, fresh=fresh, again=wanted is not None)
+        if trial.name not in {other.name for other, _ in told}:  # what learns may ask twice
+            told.append((trial, read(folder, trial)))
+    if wanted and wanted > len(told):
+        raise ConfigError(f"--sweep={which}: the sweep has the trials 1 to {len(told)}")
+    show(told, folder)
+    failed = [pair for pair in told if pair[1] and pair[1]["state"] == "failed"]
+    if wanted:
+        failed = [pair for pair in failed if pair[0].number == wanted]
+    if failed and not dry_run and which != "list":
+        trial, record = failed[0]
+        more = f"{len(failed)} of {len(told)} trials failed; " if len(failed) > 1 else ""
+        raise of_exit_code(record["exit_code"])(f"{more}trial {trial.number}: {record['reason']}")
+
+
+def walk(spec: str, overrides: Sequence[str], folder: Path) -> Iterator[Trial]:
+    """The trials in order. A sweep that is a generator is sent the record of each before it says
+    the next, and ends for now where there is none."""
+    sweep = configs.sweep(spec)
+    if not inspect.isgenerator(sweep):
+        yield from _different([_trial(spec, overrides, n, own) for n, own in enumerate(sweep, 1)])
+        return
+    number, settings = 1, next(sweep, None)
+    while settings is not None:
+        trial = _trial(spec, overrides, number, settings)
+        yield trial
+        record = read(folder, trial)
+        if record is None:
+            return
+        try:
+            number, settings = number + 1, sweep.send(record)
+        except StopIteration:
+            return
+
+
+def read(folder: Path, trial: Trial) -> Record | None:
+    """The record of a trial, None where it has not ended."""
+    try:
+        return json.loads((folder / f"{trial.name}.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _trial(spec: str, overrides: Sequence[str], number: int, settings: Mapping[str, Any]) -> Trial:
+    path, _, arg = spec.partition(":")
+    arg = settings.get("arg", arg)
+    text = lambda value: value if isinstance(value, str) else repr(value)
+    own = [f"--config.{key}={text(value)}" for key, value in settings.items() if key != "arg"]
+    given = {word.partition("=")[0] for word in overrides}
+    if twice := [word for word in own if word.partition("=")[0] in given]:
+        raise ConfigError(f"{twice[0].partition('=')[0]} is what the trials of the sweep differ in")
+    named = f"{path}:{arg}" if arg else path
+    try:
+        config = configs.load(named, [*overrides, *own])
+    except ConfigError as error:
+        raise ConfigError(f"trial {number} ({_told(settings)}): {error}") from error
+    if config.get("distributed") and (
+        config.distributed.auto or config.distributed.num_processes > 1
+    ):
+        raise ConfigError(
+            "config.distributed: a sweep runs each trial in one process. For one on several, start "
+            f"it by itself: python run.py {shlex.join([f'--config={named}', *own])} …"
+        )
+    return Trial(number, dict(settings), [f"--config={named}", *overrides, *own], config)
+
+
+def _different(trials: list[Trial]) -> list[Trial]:
+    numbers: dict[str, int] = {}
+    for trial in trials:
+        if trial.name in numbers:
+            raise ConfigError(
+                f"get_sweep: the trials {numbers[trial.name]} and {trial.number} "
+                f"({_told(trial.settings)}) are the same run"
+            )
+        numbers[trial.name] = trial.number
+    return trials
+
+
+def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) -> None:
+    """Runs a trial that is not done, unless it is being run elsewhere, and writes its record."""
+    file, where = folder / f"{trial.name}.json", folder / trial.name
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(workdir.locked(folder / "locks", print, f"{trial.name}.json"))
+        except workdir.InUse as error:
+            print(f"\ntrial {trial.number} is being run already: {error}", flush=True)
+            return
+        before = read(folder, trial)
+        if before and not fresh:
+            diverged = before["exit_code"] == NumericsError.exit_code
+            if before["state"] == "done" or diverged and not again:
+                return
+        file.unlink(missing_ok=True)
+        if fresh:
+            shutil.rmtree(where, ignore_errors=True)
+        print(f"\ntrial {trial.number}: {_told(trial.settings)}", flush=True)
+        record = {
+            "number": trial.number,
+            "settings": trial.settings,
+            "command": command(["run.py", *trial.words, f"--workdir={where}"]),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "state": "done",
+            "reason": "",
+            "exit_code": 0,
+        }
+        started = time.monotonic()
+        try:
+            tasks.run(trial.config, where, file=spec.partition(":")[0])
+        except Preempted:
+            raise
+        except Exception as error:  # A bug too is no reason not to try the others.
+            if not isinstance(error, FmjaxError):
+                traceback.print_exc()
+            print(f"trial {trial.number} failed: {error}", file=sys.stderr, flush=True)
+            reason = (
+                str(error) if isinstance(error, FmjaxError) else f"{type(error).__name__}: {error}"
+            )
+            code = getattr(error, "exit_code", FmjaxError.exit_code)
+            record |= {"state": "failed", "reason": reason[:2000], "exit_code": code}
+        record |= {"seconds": time.monotonic() - started, "results": found(where, trial.config)}
+        if record["state"] == "done" and not record["results"]:
+            reason = (
+                f"the task {trial.config.task!r} leaves no summary.json, so that nothing is known"
+            )
+            record |= {"state": "failed", "reason": reason, "exit_code": ConfigError.exit_code}
+        record["config"] = json.loads(configs.to_json(configs.redact(trial.config)))
+        workdir.write_atomic(file, json.dumps(plain(record), indent=2))
+
+
+def found(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
+    """What each arm of a run came to, or the run itself; `failed` says why one did not end well."""
+    results = []
+    for single, own in zip(configs.arms(config), workdir.of_arms(folder, config), strict=True):
+        summary, status = _json(own / "summary.json"), _json(own / "status.json")
+        if not summary:
+            continue
+        values = configs.flatten(single)
+        result = {
+            "seed": values.get("seed"),
+            "arm": {key: values[key] for key, _ in config.get("arms", ())},
+            "folder": str(own.relative_to(folder)),
+            "failed": status.get("reason", "") if status.get("state") == "failed" else "",
+        }
+        results.append(result | {key: summary[key] for key in KEPT if key in summary})
+    return results
+
+
+def show(told: Sequence[tuple[Trial, Record | None]], folder: Path) -> None:
+    """A line a trial: what it sets, how far it is, and its main number."""
+    keys = list(dict.fromkeys(key for trial, _ in told for key in trial.settings))
+    records = [record for _, record in told if record]
+    metric = main_metric(records)
+    rows = [["", *keys, "state", *([metric] if metric else []), "time"]]
+    for trial, record in told:
+        settings = [_short(trial.settings.get(key, "")) for key in keys]
+        state = record["state"] if record else _state(folder / trial.name)
+        results = record["results"] if record else []
+        values = [one["metrics"][metric] for one in results if metric in one["metrics"]]
+        number = [spread(values) if values else ""] if metric else []
+        rows.append(
+            [
+                str(trial.number),
+                *settings,
+                state,
+                *number,
+                duration(record["seconds"]) if record else "",
+            ]
+        )
+    print()
+    print(table(rows))
+    whole = [_with_examples(record, folder / trial.name) for trial, record in told if record]
+    groups = comparisons.groups(whole)
+    if len(groups) > 1 and any(len(group.values(metric)) > 1 for group in groups):
+        print()
+        print(comparisons.text(comparisons.compare(groups, metric), metric))
+    print(f"{len(records)} of {len(told)} trials have ended; {folder} has a record of each")
+
+
+def main_metric(records: Sequence[Record]) -> str:
+    """The metric by which the runs choose their best, else one of the validation split that people
+    ask for; "" if there is none."""
+    names = {name for one in records for result in one["results"] for name in result["metrics"]}
+    chosen = [one["config"].get("best") for one in records]
+    last = {name.rpartition("/")[2]: name for name in sorted(names) if "validation/" in name}
+    known = [name for name in chosen if name in names] + [last[n] for n in MAIN if n in last]
+    return known[0] if known else ""
+
+
+def _with_examples(record: Record, folder: Path) -> Record:
+    """The record, with what each example adds to the means of each result that knows it."""
+    results = []
+    for result in record["results"]:
+        file = folder / result["folder"] / workdir.EXAMPLES
+        with np.load(file) if file.exists() else contextlib.nullcontext({}) as arrays:
+            results.append(result | {"examples": dict(arrays.items())})
+    return record | {"results": results}
+
+
+def _state(folder: Path) -> str:
+    status = _json(folder / "status.json")
+    return f"{status['state']} at step {status['step']}" if status else ""
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _told(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in settings.items()) or "the config as it is"
+
+
+def _short(value: Any, most: int = 32) -> str:
+    text = str(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _number(which: str) -> int | None:
+    if which in ("all", "list"):
+        return None
+    if which.isdecimal() and int(which) > 0:
+        return int(which)
+    raise ConfigError(f"--sweep={which}: give nothing, list, or the number of a trial")

@@ -1,0 +1,137 @@
+"""Groups of results, and what one has more than the first."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fmjax import comparisons, statistics
+from fmjax.errors import CheckpointError
+
+METRIC = "validation/classify/accuracy"
+
+
+def record(settings, *values, arms=False, seed=0):
+    """Of a trial with an arm for each seed, or of one seed."""
+    results = [
+        {"seed": seed + i, "arm": {"seed": seed + i} if arms else {}, "metrics": {METRIC: value}}
+        for i, value in enumerate(values)
+    ]
+    return {"settings": settings, "results": results}
+
+
+def test_results_that_differ_in_the_seed_are_a_group():
+    records = [
+        record({"arg": "lora", "seed": 0, "total": 5}, 0.8),
+        record({"arg": "lora", "seed": 1, "total": 5}, 0.9, seed=1),
+        record({"arg": "head", "total": 5}, 0.5, 0.6, arms=True),
+        record({"total": 5}, 0.4, seed=7),
+    ]
+    found = comparisons.groups(records)
+    assert [group.name for group in found] == ["lora", "head", "no arg"]
+    values = [group.values(METRIC) for group in found]
+    assert values == [{0: 0.8, 1: 0.9}, {0: 0.5, 1: 0.6}, {7: 0.4}]
+    assert found[0].values("other") == {}
+    both = comparisons.groups(
+        [record({"arg": "lora", "optim.lr": lr}, 0.8) for lr in (1e-3, 1e-4)]
+        + [record({"arg": "head"}, 0.8)]
+    )
+    assert [group.name for group in both] == [
+        "arg=lora, optim.lr=0.001", "arg=lora, optim.lr=0.0001", "arg=head"
+    ]  # fmt: skip
+    words = [record({"arg": f"{method},depth=6"}, 0.8) for method in ("head", "full")]
+    assert [group.name for group in comparisons.groups(words)] == ["head", "full"]
+    assert [group.name for group in comparisons.groups(words[:1])] == ["the config"]
+    with pytest.raises(ValueError, match="have the seed 0"):
+        comparisons.groups([records[0], records[0]])
+
+
+def test_groups_are_compared_seed_by_seed():
+    rng = np.random.default_rng(0)
+    seeds = rng.standard_normal(6)  # what a seed does to all of them
+    first, other, far = (
+        0.7 + 0.1 * seeds + 0.003 * rng.standard_normal(6) + up for up in (0, 0.02, 0)
+    )
+    records = [
+        record({"arg": "head"}, *first),
+        record({"arg": "lora"}, *other[::-1], arms=True),
+        record({"arg": "full"}, *far[:1]),
+        record({"arg": "nan"}, 0.5, "NaN"),
+    ]
+    for i, result in enumerate(records[1]["results"]):
+        result["seed"] = 5 - i  # in another order
+    rows = comparisons.compare(comparisons.groups(records), METRIC)
+    assert [row.verdict for row in rows] == ["", "higher", "", ""]
+    wanted = statistics.compare(other, first)
+    np.testing.assert_allclose(rows[1].against.estimate, wanted.estimate)
+    np.testing.assert_allclose(rows[1].interval, statistics.estimate(other))
+    assert rows[1].p == pytest.approx(wanted.p)
+    assert wanted.estimate.high - wanted.estimate.low < 0.02  # though seeds are far apart
+    assert rows[2].interval is None and rows[2].mean == far[0] and np.isnan(rows[3].mean)
+    told = comparisons.text(rows, METRIC).splitlines()
+    assert len(told) == 5 and "higher" in told[2] and told[2].startswith("lora")
+
+
+def test_a_group_of_which_one_failed_is_not_judged_by_the_others():
+    rng = np.random.default_rng(2)
+    records = [record({"arg": "head"}, *rng.normal(0.5, 0.01, 5), arms=True)]
+    for seed in range(4):
+        records.append(record({"arg": "lora", "seed": seed}, 0.9 + 0.01 * seed, seed=seed))
+    whole = comparisons.compare(comparisons.groups(records), METRIC)
+    assert whole[1].verdict == "higher"
+    records.append({"settings": {"arg": "lora", "seed": 4}, "results": [], "reason": "NaN"})
+    rows = comparisons.compare(comparisons.groups(records), METRIC)
+    assert rows[1].verdict == "" and rows[1].against is None and rows[1].group.failed == 1
+    assert "4, 1 failed" in comparisons.text(rows, METRIC)
+    # An arm beside others, too; its last numbers are not taken.
+    records[0]["results"][2]["failed"] = "NaN"
+    assert 2 not in comparisons.groups(records)[0].values(METRIC)
+
+
+def test_what_has_no_seed_is_the_same_with_each():
+    rng = np.random.default_rng(3)
+    values = rng.normal(0.8, 0.01, 4)
+    constant = record({"arg": "words"}, 0.7)
+    constant["results"][0]["seed"] = None
+    trained = record({"arg": "full"}, *values, arms=True)
+    for records, sign in (([constant, trained], 1), ([trained, constant], -1)):
+        _, row = comparisons.compare(comparisons.groups(records), METRIC)
+        reference = stats.ttest_1samp(values, 0.7)
+        assert row.p == pytest.approx(reference.pvalue)
+        assert row.against.estimate.mean == pytest.approx(sign * (values.mean() - 0.7))
+        assert row.verdict == ("higher" if sign > 0 else "lower")
+
+
+def test_examples_are_paired_too():
+    rng = np.random.default_rng(4)
+    gains = {"a": 0, "b": rng.uniform(-0.4, 0.6, 500)}  # of one way by some examples
+    right = {name: rng.uniform(size=(3, 500)) < 0.5 + gain for name, gain in gains.items()}
+    records = [record({"arg": name}, *values.mean(1), arms=True) for name, values in right.items()]
+    means = comparisons.compare(comparisons.groups(records), METRIC)
+    for one, values in zip(records, right.values(), strict=True):
+        for result, row in zip(one["results"], values, strict=True):
+            examples = {"classify/accuracy": row, "label": np.arange(500) % 3}
+            result |= {"examples": examples, "folder": "."}
+    rows = comparisons.compare(comparisons.groups(records), METRIC)
+    wanted = statistics.compare(right["b"], right["a"])
+    np.testing.assert_allclose(rows[1].against.estimate, wanted.estimate)
+    assert rows[1].mean == pytest.approx(means[1].mean)
+    assert rows[1].against.estimate.error > 1.01 * means[1].against.estimate.error
+    # Other examples, or one that does not know them: means are compared.
+    records[0]["results"][2]["examples"]["label"] = np.arange(500) % 2
+    some = comparisons.compare(comparisons.groups(records), METRIC)
+    np.testing.assert_allclose(some[1].against.estimate, means[1].against.estimate)
+    records[0]["results"][2]["examples"]["label"] = np.arange(500) % 3
+    del records[1]["results"][0]["examples"]
+    some = comparisons.compare(comparisons.groups(records), METRIC)
+    np.testing.assert_allclose(some[1].against.estimate, means[1].against.estimate)
+    records[0]["results"][0]["metrics"] = {METRIC: 0.1}
+    with pytest.raises(CheckpointError, match="not of the same evaluation"):
+        comparisons.compare(comparisons.groups(records), METRIC)
+
+
+def test_the_family_is_corrected():
+    rng = np.random.default_rng(1)
+    records = [record({"arg": str(i)}, *rng.standard_normal(5)) for i in range(6)]
+    rows = comparisons.compare(comparisons.groups(records), METRIC)
+    alone = [row.against.p for row in rows[1:]]
+    assert [row.p for row in rows[1:]] == statistics.holm(alone) != alone

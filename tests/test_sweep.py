@@ -1,0 +1,361 @@
+"""Sweeps: what trials there are, and that each is run once, whatever becomes of the others."""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from common import ROOT
+
+from fmjax import config as configs
+from fmjax import sweep, tasks, trials, workdir
+from fmjax.errors import ConfigError, DataError, FmjaxError, NumericsError, Preempted
+
+FILE = """
+import runpy
+from fmjax import sweep
+
+def get_config(arg=None):
+    return runpy.run_path({path!r})["get_config"]("tiny" + (arg or ""))
+
+{body}
+"""
+GRID = """
+def get_sweep():
+    return sweep.product(sweep.grid("optim.lr", (1e-3, 3e-3)), sweep.grid("seed", (0, 1)))
+"""
+
+
+def write(folder, body=GRID, name="trying.py"):
+    file = folder / name
+    file.write_text(FILE.format(path=str(ROOT / "configs/mlm.py"), body=body))
+    return str(file)
+
+
+# ---- the vocabulary ----
+
+
+def test_the_words_by_hand():
+    two, three = sweep.grid("a", (1, 2)), sweep.grid("b.c", "xyz")
+    assert sweep.product(two, three) == [
+        {"a": a, "b.c": b} for a in (1, 2) for b in "xyz"
+    ]  # the last varies fastest
+    assert sweep.zip(sweep.grid("a", (1, 2, 3)), three) == [
+        {"a": 1, "b.c": "x"},
+        {"a": 2, "b.c": "y"},
+        {"a": 3, "b.c": "z"},
+    ]
+    assert sweep.zip(sweep.fixed("k", 0), two) == [{"k": 0, "a": 1}, {"k": 0, "a": 2}]
+    assert sweep.chain(two, sweep.fixed("b", 0)) == [{"a": 1}, {"a": 2}, {"b": 0}]
+    assert sweep.product() == [{}] and sweep.zip() == [] and sweep.product(two, []) == []
+    with pytest.raises(ConfigError, match=r"sweep.zip: the sweeps have \[2, 3\] trials"):
+        sweep.zip(two, three)
+    with pytest.raises(ConfigError, match="'a' is set twice"):
+        sweep.product(two, sweep.fixed("a", 3))
+
+
+def test_what_is_drawn_stays_when_more_is_drawn():
+    space = {
+        "optim.lr": sweep.log_uniform(1e-5, 1e-2),
+        "model.dropout": sweep.uniform(0, 0.5),
+        "adapter.rank": sweep.choice(4, 8, 16),
+    }
+    many = sweep.random(200, 3, **space)
+    assert sweep.random(20, 3, **space) == many[:20] != sweep.random(20, 4, **space)
+    # One key's numbers do not depend on which others there are.
+    del space["model.dropout"]
+    alone = sweep.random(20, 3, **space)
+    assert [one["optim.lr"] for one in alone] == [one["optim.lr"] for one in many[:20]]
+    rates = [trial["optim.lr"] for trial in many]
+    assert all(1e-5 <= rate <= 1e-2 and float(f"{rate:.3g}") == rate for rate in rates)
+    assert 0.2 < sum(rate < 10**-3.5 for rate in rates) / 200 < 0.8
+    assert {trial["adapter.rank"] for trial in many} == {4, 8, 16}
+    json.dumps(many)
+
+
+# ---- which trials there are ----
+
+
+def one(key, *values):
+    return f"def get_sweep(): return sweep.grid({key!r}, {values})"
+
+
+def walk(spec, *words, folder=Path("nowhere")):
+    return list(trials.walk(spec, words, folder))
+
+
+def test_trials_are_the_configs_that_their_commands_make(tmp_path):
+    spec = write(tmp_path)
+    found = walk(spec, "--config.total=7")
+    assert [trial.number for trial in found] == [1, 2, 3, 4]
+    assert len({trial.name for trial in found}) == 4
+    for trial, (rate, seed) in zip(
+        found, [(1e-3, 0), (1e-3, 1), (3e-3, 0), (3e-3, 1)], strict=True
+    ):
+        assert trial.config.total == 7
+        assert trial.config.optim.lr == rate and trial.config.seed == seed
+        assert trial.words[0] == f"--config={spec}"
+        again = configs.load(spec, trial.words[1:])
+        assert configs.digest(again) == configs.digest(trial.config) in trial.name
+
+
+def test_a_trial_may_be_another_argument_of_the_config(tmp_path):
+    body = 'def get_sweep(arg): return sweep.grid("arg", ("", arg))'
+    first, second = walk(write(tmp_path, body) + ":,runlocal")
+    assert second.words[0].endswith(":,runlocal") and first.words[0].endswith(".py")
+    assert configs.digest(first.config) != configs.digest(second.config)
+
+
+@pytest.mark.parametrize(
+    ("body", "words", "said"),
+    [
+        ("", (), r"trying.py: the file defines no get_sweep\(arg=None\)"),
+        ("def get_sweep(): return []", (), r"returned no list of \{key: value\}"),
+        ("def get_sweep(): return ['seed']", (), r"returned no list of \{key: value\}"),
+        ("def get_sweep():\n    return 1 / 0", (), "trying.py:9: ZeroDivisionError"),
+        (one("sede", 1, 2), (), r"trial 1 \(sede=1\): unknown key"),
+        (one("seed", 1, -2), (), r"trial 2 \(seed=-2\): .*got -2"),
+        (one("seed", 3, 3), (), r"trials 1 and 2 \(seed=3\) are the same run"),
+        (one("log_every", 3, 4), (), "are the same run"),
+        (GRID, ("--config.seed=5",), "--config.seed is what the trials of the sweep differ in"),
+        (GRID, ("--config.distributed.auto=True",), "a sweep runs each trial in one process"),
+    ],
+)  # fmt: skip
+def test_sweeps_that_cannot_be_run_are_refused_before_any_trial(body, words, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        walk(write(tmp_path, body), *words)
+
+
+# ---- running them ----
+
+
+class Task:
+    """In the place of `tasks.run`: writes down what it was asked for."""
+
+    def __init__(self, **failing):
+        self.ran, self.failing = [], failing
+
+    def __call__(self, config, folder, *, file, **flags):
+        key = f"{config.optim.lr:g}/{config.seed}"
+        self.ran.append(key)
+        if key in self.failing:
+            raise self.failing[key]
+        folder.mkdir(parents=True)
+        found = {"metrics": {"validation/loss": config.optim.lr + config.seed}, "seconds": 1.5}
+        (folder / "summary.json").write_text(json.dumps(found))
+
+
+@pytest.fixture
+def task(monkeypatch):
+    def use(**failing):
+        made = Task(**failing)
+        monkeypatch.setattr(tasks, "run", made)
+        return made
+
+    return use
+
+
+def start(spec, folder, which="all", *words, **flags):
+    trials.run(spec, words, which, folder, **flags)
+
+
+def records(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+ALL = ["0.001/0", "0.001/1", "0.003/0", "0.003/1"]
+
+
+def test_what_has_ended_is_not_done_again(task, tmp_path, capsys):
+    spec, folder, ran = write(tmp_path), tmp_path / "sweep", task()
+    start(spec, folder, "2")
+    assert ran.ran == ALL[1:2]
+    start(spec, folder)
+    assert ran.ran == [ALL[1], ALL[0], *ALL[2:]]
+    capsys.readouterr()
+    start(spec, folder)
+    start(spec, folder, "list")
+    start(spec, folder, dry_run=True)
+    assert len(ran.ran) == 4
+    assert capsys.readouterr().out.count("4 of 4 trials have ended") == 3
+    found = {record["number"]: record for record in records(folder)}
+    assert found[4]["settings"] == {"optim.lr": 3e-3, "seed": 1} and found[4]["state"] == "done"
+    (result,) = found[4]["results"]
+    assert result["metrics"] == {"validation/loss": 1.003} and result["seed"] == 1
+    assert f"--config={spec} --config.optim.lr=0.003 --config.seed=1" in found[4]["command"]
+    assert found[4]["config"]["optim"]["lr"] == 3e-3
+    start(spec, folder, "3", fresh=True)
+    assert ran.ran[4:] == ["0.003/0"]
+
+
+def test_a_changed_config_makes_other_trials_and_leaves_the_old_ones(task, tmp_path):
+    spec, folder, ran = write(tmp_path), tmp_path / "sweep", task()
+    start(spec, folder)
+    start(spec, folder, "all", "--config.total=9")
+    assert ran.ran == 2 * ALL and len(records(folder)) == 8
+    write(tmp_path, GRID.replace("(0, 1)", "(0, 1, 2)"))  # other numbers, and two more trials
+    start(spec, folder)
+    assert ran.ran[8:] == ["0.001/2", "0.003/2"] and len(records(folder)) == 10
+
+
+def test_a_failure_is_recorded_and_does_not_stop_the_rest(task, tmp_path, capsys):
+    spec, folder = write(tmp_path), tmp_path / "sweep"
+    ran = task(
+        **{
+            ALL[0]: DataError("no such file"),
+            ALL[1]: NumericsError("loss is NaN"),
+            ALL[2]: KeyError("bug"),
+        }
+    )
+    with pytest.raises(DataError, match="3 of 4 trials failed; trial 1: no such file"):
+        start(spec, folder)
+    assert ran.ran == ALL
+    found = {record["number"]: record for record in records(folder)}
+    assert [found[n]["exit_code"] for n in (1, 2, 3, 4)] == [5, 3, 1, 0]
+    assert found[3]["reason"] == "KeyError: 'bug'" and found[3]["results"] == []
+    assert "Traceback" in capsys.readouterr().err
+    # What may have passed is tried again; that it diverges is a result.
+    ran = task()
+    with pytest.raises(NumericsError, match="^trial 2: loss is NaN"):
+        start(spec, folder)
+    assert ran.ran == [ALL[0], ALL[2]]
+    start(spec, folder, "1")
+    start(spec, folder, "2")
+    assert ran.ran == [ALL[0], ALL[2], ALL[1]]
+    start(spec, folder)
+
+
+def test_a_task_of_which_nothing_is_known_afterwards_has_failed(monkeypatch, tmp_path):
+    monkeypatch.setattr(tasks, "run", lambda *args, **flags: None)
+    with pytest.raises(ConfigError, match="the task 'train' leaves no summary.json"):
+        start(write(tmp_path), tmp_path / "sweep", "1")
+
+
+def test_a_generator_may_ask_twice(task, tmp_path, capsys):
+    body = "def get_sweep():\n    for rate in (1e-3, 3e-3, 1e-3):\n        yield {'optim.lr': rate}"
+    spec, ran = write(tmp_path, body), task()
+    start(spec, tmp_path / "sweep")
+    assert ran.ran == ["0.001/0", "0.003/0"]
+    assert "2 of 2 trials have ended" in capsys.readouterr().out
+
+
+def test_a_signal_stops_all(task, tmp_path):
+    spec, folder = write(tmp_path), tmp_path / "sweep"
+    ran = task(**{ALL[1]: Preempted("stopped by SIGTERM")})
+    with pytest.raises(Preempted):
+        start(spec, folder)
+    assert ran.ran == ALL[:2] and len(records(folder)) == 1
+
+
+def test_a_trial_that_runs_elsewhere_is_passed_by(task, tmp_path, capsys):
+    spec, folder, ran = write(tmp_path), tmp_path / "sweep", task()
+    third = walk(spec)[2]
+    with workdir.locked(folder / "locks", print, f"{third.name}.json"):
+        start(spec, folder)
+    assert ran.ran == [ALL[0], ALL[1], ALL[3]]
+    assert "trial 3 is being run already" in capsys.readouterr().out
+
+
+def test_commands_at_once_share_the_trials(monkeypatch, tmp_path):
+    spec, folder, both = write(tmp_path), tmp_path / "sweep", threading.Barrier(2, timeout=20)
+    made, work = Task(), Task.__call__
+
+    def slowly(*args, **flags):
+        both.wait()  # each of two has one
+        work(made, *args, **flags)
+
+    monkeypatch.setattr(tasks, "run", slowly)
+    threads = [threading.Thread(target=start, args=(spec, folder)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made.ran) == ALL and len(records(folder)) == 4
+
+
+@pytest.mark.parametrize("which", ["0", "9", "-1", "some"])
+def test_there_has_to_be_such_a_trial(which, task, tmp_path):
+    task()
+    with pytest.raises(ConfigError, match=f"--sweep={which}: "):
+        start(write(tmp_path), tmp_path / "sweep", which)
+
+
+ADAPTIVE = """
+def get_sweep():
+    rate, losses = 1e-3, []
+    for _ in range(3):
+        record = yield {"optim.lr": rate}
+        losses.append(record["results"][0]["metrics"]["validation/loss"])
+        rate = round(min(losses) / 2, 6)
+"""
+
+
+def test_a_generator_learns_from_the_trials_and_goes_on_where_it_was(task, tmp_path):
+    spec, folder = write(tmp_path, ADAPTIVE), tmp_path / "sweep"
+    ran = task(**{"0.0005/0": Preempted("stopped")})
+    with pytest.raises(Preempted):
+        start(spec, folder)
+    assert [trial.settings for trial in walk(spec, folder=folder)] == [
+        {"optim.lr": 1e-3},
+        {"optim.lr": 5e-4},
+    ]
+    ran = task()
+    start(spec, folder)
+    assert ran.ran == ["0.0005/0", "0.00025/0"]
+
+
+def test_a_trial_of_a_real_sweep_is_the_run_alone(tmp_path):
+    spec = write(tmp_path)
+    words = ["--config.total=3", "--config.eval_every=0", "--config.save_every=0"]
+    start(spec, tmp_path / "sweep", "4", *words)
+    trial = walk(spec, *words)[3]
+    tasks.run(trial.config, tmp_path / "alone", file=spec)
+    summary = json.loads((tmp_path / "alone/summary.json").read_text())
+    (result,) = trials.read(tmp_path / "sweep", trial)["results"]
+    for name, value in summary["metrics"].items():
+        if name.startswith(("train", "validation")):
+            assert result["metrics"][name] == value
+    assert result["trainable_parameters"] == summary["trainable_parameters"]
+
+
+def test_listing_on_the_command_line_needs_no_jax(tmp_path):
+    spec = write(tmp_path)
+    code = (
+        "import runpy, sys\n"
+        "runpy.run_path('run.py')['main'](sys.argv[1:])\n"
+        "assert 'jax' not in sys.modules"
+    )
+    words = [f"--config={spec}", "--sweep=list", f"--workdir={tmp_path}/sweep"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "optim.lr" in done.stdout and "0 of 4 trials have ended" in done.stdout
+
+
+def test_the_number_that_is_shown_is_the_one_that_the_runs_choose_by():
+    def record(best, *names):
+        return {"config": {"best": best}, "results": [{"metrics": dict.fromkeys(names, 0.5)}]}
+
+    loss, accuracy = "validation/loss", "validation/classify/accuracy"
+    assert trials.main_metric([record(loss, accuracy, loss)]) == loss
+    assert trials.main_metric([record("", accuracy, loss), record(accuracy, accuracy)]) == accuracy
+    assert trials.main_metric([record(None, loss, "train/accuracy", accuracy)]) == accuracy
+    assert trials.main_metric([record(loss, "train/loss")]) == trials.main_metric([]) == ""
+
+
+def test_secrets_are_in_no_record(task, tmp_path):
+    body = GRID + "\nplain = get_config\ndef get_config():\n    config = plain()\n"
+    body += "    config.hub_token = ''\n    return config\n"
+    task()
+    start(write(tmp_path, body), tmp_path / "sweep", "1", "--config.hub_token=abc123")
+    (file,) = (tmp_path / "sweep").glob("*.json")
+    assert "hub_token" in file.read_text() and "abc123" not in file.read_text()
+
+
+def test_a_failure_without_a_code_of_its_own_keeps_its_words(task, tmp_path):
+    task(**dict.fromkeys(ALL, ValueError("odd")))
+    with pytest.raises(FmjaxError, match="4 of 4 trials failed; trial 1: ValueError: odd"):
+        start(write(tmp_path), tmp_path / "sweep")
