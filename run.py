@@ -38,13 +38,13 @@ def main(words: list[str]) -> None:
     if not flags.config:
         raise ConfigError(f"--config is missing.{did_you_mean('', Path('configs').glob('*.py'))}")
     file = Path(flags.config.partition(":")[0])
-    if flags.sweep:
+    if flags.sweep is not None:
         if flags.print_config:
             raise ConfigError(
                 "--print_config shows one config: start it with a trial's own command"
             )
         folder, how = flags.workdir or f"runs/{file.stem}", dict(fresh=flags.fresh)
-        trials.run(flags.config, overrides, flags.sweep, folder, dry_run=flags.dry_run, **how)
+        trials.start(flags.config, overrides, flags.sweep, folder, dry_run=flags.dry_run, **how)
         return
     config = configs.load(flags.config, overrides)
     if flags.print_config:
@@ -54,7 +54,7 @@ def main(words: list[str]) -> None:
         return
     own = file.parent if file.name == "config.json" else None  # the run that it was saved by
     folder = Path(flags.workdir or own or f"runs/{file.stem}-{configs.digest(config)}")
-    tasks.run(config, folder, file=file, fresh=flags.fresh, dry_run=flags.dry_run)
+    tasks.start(config, folder, file=file, fresh=flags.fresh, dry_run=flags.dry_run)
 
 
 def use_huge_pages() -> None:

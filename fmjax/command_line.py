@@ -12,7 +12,7 @@ from fmjax import rules
 from fmjax.errors import ConfigError, did_you_mean, quoted
 from fmjax.plain import flatten, plain
 
-FLAGS = ("--config", "--workdir", "--fresh", "--dry_run", "--print_config", "--help")
+FLAGS = ("--config", "--workdir", "--fresh", "--dry_run", "--print_config", "--sweep", "--help")
 # What reading a value raises; the literal reader's own words are about syntax trees.
 UNREADABLE = (ValueError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError)
 

@@ -37,11 +37,12 @@ class Group(NamedTuple):
             found[seed] = np.float64(result["metrics"][metric])
             each = result.get("examples", {}).get(metric.removeprefix("validation/"))
             if each is not None and by_example:
-                if not np.isclose(each.mean(dtype=np.float64), found[seed], rtol=1e-4, atol=1e-6):
+                mean = each.mean(dtype=np.float64)
+                if not np.isclose(mean, found[seed], rtol=1e-4, atol=1e-6, equal_nan=True):
                     raise CheckpointError(
-                        f"{result['folder']}: its examples have the mean {each.mean()} of "
-                        f"{metric}, its summary has {found[seed]}: they are not of the same "
-                        "evaluation."
+                        f"{result['folder']}: examples.npz has the mean {mean} of {metric}, "
+                        f"summary.json {found[seed]}: they are not of the same evaluation. Do "
+                        "the trial again, with --sweep=<its number> --fresh."
                     )
                 found[seed] = np.asarray(each, np.float64)
         return found
@@ -97,9 +98,11 @@ class Row(NamedTuple):
     group: Group
     mean: float
     interval: statistics.Estimate | None
-    against: statistics.Comparison | None = None
-    p: float = float("nan")  # after Holm's correction
+    more: statistics.Estimate | None = None  # what it has more than the first
+    p: float = float("nan")  # of no difference, after Holm's correction
+    p_signs: float = float("nan")  # of the same by exchanging pairs of seeds, without correction
     verdict: str = ""
+    detectable: float = float("nan")  # the difference that such runs would show four times of five
 
 
 def compare(found: Sequence[Group], metric: str, level: float = 0.95) -> list[Row]:
@@ -110,21 +113,27 @@ def compare(found: Sequence[Group], metric: str, level: float = 0.95) -> list[Ro
     each = [result.get("examples", {}) for group in found for result in group.results.values()]
     same = len({one["label"].tobytes() for one in each if "label" in one}) == 1
     whole = [group.values(metric, by_example=same) for group in found]
-    rows, family = [], {}
+    rows = []
     for number, (group, values) in enumerate(zip(found, whole, strict=True)):
         own = _stacked(list(values.values()))
-        interval = (
-            statistics.estimate(own, level) if np.isfinite(own).all() and len(own) > 1 else None
-        )
-        rows.append(Row(group, float(own.mean()) if len(own) else float("nan"), interval))
+        known = len(own) > 1 and np.isfinite(own).all()
+        interval = statistics.estimate(own, level) if known else None
+        row = Row(group, float(own.mean()) if len(own) else float("nan"), interval)
         one, other = _pairs(values, whole[0])
         failed = group.failed or found[0].failed
         if number and not failed and len(one) > 1 and np.isfinite(one - other).all():
-            family[number] = statistics.compare(one, other, level)
-    raised = statistics.holm([one.p for one in family.values()])
-    told = statistics.verdicts({str(n): one for n, one in family.items()}, level)
-    for (number, one), p in zip(family.items(), raised, strict=True):
-        rows[number] = rows[number]._replace(against=one, p=p, verdict=told[str(number)])
+            difference = one - other
+            by_seed = difference.mean(1) if difference.ndim == 2 else difference
+            more, signs = statistics.estimate(difference, level), statistics.signs(by_seed)
+            row = row._replace(more=more, p=statistics.p_value(more), p_signs=signs)
+        rows.append(row)
+    family = [number for number, row in enumerate(rows) if row.more]
+    raised = statistics.holm([rows[number].p for number in family])
+    first = 1 - (1 - level) / max(len(family), 1)  # the level of Holm's first step
+    for number, p in zip(family, raised, strict=True):
+        more = rows[number].more
+        told = dict(p=p, verdict=statistics.verdict(more, p, level))
+        rows[number] = rows[number]._replace(detectable=statistics.detectable(more, first), **told)
     return rows
 
 
@@ -160,14 +169,14 @@ def text(rows: Sequence[Row], metric: str, level: float = 0.95) -> str:
     ]
     lines = [heads]
     for row in rows:
-        number, against = str(len(row.group.values(metric))), row.against
+        number = str(len(row.group.values(metric, by_example=False)))
         number += f", {row.group.failed} failed" if row.group.failed else ""
         own = [row.group.name, number, f"{row.mean:.4f}", _range(row.interval)]
-        if against is None:
+        if row.more is None:
             lines.append([*own, "", "", "", "", ""])
             continue
-        told = [f"{against.estimate.mean:+.4f}", _range(against.estimate, "+"), f"{row.p:.2g}"]
-        lines.append([*own, *told, row.verdict, f"{against.detectable:.4f}"])
+        told = [f"{row.more.mean:+.4f}", _range(row.more, "+"), f"{row.p:.2g}", row.verdict]
+        lines.append([*own, *told, f"{row.detectable:.4f}"])
     return table(lines)
 
 

@@ -15,7 +15,7 @@ import os
 import re
 import runpy
 import traceback
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ SECRET = re.compile(
     r"(^|_)(token|(api)?key|secret|passw(or)?d|passphrase|credential)s?($|_)", re.IGNORECASE
 )
 ABSENT = "(absent)"
+TRIALS = "expected a list with a {key: value} for each trial; see fmjax/sweep.py"
 
 
 def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
@@ -79,16 +80,24 @@ def sweep(spec: str) -> list[dict[str, Any]] | Generator:
     name, _, arg = spec.partition(":")
     path = Path(name)
     _check_file(path)
-    with _located(path):
+    with located(path):
         found = _call(path, "get_sweep", arg or None)
     if inspect.isgenerator(found):
         return found
-    rows = list(found)
-    if not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise ConfigError(
-            f"--config={path}: get_sweep returned no list of {{key: value}}; see fmjax/sweep.py"
-        )
-    return [dict(row) for row in rows]
+    if not isinstance(found, Sequence) or not found:
+        raise ConfigError(f"--config={path}: get_sweep gave {quoted(found)}, {TRIALS}")
+    return [settings(path, row) for row in found]
+
+
+def settings(path: str | os.PathLike, trial: Any) -> dict[str, Any]:
+    """What a sweep sets in a trial, numbers of numpy as Python's.
+
+    Raises ConfigError for what is no {key: value}.
+    """
+    if not isinstance(trial, Mapping) or not all(isinstance(key, str) for key in trial):
+        raise ConfigError(f"--config={path}: get_sweep gave {quoted(trial)}, {TRIALS}")
+    own = lambda value: value.item() if hasattr(value, "item") else value
+    return {key: own(value) for key, value in trial.items()}
 
 
 def changes(config: ConfigDict, file: str | os.PathLike) -> list[tuple[str, Any, Any]]:
@@ -240,7 +249,7 @@ def may_change(key: str) -> bool:
 
 def _read(path: Path, arg: str | None) -> ConfigDict:
     _check_file(path)
-    with _located(path):
+    with located(path):
         if path.suffix == ".json":
             return ConfigDict(from_json(path.read_text(encoding="utf-8")))
         config = _call(path, "get_config", arg)
@@ -259,7 +268,7 @@ def _check_file(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _located(path: Path) -> Iterator[None]:
+def located(path: Path) -> Iterator[None]:
     """Turns what the user's own code raises into a ConfigError that says where."""
     try:
         yield

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import build, data, evaluate, losses, pretrained, processes, sharding
+from fmjax.data import cache
 from fmjax.errors import ConfigError
 
 DEFAULTS = {"format": "texts", "long": "truncate", "seq_len": 128}
@@ -43,6 +44,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             out = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+            cache.reserve(path)
         for index, rows in found:
             if jax.process_index() == 0:
                 out[index] = rows

@@ -213,6 +213,8 @@ def by_example(
         if objective.each:
             told = objective.each(outputs[objective.name], labels)
             found |= {f"{objective.name}/{name}": values for name, values in told.items()}
+            if len(objectives) == 1 and "loss" in told and objective.weight == 1:
+                found["loss"] = told["loss"]
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from fmjax import (
@@ -170,12 +171,16 @@ def _compare(
     are the merged ones."""
     if not limit:
         return
-    as_trained = dict(data={}, objectives=None, batch_size=None, split="validation", limit=limit)
+    config = opened.config
+    as_trained = dict(data={}, objectives=None, batch_size=config.batch_size // config.accumulate)
+    settings = ConfigDict(as_trained | dict(split="validation", limit=limit))
+    measure, problem = None, "another process lacks the data"
     try:
-        measure = evaluate.Measure(ConfigDict(as_trained), opened, mesh)
+        measure = evaluate.Measure(settings, opened, mesh)
     except FmjaxError as error:
-        told = f"not measured on the run's validation split: {error}"
-    else:
+        problem = error
+    told = f"not measured on the run's validation split: {problem}"
+    if all(multihost_utils.process_allgather(np.array([measure is not None])).flat):
         before = measure(opened.model, opened.params, mesh)
         after = measure(model, params, mesh)
         pairs = (f"{name} {before[name]:.6g} -> {after[name]:.6g}" for name in before)

@@ -144,6 +144,15 @@ class Monitor:
                 self._progress.print(f"step {step}, arm {self._arm}: {told}")
             self._tell_best(step, named)
 
+    def _keep(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """A full disk is not worth a training run; old numbers beside new ones would be wrong."""
+        file = self.folder.path / workdir.EXAMPLES
+        try:
+            workdir.write_arrays(file, arrays)
+        except OSError as error:
+            file.unlink(missing_ok=True)
+            self._progress.print(f"{self._prefix}{file} cannot be written and is left out: {error}")
+
     def owes_evaluation(self, step: int) -> bool:
         """Whether a signal has cut the evaluation of `step` short, in this sitting or the last."""
         return self._results[0] != step

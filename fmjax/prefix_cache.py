@@ -144,6 +144,7 @@ def _compute(run: Any, params: Any, split: Any, layers: int, folder: Path, stop)
     first, last = split.extent(np.arange(len(split)))
     shape = int(last[-1]), run.model.cfg.width
     out = np.memmap(folder / "states", DTYPES[run.model.cfg.dtype], "w+", shape=shape)
+    cache.reserve(folder / "states")
     steps = data.eval_steps(split, BATCH)
     with progress.part(print) as show:
         for done, batch in enumerate(data.eval_batches(split, batch_size=BATCH), 1):

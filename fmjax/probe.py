@@ -35,6 +35,11 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     Scores are those of the objective `classify`, under the names that training gives them in
     summary.json, which is written to `workdir`, with examples.npz beside it.
     """
+    if (Path(workdir) / "config.json").exists():
+        raise ConfigError(
+            f"--workdir={workdir} holds a training run, whose {FILE} would be lost: use another "
+            "one, and --config.folder for the run that features are taken of."
+        )
     with processes.start(config) as mesh:
         if jax.process_count() > 1:
             raise ConfigError("The task 'probe' works in one process.")
@@ -52,6 +57,10 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
                 "config.data.validation_fraction."
             )
         words = config.features == "words"
+        if words and config.layer is not None:
+            raise ConfigError(
+                f"config.layer={config.layer} means nothing with config.features='words'."
+            )
         fitted = classifier(config.classifier, config.args.to_dict(), words)
         if dry_run:
             return
@@ -161,6 +170,7 @@ def vectors(
     def compute(folder: Path) -> dict:
         shape = len(split), opened.model.cfg.width
         out = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float32, shape)
+        cache.reserve(folder / "vectors.npy")
         for index, rows in embed.vectors(
             opened, split, config.batch_size, config.pool, False, mesh
         ):

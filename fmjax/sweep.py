@@ -58,13 +58,20 @@ def chain(*sweeps: Sequence[Trial]) -> list[Trial]:
     return list(itertools.chain(*sweeps))
 
 
-def random(count: int, seed: int = 0, /, **draws: Draw) -> list[Trial]:
-    """`count` trials with each key drawn; a key with dots is given as **{"optim.lr": …}.
+def random(draws: Mapping[str, Any], count: int, seed: int = 0) -> list[Trial]:
+    """At most `count` trials with each key drawn, those that were drawn before left out.
 
-    The first trials stay the same where `count` grows.
+    The first trials stay the same where `count` grows. Raises ConfigError for a key that is given
+    no draw.
     """
+    if wrong := [key for key, draw in draws.items() if not callable(draw)]:
+        raise ConfigError(
+            f"sweep.random: {wrong[0]!r} is given {draws[wrong[0]]!r}, which is no draw such as "
+            "sweep.choice(1, 2)"
+        )
     rngs = {key: np.random.default_rng([seed, *key.encode()]) for key in draws}
-    return [{key: draw(rngs[key]) for key, draw in draws.items()} for _ in range(count)]
+    found = [{key: draw(rngs[key]) for key, draw in draws.items()} for _ in range(count)]
+    return [trial for i, trial in enumerate(found) if trial not in found[:i]]
 
 
 def uniform(low: float, high: float) -> Draw:

@@ -11,7 +11,7 @@ from fmjax import rules, workdir
 from fmjax.errors import ConfigError
 
 
-def run(
+def start(
     config: ConfigDict,
     folder: str | os.PathLike,
     *,

@@ -16,6 +16,7 @@ jax.
 
 import contextlib
 import inspect
+import itertools
 import json
 import os
 import shlex
@@ -55,7 +56,7 @@ class Trial(NamedTuple):
         return f"{self.config.task}-{configs.digest(self.config)}"
 
 
-def run(
+def start(
     spec: str,
     overrides: Sequence[str],
     which: str,
@@ -76,19 +77,26 @@ def run(
         any is run. What a trial has failed with, when all have been tried.
     """
     folder, wanted = Path(folder), _number(which)
-    told = []
+    looks = dry_run or which == "list"
+    if looks and fresh:
+        raise ConfigError("--fresh means nothing to --sweep=list and --dry_run")
+    told: dict[str, tuple[Trial, Record | None]] = {}
+    number = 0
     for trial in walk(spec, overrides, folder):
-        if not dry_run and which != "list" and wanted in (None, trial.number):
+        number = trial.number
+        # A sweep that learns may ask for one twice.
+        if not looks and wanted in (None, number) and trial.name not in told:
             _take(trial, spec, folder, fresh=fresh, again=wanted is not None)
-        if trial.name not in {other.name for other, _ in told}:  # what learns may ask twice
-            told.append((trial, read(folder, trial)))
-    if wanted and wanted > len(told):
-        raise ConfigError(f"--sweep={which}: the sweep has the trials 1 to {len(told)}")
-    show(told, folder)
-    failed = [pair for pair in told if pair[1] and pair[1]["state"] == "failed"]
+        told[trial.name] = trial, read(folder, trial)
+    if not told:
+        raise ConfigError(f"--config={spec}: get_sweep gave no trial")
+    if (wanted or 0) > number:
+        raise ConfigError(f"--sweep={which}: the sweep has the trials 1 to {number} so far")
+    show(list(told.values()), folder)
+    failed = [pair for pair in told.values() if pair[1] and pair[1]["state"] == "failed"]
     if wanted:
         failed = [pair for pair in failed if pair[0].number == wanted]
-    if failed and not dry_run and which != "list":
+    if failed and not looks:
         trial, record = failed[0]
         more = f"{len(failed)} of {len(told)} trials failed; " if len(failed) > 1 else ""
         raise of_exit_code(record["exit_code"])(f"{more}trial {trial.number}: {record['reason']}")
@@ -97,20 +105,22 @@ def run(
 def walk(spec: str, overrides: Sequence[str], folder: Path) -> Iterator[Trial]:
     """The trials in order. A sweep that is a generator is sent the record of each before it says
     the next, and ends for now where there is none."""
+    path = spec.partition(":")[0]
     sweep = configs.sweep(spec)
     if not inspect.isgenerator(sweep):
         yield from _different([_trial(spec, overrides, n, own) for n, own in enumerate(sweep, 1)])
         return
-    number, settings = 1, next(sweep, None)
-    while settings is not None:
-        trial = _trial(spec, overrides, number, settings)
+    record = None
+    for number in itertools.count(1):
+        with configs.located(Path(path)):
+            try:
+                own = sweep.send(record)
+            except StopIteration:
+                return
+        trial = _trial(spec, overrides, number, configs.settings(path, own))
         yield trial
         record = read(folder, trial)
         if record is None:
-            return
-        try:
-            number, settings = number + 1, sweep.send(record)
-        except StopIteration:
             return
 
 
@@ -142,6 +152,11 @@ def _trial(spec: str, overrides: Sequence[str], number: int, settings: Mapping[s
             "config.distributed: a sweep runs each trial in one process. For one on several, start "
             f"it by itself: python run.py {shlex.join([f'--config={named}', *own])} …"
         )
+    if both := settings.keys() & dict(config.get("arms", ())).keys():
+        raise ConfigError(
+            f"trial {number} ({_told(settings)}): {sorted(both)[0]!r} is what config.arms "
+            "varies within each trial: leave it out of one of them"
+        )
     return Trial(number, dict(settings), [f"--config={named}", *overrides, *own], config)
 
 
@@ -151,7 +166,8 @@ def _different(trials: list[Trial]) -> list[Trial]:
         if trial.name in numbers:
             raise ConfigError(
                 f"get_sweep: the trials {numbers[trial.name]} and {trial.number} "
-                f"({_told(trial.settings)}) are the same run"
+                f"({_told(trial.settings)}) are the same run: what they differ in, if anything, "
+                "does not change its numbers"
             )
         numbers[trial.name] = trial.number
     return trials
@@ -171,9 +187,14 @@ def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) ->
             diverged = before["exit_code"] == NumericsError.exit_code
             if before["state"] == "done" or diverged and not again:
                 return
+        if fresh and where.exists():
+            try:
+                with workdir.locked(where, print):
+                    shutil.rmtree(where)
+            except workdir.InUse as error:
+                print(f"\ntrial {trial.number} is being run already: {error}", flush=True)
+                return
         file.unlink(missing_ok=True)
-        if fresh:
-            shutil.rmtree(where, ignore_errors=True)
         print(f"\ntrial {trial.number}: {_told(trial.settings)}", flush=True)
         record = {
             "number": trial.number,
@@ -186,9 +207,12 @@ def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) ->
         }
         started = time.monotonic()
         try:
-            tasks.run(trial.config, where, file=spec.partition(":")[0])
+            tasks.start(trial.config, where, file=spec.partition(":")[0])
         except Preempted:
             raise
+        except workdir.InUse as error:  # by a command of its own
+            print(f"trial {trial.number} is being run already: {error}", flush=True)
+            return
         except Exception as error:  # A bug too is no reason not to try the others.
             if not isinstance(error, FmjaxError):
                 traceback.print_exc()
@@ -198,7 +222,10 @@ def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) ->
             )
             code = getattr(error, "exit_code", FmjaxError.exit_code)
             record |= {"state": "failed", "reason": reason[:2000], "exit_code": code}
-        record |= {"seconds": time.monotonic() - started, "results": found(where, trial.config)}
+        results = found(where, trial.config)
+        here = time.monotonic() - started  # what all sittings took is known by what they wrote
+        seconds = max([here, *(float(one["seconds"]) for one in results if "seconds" in one)])
+        record |= {"seconds": seconds, "results": results}
         if record["state"] == "done" and not record["results"]:
             reason = (
                 f"the task {trial.config.task!r} leaves no summary.json, so that nothing is known"
@@ -234,10 +261,9 @@ def show(told: Sequence[tuple[Trial, Record | None]], folder: Path) -> None:
     rows = [["", *keys, "state", *([metric] if metric else []), "time"]]
     for trial, record in told:
         settings = [_short(trial.settings.get(key, "")) for key in keys]
-        state = record["state"] if record else _state(folder / trial.name)
+        state = record["state"] if record else _state(folder, trial)
         results = record["results"] if record else []
-        values = [one["metrics"][metric] for one in results if metric in one["metrics"]]
-        number = [spread(values) if values else ""] if metric else []
+        number = [_number_of(results, metric)] if metric else []
         rows.append(
             [
                 str(trial.number),
@@ -273,13 +299,30 @@ def _with_examples(record: Record, folder: Path) -> Record:
     for result in record["results"]:
         file = folder / result["folder"] / workdir.EXAMPLES
         with np.load(file) if file.exists() else contextlib.nullcontext({}) as arrays:
-            results.append(result | {"examples": dict(arrays.items())})
+            own = {"folder": str(file.parent), "examples": dict(arrays.items())}
+            results.append(result | own)
     return record | {"results": results}
 
 
-def _state(folder: Path) -> str:
-    status = _json(folder / "status.json")
-    return f"{status['state']} at step {status['step']}" if status else ""
+def _number_of(results: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """The mean over seeds; of arms that differ in more than the seed from the least to the most."""
+    well = [one for one in results if not one["failed"] and metric in one["metrics"]]
+    values = [float(one["metrics"][metric]) for one in well]
+    if values and any(one["arm"].keys() - {"seed"} for one in well):
+        return f"{min(values):.4f} … {max(values):.4f}"
+    failed = sum(bool(one["failed"]) for one in results)
+    lost = f", {failed} failed" if failed else ""
+    return f"{spread(values)}{lost}" if values else lost.removeprefix(", ")
+
+
+def _state(folder: Path, trial: Trial) -> str:
+    """How far one is that has no record."""
+    held = [folder / "locks" / f"{trial.name}.json", folder / trial.name / "lock.json"]
+    runs = any(map(workdir.is_locked, held))
+    own = workdir.of_arms(folder / trial.name, trial.config)
+    steps = [status["step"] for path in own if (status := _json(path / "status.json"))]
+    at = f" at step {min(steps)}" if steps else ""
+    return f"running{at}" if runs else f"stopped{at}" if at else ""
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -204,7 +204,21 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def is_locked(file: Path) -> bool:
+    """Whether a process holds this lock file."""
+    try:
+        with file.open("rb") as opened:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _keep_config(file: Path, config: ConfigDict, log: Callable[[str], None]) -> None:

@@ -34,7 +34,7 @@ def test_trials_of_depth_run_and_are_compared(home, encoder, tmp_path, capsys): 
     words = [*files(home), f"--config.init={encoder}", "--config.data.seq_len=12"]
     spec = f"{DEPTH}:tiny,steps=3,seeds=2"
     for number in ("1", "4"):
-        trials.run(spec, words, number, tmp_path)
+        trials.start(spec, words, number, tmp_path)
     told = {t.number: trials.read(tmp_path, t) for t in trials.walk(spec, words, tmp_path)}
     assert {number for number, record in told.items() if record} == {1, 4}
     assert [result["arm"] for result in told[1]["results"]] == [{"seed": 0}, {"seed": 1}]
@@ -49,5 +49,5 @@ def test_trials_of_depth_run_and_are_compared(home, encoder, tmp_path, capsys): 
 @pytest.mark.slow
 def test_all_trials_of_depth_run(home, encoder, tmp_path):  # noqa: F811
     words = [*files(home), f"--config.init={encoder}", "--config.data.seq_len=12"]
-    trials.run(f"{DEPTH}:tiny,steps=2,seeds=2", words, "all", tmp_path)
+    trials.start(f"{DEPTH}:tiny,steps=2,seeds=2", words, "all", tmp_path)
     assert len(list(tmp_path.glob("*.json"))) == 9

@@ -61,11 +61,13 @@ def test_groups_are_compared_seed_by_seed():
         result["seed"] = 5 - i  # in another order
     rows = comparisons.compare(comparisons.groups(records), METRIC)
     assert [row.verdict for row in rows] == ["", "higher", "", ""]
-    wanted = statistics.compare(other, first)
-    np.testing.assert_allclose(rows[1].against.estimate, wanted.estimate)
-    np.testing.assert_allclose(rows[1].interval, statistics.estimate(other))
-    assert rows[1].p == pytest.approx(wanted.p)
-    assert wanted.estimate.high - wanted.estimate.low < 0.02  # though seeds are far apart
+    wanted = statistics.estimate(other - first)
+    np.testing.assert_allclose(rows[1].more[:3], wanted[:3])
+    np.testing.assert_allclose(rows[1].interval[:3], statistics.estimate(other)[:3])
+    assert rows[1].p == pytest.approx(statistics.p_value(wanted))
+    assert rows[1].p_signs == statistics.signs(other - first)
+    assert rows[1].detectable == pytest.approx(statistics.detectable(wanted))
+    assert wanted.high - wanted.low < 0.02  # though seeds are far apart
     assert rows[2].interval is None and rows[2].mean == far[0] and np.isnan(rows[3].mean)
     told = comparisons.text(rows, METRIC).splitlines()
     assert len(told) == 5 and "higher" in told[2] and told[2].startswith("lora")
@@ -80,7 +82,7 @@ def test_a_group_of_which_one_failed_is_not_judged_by_the_others():
     assert whole[1].verdict == "higher"
     records.append({"settings": {"arg": "lora", "seed": 4}, "results": [], "reason": "NaN"})
     rows = comparisons.compare(comparisons.groups(records), METRIC)
-    assert rows[1].verdict == "" and rows[1].against is None and rows[1].group.failed == 1
+    assert rows[1].verdict == "" and rows[1].more is None and rows[1].group.failed == 1
     assert "4, 1 failed" in comparisons.text(rows, METRIC)
     # An arm beside others, too; its last numbers are not taken.
     records[0]["results"][2]["failed"] = "NaN"
@@ -97,7 +99,7 @@ def test_what_has_no_seed_is_the_same_with_each():
         _, row = comparisons.compare(comparisons.groups(records), METRIC)
         reference = stats.ttest_1samp(values, 0.7)
         assert row.p == pytest.approx(reference.pvalue)
-        assert row.against.estimate.mean == pytest.approx(sign * (values.mean() - 0.7))
+        assert row.more.mean == pytest.approx(sign * (values.mean() - 0.7))
         assert row.verdict == ("higher" if sign > 0 else "lower")
 
 
@@ -112,18 +114,18 @@ def test_examples_are_paired_too():
             examples = {"classify/accuracy": row, "label": np.arange(500) % 3}
             result |= {"examples": examples, "folder": "."}
     rows = comparisons.compare(comparisons.groups(records), METRIC)
-    wanted = statistics.compare(right["b"], right["a"])
-    np.testing.assert_allclose(rows[1].against.estimate, wanted.estimate)
+    wanted = statistics.estimate(right["b"] * 1.0 - right["a"])
+    np.testing.assert_allclose(rows[1].more[:3], wanted[:3])
     assert rows[1].mean == pytest.approx(means[1].mean)
-    assert rows[1].against.estimate.error > 1.01 * means[1].against.estimate.error
+    assert rows[1].more.error > 1.01 * means[1].more.error
     # Other examples, or one that does not know them: means are compared.
     records[0]["results"][2]["examples"]["label"] = np.arange(500) % 2
     some = comparisons.compare(comparisons.groups(records), METRIC)
-    np.testing.assert_allclose(some[1].against.estimate, means[1].against.estimate)
+    np.testing.assert_allclose(some[1].more[:3], means[1].more[:3])
     records[0]["results"][2]["examples"]["label"] = np.arange(500) % 3
     del records[1]["results"][0]["examples"]
     some = comparisons.compare(comparisons.groups(records), METRIC)
-    np.testing.assert_allclose(some[1].against.estimate, means[1].against.estimate)
+    np.testing.assert_allclose(some[1].more[:3], means[1].more[:3])
     records[0]["results"][0]["metrics"] = {METRIC: 0.1}
     with pytest.raises(CheckpointError, match="not of the same evaluation"):
         comparisons.compare(comparisons.groups(records), METRIC)
@@ -133,5 +135,8 @@ def test_the_family_is_corrected():
     rng = np.random.default_rng(1)
     records = [record({"arg": str(i)}, *rng.standard_normal(5)) for i in range(6)]
     rows = comparisons.compare(comparisons.groups(records), METRIC)
-    alone = [row.against.p for row in rows[1:]]
+    alone = [statistics.p_value(row.more) for row in rows[1:]]
     assert [row.p for row in rows[1:]] == statistics.holm(alone) != alone
+    level = 1 - 0.05 / 5  # of the first step: what the verdict asks for
+    for row in rows[1:]:
+        assert row.detectable == statistics.detectable(row.more, level)

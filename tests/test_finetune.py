@@ -321,6 +321,24 @@ def test_a_probe_that_cannot_be_made_is_refused(home, tuned, word, said):
         probe.run(configs.load(str(ROOT / "configs/probe.py"), words), home / "refused")
 
 
+def test_what_an_example_adds_is_in_the_order_of_the_split():
+    squares = lambda found, labels: {"loss": (found["x"] - labels) ** 2}
+    made = objectives.Objective("regress", 1.0, None, None, each=squares)
+    rows = lambda index, real, labels: (np.array(index), np.array(real), np.array(labels))
+    batches = [
+        {"rows": rows([2, 0], [True, True], [12, 10]), "regress": {"x": np.array([14.0, 11.0])}},
+        {"rows": rows([1, 0], [True, False], [11, 0]), "regress": {"x": np.array([14.0, 9.0])}},
+    ]
+    found = evaluate.by_example(batches, [made], split=None)
+    np.testing.assert_array_equal(found["regress/loss"], [1, 9, 4])
+    np.testing.assert_array_equal(found["label"], [10, 11, 12])
+    # The loss of the run is the only objective's, unless that is weighted.
+    np.testing.assert_array_equal(found["loss"], found["regress/loss"])
+    assert "loss" not in evaluate.by_example(batches, [made._replace(weight=0.5)], split=None)
+    assert evaluate.by_example(batches, [made._replace(each=None)], split=None) == {}
+    assert evaluate.keeps([made]) and not evaluate.keeps([made._replace(each=None)])
+
+
 def test_score_is_told_only_of_real_rows_in_the_order_of_the_split():
     rows = lambda index, real, labels: (np.array(index), np.array(real), np.array(labels))
     batches = [

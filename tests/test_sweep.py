@@ -62,12 +62,15 @@ def test_what_is_drawn_stays_when_more_is_drawn():
         "model.dropout": sweep.uniform(0, 0.5),
         "adapter.rank": sweep.choice(4, 8, 16),
     }
-    many = sweep.random(200, 3, **space)
-    assert sweep.random(20, 3, **space) == many[:20] != sweep.random(20, 4, **space)
+    many = sweep.random(space, 200, 3)
+    assert sweep.random(space, 20, 3) == many[:20] != sweep.random(space, 20, 4)
     # One key's numbers do not depend on which others there are.
     del space["model.dropout"]
-    alone = sweep.random(20, 3, **space)
+    alone = sweep.random(space, 20, 3)
     assert [one["optim.lr"] for one in alone] == [one["optim.lr"] for one in many[:20]]
+    assert len(sweep.random({"adapter.rank": space["adapter.rank"]}, 50)) == 3  # no repeats
+    with pytest.raises(ConfigError, match="'total' is given 3, which is no draw"):
+        sweep.random({"total": 3}, 5)
     rates = [trial["optim.lr"] for trial in many]
     assert all(1e-5 <= rate <= 1e-2 and float(f"{rate:.3g}") == rate for rate in rates)
     assert 0.2 < sum(rate < 10**-3.5 for rate in rates) / 200 < 0.8
@@ -112,8 +115,12 @@ def test_a_trial_may_be_another_argument_of_the_config(tmp_path):
     ("body", "words", "said"),
     [
         ("", (), r"trying.py: the file defines no get_sweep\(arg=None\)"),
-        ("def get_sweep(): return []", (), r"returned no list of \{key: value\}"),
-        ("def get_sweep(): return ['seed']", (), r"returned no list of \{key: value\}"),
+        ("def get_sweep(): return []", (), r"gave \[\], expected a list with a \{key: value\}"),
+        ("def get_sweep(): return ['seed']", (), "gave 'seed', expected a list"),
+        ("def get_sweep(): pass", (), "gave None, expected a list"),
+        ("def get_sweep(): yield 3", (), "gave 3, expected a list"),
+        ("def get_sweep(): yield {'seed': 1 / 0}", (), "trying.py:8: ZeroDivisionError"),
+        (one("seed", 0, 1), ("--config.arms=(('seed', (0, 1)),)",), "is what config.arms varies"),
         ("def get_sweep():\n    return 1 / 0", (), "trying.py:9: ZeroDivisionError"),
         (one("sede", 1, 2), (), r"trial 1 \(sede=1\): unknown key"),
         (one("seed", 1, -2), (), r"trial 2 \(seed=-2\): .*got -2"),
@@ -132,7 +139,7 @@ def test_sweeps_that_cannot_be_run_are_refused_before_any_trial(body, words, sai
 
 
 class Task:
-    """In the place of `tasks.run`: writes down what it was asked for."""
+    """In the place of `tasks.start`: writes down what it was asked for."""
 
     def __init__(self, **failing):
         self.ran, self.failing = [], failing
@@ -151,14 +158,14 @@ class Task:
 def task(monkeypatch):
     def use(**failing):
         made = Task(**failing)
-        monkeypatch.setattr(tasks, "run", made)
+        monkeypatch.setattr(tasks, "start", made)
         return made
 
     return use
 
 
 def start(spec, folder, which="all", *words, **flags):
-    trials.run(spec, words, which, folder, **flags)
+    trials.start(spec, words, which, folder, **flags)
 
 
 def records(folder):
@@ -227,8 +234,65 @@ def test_a_failure_is_recorded_and_does_not_stop_the_rest(task, tmp_path, capsys
     start(spec, folder)
 
 
+def test_a_generator_may_give_up(task, tmp_path):
+    with pytest.raises(ConfigError, match="get_sweep gave no trial"):
+        start(write(tmp_path, "def get_sweep():\n    return\n    yield"), tmp_path / "sweep")
+    # What it makes of a trial that failed is its own; a mistake there has its place.
+    task(**{"0.001/0": NumericsError("NaN")})
+    with pytest.raises(ConfigError, match=r"trying.py:\d+: IndexError"):
+        start(write(tmp_path, ADAPTIVE), tmp_path / "sweep")
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    body = "import numpy\ndef get_sweep(): return sweep.grid('optim.lr', numpy.logspace(-4, -3, 2))"
+    assert [trial.config.optim.lr for trial in walk(write(tmp_path, body))] == [1e-4, 1e-3]
+
+
+def test_a_trial_that_a_command_of_its_own_runs_is_left_alone(task, tmp_path, monkeypatch, capsys):
+    spec, folder, ran = write(tmp_path), tmp_path / "sweep", task()
+    start(spec, folder)
+    second = folder / walk(spec)[1].name
+    with workdir.locked(second, print):
+        start(spec, folder, fresh=True)
+        assert ran.ran == [*ALL, ALL[0], *ALL[2:]]
+        assert (second / "summary.json").exists() and len(records(folder)) == 4
+        assert "trial 2 is being run already" in capsys.readouterr().out
+    task(**{ALL[1]: workdir.InUse("in use")})
+    (folder / f"{second.name}.json").unlink()
+    start(spec, folder)
+    assert len(records(folder)) == 3 and "trial 2 is being run already" in capsys.readouterr().out
+
+
+def test_the_list_says_how_far_each_is(task, tmp_path, capsys):
+    spec, folder = write(tmp_path), tmp_path / "sweep"
+    first, second, *_ = walk(spec)
+    for trial, step in ((first, 7), (second, 9)):
+        (folder / trial.name).mkdir(parents=True)
+        status = {"state": "running", "step": step}
+        (folder / trial.name / "status.json").write_text(json.dumps(status))
+    with workdir.locked(folder / "locks", print, f"{first.name}.json"):
+        start(spec, folder, "list")
+    told = capsys.readouterr().out
+    assert "running at step 7" in told and "stopped at step 9" in told
+    with pytest.raises(ConfigError, match="--fresh means nothing"):
+        start(spec, folder, "list", fresh=True)
+
+
+def test_arms_are_shown_as_what_they_are():
+    def result(accuracy, failed="", **arm):
+        return {"metrics": {"m": accuracy}, "failed": failed, "arm": arm}
+
+    seeds = [result(0.8, seed=0), result(0.9, seed=1)]
+    assert trials._number_of(seeds, "m") == "0.8500 ± 0.0707"
+    assert trials._number_of([*seeds, result(0.1, "NaN", seed=2)], "m").endswith(", 1 failed")
+    rates = [result(0.8, **{"optim.lr": 1e-3}), result(0.1, **{"optim.lr": 1.0})]
+    assert trials._number_of(rates, "m") == "0.1000 … 0.8000"
+    assert trials._number_of([result(0.1, "NaN")], "m") == "1 failed"
+    assert trials._number_of([], "m") == trials._number_of(seeds, "other") == ""
+
+
 def test_a_task_of_which_nothing_is_known_afterwards_has_failed(monkeypatch, tmp_path):
-    monkeypatch.setattr(tasks, "run", lambda *args, **flags: None)
+    monkeypatch.setattr(tasks, "start", lambda *args, **flags: None)
     with pytest.raises(ConfigError, match="the task 'train' leaves no summary.json"):
         start(write(tmp_path), tmp_path / "sweep", "1")
 
@@ -266,7 +330,7 @@ def test_commands_at_once_share_the_trials(monkeypatch, tmp_path):
         both.wait()  # each of two has one
         work(made, *args, **flags)
 
-    monkeypatch.setattr(tasks, "run", slowly)
+    monkeypatch.setattr(tasks, "start", slowly)
     threads = [threading.Thread(target=start, args=(spec, folder)) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -275,7 +339,7 @@ def test_commands_at_once_share_the_trials(monkeypatch, tmp_path):
     assert sorted(made.ran) == ALL and len(records(folder)) == 4
 
 
-@pytest.mark.parametrize("which", ["0", "9", "-1", "some"])
+@pytest.mark.parametrize("which", ["0", "9", "-1", "some", ""])
 def test_there_has_to_be_such_a_trial(which, task, tmp_path):
     task()
     with pytest.raises(ConfigError, match=f"--sweep={which}: "):
@@ -311,7 +375,7 @@ def test_a_trial_of_a_real_sweep_is_the_run_alone(tmp_path):
     words = ["--config.total=3", "--config.eval_every=0", "--config.save_every=0"]
     start(spec, tmp_path / "sweep", "4", *words)
     trial = walk(spec, *words)[3]
-    tasks.run(trial.config, tmp_path / "alone", file=spec)
+    tasks.start(trial.config, tmp_path / "alone", file=spec)
     summary = json.loads((tmp_path / "alone/summary.json").read_text())
     (result,) = trials.read(tmp_path / "sweep", trial)["results"]
     for name, value in summary["metrics"].items():

@@ -143,3 +143,10 @@ def remove_leftovers(folder: Path) -> None:
     """Delete what killed preparations left in `folder`. Call it with the lock held."""
     for path in folder.glob("*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def reserve(file: Path) -> None:
+    """Takes the room of a file that was made with its size but is empty, as a memory map is: where
+    there is none this is an OSError, later it would be the end of the process."""
+    with file.open("r+b") as opened:
+        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
