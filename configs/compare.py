@@ -29,14 +29,14 @@ from fmjax.config import parse_arg
 from fmjax.errors import ConfigError, did_you_mean
 
 # name: (what follows "configs/finetune" and the task, learning rate, that of BERT's size); those of
-# BERT's size of bitfit, pfeiffer, parallel, mlp and lstm were not tried against others.
+# BERT's size of pfeiffer, parallel, mlp and lstm were not tried against others.
 METHODS = {
-    "full": ("", "", 1e-3, 5e-5),
-    "last2": ("_last", ",layers=2", 3e-3, 1e-4),
-    "head": ("_head", "", 1e-2, 1e-3),
-    "bitfit": ("_bitfit", "", 3e-3, 1e-3),
-    "lora": ("_lora", "", 5e-3, 5e-4),
-    "qlora": ("_qlora", "", 5e-3, 5e-4),
+    "full": ("", "", 1e-3, 1e-4),
+    "last2": ("_last", ",layers=2", 3e-3, 3e-4),
+    "head": ("_head", "", 1e-2, 1e-2),
+    "bitfit": ("_bitfit", "", 3e-3, 3e-3),
+    "lora": ("_lora", "", 5e-3, 1e-3),
+    "qlora": ("_qlora", "", 5e-3, 1e-3),
     "ia3": ("_ia3", "", 3e-2, 3e-2),
     "houlsby": ("_adapter", ",kind=houlsby", 5e-3, 3e-3),
     "pfeiffer": ("_adapter", ",kind=pfeiffer", 5e-3, 3e-3),
