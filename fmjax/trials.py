@@ -24,6 +24,7 @@ import shutil
 import sys
 import time
 import traceback
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,14 @@ from ml_collections import ConfigDict
 
 from fmjax import comparisons, tasks, workdir
 from fmjax import config as configs
-from fmjax.errors import ConfigError, FmjaxError, NumericsError, Preempted, of_exit_code
+from fmjax.errors import (
+    CheckpointError,
+    ConfigError,
+    FmjaxError,
+    NumericsError,
+    Preempted,
+    of_exit_code,
+)
 from fmjax.logs import command, plain
 from fmjax.progress import duration, spread, table
 
@@ -298,9 +306,15 @@ def _with_examples(record: Record, folder: Path) -> Record:
     results = []
     for result in record["results"]:
         file = folder / result["folder"] / workdir.EXAMPLES
-        with np.load(file) if file.exists() else contextlib.nullcontext({}) as arrays:
-            own = {"folder": str(file.parent), "examples": dict(arrays.items())}
-            results.append(result | own)
+        try:
+            with np.load(file) if file.exists() else contextlib.nullcontext({}) as arrays:
+                own = {"folder": str(file.parent), "examples": dict(arrays.items())}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise CheckpointError(
+                f"{file} cannot be read ({error}): remove it, and means are compared alone, or do "
+                f"trial {record['number']} again with --fresh."
+            ) from error
+        results.append(result | own)
     return record | {"results": results}
 
 

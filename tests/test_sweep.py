@@ -11,7 +11,14 @@ from common import ROOT
 
 from fmjax import config as configs
 from fmjax import sweep, tasks, trials, workdir
-from fmjax.errors import ConfigError, DataError, FmjaxError, NumericsError, Preempted
+from fmjax.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FmjaxError,
+    NumericsError,
+    Preempted,
+)
 
 FILE = """
 import runpy
@@ -276,6 +283,19 @@ def test_the_list_says_how_far_each_is(task, tmp_path, capsys):
     assert "running at step 7" in told and "stopped at step 9" in told
     with pytest.raises(ConfigError, match="--fresh means nothing"):
         start(spec, folder, "list", fresh=True)
+
+
+def test_damaged_examples_are_named(task, tmp_path):
+    spec, folder = write(tmp_path), tmp_path / "sweep"
+    task()
+    start(spec, folder)
+    file = folder / walk(spec)[2].name / workdir.EXAMPLES
+    for damage in (b"", b"no archive", b"PK\x03\x04 half of one"):
+        file.write_bytes(damage)
+        with pytest.raises(CheckpointError, match="examples.npz cannot be read.*trial 3 again"):
+            start(spec, folder, "list")
+    file.unlink()
+    start(spec, folder, "list")
 
 
 def test_arms_are_shown_as_what_they_are():
