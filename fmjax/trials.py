@@ -306,9 +306,12 @@ def _with_examples(record: Record, folder: Path) -> Record:
     results = []
     for result in record["results"]:
         file = folder / result["folder"] / workdir.EXAMPLES
+        own = {"folder": str(file.parent), "examples": {}}
         try:
-            with np.load(file) if file.exists() else contextlib.nullcontext({}) as arrays:
-                own = {"folder": str(file.parent), "examples": dict(arrays.items())}
+            with file.open("rb") as opened, np.load(opened) as arrays:
+                own["examples"] = dict(arrays.items())
+        except FileNotFoundError:
+            pass  # a task that says nothing of single examples
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise CheckpointError(
                 f"{file} cannot be read ({error}): remove it, and means are compared alone, or do "
