@@ -35,7 +35,7 @@ def apart(config, folder):
 def same(one, other, tolerance=TOLERANCE):
     """Two run folders have equal logs, checkpoints with equal shapes, and close numbers."""
     for mine, its in zip(logs.read(one)[0], logs.read(other)[0], strict=True):
-        assert mine.keys() == its.keys()
+        assert mine.keys() - {"spent"} == its.keys() - {"spent"}  # which a fast step has not
         for name in mine:
             if name.startswith(("train/", "validation/", "optim/", "tokens", "flops")):
                 assert mine[name] == pytest.approx(its[name], rel=tolerance, abs=1e-6), name
