@@ -53,6 +53,7 @@ def get_config(arg=None):
         document="blank_line",  # what separates documents in .txt files; or line, file
         long="split",  # documents longer than seq_len; or truncate, drop, error
         on_bad_record="raise",
+        overlap="keep",  # texts that both files have; or drop, from training
         path="",
         subset="",
         revision="",

@@ -340,6 +340,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"data\.document", ("blank_line", "line", "file")),
     (r"data\.long", ("split", "truncate", "drop", "error")),
     (r"data\.on_bad_record", ("raise", "skip", "quarantine")),
+    (r"data\.overlap", ("keep", "drop")),
     (r"data\.pair", ("nsp", "sop")),
     (r"tokenizer\.kind", ("wordpiece", "bpe", "unigram")),
     (r"objectives\.mlm\.mask", MASKS),

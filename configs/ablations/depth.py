@@ -2,7 +2,7 @@
 
     python run.py --config=configs/ablations/depth.py:depth=6 --sweep --config.init=<MiniLM> \\
         --config.data.train=imdb/train.jsonl.gz --config.data.validation=imdb/test.jsonl.gz \\
-        --config.data.max_documents=3200
+        --config.data.max_documents=3200 --config.data.overlap=drop
     python run.py --config=configs/mlm.py && \\
         python run.py --config=configs/ablations/depth.py:tiny --sweep     # docstrings of Python
 

@@ -26,7 +26,7 @@ from fmjax.data.sources import Document, Source
 from fmjax.data.tokenizer import Prepared, Vocab
 from fmjax.errors import DataError, did_you_mean
 
-VERSION = 3  # of what a folder holds; raise it when the same records give other files
+VERSION = 4  # of what a folder holds; raise it when the same records give other files
 CHUNK = 1000  # examples that are tokenised at once
 
 
@@ -125,6 +125,7 @@ def _write(folder: Path, source: Source, words: Prepared, settings, log, poll) -
             while chunk := list(itertools.islice(documents, CHUNK)):
                 poll()
                 bad += store.write_bad(folder, chunk)
+                splits["train"].lost[store.OVERLAP] += store.overlapping(chunk)
                 for split, writer in splits.items():
                     kept = [document for document in chunk if document.split == split]
                     for document, examples in zip(kept, reader.examples(kept), strict=True):
@@ -147,7 +148,7 @@ class _Writer:
         self.documents, self.rows, self.sequences = 0, 0, 1
         self.ends, self.labels = [0], []
         self.first: dict[str, str] = {}  # class -> where it was first seen
-        self.lost = {"truncated_documents": 0, "dropped_documents": 0}
+        self.lost = {"truncated_documents": 0, "dropped_documents": 0, store.OVERLAP: 0}
 
     def __enter__(self) -> "_Writer":
         self._tokens = open(self.folder / f"{self.split}.tokens", "wb")

@@ -39,6 +39,7 @@ class DataSettings:
     document: str = "blank_line"
     long: str = "split"
     on_bad_record: str = "raise"
+    overlap: str = "keep"  # texts of `validation` that `train` has too; drop: not in training
     path: str = ""  # hub: id or local folder
     subset: str = ""
     revision: str = ""
@@ -52,6 +53,11 @@ class DataSettings:
         _check("data", self)
         if self.validation and not self.train and self.name != "hub":
             raise ConfigError("config.data.validation needs config.data.train beside it.")
+        if self.overlap == "drop" and not self.validation:
+            raise ConfigError(
+                "config.data.overlap='drop' needs config.data.validation: without it documents are "
+                "split by a hash of their text, so that none is in both."
+            )
         if self.name == "text" and not self.train:
             raise ConfigError(
                 "data.name='text' needs files: set config.data.train to names or globs."

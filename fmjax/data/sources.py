@@ -6,6 +6,7 @@ order.
 """
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,8 @@ MAX_BAD_RECORDS = 1000
 
 
 class Document(NamedTuple):
-    """One record, its text and its split; or, with the split "bad", one left out and the reason."""
+    """One record, its text and its split; or one left out: with the split "bad" and the reason, or
+    with the split "overlap"."""
 
     text: str  # of all columns that hold any, one below the other
     split: str
@@ -52,17 +54,19 @@ def read(settings: DataSettings, log: Callable[[str], None]) -> Source:
     identity, parts = kinds[settings.source](settings, log)
     keys = ("validation_fraction", "max_documents", "on_bad_record")
     identity |= {key: getattr(settings, key) for key in keys}
+    if settings.overlap != "keep":
+        identity["overlap"] = settings.overlap
     return Source(identity, lambda: _documents(settings, parts))
 
 
 def split_of(text: str, fraction: float) -> str:
     """The split of a document: a hash of its text, so equal texts never sit in both."""
-    return "validation" if xxhash.xxh3_64_intdigest(text.encode()) < fraction * 2**64 else "train"
+    return "validation" if _hash(text) < fraction * 2**64 else "train"
 
 
 def _documents(settings: DataSettings, parts: Parts) -> Iterator[Document]:
     """The records of all parts with their splits; what is bad is judged by `on_bad_record`."""
-    bad = 0
+    bad, held = 0, _held(settings, parts)
     for number, (part, records) in enumerate(parts.items()):
         taken, found = 0, False
         for record in records():
@@ -74,11 +78,12 @@ def _documents(settings: DataSettings, parts: Parts) -> Iterator[Document]:
                 yield Document(kept, "bad", record.where, done, record.bad)
                 continue
             split, text = part, _text_of(record, settings)
+            whole = _whole(record, settings)
             if "validation" not in parts:
-                # All questions about one context go with it.
-                spans = settings.format == "spans"
-                whole = record.fields[settings.column_names[1]] if spans else text
                 split = split_of(whole, float(settings.validation_fraction))
+            if part == "train" and _hash(whole) in held:
+                yield Document("", "overlap", record.where, done)
+                continue
             fields = record.fields if settings.labelled else None
             yield Document(text, split, record.where, done, fields=fields)
             found |= split == part and bool(text.strip())
@@ -91,6 +96,26 @@ def _documents(settings: DataSettings, parts: Parts) -> Iterator[Document]:
                 f"{taken} documents and {bad} bad records. See config.data.{part}, "
                 "config.data.columns and config.data.validation_fraction."
             )
+
+
+def _held(settings: DataSettings, parts: Parts) -> set[int]:
+    """Hashes of the validation texts that training must not have."""
+    if settings.overlap == "keep":
+        return set()
+    good = (record for record in parts["validation"]() if not record.bad)
+    taken = itertools.islice(good, settings.max_documents or None)
+    return {_hash(_whole(record, settings)) for record in taken}
+
+
+def _whole(record: Record, settings: DataSettings) -> str:
+    """What must not be in two splits: the text; all questions about one context go with it."""
+    if settings.format == "spans":
+        return record.fields[settings.column_names[1]]
+    return _text_of(record, settings)
+
+
+def _hash(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode())
 
 
 def _text_of(record: Record, settings: DataSettings) -> str:

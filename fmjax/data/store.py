@@ -30,6 +30,7 @@ from fmjax.data.tokenizer import Prepared, encoder
 from fmjax.errors import DataError
 
 SPLITS = ("train", "validation")
+OVERLAP = "dropped_as_in_validation"  # counts of these, of which the user is told
 SHARD_CHARACTERS = 1 << 23  # about 2 M tokens
 ENCODE_CHARACTERS = 1 << 20  # what `tokenizers` gets at once: it needs hundreds of bytes a token
 IN_PROCESS_SHARDS = 4  # `tokenizers`' threads are enough; with more, share out the Python part too
@@ -174,9 +175,15 @@ def _write_shard(folder: Path, tokenizer: Path, vocab_size: int, chunk: list[Doc
             counts["documents"][split] = len(shard.documents) - 1
             counts["tokens"][split] = len(shard.tokens)
             counts["empty_documents"][split] = empty
+        counts[OVERLAP] = {"train": overlapping(chunk), "validation": 0}
         return counts | {"bad_records": write_bad(temporary, chunk)}
 
     return cache.build(folder, write)
+
+
+def overlapping(documents: list[Document]) -> int:
+    """How many were left out because another split has them."""
+    return sum(document.split == "overlap" for document in documents)
 
 
 def write_bad(folder: Path, documents: list[Document]) -> int:

@@ -136,6 +136,23 @@ def test_equal_texts_are_in_one_split_whatever_their_label(examples):
     assert not first[0] & first[1] and all(first)
 
 
+def test_texts_of_both_files_can_be_left_out_of_training(examples):
+    lines, train = [], records(*[(text, str(i % 2)) for i, text in enumerate("abcdefab")])
+    validation, log = records(("b", "0"), ("f", "1"), ("g", "1"), ("h", "0")), lines.append
+    every = rows(examples(train, validation))["input_ids"][:, 1].tolist()
+    assert every == [5, 6, 7, 8, 9, 10, 5, 6]
+    dataset = examples(train, validation, overlap="drop", log=log)
+    assert rows(dataset)["input_ids"][:, 1].tolist() == [5, 7, 8, 9, 5]
+    assert len(dataset.splits["validation"]) == 4
+    assert "3 dropped as in validation" in lines[0]
+    # Of what is not validated on nothing is left out, and training still has so many.
+    few = dict(overlap="drop", max_documents=1, classes=("0", "1"))
+    found = examples(train[1:], validation, **few)
+    assert rows(found)["input_ids"][:, 1].tolist() == [7]
+    found = examples(train[5:], validation, **few)  # f is validated on by more documents
+    assert rows(found)["input_ids"][:, 1].tolist() == [10]
+
+
 def test_bad_records_are_kept_apart(examples):
     found = [*records(("a", "yes"), ("b", "no")), {"text": "c"}]
     dataset = examples(found, on_bad_record="quarantine")

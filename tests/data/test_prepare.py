@@ -70,6 +70,15 @@ def test_the_validation_split_is_a_share_or_a_file(prepare, tmp_path):
     assert given.counts["validation"]["documents"] == 2
 
 
+def test_documents_of_both_files_can_be_left_out_of_training(prepare, tmp_path):
+    (tmp_path / "v.txt").write_text("xyz\n\nab")
+    given, lines = dict(validation=str(tmp_path / "v.txt"), overlap="drop"), []
+    counts = prepare("abc\n\nab\n\nde\n\nab", **given, log=lines.append).counts
+    assert counts["train"]["documents"] == 2 and counts["train"]["source_tokens"] == 5
+    assert counts["validation"]["documents"] == 2
+    assert "2 dropped as in validation" in lines[0] and "dropped" not in lines[1]
+
+
 def test_files_given_to_the_default_source_are_read(prepare):
     assert prepare("abc", name="pydocs").counts["train"]["source_tokens"] == 3
 
@@ -92,6 +101,7 @@ def test_what_was_prepared_is_logged(prepare):
         ({"validation_fraction": float("nan")}, r"validation_fraction=nan must be a number"),
         ({"name": "hub"}, r"config\.data\.path"),
         ({"validation": "x.txt"}, r"config\.data\.validation needs config\.data\.train"),
+        ({"overlap": "drop"}, r"overlap='drop' needs config\.data\.validation"),
         ({"format": "pairs", "long": "drop"}, r"config\.data\.long='drop' has no meaning"),
     ],
 )
