@@ -1,9 +1,9 @@
 """Every method of adaptation on one task, from one base, for as many steps: what each keeps, what
 each takes.
 
-    python run.py --config=configs/mlm.py        # once: the encoder that this starts from
-    python run.py --config=configs/compare.py    # which package a docstring of Python belongs to
-    python run.py --config=configs/compare.py:big --config.init=<run, HF folder, hub id> \\
+    python run.py --config=configs/mlm.py                # once: the encoder that this starts from
+    python run.py --config=configs/compare.py --sweep    # which package a docstring belongs to
+    python run.py --config=configs/compare.py:big --sweep --config.init=<run, HF folder, hub id> \\
         --config.data.train=train.tsv --config.data.validation=dev.tsv \\
         --config.data.columns=sentence
 
@@ -14,17 +14,20 @@ With MiniLM on 3,200 sentences of SST-2 (`big`, 100 steps of 32, three seeds, tw
 about 40 minutes beside other work; benchmarks/RESULTS.md has the whole table and STS-B. The second
 command above, of the small encoder, has not been run to its end.
 
-`big` has learning rates for a model of BERT's size, in place of those for the small one, and
-`only=lora+head` takes some of the methods; each is a row of `config.methods`, its config and what
-it sets differently. `:regress` and the other tasks are those of configs/finetune.py.
+Each trial is a config by itself, `compare.py:lora`, with its seeds as the arms of one program;
+`last3` are the last three layers, and `words` and `features` classifiers of scikit-learn, which
+have no seed. `only=lora+head` takes some of the methods, `steps` is the length, and `big` has rates
+for a model of BERT's size in place of those for the small one. `task=regress` and the other tasks
+are those of configs/finetune.py. What the base forgets is measured too where it is known what it
+was trained for: a run folder says so, for others give `--config.pretraining`.
 """
 
 import runpy
 from pathlib import Path
 
-from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections import FieldReference
 
+from fmjax import sweep
 from fmjax.config import parse_arg
 from fmjax.errors import ConfigError, did_you_mean
 
@@ -47,38 +50,50 @@ METHODS = {
     "prefix": ("_prompt", ",kind=prefix", 1e-2, 1e-2),
     "projected": ("_prompt", ",kind=projected", 1e-2, 5e-3),
 }
+PROBES = ("words", "features")
+DEFAULTS = dict(method="full", task="classify", big=False, only="", steps=100, seeds=3)
+
+
+def get_sweep(arg=None):
+    arg = parse_arg(arg, **DEFAULTS)
+    return trials(arg.only.split("+") if arg.only else METHODS, arg, DEFAULTS)
+
+
+def trials(methods, arg, defaults):
+    """A trial for each of the methods, with what `arg` says of all."""
+    own = [key for key in arg if key not in ("method", "only") and arg[key] != defaults[key]]
+    words = [f"{key}={arg[key]}" for key in own]
+    return sweep.grid("arg", [",".join([method, *words]) for method in methods])
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, task="classify", big=False, only="+".join(METHODS), runlocal=False)
-    for name in set(arg.only.split("+")) - set(METHODS):
-        raise ConfigError(f"only={arg.only}: unknown method {name!r}.{did_you_mean(name, METHODS)}")
-    start = lambda name: runpy.run_path(str(Path(__file__).with_name(f"{name}.py")))["get_config"]()
-    config = ConfigDict()
+    arg = parse_arg(arg, **DEFAULTS)
+    load = lambda name: runpy.run_path(str(Path(__file__).with_name(f"{name}.py")))["get_config"]
+    if arg.method in PROBES:
+        return probe(arg.method, load("probe")(), load("finetune")())
+    name = arg.method
+    layers = name.removeprefix("last") if name.startswith("last") else ""
+    if layers.isdecimal():
+        name = "last2"
+    if name not in METHODS:
+        raise ConfigError(f"unknown method {name!r}.{did_you_mean(name, (*METHODS, *PROBES))}")
+    file, kind, small, big = METHODS[name]
+    kind = f",layers={layers}" if layers else kind
+    config = load(f"finetune{file}")(f"{arg.task}{kind}")
+    with config.ignore_type():
+        config.update(total=arg.steps, batch_size=32, eval_every=0, save_every=0, keep_best=0)
+    config.optim.lr = big if arg.big else small
+    config.optim.args.eps = 1e-8
+    config.arms = (("seed", tuple(range(arg.seeds))),) if arg.seeds > 1 else ()
+    config.ledger = ("forgetting", "memory", "slices")
+    return config
 
-    config.task = "compare"
-    config.init = start("finetune").init
-    config.seeds = (0, 1, 2)
-    config.shared = ("eval_every=0", "save_every=0", "keep_best=0")  # KEY=VALUE of every method
-    config.methods = tuple(  # (name, config, KEY=VALUE of it)
-        (
-            name,
-            f"configs/finetune{file}.py:{arg.task}{kind},runlocal={arg.runlocal}",
-            (f"optim.lr={big if arg.big else small}",),
-        )
-        for name, (file, kind, small, big) in METHODS.items()
-        if name in arg.only.split("+")
-    )
-    config.data = start("evaluate").data  # what is None is as the methods have it
-    # What the base was trained for, to see how much of it is forgotten: as configs/evaluate.py.
-    config.pretraining = ConfigDict(
-        dict(
-            objectives=placeholder(ConfigDict),
-            split="validation",
-            batch_size=placeholder(int),
-            precision=placeholder(str),
-            limit=0,
-        )
-    )
-    config.pretraining.data = start("evaluate").data
+
+def probe(name, config, finetune):
+    """The classifier of scikit-learn on the base of the others, with the keys that they share."""
+    config.features = "words" if name == "words" else "states"
+    config.init = FieldReference(finetune.init)
+    config.folder = config.get_oneway_ref("init")
+    config.data.seq_len = finetune.data.seq_len
+    config.update(ledger=(), pretraining={})
     return config

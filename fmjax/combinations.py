@@ -105,6 +105,11 @@ def _check_init(config: Mapping[str, Any]) -> None:
         )
     if config.get("new_head") and not config.get("init"):
         raise ConfigError("--config.new_head=True needs --config.init: without it all is new")
+    if "forgetting" in config.get("ledger", ()) and not config.get("init"):
+        raise ConfigError(
+            "--config.ledger: what begins from nothing has nothing to forget: set --config.init, "
+            "or leave forgetting out"
+        )
 
 
 def _check_distributed(distributed: Mapping[str, Any]) -> None:

@@ -6,6 +6,8 @@ that much of what a seed does to one it does to the other (`fmjax.statistics`). 
 each example adds, examples are paired as well, and conclusions are meant for others of their kind.
 """
 
+import contextlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import numpy as np
 
 from fmjax import statistics
 from fmjax.errors import CheckpointError
-from fmjax.progress import table
+from fmjax.progress import count, duration, spread, table
 
 Value = np.ndarray | float  # what each example of an evaluation adds, or their mean
 
@@ -178,6 +180,54 @@ def text(rows: Sequence[Row], metric: str, level: float = 0.95) -> str:
         told = [f"{row.more.mean:+.4f}", _range(row.more, "+"), f"{row.p:.2g}", row.verdict]
         lines.append([*own, *told, f"{row.detectable:.4f}"])
     return table(lines)
+
+
+# What a result took, and what else is known of it: {title: (of a result, how it is shown)}.
+COSTS = {
+    "trains": (lambda one: one["trainable_parameters"], lambda x: count(np.mean(x))),
+    "kept": (lambda one: one["kept_bytes"], lambda x: f"{np.mean(x) / 2**20:,.2f} MiB"),
+    "FLOP": (lambda one: one["metrics"]["flops"], lambda x: count(np.mean(x))),
+    "time": (lambda one: one["step_seconds"], lambda x: duration(np.mean(x))),
+    "peak": (
+        lambda one: one["ledger"]["memory"]["peak_bytes"],
+        lambda x: f"{np.mean(x) / 2**20:,.0f} MiB",
+    ),
+    "forgets": (lambda one: forgotten(one["ledger"]["forgetting"]), spread),
+    "ece": (lambda one: _score(one["metrics"], "ece"), spread),
+    "brier": (lambda one: _score(one["metrics"], "brier"), spread),
+}
+
+
+def forgotten(told: Mapping[str, float]) -> float:
+    """How much the loss of the base's own training has risen."""
+    return float(told["after"]) - float(told["before"])
+
+
+def _score(metrics: Mapping[str, float], name: str) -> float:
+    found = [x for key, x in metrics.items() if re.fullmatch(rf"validation/\w+/{name}", key)]
+    if len(found) != 1:
+        raise KeyError(name)
+    return found[0]
+
+
+def cost(group: Group, name: str) -> list[float]:
+    """What each result of the group that knows it says."""
+    read, found = COSTS[name][0], []
+    for result in group.results.values():
+        with contextlib.suppress(KeyError):
+            found.append(read(result))
+    return found
+
+
+def costs(groups: Sequence[Group]) -> list[list[str]]:
+    """Rows of a table of what each group takes, with a column for what any of them knows."""
+    each = {name: [cost(group, name) for group in groups] for name in COSTS}
+    told = {name: values for name, values in each.items() if any(values)}
+    rows = [["", *told]] if told else []
+    for number, group in enumerate(groups if told else ()):
+        shown = [COSTS[name][1](told[name][number]) if told[name][number] else "" for name in told]
+        rows.append([group.name, *shown])
+    return rows
 
 
 def _range(found: statistics.Estimate | None, sign: str = "") -> str:

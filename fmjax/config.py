@@ -27,8 +27,9 @@ from fmjax.errors import ConfigError, FmjaxError, did_you_mean, quoted
 from fmjax.plain import flatten, plain
 
 # What may differ between two starts of one run, and is therefore not part of its identity: where it
-# runs, how often it speaks and saves, and which task reads it. None of these changes the numbers
-# beyond the order of floating-point sums; data.skip only those of steps that are still to come.
+# runs, how often it speaks and saves, what is measured beside it, and which task reads it. None of
+# these changes the numbers beyond the order of floating-point sums; data.skip only those of steps
+# that are still to come.
 MAY_CHANGE = (
     "task",
     "log_every",
@@ -38,6 +39,8 @@ MAY_CHANGE = (
     "keep_best",
     "best",
     "max_skipped",
+    "ledger",
+    "pretraining",
     "cache_prefix",
     "tensorboard",
     "wandb",

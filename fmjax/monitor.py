@@ -128,9 +128,7 @@ class Monitor:
         if metrics is None:
             return
         if examples and jax.process_index() == 0:
-            workdir.write_arrays(
-                self.folder.path / workdir.EXAMPLES, {"step": np.asarray(step), **examples}
-            )
+            self._keep({"step": np.asarray(step), **examples})
         metrics = {**metrics, **evaluate.perplexity(metrics)}
         named = {f"validation/{name}": value for name, value in metrics.items()}
         self._results = (step, named)
@@ -198,12 +196,13 @@ class Monitor:
         """summary.json and report.html; `changed` is what differs from the config file."""
         if jax.process_index() != 0:
             return
-        device = jax.devices()[0]
+        device, moving = jax.devices()[0], self.run.split(self.run.abstract.params)[0]
         summary = report.summarize(
             self.folder.path,
             total=self.run.total,
             parameters=adapters.parameters(self.run.model, self.run.abstract.params),
-            trainable_parameters=trees.size(self.run.split(self.run.abstract.params)[0]),
+            trainable_parameters=trees.size(moving),
+            kept_bytes=trees.nbytes(moving),
             config_difference=changed,
             environment=report.environment(device=f"{jax.device_count()} x {device.device_kind}"),
             data=self.run.dataset.counts,

@@ -190,27 +190,6 @@ def _is_arms(value: Any) -> bool:
     return value == () or bool(once) and len(each) == 1 and min(each) > 1
 
 
-def _is_seeds(value: Any) -> bool:
-    whole = isinstance(value, tuple) and all(_is_whole(x) and x >= 0 for x in value)
-    return whole and 0 < len(set(value)) == len(value)
-
-
-def _is_settings(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(x, str) and "=" in x for x in value)
-
-
-def _is_methods(value: Any) -> bool:
-    rows = isinstance(value, tuple) and all(
-        isinstance(row, tuple)
-        and len(row) == 3
-        and all(isinstance(text, str) for text in row[:2])
-        and re.fullmatch(r"\w[\w.-]*", row[0])
-        and _is_settings(row[2])
-        for row in value
-    )
-    return rows and 0 < len({row[0] for row in value}) == len(value)
-
-
 def is_regex(value: Any) -> bool:
     try:
         return isinstance(value, str) and bool(re.compile(value))
@@ -237,7 +216,7 @@ def _whole(low: int, high: int) -> Check:
 
 
 # Dicts whose keys are the user's choice: the command line replaces them whole.
-OPEN = ("objectives", "group_optim", "optim.args", "args")
+OPEN = ("objectives", "group_optim", "optim.args", "args", "pretraining")
 DICTS = (
     r"data|pretraining(\.data)?|tokenizer|model|adapter|quantise|mesh|distributed|optim|(objectives|group_optim)(\.[^.]+)?"
     r"|((optim|group_optim\.[^.]+)\.)?args"
@@ -276,7 +255,10 @@ ARMS = Check(
     "with as many values as the others, two at least; keys are seed, lr and weight_decay of optim "
     "or group_optim, and rank, alpha, init and text of adapter",
 )
-SETTINGS = Check(_is_settings, "a tuple of texts, KEY=VALUE of a config")
+LEDGER = Check(
+    lambda v: _is_texts(v) and set(v) <= {"forgetting", "memory", "slices"},
+    "a tuple with any of 'forgetting', 'memory' and 'slices'",
+)
 REGEX = Check(is_regex, "a regular expression")
 DURATION = Check(_is_span, "a duration: 1500, '1500 steps', '3 epochs', '10M tokens' or '10%'")
 LENGTH = Check(_is_length, "a duration above 0: 1500, '1500 steps', '3 epochs' or '10M tokens'")
@@ -308,9 +290,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r".*\.decay", REGEX),
     (r"optim\.name", NAME),
     ("arms", ARMS),
-    ("seeds", Check(_is_seeds, "a tuple of different whole numbers")),
-    ("shared", SETTINGS),
-    ("methods", Check(_is_methods, "(name, config, ('KEY=VALUE', …)) rows, each name once")),
+    ("ledger", LEDGER),
     ("groups", Check(lambda v: isinstance(v, tuple) and v, "(regular expression, group) pairs")),
     ("precision", ("float32", "bfloat16")),
     ("split", ("train", "validation")),

@@ -27,6 +27,7 @@ from fmjax import (
     evaluate,
     groups,
     interrupt,
+    ledger,
     monitor,
     optim,
     plan,
@@ -83,16 +84,17 @@ def run(
         how = dict(fresh=fresh, writes=writes, first=processes.first)
         folder = stack.enter_context(workdir.open(workdir_path, config, **how))
         with processes.together(folder.close), workdir.memory_errors():
-            if not config.arms:
-                return loop(arms.prepare(config, mesh, poll), [folder], stop, started, changed)
             with contextlib.ExitStack() as opened:
-                folders = [
-                    opened.enter_context(workdir.open(path, own, **how))
-                    for path, own in zip(
-                        workdir.of_arms(folder.path, config), configs.arms(config), strict=True
-                    )
-                ]
-                loop(arms.prepare(config, mesh, poll), folders, stop, started, changed)
+                each = zip(workdir.of_arms(folder.path, config), configs.arms(config), strict=True)
+                folders = [folder]
+                if config.arms:
+                    folders = [opened.enter_context(workdir.open(*own, **how)) for own in each]
+                together = arms.prepare(config, mesh, poll)
+                kept = ledger.Ledger(config, together, mesh)
+                loop(together, folders, stop, started, changed)
+                kept.write(folders)
+            if not config.arms:
+                return
             if writes:
                 arms_summary.write(folder, config, folders)
             if failed := [other for other in folders if other.failure]:

@@ -24,18 +24,15 @@ import shutil
 import sys
 import time
 import traceback
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from fmjax import comparisons, tasks, workdir
 from fmjax import config as configs
 from fmjax.errors import (
-    CheckpointError,
     ConfigError,
     FmjaxError,
     NumericsError,
@@ -45,7 +42,8 @@ from fmjax.errors import (
 from fmjax.logs import command, plain
 from fmjax.progress import duration, spread, table
 
-KEPT = ("metrics", "seconds", "goodput", "trainable_parameters")  # of a run's summary.json
+# Of a run's summary.json.
+KEPT = ("metrics", "seconds", "goodput", "parameters", "trainable_parameters", "kept_bytes")
 MAIN = ("accuracy", "spearman", "f1", "exact_match", "retrieval", "loss")  # the first is shown
 
 Record = dict[str, Any]
@@ -257,7 +255,12 @@ def found(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
             "folder": str(own.relative_to(folder)),
             "failed": status.get("reason", "") if status.get("state") == "failed" else "",
         }
-        results.append(result | {key: summary[key] for key in KEPT if key in summary})
+        result |= {key: summary[key] for key in KEPT if key in summary}
+        if "goodput" in summary:
+            result["step_seconds"] = summary["goodput"]["step"] / len(configs.arms(config))
+        if kept := _json(own / workdir.LEDGER):
+            result["ledger"] = kept
+        results.append(result)
     return results
 
 
@@ -288,6 +291,9 @@ def show(told: Sequence[tuple[Trial, Record | None]], folder: Path) -> None:
     if len(groups) > 1 and any(len(group.values(metric)) > 1 for group in groups):
         print()
         print(comparisons.text(comparisons.compare(groups, metric), metric))
+    if costs := comparisons.costs(groups):
+        print()
+        print(table(costs))
     print(f"{len(records)} of {len(told)} trials have ended; {folder} has a record of each")
 
 
@@ -305,18 +311,8 @@ def _with_examples(record: Record, folder: Path) -> Record:
     """The record, with what each example adds to the means of each result that knows it."""
     results = []
     for result in record["results"]:
-        file = folder / result["folder"] / workdir.EXAMPLES
-        own = {"folder": str(file.parent), "examples": {}}
-        try:
-            with file.open("rb") as opened, np.load(opened) as arrays:
-                own["examples"] = dict(arrays.items())
-        except FileNotFoundError:
-            pass  # a task that says nothing of single examples
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise CheckpointError(
-                f"{file} cannot be read ({error}): remove it, and means are compared alone, or do "
-                f"trial {record['number']} again with --fresh."
-            ) from error
+        where = folder / result["folder"]
+        own = {"folder": str(where), "examples": workdir.read_examples(where)}
         results.append(result | own)
     return record | {"results": results}
 

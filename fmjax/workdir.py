@@ -16,6 +16,7 @@ import os
 import shutil
 import socket
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from fmjax import config as configs
 from fmjax.errors import CheckpointError, ConfigError, Preempted, ResourceError
 
 EXAMPLES = "examples.npz"  # what each example of the last evaluation adds to its means
+ABOUT_EXAMPLES = ("label", "tokens", "step")  # what else is there
+LEDGER = "ledger.json"
 # All that fmjax writes, hence all that --fresh removes. What marks a folder as a run comes last, so
 # that an interrupted removal can be repeated.
 WRITES = (
@@ -39,6 +42,7 @@ WRITES = (
     "metrics.jsonl",
     "evaluation.jsonl",
     EXAMPLES,
+    LEDGER,
     "summary.json",
     "report.html",
     "status.json",
@@ -207,6 +211,22 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def read_examples(folder: Path) -> dict[str, np.ndarray]:
+    """The arrays of examples.npz, {} where a run has none. Raises CheckpointError for a damaged
+    file."""
+    file = folder / EXAMPLES
+    try:
+        with file.open("rb") as opened, np.load(opened) as arrays:
+            return dict(arrays.items())
+    except FileNotFoundError:
+        return {}  # a task or an objective that says nothing of single examples
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error}): remove it, and means are compared alone, or do the "
+            "run again with --fresh."
+        ) from error
 
 
 def is_locked(file: Path) -> bool:
