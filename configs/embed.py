@@ -24,7 +24,7 @@ def get_config():
     config.batch_size = 64
     config.precision = placeholder(str)
     config.data = {key: placeholder(type(value)) for key, value in mlm.data.items()}
-    for key in ("skip", "label", "classes", "pair"):  # have no meaning here
+    for key in ("skip", "examples", "label", "classes", "pair"):  # have no meaning here
         del config.data[key]
     config.mesh = mlm.mesh
     config.distributed = mlm.distributed

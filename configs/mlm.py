@@ -59,6 +59,7 @@ def get_config(arg=None):
         revision="",
         streaming=False,
         max_documents=0,
+        examples=0,  # rows that training sees, drawn by the seed; 0 = all
         workers=0,
         skip=(),  # examples never to train on: ((first, last + 1), ...), numbered as in dumps/
         cache="",

@@ -30,7 +30,7 @@ def get_config():
     config.batch_size = 64
     config.precision = placeholder(str)
     config.data = {key: placeholder(type(value)) for key, value in mlm.data.items()}
-    for key in ("skip", "pair", "format"):  # have no meaning here
+    for key in ("skip", "examples", "pair", "format"):  # have no meaning here
         del config.data[key]
     config.data.validation_fraction = 0.2
     config.mesh = mlm.mesh

@@ -9,6 +9,7 @@ import numpy as np
 
 from fmjax import adapters, communication, flops, objectives, trees
 from fmjax.arms import Arms
+from fmjax.data import check_drawn
 from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.progress import count
 from fmjax.setup import batch_spec
@@ -20,8 +21,12 @@ def show(together: Arms, batch: Mapping[str, np.ndarray]) -> None:
     config, dataset = run.config, run.dataset
     split = dataset.splits["train"]
     print(f"\ndata        {len(split):,} rows of {split.seq_len}; {split.tokens:,} tokens an epoch")
-    epochs = run.total * config.batch_size / len(split)
-    print(f"run         {run.total:,} steps of {config.batch_size} rows = {epochs:.2f} epochs")
+    seen = check_drawn(split, config.data.examples)
+    drawn = f" of {seen:,} that are drawn" if seen < len(split) else ""
+    epochs = run.total * config.batch_size / seen
+    print(
+        f"run         {run.total:,} steps of {config.batch_size} rows = {epochs:.2f} epochs{drawn}"
+    )
     print(f"mesh        {dict(run.mesh.shape)} on {jax.device_count()} x {jax.devices()[0]}")
     if not together.alone:
         print(f"arms        {len(together.runs)} in one program; what follows is of the widest,")

@@ -274,7 +274,10 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"distributed\.num_processes", POSITIVE),
     (r"distributed\.coordinator", ADDRESS),
     (r"distributed\.(timeout|heartbeat)_sec", _whole(10, 86400)),
-    (r"seed|limit|step|layer|keep_best|data\.max_documents|distributed\.process_id", COUNT),
+    (
+        r"seed|limit|step|layer|keep_best|data\.(max_documents|examples)|distributed\.process_id",
+        COUNT,
+    ),
     (r"objectives\.contrast\.temperature", ABOVE_ZERO),
     (r"data\.seq_len", _whole(8, 2**20)),
     (r"data\.skip", RANGES),

@@ -61,9 +61,15 @@ def setup(config: Any, mesh: jax.sharding.Mesh, poll: Callable[[], None] = lambd
     dataset = data.prepare(config.data.to_dict(), config.tokenizer.to_dict(), poll=poll)
     pretrained.check_tokenizer(config, dataset.tokenizer_dir)
     train = dataset.splits["train"]
-    size = dict(rows=len(train), tokens=train.tokens)
+    size = sizes(config, train)
     run = assemble(config, mesh, dataset.vocab, dataset.labels, **size)
     return run._replace(dataset=dataset)
+
+
+def sizes(config: Any, train: Any) -> dict[str, Any]:
+    """Rows and real tokens of an epoch."""
+    rows = data.check_drawn(train, config.data.examples)
+    return dict(rows=rows, tokens=max(train.tokens * rows // len(train), 1))
 
 
 def assemble(
@@ -118,7 +124,7 @@ def beside(run: Run, config: Any) -> Run:
     """The run of another config with the data of `run`, for which it says the same."""
     dataset, config = run.dataset, pretrained.resolved(config)
     train = dataset.splits["train"]
-    size = dict(rows=len(train), tokens=train.tokens)
+    size = sizes(config, train)
     other = assemble(config, run.mesh, dataset.vocab, dataset.labels, **size)
     return other._replace(dataset=dataset)
 

@@ -209,6 +209,7 @@ def train_batches(together: Arms) -> Any:
         batch_size=run.config.batch_size,
         seeds=together.seeds,
         skip=run.config.data.skip,
+        drawn=run.config.data.examples,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

@@ -13,6 +13,7 @@ from fmjax.data import tokenizer as tokenizers
 from fmjax.data.batches import (
     Batches,
     batches,
+    check_drawn,
     check_fingerprint,
     cut,
     eval_batches,
@@ -28,6 +29,7 @@ __all__ = [
     "Dataset",
     "Vocab",
     "batches",
+    "check_drawn",
     "check_fingerprint",
     "cut",
     "eval_batches",

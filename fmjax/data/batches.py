@@ -9,6 +9,7 @@ from fmjax.errors import ConfigError, DataError
 
 Ranges = Sequence[Sequence[int]]  # (first, last + 1) each, in ascending order and apart
 EVALUATION = 0x45564C  # the key of the order of evaluation, which no seed changes
+DRAWN = 0x44524157  # the key of which examples a run sees, beside its seed
 
 
 class Batches:
@@ -62,21 +63,33 @@ def batches(
     process_count: int = 1,
     start: int = 0,
     skip: Ranges = (),
+    drawn: int = 0,
 ) -> Batches:
     """Training batches from step `start` on; every epoch visits each row once, in its own order.
 
     `batch_size` counts all processes, and each gets its block of rows. A batch may span two epochs.
     Examples whose `index` lies in `skip` are passed over: those after them move up. Of several
-    `seeds` each has its own order, and arrays get an axis of seeds in front.
+    `seeds` each has its own order, and arrays get an axis of seeds in front. Each draws the rows
+    that it sees, where `drawn` says how many; fewer are a part of more.
     """
-    if len(split) < batch_size:
+    rows = check_drawn(split, drawn)
+    if rows < batch_size:
         raise DataError(
-            f"The training split has {len(split)} rows, fewer than one batch. Set "
-            f"config.batch_size to at most {len(split)}, use more data, or a smaller "
+            f"The training split has {rows} rows, fewer than one batch. Set "
+            f"config.batch_size to at most {rows}, use more data, or a smaller "
             f"config.data.seq_len (now {split.seq_len})."
         )
     mine = _block(batch_size, process_index, process_count)
-    return Batches(_Steps(split, batch_size, seeds, mine, skip), start)
+    return Batches(_Steps(split, batch_size, seeds, mine, skip, rows), start)
+
+
+def check_drawn(split, drawn: int) -> int:
+    """How many rows a run sees if it draws so many, 0: all. Raises DataError for more than all."""
+    if drawn > len(split):
+        raise DataError(
+            f"config.data.examples={drawn}, but the training split has {len(split)} rows."
+        )
+    return drawn or len(split)
 
 
 def examples(step: int, *, batch_size: int, skip: Ranges = ()) -> tuple[int, int]:
@@ -162,9 +175,16 @@ class _Steps:
     """The source that Grain indexes: item `step` is this process's whole batch."""
 
     def __init__(
-        self, split, batch_size: int, seeds: Sequence[int], mine: np.ndarray, skip: Ranges
+        self,
+        split,
+        batch_size: int,
+        seeds: Sequence[int],
+        mine: np.ndarray,
+        skip: Ranges,
+        rows: int,
     ):
         self.split, self.batch_size, self.seeds, self.mine = split, batch_size, seeds, mine
+        self.rows = rows  # of the split that each seed sees
         self.skip = [(first, end) for first, end in skip]
 
     def __len__(self) -> int:
@@ -173,8 +193,11 @@ class _Steps:
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         # Of the whole batch, so that all processes agree on its width.
         places = order.outside(step * self.batch_size + np.arange(self.batch_size), self.skip)
-        epoch, place = np.divmod(places, len(self.split))
-        rows = [order.permuted(place, len(self.split), seed, epoch) for seed in self.seeds]
+        epoch, place = np.divmod(places, self.rows)
+        rows = [order.permuted(place, self.rows, seed, epoch) for seed in self.seeds]
+        if self.rows < len(self.split):
+            drawn = lambda one, seed: order.permuted(one, len(self.split), seed, DRAWN)
+            rows = [drawn(one, seed) for one, seed in zip(rows, self.seeds, strict=True)]
         width, places = int(self.split.widths(np.concatenate(rows)).max()), places[self.mine]
         batches = [
             self._batch(step, width, mine[self.mine], places, seed)
@@ -207,7 +230,7 @@ class _Steps:
             )
 
     def __repr__(self) -> str:  # Grain prints it in its errors
-        return f"Steps(rows={len(self.split)}, batch_size={self.batch_size}, seeds={self.seeds})"
+        return f"Steps(rows={self.rows}, batch_size={self.batch_size}, seeds={self.seeds})"
 
 
 def cut(batch: dict[str, np.ndarray], width: int) -> dict[str, np.ndarray]:

@@ -45,6 +45,7 @@ class DataSettings:
     revision: str = ""
     streaming: bool = False
     max_documents: int = 0  # of each part given (train, validation) before it is split; 0 = all
+    examples: int = 0  # of the training rows, which training draws by its seed; 0 = all
     workers: int = 0  # processes that tokenise, 0 = chosen by the size of the corpus
     skip: tuple | list = ()  # ranges of examples that training passes over: see batches.py
     cache: str = ""  # empty: $FMJAX_CACHE, else ~/.cache/fmjax

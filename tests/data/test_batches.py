@@ -81,6 +81,28 @@ def test_batches_of_several_seeds_are_those_of_each(split):
             assert not mine["segment_ids"][place][:, width:].any()
 
 
+def test_a_seed_draws_the_examples_that_it_sees(split):
+    def seen(drawn, seed=0, steps=12):
+        found = take(split, steps, drawn=drawn, seeds=[seed])
+        return [tuple(row) for batch in found for row in batch["input_ids"]]
+
+    six = seen(6)
+    assert len(set(six)) == 6 and all(six.count(row) == 8 for row in six)  # 48 rows, 8 epochs
+    assert six[:6] != six[6:12]  # each in its own order
+    assert set(seen(4)) < set(six) < set(seen(0)) and len(set(seen(0))) == 21
+    assert set(seen(6, seed=1)) != set(six)
+    every = set(seen(6)).union(*(seen(6, seed) for seed in range(1, 20)))
+    assert len(every) == 21  # any of them may be drawn
+    assert seen(21) == seen(0)
+    together = take(split, 3, drawn=6, seeds=[0, 1])
+    rows = np.concatenate([batch["input_ids"][1] for batch in together])
+    assert [tuple(row) for row in rows] == seen(6, seed=1, steps=3)
+    with pytest.raises(DataError, match="examples=22, but the training split has 21"):
+        data.batches(split, batch_size=2, seeds=[0], drawn=22)
+    with pytest.raises(DataError, match="has 3 rows, fewer than one batch"):
+        data.batches(split, batch_size=4, seeds=[0], drawn=3)
+
+
 def test_a_restored_position_goes_on_as_the_straight_run(split):
     straight = take(split, 9)
     batches = data.batches(split, batch_size=4, seeds=[0])
