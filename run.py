@@ -5,6 +5,7 @@
   python run.py --config=configs/mlm.py --print_config         every key that can be set
   python run.py --config=configs/mlm.py --config.optim.lr=3e-4 --config.data.train=my.txt
   python run.py --config=configs/….py --sweep                  all trials of a config that has some
+  python run.py --config=configs/….py --verify                 does it come to what it is said to?
 
 A config file is executed, with the argument after its colon; a saved config.json is only read.
 """
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 
 from fmjax import config as configs
-from fmjax import tasks, trials
+from fmjax import evidence, tasks, trials
 from fmjax.errors import ConfigError, FmjaxError, Preempted, did_you_mean
 
 
@@ -33,11 +34,19 @@ def main(words: list[str]) -> None:
     parser.add_argument(
         "--sweep", nargs="?", const="all", help="all trials of the config, or list, or a number"
     )
+    parser.add_argument(
+        "--verify", action="store_true", help="run what the config expects, write its evidence"
+    )
     parser.add_argument("--print_config", action="store_true", help="print the resolved config")
     flags, overrides = parser.parse_known_args(words)
     if not flags.config:
         raise ConfigError(f"--config is missing.{did_you_mean('', Path('configs').glob('*.py'))}")
     file = Path(flags.config.partition(":")[0])
+    if flags.verify:
+        if flags.sweep is not None or flags.print_config or flags.fresh or flags.dry_run:
+            raise ConfigError("--verify runs all that the config expects: give it no other flag")
+        evidence.verify(flags.config, overrides, flags.workdir or f"runs/verify-{file.stem}")
+        return
     if flags.sweep is not None:
         if flags.print_config:
             raise ConfigError(

@@ -74,3 +74,16 @@ def get_config(arg=None):
     if arg.runlocal:
         config.total = "10 steps"
     return config
+
+
+def get_expected():
+    return [
+        dict(
+            metric="validation/classify/accuracy",
+            value=0.846,
+            tolerance=0.025,
+            seeds=(0, 1, 2),
+            budget=10,
+            source="three seeds on two cores, 2026-11-22",
+        ),
+    ]

@@ -38,3 +38,16 @@ def get_config(arg=None):
     )
     config.optim.lr = 5e-3
     return config
+
+
+def get_expected():
+    return [
+        dict(
+            metric="validation/classify/accuracy",
+            value=0.572,
+            tolerance=0.04,
+            seeds=(0, 1, 2),
+            budget=10,
+            source="one seed on two cores, 2026-11-22",
+        ),
+    ]

@@ -20,3 +20,16 @@ def get_config(arg=None):
     config.groups = ((f"head/.*|{moves}", "train"), (".*", "freeze"))
     config.optim.lr = 3e-3
     return config
+
+
+def get_expected():
+    return [
+        dict(
+            metric="validation/classify/accuracy",
+            value=0.5,
+            tolerance=0.5,
+            seeds=(0, 1, 2),
+            budget=10,
+            source="TODO",
+        ),
+    ]

@@ -19,3 +19,16 @@ def get_config(arg=None):
     config.groups = (("head/.*", "train"), (".*", "freeze"))
     config.optim.lr = 3e-2
     return config
+
+
+def get_expected():
+    return [
+        dict(
+            metric="validation/classify/accuracy",
+            value=0.511,
+            tolerance=0.025,
+            seeds=(0, 1, 2),
+            budget=10,
+            source="four seeds on two cores, 2026-11-22",
+        ),
+    ]

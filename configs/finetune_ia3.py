@@ -25,3 +25,16 @@ def get_config(arg=None):
     config.groups = ((".*/ia3_scale|head/.*", "train"), (".*", "freeze"))
     config.optim.lr = 1e-2
     return config
+
+
+def get_expected():
+    return [
+        dict(
+            metric="validation/classify/accuracy",
+            value=0.529,
+            tolerance=0.04,
+            seeds=(0, 1, 2),
+            budget=10,
+            source="one seed on two cores, 2026-11-22",
+        ),
+    ]

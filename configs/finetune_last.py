@@ -24,3 +24,16 @@ def get_config(arg=None):
     config.groups = ((f"block_({last})/.*|norm/.*|head/.*", "train"), (".*", "freeze"))
     config.optim.lr = 3e-3
     return config
+
+
+def get_expected():
+    return [
+        dict(
+            metric="validation/classify/accuracy",
+            value=0.703,
+            tolerance=0.05,
+            seeds=(0, 1, 2),
+            budget=10,
+            source="four seeds on two cores, 2026-11-22",
+        ),
+    ]

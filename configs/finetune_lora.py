@@ -38,3 +38,16 @@ def get_config(arg=None):
         config.groups = ((".*/lora_b", "lora_b"), *config.groups)
         config.group_optim = {"lora_b": {"lr": arg.plus * config.optim.lr}}
     return config
+
+
+def get_expected():
+    return [
+        dict(
+            metric="validation/classify/accuracy",
+            value=0.716,
+            tolerance=0.04,
+            seeds=(0, 1, 2),
+            budget=10,
+            source="four seeds on two cores, 2026-11-22",
+        ),
+    ]

@@ -48,3 +48,16 @@ def get_config(arg=None):
     config.groups = ((".*/(prompt|prefix)_.*|head/.*", "train"), (".*", "freeze"))
     config.optim.lr = 1e-2
     return config
+
+
+def get_expected():
+    return [
+        dict(
+            metric="validation/classify/accuracy",
+            value=0.5,
+            tolerance=0.04,
+            seeds=(0, 1, 2),
+            budget=10,
+            source="one seed on two cores, 2026-11-22",
+        ),
+    ]

@@ -18,3 +18,16 @@ def get_config(arg=None):
     config = parent["get_config"](arg)
     config.quantise.name = "nf4"
     return config
+
+
+def get_expected():
+    return [
+        dict(
+            metric="validation/classify/accuracy",
+            value=0.707,
+            tolerance=0.04,
+            seeds=(0, 1, 2),
+            budget=10,
+            source="one seed on two cores, 2026-11-22",
+        ),
+    ]

@@ -26,3 +26,16 @@ def get_config(arg=None):
         name: {"delay": delay} for name, delay in zip([*names, "rest"], delays, strict=True)
     }
     return config
+
+
+def get_expected():
+    return [
+        dict(
+            metric="validation/classify/accuracy",
+            value=0.5,
+            tolerance=0.5,
+            seeds=(0, 1, 2),
+            budget=10,
+            source="TODO",
+        ),
+    ]

@@ -155,3 +155,24 @@ def get_config(arg=None):
         config.optim.warmup = "10%"
         config.log_every = config.eval_every = config.save_every = 5
     return config
+
+
+def get_expected():
+    return [
+        dict(
+            metric="validation/loss",
+            value=4.41,
+            tolerance=0.15,
+            seeds=(0, 1, 2),
+            budget=12,
+            source="three seeds on two cores, 2026-11-21: 4.384, 4.468, 4.388",
+        ),
+        dict(
+            metric="validation/mlm/accuracy",
+            value=0.279,
+            tolerance=0.02,
+            seeds=(0, 1, 2),
+            budget=12,
+            source="the same",
+        ),
+    ]

@@ -54,3 +54,16 @@ def get_config(arg=None):
         # The first token answers for the pair: both of its layers must see all of it.
         config.model.full_every = 1
     return config
+
+
+def get_expected():
+    return [
+        dict(
+            metric="validation/nsp/accuracy",
+            value=0.5,
+            tolerance=0.5,
+            seeds=(0, 1, 2),
+            budget=30,
+            source="TODO",
+        ),
+    ]

@@ -92,6 +92,26 @@ def sweep(spec: str) -> list[dict[str, Any]] | Generator:
     return [settings(path, row) for row in found]
 
 
+def defines(spec: str, name: str) -> bool:
+    """Whether the config file of `spec` defines a function of this name."""
+    path = Path(spec.partition(":")[0])
+    _check_file(path)
+    with located(path):
+        return path.suffix == ".py" and callable(runpy.run_path(str(path)).get(name))
+
+
+def expected(spec: str) -> list[Any]:
+    """What `get_expected(arg=None)` of `path.py` or `path.py:arg` gives, see fmjax/evidence.py.
+
+    Raises ConfigError where there is none.
+    """
+    name, _, arg = spec.partition(":")
+    path = Path(name)
+    _check_file(path)
+    with located(path):
+        return _call(path, "get_expected", arg or None)
+
+
 def settings(path: str | os.PathLike, trial: Any) -> dict[str, Any]:
     """What a sweep sets in a trial, numbers of numpy as Python's.
 

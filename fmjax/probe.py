@@ -84,11 +84,15 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     print(f"\n{opened}, {config.classifier} on {config.features} {shape} in {seconds:,.1f} s")
     for name, value in metrics.items():
         print(f"  {name:<16} {value:>12,.4f}")
+    kept = weights(fitted[-1])
     record = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "folder": opened.source,
         "step": opened.step,
         "data": settings,
+        "data_digest": dataset.digest,
+        "trainable_parameters": sum(x.size for x in kept),
+        "kept_bytes": sum(x.nbytes for x in kept),
         "metrics": {f"validation/classify/{name}": value for name, value in metrics.items()},
         "seconds": seconds,
         "environment": report.environment(),
@@ -119,6 +123,13 @@ def classifier(name: str, args: Mapping[str, Any], words: bool = False) -> Any:
         return make_pipeline(first, kind(**{"random_state": 0} | defaults | dict(args)))
     except TypeError as error:
         raise ConfigError(f"config.args={dict(args)}: {error}") from error
+
+
+def weights(fitted: Any) -> list[np.ndarray]:
+    """The arrays that the classifier has learned."""
+    if hasattr(fitted, "coefs_"):
+        return [*fitted.coefs_, *fitted.intercepts_]
+    return [fitted.coef_, fitted.intercept_]
 
 
 def counts(dataset: data.Dataset, name: str) -> Any:

@@ -24,7 +24,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +43,16 @@ from fmjax.logs import command, plain
 from fmjax.progress import duration, spread, table
 
 # Of a run's summary.json.
-KEPT = ("metrics", "seconds", "goodput", "parameters", "trainable_parameters", "kept_bytes")
+KEPT = (
+    "metrics",
+    "seconds",
+    "goodput",
+    "parameters",
+    "trainable_parameters",
+    "kept_bytes",
+    "data_digest",
+    "environment",
+)
 MAIN = ("accuracy", "spearman", "f1", "exact_match", "retrieval", "loss")  # the first is shown
 
 Record = dict[str, Any]
@@ -86,20 +95,12 @@ def start(
     looks = dry_run or which == "list"
     if looks and fresh:
         raise ConfigError("--fresh means nothing to --sweep=list and --dry_run")
-    told: dict[str, tuple[Trial, Record | None]] = {}
-    number = 0
-    for trial in walk(spec, overrides, folder):
-        number = trial.number
-        # A sweep that learns may ask for one twice.
-        if not looks and wanted in (None, number) and trial.name not in told:
-            _take(trial, spec, folder, fresh=fresh, again=wanted is not None)
-        told[trial.name] = trial, read(folder, trial)
-    if not told:
-        raise ConfigError(f"--config={spec}: get_sweep gave no trial")
-    if (wanted or 0) > number:
+    asked = None if looks else str(wanted or "all")
+    told = run(walk(spec, overrides, folder), spec, folder, asked, fresh=fresh)
+    if (wanted or 0) > (number := max(trial.number for trial, _ in told)):
         raise ConfigError(f"--sweep={which}: the sweep has the trials 1 to {number} so far")
-    show(list(told.values()), folder)
-    failed = [pair for pair in told.values() if pair[1] and pair[1]["state"] == "failed"]
+    show(told, folder)
+    failed = [pair for pair in told if pair[1] and pair[1]["state"] == "failed"]
     if wanted:
         failed = [pair for pair in failed if pair[0].number == wanted]
     if failed and not looks:
@@ -108,11 +109,31 @@ def start(
         raise of_exit_code(record["exit_code"])(f"{more}trial {trial.number}: {record['reason']}")
 
 
-def walk(spec: str, overrides: Sequence[str], folder: Path) -> Iterator[Trial]:
-    """The trials in order. A sweep that is a generator is sent the record of each before it says
-    the next, and ends for now where there is none."""
+def run(
+    found: Iterable[Trial], spec: str, folder: Path, which: str | None, *, fresh: bool = False
+) -> list[tuple[Trial, Record | None]]:
+    """The trials with their records, after those that `which` asks for have been run."""
+    told: dict[str, tuple[Trial, Record | None]] = {}
+    for trial in found:
+        # A sweep that learns may ask for one twice.
+        if which in ("all", str(trial.number)) and trial.name not in told:
+            _take(trial, spec, folder, fresh=fresh, again=which != "all")
+        told[trial.name] = trial, read(folder, trial)
+    if not told:
+        raise ConfigError(f"--config={spec}: get_sweep gave no trial")
+    return list(told.values())
+
+
+def walk(
+    spec: str,
+    overrides: Sequence[str],
+    folder: Path,
+    sweep: Sequence[Mapping[str, Any]] | Generator | None = None,
+) -> Iterator[Trial]:
+    """The trials of the config's sweep, or of `sweep`, in order. One that is a generator is sent
+    the record of each before it says the next, and ends for now where there is none."""
     path = spec.partition(":")[0]
-    sweep = configs.sweep(spec)
+    sweep = configs.sweep(spec) if sweep is None else sweep
     if not inspect.isgenerator(sweep):
         yield from _different([_trial(spec, overrides, n, own) for n, own in enumerate(sweep, 1)])
         return
@@ -286,8 +307,7 @@ def show(told: Sequence[tuple[Trial, Record | None]], folder: Path) -> None:
         )
     print()
     print(table(rows))
-    whole = [_with_examples(record, folder / trial.name) for trial, record in told if record]
-    groups = comparisons.groups(whole)
+    groups = groups_of(told, folder)
     if len(groups) > 1 and any(len(group.values(metric)) > 1 for group in groups):
         print()
         print(comparisons.text(comparisons.compare(groups, metric), metric))
@@ -295,6 +315,13 @@ def show(told: Sequence[tuple[Trial, Record | None]], folder: Path) -> None:
         print()
         print(table(costs))
     print(f"{len(records)} of {len(told)} trials have ended; {folder} has a record of each")
+
+
+def groups_of(told: Sequence[tuple[Trial, Record | None]], folder: Path) -> list[comparisons.Group]:
+    """What the records say, seeds put together, with what is known of each example."""
+    return comparisons.groups(
+        [_with_examples(record, folder / trial.name) for trial, record in told if record]
+    )
 
 
 def main_metric(records: Sequence[Record]) -> str:
