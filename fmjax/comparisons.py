@@ -15,7 +15,7 @@ import numpy as np
 
 from fmjax import statistics
 from fmjax.errors import CheckpointError
-from fmjax.progress import count, duration, spread, table
+from fmjax.progress import count, duration, spread
 
 Value = np.ndarray | float  # what each example of an evaluation adds, or their mean
 
@@ -24,6 +24,7 @@ class Group(NamedTuple):
     """Results that differ in the seed alone."""
 
     name: str  # what it sets, apart from what all groups set alike
+    settings: dict[str, Any]  # all that it sets, but the seed
     results: dict[int | None, Mapping[str, Any]]  # by seed, None of what has none
     failed: int = 0  # how many did not come to their end: the others alone would flatter it
 
@@ -72,7 +73,7 @@ def groups(records: Iterable[Mapping[str, Any]]) -> list[Group]:
                 results[key][result["seed"]] = result
     names = _names(list(settings.values()))
     return [
-        Group(name, results[key], failed.get(key, 0))
+        Group(name, settings[key], results[key], failed.get(key, 0))
         for name, key in zip(names, settings, strict=True)
     ]
 
@@ -155,8 +156,8 @@ def _stacked(values: Sequence[Value]) -> np.ndarray:
     return np.array([np.mean(value) for value in values] if len(shapes) > 1 else values)
 
 
-def text(rows: Sequence[Row], metric: str, level: float = 0.95) -> str:
-    """The rows as a table."""
+def shown(rows: Sequence[Row], metric: str, level: float = 0.95) -> list[list[str]]:
+    """The rows as a person reads them, below their heads."""
     percent = f"{100 * level:.0f} %"
     heads = [
         metric.removeprefix("validation/"),
@@ -179,7 +180,7 @@ def text(rows: Sequence[Row], metric: str, level: float = 0.95) -> str:
             continue
         told = [f"{row.more.mean:+.4f}", _range(row.more, "+"), f"{row.p:.2g}", row.verdict]
         lines.append([*own, *told, f"{row.detectable:.4f}"])
-    return table(lines)
+    return lines
 
 
 # What a result took, and what else is known of it: {title: (of a result, how it is shown)}.

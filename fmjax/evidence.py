@@ -125,7 +125,8 @@ def measured(
         failed.append(f"{missing} trials have not ended")
     results = [result for record in records for result in record["results"]]
     minutes = sum(record["seconds"] for record in records) / 60
-    groups = {group.name: group for group in trials.groups_of(told, folder)}
+    ended = [(trial.name, record) for trial, record in told if record]
+    groups = {group.name: group for group in trials.groups_of(ended, folder)}
     environment = next((one["environment"] for one in results if "environment" in one), {})
     data = sorted({one["data_digest"] for one in results if "data_digest" in one})
     words = [_short(word) for word in overrides]

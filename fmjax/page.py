@@ -30,6 +30,12 @@ def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
     return f"<table>{top}{''.join(body)}</table>" if body else ""
 
 
+def wide(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
+    """A table that is moved sideways where the window is too narrow for it."""
+    inner = table(rows, head)
+    return f'<div class="wide">{inner}</div>' if inner else ""
+
+
 def commands(texts: Mapping[str, str]) -> str:
     """Commands to copy, each under its title; empty ones are left out."""
     return "".join(
@@ -100,6 +106,8 @@ td, th { padding: 4px 0 4px 14px; border-top: 1px solid var(--line); text-align:
 td:first-child, th:first-child { padding-left: 0; text-align: left; }
 tr:first-child > * { border-top: 0; }
 th { font-weight: 500; color: var(--soft); font-size: 13px; }
+.wide { overflow-x: auto; }
+.wide td, .wide th { white-space: nowrap; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); }
 .grid { gap: 20px 36px; align-items: start; }
 figure { margin: 0; }
@@ -113,6 +121,7 @@ svg text { fill: var(--soft); font-size: 11px; font-variant-numeric: tabular-num
 svg .rule { stroke: var(--line); }
 svg .axis { stroke: var(--soft); }
 svg polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
+svg text.name { fill: var(--text); paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
 svg text.bad { fill: var(--bad); font-size: 14px; font-weight: 700; }
 .bar { display: flex; height: 14px; border-radius: 7px; overflow: hidden; margin-bottom: 10px; }
 .bar i { display: block; }

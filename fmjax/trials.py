@@ -6,6 +6,7 @@
 
     <workdir>/<trial>/         what its task writes there
     <workdir>/<trial>.json     what it sets, its command, and of each of its arms the metrics
+    <workdir>/report.html      all of it to read: `fmjax.sweep_report`; sweep.json has the trials
 
 A trial is called by its task and the digest of its config: what is changed in the file or on the
 command line makes other trials, and those of before stay as they are. One that fails does not stop
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from fmjax import comparisons, tasks, workdir
+from fmjax import comparisons, sweep_report, tasks, workdir
 from fmjax import config as configs
 from fmjax.errors import (
     ConfigError,
@@ -42,6 +43,7 @@ from fmjax.errors import (
 from fmjax.logs import command, plain
 from fmjax.progress import duration, spread, table
 
+SWEEP = "sweep.json"
 # Of a run's summary.json.
 KEPT = (
     "metrics",
@@ -100,6 +102,8 @@ def start(
     if (wanted or 0) > (number := max(trial.number for trial, _ in told)):
         raise ConfigError(f"--sweep={which}: the sweep has the trials 1 to {number} so far")
     show(told, folder)
+    if not looks:
+        keep(told, spec, overrides, folder)
     failed = [pair for pair in told if pair[1] and pair[1]["state"] == "failed"]
     if wanted:
         failed = [pair for pair in failed if pair[0].number == wanted]
@@ -307,21 +311,45 @@ def show(told: Sequence[tuple[Trial, Record | None]], folder: Path) -> None:
         )
     print()
     print(table(rows))
-    groups = groups_of(told, folder)
+    groups = groups_of([(trial.name, record) for trial, record in told if record], folder)
     if len(groups) > 1 and any(len(group.values(metric)) > 1 for group in groups):
         print()
-        print(comparisons.text(comparisons.compare(groups, metric), metric))
+        print(table(comparisons.shown(comparisons.compare(groups, metric), metric)))
     if costs := comparisons.costs(groups):
         print()
         print(table(costs))
     print(f"{len(records)} of {len(told)} trials have ended; {folder} has a record of each")
 
 
-def groups_of(told: Sequence[tuple[Trial, Record | None]], folder: Path) -> list[comparisons.Group]:
-    """What the records say, seeds put together, with what is known of each example."""
-    return comparisons.groups(
-        [_with_examples(record, folder / trial.name) for trial, record in told if record]
-    )
+def keep(
+    told: Sequence[tuple[Trial, Record | None]],
+    spec: str,
+    overrides: Sequence[str],
+    folder: Path,
+) -> None:
+    """Writes sweep.json, which trials belong together, and the report of those that have ended."""
+    sweep = {
+        "command": command(["run.py", f"--config={spec}", *overrides, "--sweep"]),
+        "trials": [trial.name for trial, _ in told],
+    }
+    workdir.write_atomic(folder / SWEEP, json.dumps(sweep, indent=2))
+    print(f"report: {report(folder)}")
+
+
+def report(folder: Path) -> Path:
+    """The page of the sweep that was run in `folder` last."""
+    sweep = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
+    files = [(name, folder / f"{name}.json") for name in sweep["trials"]]
+    ended = [(name, json.loads(file.read_text("utf-8"))) for name, file in files if file.exists()]
+    records = [record for _, record in ended]
+    groups, metric = groups_of(ended, folder), main_metric(records)
+    return sweep_report.write(folder, records, groups, metric, sweep["command"])
+
+
+def groups_of(told: Sequence[tuple[str, Record]], folder: Path) -> list[comparisons.Group]:
+    """What the records of trials with these names say, seeds put together, with what is known of
+    each example."""
+    return comparisons.groups([_with_examples(record, folder / name) for name, record in told])
 
 
 def main_metric(records: Sequence[Record]) -> str:

@@ -43,11 +43,11 @@ def test_trials_of_depth_run_and_are_compared(home, encoder, tmp_path, capsys): 
     start = max(i for i, line in enumerate(lines) if "less full" in line)
     shown = [line.split()[:2] for line in lines[start + 1 : start + 3]]
     assert shown == [["full", "2"], ["words", "1"]]
-    assert "2 of 9 trials have ended" in lines[-1]
+    assert "2 of 9 trials have ended" in lines[-2]
 
 
 @pytest.mark.slow
 def test_all_trials_of_depth_run(home, encoder, tmp_path):  # noqa: F811
     words = [*files(home), f"--config.init={encoder}", "--config.data.seq_len=12"]
     trials.start(f"{DEPTH}:tiny,steps=2,seeds=2", words, "all", tmp_path)
-    assert len(list(tmp_path.glob("*.json"))) == 9
+    assert len(list(tmp_path.glob("*-*.json"))) == 9

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fmjax import comparisons, statistics
+from fmjax import comparisons, progress, statistics
 from fmjax.errors import CheckpointError
 
 METRIC = "validation/classify/accuracy"
@@ -69,7 +69,7 @@ def test_groups_are_compared_seed_by_seed():
     assert rows[1].detectable == pytest.approx(statistics.detectable(wanted))
     assert wanted.high - wanted.low < 0.02  # though seeds are far apart
     assert rows[2].interval is None and rows[2].mean == far[0] and np.isnan(rows[3].mean)
-    told = comparisons.text(rows, METRIC).splitlines()
+    told = progress.table(comparisons.shown(rows, METRIC)).splitlines()
     assert len(told) == 5 and "higher" in told[2] and told[2].startswith("lora")
 
 
@@ -83,7 +83,7 @@ def test_a_group_of_which_one_failed_is_not_judged_by_the_others():
     records.append({"settings": {"arg": "lora", "seed": 4}, "results": [], "reason": "NaN"})
     rows = comparisons.compare(comparisons.groups(records), METRIC)
     assert rows[1].verdict == "" and rows[1].more is None and rows[1].group.failed == 1
-    assert "4, 1 failed" in comparisons.text(rows, METRIC)
+    assert "4, 1 failed" in progress.table(comparisons.shown(rows, METRIC))
     # An arm beside others, too; its last numbers are not taken.
     records[0]["results"][2]["failed"] = "NaN"
     assert 2 not in comparisons.groups(records)[0].values(METRIC)

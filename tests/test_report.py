@@ -176,7 +176,7 @@ def test_the_task_writes_the_page(folder, tmp_path, capsys):
 
 
 def test_the_task_refuses_other_folders(tmp_path):
-    with pytest.raises(ConfigError, match=r"config\.folder=.*nowhere.* is not a run folder"):
+    with pytest.raises(ConfigError, match=r"config\.folder=.*nowhere.* is neither a run folder"):
         report.run(SimpleNamespace(folder=tmp_path / "nowhere"), tmp_path)
 
 

@@ -176,7 +176,7 @@ def start(spec, folder, which="all", *words, **flags):
 
 
 def records(folder):
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))]
 
 
 ALL = ["0.001/0", "0.001/1", "0.003/0", "0.003/1"]
@@ -435,7 +435,7 @@ def test_secrets_are_in_no_record(task, tmp_path):
     body += "    config.hub_token = ''\n    return config\n"
     task()
     start(write(tmp_path, body), tmp_path / "sweep", "1", "--config.hub_token=abc123")
-    (file,) = (tmp_path / "sweep").glob("*.json")
+    (file,) = (tmp_path / "sweep").glob("*-*.json")
     assert "hub_token" in file.read_text() and "abc123" not in file.read_text()
 
 

@@ -1,0 +1,367 @@
+"""The trials of a sweep as one page a person can read, with its figures as pictures beside it.
+
+    <workdir>/report.html        without scripts, needs nothing from elsewhere
+    <workdir>/figures/….png      the same figures, to put into a text
+    <workdir>/report.json        the numbers of its tables
+
+Written at the end of each `--sweep`, and again by `--config=configs/report.py` on its folder.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fmjax import comparisons, logs, page, statistics, svg, workdir
+from fmjax.comparisons import Group, Row
+from fmjax.config import flatten, may_change
+from fmjax.progress import duration
+
+# What a metric is drawn against: (title, what the axis says, of a result).
+AGAINST = {
+    "trains": ("parameters that train", lambda one: one["trainable_parameters"]),
+    "flops": ("FLOP of the training", lambda one: one["metrics"]["flops"]),
+    "seconds": ("seconds of training steps", lambda one: one["step_seconds"]),
+    "peak": ("MiB of memory at the peak", lambda one: _of(one, "peak_bytes") / 2**20),
+    "kept": ("MiB on disk beside the base", lambda one: one["kept_bytes"] / 2**20),
+}
+FALLING = ("loss", "perplexity", "ece", "brier")  # metrics that are better when they are lower
+
+
+def write(
+    folder: Path,
+    records: Sequence[Mapping[str, Any]],
+    groups: Sequence[Group],
+    metric: str,
+    command: str,
+) -> Path:
+    """Writes the page, the figures and the numbers of a sweep's records; returns the page.
+
+    `groups` are what `fmjax.comparisons` makes of the records, `metric` is the one they are
+    compared in, and `command` runs all of it.
+    """
+    rows = comparisons.compare(groups, metric) if groups and metric else []
+    figures = dict(_figures(groups, metric, records))
+    pictures = folder / "figures"
+    pictures.mkdir(exist_ok=True)
+    for old in pictures.glob("*.png"):
+        old.unlink(missing_ok=True)  # Another command may share the folder.
+    for name, figure in figures.items():
+        if "<svg" in figure:
+            (pictures / f"{name}.png").write_bytes(svg.png(figure, page.STYLE))
+    of = lambda kind: [figure for name, figure in figures.items() if name.startswith(kind)]
+    grid = lambda kind: f'<div class="grid">{"".join(of(kind))}</div>' if of(kind) else ""
+    name = folder.resolve().name
+    sections = [
+        f"<h1>{escape(name)}</h1>{_verdict(records, rows, metric)}",
+        page.section("Results", _results(rows, metric)),
+        page.section("What each takes", _wide(comparisons.costs(groups))),
+        page.section("What it buys", grid("against") and _front(metric) + grid("against")),
+        page.section("Over what is varied", grid("over")),
+        page.section("Learning curves", grid("curve") and _curves_note(groups) + grid("curve")),
+        page.section("Where it is right", _slices(groups, metric)),
+        page.section("What failed", _failures(records)),
+        page.section("What differs", _differences(records)),
+        page.section("Commands", page.commands({"All trials": command} | _commands(records))),
+        page.section("Environment", page.settings(_environment(groups), {})),
+    ]
+    workdir.write_atomic(
+        folder / "report.json", json.dumps(logs.plain(_numbers(rows, metric)), indent=2)
+    )
+    workdir.write_atomic(folder / "report.html", page.page(name, sections))
+    return folder / "report.html"
+
+
+def _of(result: Mapping[str, Any], name: str) -> float:
+    return result["ledger"]["memory"][name]
+
+
+def _verdict(records: Sequence[Mapping], rows: Sequence[Row], metric: str) -> str:
+    done = sum(record["state"] == "done" for record in records)
+    took = duration(sum(record["seconds"] for record in records))
+    text = f"{done} of {len(records)} trials done, in {took}."
+    told = [row for row in rows[1:] if row.more]
+    if told:
+        names = {
+            kind: [r.group.name for r in told if r.verdict == kind] for kind in ("higher", "lower")
+        }
+        first, last = rows[0].group.name, metric.rpartition("/")[2]
+        parts = [f"{kind} for {', '.join(found)}" for kind, found in names.items() if found]
+        unclear = sum(row.verdict == "inconclusive" for row in told)
+        parts += [f"no difference shown for {unclear} of {len(told)}"] if unclear else []
+        text += f" Beside {first}, {last} is {'; '.join(parts)}."
+    state = "done" if done == len(records) else "failed"
+    return f'<p class="verdict {state}">{escape(text)}</p>'
+
+
+def _results(rows: Sequence[Row], metric: str) -> str:
+    if not rows:
+        return ""
+    head, *body = comparisons.shown(rows, metric)
+    note = (
+        "Means over seeds with 95 % intervals, for other seeds and, where single examples are "
+        "known, other examples. Differences are paired by seed and example; p is corrected for "
+        "all rows (Holm). “Detectable” is the difference that such runs would show four times of "
+        "five: where nothing is shown, no larger one is likely."
+    )
+    return page.wide(body, head) + f'<p class="soft">{note}</p>'
+
+
+def _wide(rows: Sequence[Sequence[str]]) -> str:
+    return page.wide(rows[1:], rows[0]) if rows else ""
+
+
+def _front(metric: str) -> str:
+    better = "lower" if metric.endswith(FALLING) else "higher"
+    return (
+        f'<p class="soft">{escape(metric.removeprefix("validation/"))}, {better} is better, with '
+        "95 % intervals; the dashed line joins those that nothing cheaper surpasses.</p>"
+    )
+
+
+def _figures(
+    groups: Sequence[Group], metric: str, records: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, str]]:
+    """(name, figure) of all that there is to draw."""
+    for name, (words, read) in AGAINST.items():
+        points = _points(groups, metric, read)
+        if len({x for x, *_ in points.values()}) > 1:
+            yield f"against-{name}", _against(points, metric, words)
+    yield from _over(groups, metric)
+    yield from _curves(groups, metric)
+
+
+def _points(groups, metric, read) -> dict[str, tuple[float, float, float, float]]:
+    """Of each group that knows both: what it takes, and the mean with its interval."""
+    found = {}
+    for group in groups:
+        mean, low, high = _mean(group, metric)
+        taken = []
+        for result in group.results.values():
+            try:
+                taken.append(float(read(result)))
+            except KeyError:
+                continue
+        if taken and math.isfinite(mean):
+            found[group.name] = (float(np.mean(taken)), mean, low, high)
+    return found
+
+
+def _mean(group: Group, metric: str) -> tuple[float, float, float]:
+    """The mean over seeds and its interval, NaN where there is none."""
+    values = [float(x) for x in group.values(metric, by_example=False).values()]
+    if not values:
+        return math.nan, math.nan, math.nan
+    if len(values) == 1 or not np.isfinite(values).all():
+        return float(np.mean(values)), math.nan, math.nan
+    found = statistics.estimate(np.array(values))
+    return found.mean, found.low, found.high
+
+
+def _against(points: Mapping[str, tuple], metric: str, words: str) -> str:
+    """The metric over what is taken, and the front of what nothing cheaper surpasses."""
+    sign = -1 if metric.endswith(FALLING) else 1
+    front, best = [], -math.inf
+    for x, y, *_ in sorted(points.values(), key=lambda point: (point[0], -sign * point[1])):
+        if sign * y > best:
+            front.append((x, y))
+            best = sign * y
+    series = [svg.Series("", front, 5, dashed=True)]
+    series += [
+        svg.Series(name, [(x, y)], 0, band=((x, low, high),), label=True)
+        for name, (x, y, low, high) in points.items()
+    ]
+    taken = [x for x, *_ in points.values()]
+    title = f"{_last(metric)} and {words}"
+    return svg.plot(title, series, x=words, log_x=max(taken) > 10 * max(min(taken), 1e-30))
+
+
+def _over(groups: Sequence[Group], metric: str) -> Iterator[tuple[str, str]]:
+    """The metric over each number that the sweep varies, a curve for each of what else it does."""
+    settings = {group.name: group.settings for group in groups}
+    keys = dict.fromkeys(key for own in settings.values() for key in own)
+    for key in keys:
+        numbers = {name: own.get(key) for name, own in settings.items()}
+        numeric = [x for x in numbers.values() if _is_number(x)]
+        if len(set(numeric)) < 3 or len(numeric) < len(groups):
+            continue
+        curves: dict[str, list] = {}
+        for group in groups:
+            others = {k: v for k, v in group.settings.items() if k != key}
+            label = ", ".join(f"{v}" for v in others.values())
+            curves.setdefault(label, []).append((float(numbers[group.name]), *_mean(group, metric)))
+        series = []
+        for number, (label, found) in enumerate(_unlike(curves).items()):
+            found = sorted(point for point in found if math.isfinite(point[1]))
+            band = tuple((x, low, high) for x, _, low, high in found)
+            series.append(svg.Series(label, [(x, y) for x, y, *_ in found], number, band))
+        high = max(numeric) > 10 * max(min(numeric), 1e-30)
+        yield f"over-{key}", svg.plot(f"{_last(metric)} over {key}", series, x=key, log_x=high)
+
+
+def _unlike(curves: Mapping[str, list]) -> dict[str, list]:
+    """The same under names without the words that all have."""
+    words = [name.replace(",", " ").split() for name in curves]
+    alike = set.intersection(*map(set, words)) if len(words) > 1 else set()
+    kept = [" ".join(word for word in own if word not in alike) for own in words]
+    return dict(zip(kept, curves.values(), strict=True))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _curves(groups: Sequence[Group], metric: str) -> Iterator[tuple[str, str]]:
+    """The metric while training, else the training loss, of each group beside the first one."""
+    for name in (metric, "train/loss"):
+        found = {group.name: _curve(group, name) for group in groups}
+        found = {name: curve for name, curve in found.items() if len(curve) > 1}
+        if found:
+            break
+    if not found:
+        return
+    first, *_ = found
+    for number, (own, curve) in enumerate(found.items()):
+        if own == first and len(found) > 1:
+            continue
+        lines = [
+            svg.Series(
+                own, [(s, m) for s, m, *_ in curve], 0, tuple((s, a, b) for s, _, a, b in curve)
+            )
+        ]
+        if own != first:
+            lines.insert(0, svg.Series(first, [(s, m) for s, m, *_ in found[first]], 5))
+        yield f"curve-{number}", svg.plot(f"{_words(name)}: {own}", lines)
+
+
+def _curves_note(groups: Sequence[Group]) -> str:
+    return (
+        f'<p class="soft">Means over seeds, from the least to the greatest, beside '
+        f"{escape(groups[0].name)}.</p>"
+    )
+
+
+def _curve(group: Group, name: str) -> list[tuple[int, float, float, float]]:
+    """(step, mean, least, greatest) over the seeds at the steps that all of them logged."""
+    each = []
+    for result in group.results.values():
+        rows, _ = logs.read(Path(result["folder"]))
+        each.append({row["step"]: float(row[name]) for row in rows if name in row})
+    steps = sorted(set.intersection(*map(set, each))) if each else []
+    values = [[one[step] for one in each] for step in steps]
+    return [(s, float(np.mean(v)), min(v), max(v)) for s, v in zip(steps, values, strict=True)]
+
+
+def _slices(groups: Sequence[Group], metric: str) -> str:
+    """The metric by class and by length, means over seeds."""
+    tables, key = "", metric.removeprefix("validation/")
+    for kind, title in (("classes", "class"), ("lengths", "length")):
+        parts: dict[str, dict[str, float]] = {}
+        for group in groups:
+            found: dict[str, list[float]] = {}
+            for result in group.results.values():
+                for part in result.get("ledger", {}).get("slices", {}).get(kind, ()):
+                    if key in part:
+                        found.setdefault(f"{part['name']} ({part['examples']})", []).append(
+                            part[key]
+                        )
+            if found:
+                parts[group.name] = {name: float(np.mean(values)) for name, values in found.items()}
+        names = dict.fromkeys(name for own in parts.values() for name in own)
+        rows = [
+            [own, *(f"{told[name]:.3f}" if name in told else "" for name in names)]
+            for own, told in parts.items()
+        ]
+        tables += page.wide(rows, [f"by {title} (examples)", *names])
+    return tables
+
+
+def _failures(records: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (str(record["number"]), record["reason"])
+        for record in records
+        if record["state"] == "failed"
+    ]
+    rows += [
+        (f"{record['number']}, seed {one['seed']}", one["failed"])
+        for record in records
+        for one in record["results"]
+        if one.get("failed") and record["state"] != "failed"
+    ]
+    return page.table(rows, ("trial", "why"))
+
+
+def _differences(records: Sequence[Mapping[str, Any]]) -> str:
+    """Of each trial the keys in which it differs from the first."""
+    flat = [
+        {key: value for key, value in flatten(record["config"]).items() if not may_change(key)}
+        for record in records
+    ]
+    rows = {}
+    for record, own in zip(records, flat, strict=True):
+        changed = [
+            f"{key}={json.dumps(own[key], ensure_ascii=False)}" if key in own else f"no {key}"
+            for key in sorted({*own, *flat[0]})
+            if own.get(key) != flat[0].get(key)
+        ]
+        words = ", ".join(map(str, record["settings"].values()))
+        rows[f"{record['number']} {words}"] = (
+            "\n".join(changed) or "the first, which others differ from"
+        )
+    return "".join(
+        f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"
+        for name, text in rows.items()
+    )
+
+
+def _commands(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    return {f"Trial {record['number']}": record["command"] for record in records}
+
+
+def _environment(groups: Sequence[Group]) -> dict[str, str]:
+    found: dict[str, set[str]] = {}
+    for group in groups:
+        for result in group.results.values():
+            for key, value in result.get("environment", {}).items():
+                found.setdefault(key, set()).add(value)
+    return {key: ", ".join(sorted(values)) for key, values in found.items()}
+
+
+def _numbers(rows: Sequence[Row], metric: str) -> dict[str, Any]:
+    """The comparison as data."""
+    return {
+        "metric": metric,
+        "groups": [
+            {
+                "name": row.group.name,
+                "settings": row.group.settings,
+                "values": {
+                    str(seed): float(value)
+                    for seed, value in row.group.values(metric, by_example=False).items()
+                },
+                "mean": row.mean,
+                "interval": row.interval and [row.interval.low, row.interval.high],
+                "difference": row.more and [row.more.mean, row.more.low, row.more.high],
+                "p_holm": row.p,
+                "p_signs": row.p_signs,
+                "verdict": row.verdict,
+                "detectable": row.detectable,
+                "failed": row.group.failed,
+                **{name: comparisons.cost(row.group, name) for name in comparisons.COSTS},
+            }
+            for row in rows
+        ],
+    }
+
+
+def _last(metric: str) -> str:
+    return metric.rpartition("/")[2].replace("_", " ").capitalize()
+
+
+def _words(name: str) -> str:
+    return re.sub(r"^(train|validation)/.*?(\w+)$", r"\2 (\1)", name)
