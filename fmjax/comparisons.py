@@ -9,11 +9,12 @@ each example adds, examples are paired as well, and conclusions are meant for ot
 import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmjax import statistics
+from fmjax import logs, statistics
 from fmjax.errors import CheckpointError
 from fmjax.progress import count, duration, spread
 
@@ -75,6 +76,45 @@ def groups(records: Iterable[Mapping[str, Any]]) -> list[Group]:
     return [
         Group(name, settings[key], results[key], failed.get(key, 0))
         for name, key in zip(names, settings, strict=True)
+    ]
+
+
+def at_equal(found: Sequence[Group], metric: str, budget: str) -> tuple[float, list[Group]] | None:
+    """(budget, groups) with the metric as it was when all had used the same: the most that every
+    run has come to in `budget`, which is "step", "tokens", "flops" or "time" (seconds of a run,
+    start, compilation and evaluation included).
+
+    None where all ended there, or where one of them was not evaluated before.
+    """
+    curves = [
+        [_used(Path(result["folder"]), metric, budget) for result in group.results.values()]
+        for group in found
+    ]
+    each = [curve for own in curves for curve in own]
+    if not each or not all(each):
+        return None
+    ends = [curve[-1][0] for curve in each]
+    most = min(ends)
+    if max(ends) <= most * (1 + 1e-9) or any(curve[0][0] > most for curve in each):
+        return None
+    groups = []
+    for group, own in zip(found, curves, strict=True):
+        last = [[y for x, y in curve if x <= most * (1 + 1e-9)][-1] for curve in own]
+        pairs = zip(group.results.items(), last, strict=True)
+        then = {seed: {**r, "metrics": {metric: y}, "examples": {}} for (seed, r), y in pairs}
+        groups.append(group._replace(results=then))
+    return most, groups
+
+
+def _used(folder: Path, metric: str, budget: str) -> list[tuple[float, float]]:
+    """(what was used of the budget, metric) at each evaluation of a run."""
+    rows, _ = logs.read(folder)
+    known = [(0, 0.0), *((row["step"], row[budget]) for row in rows if budget in row)]
+    steps, used = np.array(known, np.float64).T
+    return [
+        (float(np.interp(row["step"], steps, used)), float(row[metric]))
+        for row in rows
+        if metric in row
     ]
 
 

@@ -152,14 +152,17 @@ def steps(
     total: int | None = None,
     steps_per_epoch: int | Fraction | None = None,
     tokens_per_step: int | Fraction | None = None,
+    flops_per_step: int | None = None,
 ) -> int:
     """A duration in optimizer steps, rounded up: never less than was asked for.
 
     Args:
-      duration: steps as an int, or "1500 steps", "2.5 epochs", "10M tokens", "10%" (of `total`).
+      duration: steps as an int, or "1500 steps", "2.5 epochs", "10M tokens", "2T flops", "10%" (of
+        `total`).
       total: the length of the run in steps; None where it is itself being computed.
       steps_per_epoch: None where an epoch has no known length (streaming).
       tokens_per_step: positions in one global batch.
+      flops_per_step: of a batch of the full width, in matrix products.
     """
     try:
         number, unit = rules.duration(duration)
@@ -169,6 +172,7 @@ def steps(
         "step": 1,
         "epoch": steps_per_epoch,
         "token": tokens_per_step and Fraction(1, tokens_per_step),
+        "flop": flops_per_step and Fraction(1, flops_per_step),
         "%": total and Fraction(total, 100),
     }[unit]
     if per_unit is None:

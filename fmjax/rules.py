@@ -39,9 +39,10 @@ class Modules(NamedTuple):
 
 
 def duration(value: Any) -> tuple[Fraction, str]:
-    """(number, unit) of steps as an int or of "1500 steps", "3 epochs", "10M tokens", "10%".
+    """(number, unit) of steps as an int or of "1500 steps", "3 epochs", "10M tokens", "2T flops",
+    "10%".
 
-    The unit is "step", "epoch", "token" or "%". Raises ValueError for anything else.
+    The unit is "step", "epoch", "token", "flop" or "%". Raises ValueError for anything else.
     """
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
         return Fraction(value), "step"
@@ -50,7 +51,11 @@ def duration(value: Any) -> tuple[Fraction, str]:
         raise ValueError(f"not a duration: {value!r}")
     number = Fraction(match["number"]) * 1000 ** " kmbt".index(match["scale"].lower() or " ")
     unit = match["unit"].rstrip("s")
-    if number >= 2**63 or unit == "step" and number.denominator != 1:
+    if (
+        number >= (2**127 if unit == "flop" else 2**63)
+        or unit == "step"
+        and number.denominator != 1
+    ):
         raise ValueError(f"not a whole number of steps: {value!r}")
     return number, unit
 
@@ -210,6 +215,10 @@ def _is_length(value: Any) -> bool:
     return _is_span(value) and duration(value)[0] > 0 and duration(value)[1] != "%"
 
 
+def _is_period(value: Any) -> bool:
+    return _is_span(value) and duration(value)[1] != "flop"
+
+
 def _whole(low: int, high: int) -> Check:
     accepts = lambda value: _is_whole(value) and low <= value <= high
     return Check(accepts, f"a number from {low} to {high} without decimals")
@@ -231,7 +240,7 @@ FORMATS = ("packed", "padded", "pairs", "classes", "values", "tags", "spans", "c
 
 DURATION_TEXT = re.compile(
     r"\s*(?P<number>\d+(_\d+)*(\.\d+)?(e\d\d?)?)\s*(?P<scale>[KkMmBbTt]?)\s*"
-    r"(?P<unit>steps?|epochs?|tokens?|%)\s*"
+    r"(?P<unit>steps?|epochs?|tokens?|flops?|%)\s*"
 )
 POSITIVE = Check(lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1")
 COUNT = Check(lambda v: _is_whole(v) and v >= 0, "a whole number of at least 0")
@@ -260,8 +269,11 @@ LEDGER = Check(
     "a tuple with any of 'forgetting', 'memory' and 'slices'",
 )
 REGEX = Check(is_regex, "a regular expression")
-DURATION = Check(_is_span, "a duration: 1500, '1500 steps', '3 epochs', '10M tokens' or '10%'")
-LENGTH = Check(_is_length, "a duration above 0: 1500, '1500 steps', '3 epochs' or '10M tokens'")
+DURATION = Check(_is_period, "a duration: 1500, '1500 steps', '3 epochs', '10M tokens' or '10%'")
+LENGTH = Check(
+    _is_length,
+    "a duration above 0: 1500, '1500 steps', '3 epochs', '10M tokens' or '2T flops'",
+)
 
 # (expression over the whole dotted key, what its value must be).
 RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (

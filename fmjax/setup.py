@@ -8,7 +8,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fmjax import adapters, build, data, groups, optim, pretrained, rules, sharding, state, trees
+from fmjax import (
+    adapters,
+    build,
+    data,
+    flops,
+    groups,
+    optim,
+    pretrained,
+    rules,
+    sharding,
+    state,
+    trees,
+)
 from fmjax import config as configs
 from fmjax import objectives as losses
 from fmjax.data.settings import DataSettings, read
@@ -56,14 +68,21 @@ def setup(config: Any, mesh: jax.sharding.Mesh, poll: Callable[[], None] = lambd
     unit = rules.duration(config.total)[1]
     rows = config.batch_size * 2**30 if unit == "epoch" else 1
     tokens = rows if unit == "token" else rows * 2**40
-    assemble(config, mesh, stand_in, labels, rows=rows, tokens=tokens)
+    assemble(config, mesh, stand_in, labels, rows=rows, tokens=tokens, flops=1)
 
     dataset = data.prepare(config.data.to_dict(), config.tokenizer.to_dict(), poll=poll)
     pretrained.check_tokenizer(config, dataset.tokenizer_dir)
-    train = dataset.splits["train"]
-    size = sizes(config, train)
-    run = assemble(config, mesh, dataset.vocab, dataset.labels, **size)
-    return run._replace(dataset=dataset)
+    return with_data(config, mesh, dataset)
+
+
+def with_data(config: Any, mesh: jax.sharding.Mesh, dataset: data.Dataset) -> Run:
+    """The run on these data, as long as the config says."""
+    size = sizes(config, dataset.splits["train"])
+    make = functools.partial(assemble, config, mesh, dataset.vocab, dataset.labels, **size)
+    run = make(flops=1)._replace(dataset=dataset)
+    if rules.duration(config.total)[1] != "flop":
+        return run
+    return make(flops=flops.of_step(run, batch_spec(run)))._replace(dataset=dataset)
 
 
 def sizes(config: Any, train: Any) -> dict[str, Any]:
@@ -80,12 +99,14 @@ def assemble(
     *,
     rows: int,
     tokens: int,
+    flops: int,
 ) -> Run:
     """All parts of a run but its data, of which the training split has `rows` and real `tokens`,
-    and the classes the names `labels`."""
+    and the classes the names `labels`; a step takes so many `flops`."""
     sizes = dict(
         steps_per_epoch=Fraction(rows, config.batch_size),
         tokens_per_step=Fraction(config.batch_size * tokens, rows),
+        flops_per_step=flops,
     )
     total = configs.steps(config.total, total=None, **sizes)
     steps = functools.partial(configs.steps, total=total, **sizes)
@@ -122,11 +143,7 @@ def assemble(
 
 def beside(run: Run, config: Any) -> Run:
     """The run of another config with the data of `run`, for which it says the same."""
-    dataset, config = run.dataset, pretrained.resolved(config)
-    train = dataset.splits["train"]
-    size = sizes(config, train)
-    other = assemble(config, run.mesh, dataset.vocab, dataset.labels, **size)
-    return other._replace(dataset=dataset)
+    return with_data(pretrained.resolved(config), run.mesh, run.dataset)
 
 
 def _check_noise(config: Any, model: AnyModel) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from fmjax import comparisons, logs, page, statistics, svg, workdir
 from fmjax.comparisons import Group, Row
 from fmjax.config import flatten, may_change
-from fmjax.progress import duration
+from fmjax.progress import count, duration
 
 # What a metric is drawn against: (title, what the axis says, of a result).
 AGAINST = {
@@ -29,6 +29,12 @@ AGAINST = {
     "seconds": ("seconds of training steps", lambda one: one["step_seconds"]),
     "peak": ("MiB of memory at the peak", lambda one: _of(one, "peak_bytes") / 2**20),
     "kept": ("MiB on disk beside the base", lambda one: one["kept_bytes"] / 2**20),
+}
+BUDGETS = {
+    "step": "{} steps",
+    "tokens": "{} tokens",
+    "flops": "{} FLOP",
+    "time": "{} seconds of the run, start and evaluation included",
 }
 FALLING = ("loss", "perplexity", "ece", "brier")  # metrics that are better when they are lower
 
@@ -62,6 +68,7 @@ def write(
         page.section("Results", _results(rows, metric)),
         page.section("What each takes", _wide(comparisons.costs(groups))),
         page.section("What it buys", grid("against") and _front(metric) + grid("against")),
+        page.section("At equal budgets", _equal(groups, metric)),
         page.section("Over what is varied", grid("over")),
         page.section("Learning curves", grid("curve") and _curves_note(groups) + grid("curve")),
         page.section("Where it is right", _slices(groups, metric)),
@@ -122,6 +129,24 @@ def _front(metric: str) -> str:
         f'<p class="soft">{escape(metric.removeprefix("validation/"))}, {better} is better, with '
         "95 % intervals; the dashed line joins those that nothing cheaper surpasses.</p>"
     )
+
+
+def _equal(groups: Sequence[Group], metric: str) -> str:
+    """The comparison as it was when all had used the same."""
+    parts = []
+    for budget, words in BUDGETS.items():
+        found = comparisons.at_equal(groups, metric, budget)
+        if found and len(groups) > 1:
+            most, then = found
+            head, *body = comparisons.shown(comparisons.compare(then, metric), metric)
+            parts.append(f"<h3>{escape(words.format(count(most)))}</h3>{page.wide(body, head)}")
+    if not parts:
+        return ""
+    note = (
+        "By the last evaluation within the most that all have used. A run that went on had not "
+        "yet lowered its learning rate as far as one that ended there."
+    )
+    return "".join(parts) + f'<p class="soft">{note}</p>'
 
 
 def _figures(

@@ -1,5 +1,7 @@
 """Groups of results, and what one has more than the first."""
 
+import json
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -8,6 +10,32 @@ from fmjax import comparisons, progress, statistics
 from fmjax.errors import CheckpointError
 
 METRIC = "validation/classify/accuracy"
+
+
+def test_groups_at_equal_budgets(tmp_path):
+    """Two runs of 40 and 20 steps, evaluated each 10; a step of the first takes half the FLOPs."""
+    found = []
+    for name, steps, flops in (("a", 40, 5.0), ("b", 20, 10.0)):
+        results = {}
+        for seed in (0, 1):
+            folder = tmp_path / f"{name}{seed}"
+            folder.mkdir()
+            lines = [{"step": s, "time": s, "flops": flops * s} for s in range(5, steps + 1, 5)]
+            lines += [
+                {"step": s, "time": s, METRIC: s / 100 + seed} for s in range(10, steps + 1, 10)
+            ]
+            lines.sort(key=lambda line: line["step"])
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (folder / "metrics.jsonl").write_text(text)
+            results[seed] = {"folder": str(folder), "metrics": {METRIC: 9.0}, "examples": {}}
+        found.append(comparisons.Group(name, {}, results))
+    of = lambda groups: [[g.values(METRIC)[seed] for seed in (0, 1)] for g in groups]
+    most, groups = comparisons.at_equal(found, METRIC, "step")
+    assert most == 20 and of(groups) == [[0.2, 1.2], [0.2, 1.2]]
+    # Both come to 200 FLOPs, the first after 40 steps: nothing that the ends do not say.
+    assert comparisons.at_equal(found, METRIC, "flops") is None
+    assert comparisons.at_equal(found, METRIC, "tokens") is None  # of which the logs say nothing
+    assert comparisons.at_equal(found, "validation/other", "step") is None
 
 
 def record(settings, *values, arms=False, seed=0):

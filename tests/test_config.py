@@ -397,6 +397,8 @@ def test_parse_arg_refuses(arg):
         ("10M tokens", 4883),  # 10⁷ / 2048 = 4882.8
         ("2048 tokens", 1),
         ("2049 tokens", 2),
+        ("2M flops", 8),  # 2·10⁶ / 250,000
+        ("2.1e6 flops", 9),
         ("10%", 100),
         ("0.01%", 1),  # 0.1
         ("0%", 0),
@@ -404,11 +406,13 @@ def test_parse_arg_refuses(arg):
     ],
 )
 def test_durations_in_steps(duration, expected):
-    found = configs.steps(duration, total=1000, steps_per_epoch=25, tokens_per_step=2048)
+    found = configs.steps(
+        duration, total=1000, steps_per_epoch=25, tokens_per_step=2048, flops_per_step=250_000
+    )
     assert found == expected and type(found) is int
 
 
-@pytest.mark.parametrize("duration", ["1 epoch", "1M tokens", "10%"])
+@pytest.mark.parametrize("duration", ["1 epoch", "1M tokens", "1M flops", "10%"])
 def test_a_duration_without_its_reference_is_refused(duration):
     with pytest.raises(ConfigError, match="'1000 steps'"):
         configs.steps(duration)
@@ -419,6 +423,10 @@ def test_what_is_no_duration_is_refused(duration):
     with pytest.raises(ConfigError, match="is not a duration"):
         configs.steps(duration, total=10, steps_per_epoch=10, tokens_per_step=10)
     assert not rules.DURATION.accepts(duration)
+
+
+def test_only_a_length_is_counted_in_operations():
+    assert rules.LENGTH.accepts("2e23 flops") and not rules.DURATION.accepts("2T flops")
 
 
 def test_a_rule_is_of_the_whole_key():

@@ -1,4 +1,5 @@
 import functools
+import json
 
 import inject
 import jax
@@ -6,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from common import dots
+from common import ROOT, dots
 
-from fmjax import flops, objectives, sharding, state, train, trees
+from fmjax import config, flops, objectives, sharding, state, train, trees
 from fmjax.errors import ConfigError
 
 
@@ -322,3 +323,15 @@ def test_init_does_not_depend_on_stacking():
     cut = tiny.make(groups=((r"block_00/.*", "freeze"), (".*", "train")))
     close(whole.state().params, cut.state().params, atol=0)
     assert state.abstract_params(cut.model)["blocks_00_00"]
+
+
+def test_a_run_may_be_as_long_as_its_operations(tmp_path):
+    words = ["--config.tensorboard=False", "--config.log_every=1"]
+    one = [*words, "--config.total=1"]
+    train.run(config.load(f"{ROOT}/configs/mlm.py:tiny", one), tmp_path / "one")
+    flops = json.loads((tmp_path / "one/summary.json").read_text())["metrics"]["flops"]
+    for given, steps in ((3 * flops, 3), (3 * flops + 1, 4)):
+        three = [*words, f"--config.total={given} flops"]
+        train.run(config.load(f"{ROOT}/configs/mlm.py:tiny", three), tmp_path / str(steps))
+        found = json.loads((tmp_path / str(steps) / "summary.json").read_text())
+        assert found["step"] == steps and found["metrics"]["flops"] == steps * flops
