@@ -1,7 +1,9 @@
 """How runs begin: from their newest checkpoints, or from what `config.init` names, or fresh."""
 
+import contextlib
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -56,6 +58,22 @@ def states(
     for other in checkpoints[1:] if still else ():
         frozen.share(checkpoints[0], other)
     return current, [{} for _ in folders], still
+
+
+def before(run: Run, folder: Path, step: int) -> tuple[TrainState, dict[str, Any]]:
+    """(state, position of the data) of the newest checkpoint before the update `step` (from 1);
+    the state at the start, and {}, where there is none. Raises CheckpointError for damage."""
+    checkpoints = folder / "checkpoints"
+    there = [one for one in step_folders.finished(checkpoints) if one < step]
+    if not there:
+        return created([run])[0], {}
+    with contextlib.closing(checkpoint.Checkpointer(folder)) as saver:
+        same_data = lambda saved: data.check_fingerprint(saved["fingerprint"], fingerprint(run))
+        state, meta = saver.restore(moving(run, run.abstract), there[-1], check=same_data)
+    if meta["frozen"]:
+        rest = frozen.restore(checkpoints, run.split(run.abstract.params)[1], meta["frozen"])
+        state = state.replace(params=groups.merge(state.params, rest))
+    return state, meta["data"]
 
 
 def restored(

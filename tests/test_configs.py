@@ -38,6 +38,7 @@ def test_every_config_is_in_this_list():
         "fill_mask.py",
         "predict.py",
         "probe.py",
+        "replay.py",
         "report.py",
     }
     assert {path.name for path in (ROOT / "configs").glob("*.py")} <= known
