@@ -1,9 +1,11 @@
 """What the trials of a sweep say about each other: means over seeds, and differences with errors.
 
-Results that differ in nothing but the seed are a group. Groups are compared with the first one,
-pair by pair: with the same seed both have the same order of examples and the same head at first, so
-that much of what a seed does to one it does to the other (`fmjax.statistics`). Where runs say what
-each example adds, examples are paired as well, and conclusions are meant for others of their kind.
+Results that differ in nothing but the seed are a group, or those that set the same "group". Each is
+compared with the first one that is set like it in all but the first key of the sweep, or with the
+very first, pair by pair: with the same seed both have the same order of examples and the same head
+at first, so that much of what a seed does to one it does to the other (`fmjax.statistics`). Where
+runs say what each example adds, examples are paired as well, and conclusions are meant for others
+of their kind.
 """
 
 import contextlib
@@ -63,6 +65,8 @@ def groups(records: Iterable[Mapping[str, Any]]) -> list[Group]:
         for result in (*record["results"], *lost):
             own = {**record["settings"], **result["arm"]}
             own.pop("seed", None)
+            if "group" in own:
+                own = {"group": own["group"]}
             key = repr(sorted(own.items()))
             settings.setdefault(key, own)
             results.setdefault(key, {})
@@ -74,7 +78,9 @@ def groups(records: Iterable[Mapping[str, Any]]) -> list[Group]:
                 results[key][result["seed"]] = result
     names = _names(list(settings.values()))
     return [
-        Group(name, settings[key], results[key], failed.get(key, 0))
+        Group(
+            str(settings[key].get("group", name)), settings[key], results[key], failed.get(key, 0)
+        )
         for name, key in zip(names, settings, strict=True)
     ]
 
@@ -104,6 +110,17 @@ def at_equal(found: Sequence[Group], metric: str, budget: str) -> tuple[float, l
         then = {seed: {**r, "metrics": {metric: y}, "examples": {}} for (seed, r), y in pairs}
         groups.append(group._replace(results=then))
     return most, groups
+
+
+def steps_until(group: Group, metric: str, level: float, falls: bool) -> list[int | None]:
+    """Of each run the step of the first evaluation that reaches `level`, None where none does."""
+    found = []
+    for result in group.results.values():
+        rows, _ = logs.read(Path(result["folder"]))
+        reached = lambda value: value <= level if falls else value >= level
+        steps = [row["step"] for row in rows if metric in row and reached(float(row[metric]))]
+        found.append(min(steps, default=None))
+    return found
 
 
 def _used(folder: Path, metric: str, budget: str) -> list[tuple[float, float]]:
@@ -145,30 +162,33 @@ class Row(NamedTuple):
     p: float = float("nan")  # of no difference, after Holm's correction
     p_signs: float = float("nan")  # of the same by exchanging pairs of seeds, without correction
     verdict: str = ""
+    reference: Group | None = None  # the group that it is compared with
     detectable: float = float("nan")  # the difference that such runs would show four times of five
 
 
 def compare(found: Sequence[Group], metric: str, level: float = 0.95) -> list[Row]:
-    """Each group, and what it has more than the first one; the corrected family is all of these.
+    """Each group, and what it has more than its reference; the corrected family is all of these.
 
     Examples are paired where all results have the same ones in the same order, by their labels.
     """
     each = [result.get("examples", {}) for group in found for result in group.results.values()]
     same = len({one["label"].tobytes() for one in each if "label" in one}) == 1
     whole = [group.values(metric, by_example=same) for group in found]
-    rows = []
+    rows, beside = [], references(found)
     for number, (group, values) in enumerate(zip(found, whole, strict=True)):
         own = _stacked(list(values.values()))
         known = len(own) > 1 and np.isfinite(own).all()
         interval = statistics.estimate(own, level) if known else None
         row = Row(group, float(own.mean()) if len(own) else float("nan"), interval)
-        one, other = _pairs(values, whole[0])
-        failed = group.failed or found[0].failed
-        if number and not failed and len(one) > 1 and np.isfinite(one - other).all():
+        reference = beside[number]
+        one, other = _pairs(values, whole[reference])
+        failed = group.failed or found[reference].failed
+        if number != reference and not failed and len(one) > 1 and np.isfinite(one - other).all():
             difference = one - other
             by_seed = difference.mean(1) if difference.ndim == 2 else difference
             more, signs = statistics.estimate(difference, level), statistics.signs(by_seed)
             row = row._replace(more=more, p=statistics.p_value(more), p_signs=signs)
+            row = row._replace(reference=found[reference])
         rows.append(row)
     family = [number for number, row in enumerate(rows) if row.more]
     raised = statistics.holm([rows[number].p for number in family])
@@ -178,6 +198,14 @@ def compare(found: Sequence[Group], metric: str, level: float = 0.95) -> list[Ro
         told = dict(p=p, verdict=statistics.verdict(more, p, level))
         rows[number] = rows[number]._replace(detectable=statistics.detectable(more, first), **told)
     return rows
+
+
+def references(found: Sequence[Group]) -> list[int]:
+    """Of each group the number of the one that it is compared with, which may be its own."""
+    keys = dict.fromkeys(key for group in found for key in group.settings)
+    first = next(iter(keys), "")
+    others = [{k: v for k, v in group.settings.items() if k != first} for group in found]
+    return [others.index(own) if others.count(own) > 1 else 0 for own in others]
 
 
 def _pairs(one: Mapping[Any, Value], other: Mapping[Any, Value]) -> tuple[np.ndarray, np.ndarray]:
@@ -199,12 +227,14 @@ def _stacked(values: Sequence[Value]) -> np.ndarray:
 def shown(rows: Sequence[Row], metric: str, level: float = 0.95) -> list[list[str]]:
     """The rows as a person reads them, below their heads."""
     percent = f"{100 * level:.0f} %"
+    beside = dict.fromkeys(row.reference.name for row in rows if row.reference)
+    one = len(beside) < 2
     heads = [
         metric.removeprefix("validation/"),
         "seeds",
         "mean",
         percent,
-        f"less {rows[0].group.name}",
+        f"less {next(iter(beside), rows[0].group.name)}" if one else "less",
         percent,
         "p (Holm)",
         "",
@@ -218,7 +248,8 @@ def shown(rows: Sequence[Row], metric: str, level: float = 0.95) -> list[list[st
         if row.more is None:
             lines.append([*own, "", "", "", "", ""])
             continue
-        told = [f"{row.more.mean:+.4f}", _range(row.more, "+"), f"{row.p:.2g}", row.verdict]
+        less = f"{row.more.mean:+.4f}" if one else f"{row.reference.name}: {row.more.mean:+.4f}"
+        told = [less, _range(row.more, "+"), f"{row.p:.2g}", row.verdict]
         lines.append([*own, *told, f"{row.detectable:.4f}"])
     return lines
 
@@ -234,6 +265,10 @@ COSTS = {
         lambda x: f"{np.mean(x) / 2**20:,.0f} MiB",
     ),
     "forgets": (lambda one: forgotten(one["ledger"]["forgetting"]), spread),
+    "gap": (
+        lambda one: float(one["metrics"]["validation/loss"]) - float(one["metrics"]["train/loss"]),
+        spread,
+    ),
     "ece": (lambda one: _score(one["metrics"], "ece"), spread),
     "brier": (lambda one: _score(one["metrics"], "brier"), spread),
 }

@@ -227,7 +227,7 @@ def _whole(low: int, high: int) -> Check:
 # Dicts whose keys are the user's choice: the command line replaces them whole.
 OPEN = ("objectives", "group_optim", "optim.args", "args", "pretraining")
 DICTS = (
-    r"data|pretraining(\.data)?|tokenizer|model|adapter|quantise|mesh|distributed|optim|(objectives|group_optim)(\.[^.]+)?"
+    r"data|pretraining(\.data)?|tokenizer|model|adapter|quantise|mesh|distributed|optim|objectives(\.[^.]+(\.validation)?)?|group_optim(\.[^.]+)?"
     r"|((optim|group_optim\.[^.]+)\.)?args"
 )
 # In what the arms of one program may differ.
@@ -279,7 +279,10 @@ LENGTH = Check(
 RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("total", LENGTH),
     (r"(log|eval|save)_every|.*\.(warmup|cooldown|delay)", DURATION),
-    (r"batch_size|accumulate|keep|top_k|max_skipped|objectives\.mlm\.span_max", POSITIVE),
+    (
+        r"batch_size|accumulate|keep|top_k|max_skipped|objectives\.mlm\.(validation\.)?span_max",
+        POSITIVE,
+    ),
     (r"objectives\.span\.(n_best|max_answer)", POSITIVE),
     (r"model\.depth", _whole(1, 1000)),
     (r"model\.(width|heads|mlp|max_len|window|full_every)", _whole(1, 2**24)),
@@ -301,7 +304,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r".*\.(rate|layer_decay|end|span_stop)", PROBABILITY),
     (r"data\.validation_fraction|.*\.(\w*dropout|ema|b1|b2)", FRACTION),
     (r".*\.(lr|weight_decay|clip|eps|weight|skip_spikes)", NON_NEGATIVE),
-    (r"objectives\.mlm\.replace", SHARES),
+    (r"objectives\.mlm\.(validation\.)?replace", SHARES),
     (r".*\.decay", REGEX),
     (r"optim\.name", NAME),
     ("arms", ARMS),
@@ -338,7 +341,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"data\.overlap", ("keep", "drop")),
     (r"data\.pair", ("nsp", "sop")),
     (r"tokenizer\.kind", ("wordpiece", "bpe", "unigram")),
-    (r"objectives\.mlm\.mask", MASKS),
+    (r"objectives\.mlm\.(validation\.)?mask", MASKS),
     (r"(objectives\.[^.]+\.)?pool", POOLS),
     (r"model\.name", Modules("models", "Model", also=("init",))),
     ("task", Modules("", "run")),

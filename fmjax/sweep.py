@@ -11,8 +11,10 @@
             sweep.grid("seed", (0, 1, 2)),
         )
 
-A trial is a dict of what it sets: keys of the config with dots between their parts, and "arg", the
-argument of `get_config`. A sweep is a list of trials, so that Python's own lists work as well.
+A trial is a dict of what it sets: keys of the config with dots between their parts, "arg", the
+argument of `get_config`, and "group", the name under which results of several seeds are put
+together where they differ in more. A sweep is a list of trials, so that Python's own lists work as
+well.
 """
 
 import itertools

@@ -42,66 +42,90 @@ FALLING = ("loss", "perplexity", "ece", "brier")  # metrics that are better when
 def write(
     folder: Path,
     records: Sequence[Mapping[str, Any]],
-    groups: Sequence[Group],
-    metric: str,
+    families: Sequence[tuple[str, Sequence[Group]]],
     command: str,
 ) -> Path:
     """Writes the page, the figures and the numbers of a sweep's records; returns the page.
 
-    `groups` are what `fmjax.comparisons` makes of the records, `metric` is the one they are
-    compared in, and `command` runs all of it.
+    `families` are metrics and the groups that are compared in them, as `fmjax.trials` makes them of
+    the records; `command` runs all of it.
     """
-    rows = comparisons.compare(groups, metric) if groups and metric else []
-    figures = dict(_figures(groups, metric, records))
     pictures = folder / "figures"
     pictures.mkdir(exist_ok=True)
     for old in pictures.glob("*.png"):
         old.unlink(missing_ok=True)  # Another command may share the folder.
-    for name, figure in figures.items():
-        if "<svg" in figure:
-            (pictures / f"{name}.png").write_bytes(svg.png(figure, page.STYLE))
-    of = lambda kind: [figure for name, figure in figures.items() if name.startswith(kind)]
-    grid = lambda kind: f'<div class="grid">{"".join(of(kind))}</div>' if of(kind) else ""
+    sections, told, numbers = [], [], []
+    for metric, groups in families:
+        rows = comparisons.compare(groups, metric)
+        of = f" in {metric.removeprefix('validation/')}" if len(families) > 1 else ""
+        figures = dict(_figures(groups, metric, records))
+        for name, figure in figures.items():
+            if "<svg" in figure:
+                name = f"{_file(metric)}-{name}" if of else name
+                (pictures / f"{name}.png").write_bytes(svg.png(figure, page.STYLE))
+        told.append(_told(rows, metric))
+        numbers.append(_numbers(rows, metric))
+        sections += [
+            page.section(f"{title}{of}", body) for title, body in _family(rows, metric, figures)
+        ]
     name = folder.resolve().name
+    groups = [group for _, own in families for group in own]
     sections = [
-        f"<h1>{escape(name)}</h1>{_verdict(records, rows, metric)}",
-        page.section("Results", _results(rows, metric)),
-        page.section("What each takes", _wide(comparisons.costs(groups))),
-        page.section("What it buys", grid("against") and _front(metric) + grid("against")),
-        page.section("At equal budgets", _equal(groups, metric)),
-        page.section("Over what is varied", grid("over")),
-        page.section("Learning curves", grid("curve") and _curves_note(groups) + grid("curve")),
-        page.section("Where it is right", _slices(groups, metric)),
+        f"<h1>{escape(name)}</h1>{_verdict(records, told)}",
+        *sections,
         page.section("What failed", _failures(records)),
         page.section("What differs", _differences(records)),
         page.section("Commands", page.commands({"All trials": command} | _commands(records))),
         page.section("Environment", page.settings(_environment(groups), {})),
     ]
-    workdir.write_atomic(
-        folder / "report.json", json.dumps(logs.plain(_numbers(rows, metric)), indent=2)
-    )
+    text = json.dumps(logs.plain(numbers), indent=2)
+    workdir.write_atomic(folder / "report.json", text)
     workdir.write_atomic(folder / "report.html", page.page(name, sections))
     return folder / "report.html"
+
+
+def _family(
+    rows: Sequence[Row], metric: str, figures: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """(title, body) of the sections about groups that are compared in one metric."""
+    groups = [row.group for row in rows]
+
+    def grid(kind: str, note: str = "") -> str:
+        own = "".join(figure for name, figure in figures.items() if name.startswith(kind))
+        return f'{note}<div class="grid">{own}</div>' if own else ""
+
+    yield "Results", _results(rows, metric)
+    yield "What each takes", _wide(comparisons.costs(groups))
+    yield "What it buys", grid("against", _front(metric))
+    yield "Over what is varied", grid("over")
+    yield "At equal budgets", _equal(groups, metric)
+    yield "How soon", _until(rows, metric)
+    yield "Learning curves", grid("curve", _curves_note(groups))
+    yield "Where it is right", _slices(groups, metric)
 
 
 def _of(result: Mapping[str, Any], name: str) -> float:
     return result["ledger"]["memory"][name]
 
 
-def _verdict(records: Sequence[Mapping], rows: Sequence[Row], metric: str) -> str:
+def _told(rows: Sequence[Row], metric: str) -> str:
+    """What the comparisons come to, in a sentence; "" where there is none."""
+    told = [row for row in rows if row.more]
+    if not told:
+        return ""
+    kinds = ("higher", "lower")
+    names = {kind: [row.group.name for row in told if row.verdict == kind] for kind in kinds}
+    beside = ", ".join(dict.fromkeys(row.reference.name for row in told))
+    parts = [f"{kind} for {', '.join(found)}" for kind, found in names.items() if found]
+    unclear = sum(row.verdict == "inconclusive" for row in told)
+    parts += [f"no difference shown for {unclear} of {len(told)}"] if unclear else []
+    return f" Beside {beside}, {metric.removeprefix('validation/')} is {'; '.join(parts)}."
+
+
+def _verdict(records: Sequence[Mapping], told: Sequence[str]) -> str:
     done = sum(record["state"] == "done" for record in records)
     took = duration(sum(record["seconds"] for record in records))
-    text = f"{done} of {len(records)} trials done, in {took}."
-    told = [row for row in rows[1:] if row.more]
-    if told:
-        names = {
-            kind: [r.group.name for r in told if r.verdict == kind] for kind in ("higher", "lower")
-        }
-        first, last = rows[0].group.name, metric.rpartition("/")[2]
-        parts = [f"{kind} for {', '.join(found)}" for kind, found in names.items() if found]
-        unclear = sum(row.verdict == "inconclusive" for row in told)
-        parts += [f"no difference shown for {unclear} of {len(told)}"] if unclear else []
-        text += f" Beside {first}, {last} is {'; '.join(parts)}."
+    text = f"{done} of {len(records)} trials done, in {took}.{''.join(told)}"
     state = "done" if done == len(records) else "failed"
     return f'<p class="verdict {state}">{escape(text)}</p>'
 
@@ -147,6 +171,26 @@ def _equal(groups: Sequence[Group], metric: str) -> str:
         "yet lowered its learning rate as far as one that ended there."
     )
     return "".join(parts) + f'<p class="soft">{note}</p>'
+
+
+def _until(rows: Sequence[Row], metric: str) -> str:
+    """How many steps each took to where its reference ended."""
+    falls, lines = metric.endswith(FALLING), []
+    for row in rows:
+        steps = []
+        if row.reference:
+            level = _mean(row.reference, metric)[0]
+            steps = comparisons.steps_until(row.group, metric, level, falls)
+        if any(step is not None for step in steps):
+            shown = ", ".join("not" if step is None else f"{step:,}" for step in steps)
+            lines.append((row.group.name, f"{row.reference.name}: {level:.4f}", shown))
+    if not lines:
+        return ""
+    note = (
+        "Steps of each seed until the evaluation that reached the mean at which its reference "
+        "ended."
+    )
+    return page.wide(lines, ("", "reaches", "steps")) + f'<p class="soft">{note}</p>'
 
 
 def _figures(
@@ -382,6 +426,10 @@ def _numbers(rows: Sequence[Row], metric: str) -> dict[str, Any]:
             for row in rows
         ],
     }
+
+
+def _file(metric: str) -> str:
+    return re.sub(r"\W+", "-", metric.removeprefix("validation/"))
 
 
 def _last(metric: str) -> str:

@@ -167,7 +167,8 @@ def _trial(spec: str, overrides: Sequence[str], number: int, settings: Mapping[s
     path, _, arg = spec.partition(":")
     arg = settings.get("arg", arg)
     text = lambda value: value if isinstance(value, str) else repr(value)
-    own = [f"--config.{key}={text(value)}" for key, value in settings.items() if key != "arg"]
+    words = {key: value for key, value in settings.items() if key not in ("arg", "group")}
+    own = [f"--config.{key}={text(value)}" for key, value in words.items()]
     given = {word.partition("=")[0] for word in overrides}
     if twice := [word for word in own if word.partition("=")[0] in given]:
         raise ConfigError(f"{twice[0].partition('=')[0]} is what the trials of the sweep differ in")
@@ -231,6 +232,7 @@ def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) ->
             "number": trial.number,
             "settings": trial.settings,
             "command": command(["run.py", *trial.words, f"--workdir={where}"]),
+            "folder": str(where),
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "state": "done",
             "reason": "",
@@ -311,13 +313,14 @@ def show(told: Sequence[tuple[Trial, Record | None]], folder: Path) -> None:
         )
     print()
     print(table(rows))
-    groups = groups_of([(trial.name, record) for trial, record in told if record], folder)
-    if len(groups) > 1 and any(len(group.values(metric)) > 1 for group in groups):
-        print()
-        print(table(comparisons.shown(comparisons.compare(groups, metric), metric)))
-    if costs := comparisons.costs(groups):
-        print()
-        print(table(costs))
+    ended = [(trial.name, record) for trial, record in told if record]
+    for metric, groups in families(ended, folder):
+        if len(groups) > 1 and any(len(group.values(metric)) > 1 for group in groups):
+            print()
+            print(table(comparisons.shown(comparisons.compare(groups, metric), metric)))
+        if costs := comparisons.costs(groups):
+            print()
+            print(table(costs))
     print(f"{len(records)} of {len(told)} trials have ended; {folder} has a record of each")
 
 
@@ -342,8 +345,33 @@ def report(folder: Path) -> Path:
     files = [(name, folder / f"{name}.json") for name in sweep["trials"]]
     ended = [(name, json.loads(file.read_text("utf-8"))) for name, file in files if file.exists()]
     records = [record for _, record in ended]
-    groups, metric = groups_of(ended, folder), main_metric(records)
-    return sweep_report.write(folder, records, groups, metric, sweep["command"])
+    return sweep_report.write(folder, records, families(ended, folder), sweep["command"])
+
+
+def families(
+    told: Sequence[tuple[str, Record]], folder: Path
+) -> list[tuple[str, list[comparisons.Group]]]:
+    """(metric, groups) of what can be compared: trials that choose their best by one metric, and
+    those that say nothing of it but have it."""
+    own = [main_metric([record]) for _, record in told]
+    has = [{name for r in record["results"] for name in r["metrics"]} for _, record in told]
+    chosen = [record["config"].get("best") or "" for _, record in told]
+    metrics = list(
+        dict.fromkeys(best for best, names in zip(chosen, has, strict=True) if best in names)
+    )
+    metrics = metrics or list(dict.fromkeys(filter(None, own)))[:1]
+    found = []
+    for metric in metrics:
+        rows = zip(told, chosen, has, strict=True)
+        fits = [one for one, best, names in rows if _fits(metric, best, names, metrics)]
+        found.append((metric, groups_of(fits, folder)))
+    return found
+
+
+def _fits(metric: str, best: str, names: set[str], metrics: Sequence[str]) -> bool:
+    """Whether a trial is compared in `metric`, of the `metrics` in which any is; one that failed
+    before it had any is told with the others."""
+    return best == metric or best not in metrics and (metric in names or not names)
 
 
 def groups_of(told: Sequence[tuple[str, Record]], folder: Path) -> list[comparisons.Group]:

@@ -168,3 +168,39 @@ def test_the_family_is_corrected():
     level = 1 - 0.05 / 5  # of the first step: what the verdict asks for
     for row in rows[1:]:
         assert row.detectable == statistics.detectable(row.more, level)
+
+
+def test_each_is_compared_with_what_is_set_like_it_in_all_but_the_first_key():
+    of = lambda *settings: [comparisons.Group("", own, {}) for own in settings]
+    product = of(*({"arg": base, "n": n} for base in "ab" for n in (1, 2)))
+    assert comparisons.references(product) == [0, 1, 0, 1]
+    product = of(*({"arg": base, "n": n} for n in (1, 2) for base in "abc"))
+    assert comparisons.references(product) == [0, 0, 0, 3, 3, 3]
+    assert comparisons.references(of({"a": 1}, {"a": 2}, {"a": 3})) == [0, 0, 0]
+    chained = of({"arg": "head"}, {"arg": "lora", "rank": 4}, {"arg": "lora", "rank": 8})
+    assert comparisons.references(chained) == [0, 0, 0]
+    assert comparisons.references(of({})) == [0]
+
+
+def test_several_references_are_named():
+    records = [
+        record({"arg": base, "n": n}, *(n + (base == "b") + noise for noise in (0.0, 0.1, 0.3)))
+        for n in (1, 2)
+        for base in "ab"
+    ]
+    for one in records:
+        for seed, result in enumerate(one["results"]):
+            result["seed"] = seed
+    rows = comparisons.compare(comparisons.groups(records), METRIC)
+    assert [row.reference and row.reference.name for row in rows][::2] == [None, None]
+    head, *lines = comparisons.shown(rows, METRIC)
+    assert head[4] == "less" and lines[1][4].endswith(": +1.0000") and "n=1" in lines[1][4]
+
+
+def test_steps_until_a_level(tmp_path):
+    lines = [{"step": s, "time": s, METRIC: s / 100} for s in (10, 20, 30)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    group = comparisons.Group("a", {}, {0: {"folder": str(tmp_path)}})
+    until = lambda level, falls=False: comparisons.steps_until(group, METRIC, level, falls)
+    assert (until(0.2), until(0.21), until(0.4)) == ([20], [30], [None])
+    assert until(0.15, falls=True) == [10]

@@ -616,3 +616,18 @@ def test_a_file_that_is_no_config_is_refused(run, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     done = run("--config=config.json")
     assert done.returncode == 2 and "not a config of fmjax" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ("{'rate': 1.5}", "validation.rate: got 1.5"),
+        ("{'mask': 'words'}", "validation.mask: got 'words'"),
+        ("{'replace': (0.9, 0.2)}", "validation.replace: got"),
+        ("3", "validation: got 3, expected a dict"),
+    ],
+)
+def test_what_an_objective_does_in_evaluation_obeys_the_same_rules(own, said):
+    objectives = f"{{'mlm': {{'rate': 0.4, 'validation': {own}}}}}"
+    with pytest.raises(ConfigError, match=re.escape(f"objectives.mlm.{said}")):
+        configs.load(str(ROOT / "configs/mlm.py"), [f"--config.objectives={objectives}"])

@@ -78,7 +78,11 @@ def test_a_row_says_what_the_seeds_came_to(written, ran, tmp_path, capsys):
     assert row["digests"]["data"] == ["d"] and row["environment"] == {"jax": "1"}
     assert row["digests"]["code"] == evidence.code_digest()
     assert row["groups"] == {
-        "the config": {"validation/loss": pytest.approx([0.2, 0.3, 0.4]), "trains": [7, 7, 7]}
+        "the config": {
+            "validation/loss": pytest.approx([0.2, 0.3, 0.4]),
+            "gap": pytest.approx([0.2, 0.3, 0.4]),
+            "trains": [7, 7, 7],
+        }
     }
     assert len(ran) == 1 and ran[0].arms == (("seed", (0, 1, 2)),)
     assert "kept" in capsys.readouterr().out

@@ -443,3 +443,45 @@ def test_a_failure_without_a_code_of_its_own_keeps_its_words(task, tmp_path):
     task(**dict.fromkeys(ALL, ValueError("odd")))
     with pytest.raises(FmjaxError, match="4 of 4 trials failed; trial 1: ValueError: odd"):
         start(write(tmp_path), tmp_path / "sweep")
+
+
+def test_results_of_a_group_may_differ_in_more_than_the_seed(task, tmp_path, capsys):
+    task()
+    body = """
+def get_sweep():
+    return [
+        {"group": name, "optim.lr": rate, "seed": seed}
+        for name, rate in (("slow", 1e-3), ("fast", 2.0)) for seed in (0, 1)
+    ] + [{"group": "odd", "optim.lr": 3.0, "seed": 0}, {"group": "odd", "optim.lr": 4.0, "seed": 1}]
+"""
+    start(write(tmp_path, body), tmp_path / "sweep")
+    told = capsys.readouterr().out
+    row = next(line for line in told.splitlines() if line.startswith("odd "))
+    assert row.split()[1:3] == ["2", "4.0000"]  # of 3 + 0 and 4 + 1
+
+
+def test_trials_are_compared_in_what_they_choose_their_best_by(task, tmp_path, capsys):
+    """A sweep of two stages, the second from what the first leaves."""
+    task()
+    body = """
+def get_sweep():
+    for seed in (0, 1):
+        record = yield {"group": "first", "seed": seed}
+        assert record["folder"].endswith(record["command"].rpartition("/")[2])
+        yield {"group": "second", "seed": seed, "optim.lr": 2.0, "best": "validation/mlm/loss"}
+        yield {"group": "third", "seed": seed, "optim.lr": 3.0, "best": "validation/mlm/loss"}
+"""
+    add = {"validation/mlm/loss": 7.0}
+    kept = trials.found
+    more = lambda *args: [one | {"metrics": one["metrics"] | add} for one in kept(*args)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials, "found", more)
+        start(write(tmp_path, body), tmp_path / "sweep")
+    files = (tmp_path / "sweep").glob("train-*.json")
+    told = [(path.stem, json.loads(path.read_text())) for path in files]
+    told.sort(key=lambda pair: pair[1]["number"])
+    (_, first), (metric, second) = trials.families(told, tmp_path / "sweep")
+    assert [group.name for group in first] == ["first"] and metric == "validation/mlm/loss"
+    assert {group.name for group in second} == {"second", "third"}
+    text = (tmp_path / "sweep/report.html").read_text()
+    assert "Results in mlm/loss" in text and "Results in loss" in text

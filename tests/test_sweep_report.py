@@ -57,7 +57,7 @@ def sweep(tmp_path):
 
 def test_the_page_says_what_the_records_say(sweep):
     text = trials.report(sweep).read_text()
-    numbers = json.loads((sweep / "report.json").read_text())
+    (numbers,) = json.loads((sweep / "report.json").read_text())
     full, lora, words, bad = numbers["groups"]
     assert [g["name"] for g in numbers["groups"]] == ["full,big", "lora,big", "words,big", "bad"]
     assert full["values"] == {"0": 0.8, "1": 0.82, "2": 0.84} and full["difference"] is None

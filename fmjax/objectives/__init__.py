@@ -13,9 +13,10 @@ All but `loss_fn` are optional. `apply(params, *arrays, method=…)` runs a meth
 `batch["seeds"]` is there while training and turns dropout on. Sums are divided only once, by the
 weight of the whole batch, so that padding, accumulation and the number of devices cannot change a
 number. Arguments are what `config.objectives.<name>` holds plus facts about the data (the
-vocabulary) that a function asks for by name; `score` and `describe` may ask for `names` (of the
-classes), `split` (the data) and `rows` (numbers of its rows, one for each of the outputs). A module
-also says what it needs: `TARGET`, what the labels of the data must mean
+vocabulary) that a function asks for by name; what it holds under `validation` are those of
+`prepare` in evaluation, where they differ, as for losses that compare. `score` and `describe` may
+ask for `names` (of the classes), `split` (the data) and `rows` (numbers of its rows, one for each
+of the outputs). A module also says what it needs: `TARGET`, what the labels of the data must mean
 (`fmjax.data.Dataset.target`); `heads(labels)`, the linear heads of the model; `SCORES`, the metrics
 of `score`; and `WHOLE_BATCH`, that a row's loss depends on the others, which forbids accumulation.
 """
@@ -42,7 +43,7 @@ class Objective(NamedTuple):
 
     name: str
     weight: float
-    prepare: Callable | None
+    prepare: Callable | None  # of a training batch
     loss_fn: Callable
     outputs: Callable | None = None
     score: Callable | None = None
@@ -50,6 +51,7 @@ class Objective(NamedTuple):
     describe: Callable | None = None
     scores: tuple[str, ...] = ()  # names of what `score` gives
     whole_batch: bool = False  # whether the loss of an example depends on the others
+    prepare_validation: Callable | None = None
 
 
 def build(
@@ -88,7 +90,7 @@ def check_target(objective: str, needs: str, target: str) -> None:
 def _bind(name: str, args: dict[str, Any], target: str, facts: Mapping[str, Any]) -> Objective:
     module = importlib.import_module(f"fmjax.objectives.{name}")
     check_target(name, getattr(module, "TARGET", ""), target)
-    weight = args.pop("weight", 1.0)
+    weight, differs = args.pop("weight", 1.0), args.pop("validation", {})
     functions = {key: getattr(module, key) for key in FUNCTIONS if hasattr(module, key)}
     takes = {key: _asks_for(function) for key, function in functions.items()}
     possible = {arg for names in takes.values() for arg in names} - set(ABOUT_SPLITS)
@@ -96,13 +98,22 @@ def _bind(name: str, args: dict[str, Any], target: str, facts: Mapping[str, Any]
         if arg not in possible or arg in facts:
             raise ConfigError(
                 f"config.objectives.{name}.{arg} is not known."
-                + did_you_mean(arg, (possible - set(facts)) | {"weight"})
+                + did_you_mean(arg, (possible - set(facts)) | {"weight", "validation"})
             )
-    given = {**facts, **args}
-    bound = {
-        key: functools.partial(functions[key], **{arg: given[arg] for arg in names if arg in given})
-        for key, names in takes.items()
-    }
+    if wrong := set(differs) - set(takes.get("prepare", ())) | set(differs) & set(facts):
+        raise ConfigError(
+            f"config.objectives.{name}.validation.{min(wrong)} is not known: in evaluation only "
+            "how examples are corrupted may differ."
+            + did_you_mean(min(wrong), set(takes.get("prepare", ())) - set(facts))
+        )
+
+    def bind(key: str, given: Mapping[str, Any]) -> Callable:
+        own = {arg: given[arg] for arg in takes[key] if arg in given}
+        return functools.partial(functions[key], **own)
+
+    bound = {key: bind(key, {**facts, **args}) for key in takes}
+    if "prepare" in takes:
+        bound["prepare_validation"] = bind("prepare", {**facts, **args, **differs})
     return Objective(
         name,
         weight,
@@ -114,6 +125,7 @@ def _bind(name: str, args: dict[str, Any], target: str, facts: Mapping[str, Any]
         bound.get("describe"),
         getattr(module, "SCORES", ()),
         getattr(module, "WHOLE_BATCH", False),
+        bound.get("prepare_validation"),
     )
 
 
@@ -180,8 +192,9 @@ def prepare(
     seeds = streams.seeds(rng, batch["index"])
     batch = dict(batch)
     for objective in objectives:
-        if objective.prepare:
-            batch = objective.prepare(batch, streams.named(seeds, objective.name))
+        corrupt = objective.prepare if train else objective.prepare_validation
+        if corrupt:
+            batch = corrupt(batch, streams.named(seeds, objective.name))
     batch["seeds"] = streams.named(seeds, "dropout") if train else None
     return batch
 

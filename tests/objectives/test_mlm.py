@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import rules, streams
+from fmjax import objectives, rules, streams
 from fmjax.errors import ConfigError
 from fmjax.objectives import mlm
 
@@ -181,3 +181,21 @@ def test_unknown_mask_is_named():
         ConfigError, match="config.objectives.mlm.mask='words'.*Did you mean 'word'"
     ):
         prepared(batch(), mask="words")
+
+
+def test_evaluation_may_mask_otherwise():
+    """So that losses of runs that mask differently compare."""
+    build = lambda own: objectives.build({"mlm": own}, target="", vocab=VOCAB)
+    differs = {"rate": 0.2, "replace": (1.0, 0.0)}
+    goals, rng = build({"rate": 0.4, "validation": differs}), jax.random.key(0)
+    b = batch()
+    same = lambda a, b: jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+    evaluated = objectives.prepare(goals, b, rng, train=False)
+    assert same(evaluated, objectives.prepare(build(differs), b, rng, train=False))
+    trained = objectives.prepare(goals, b, rng, train=True)
+    assert same(trained, objectives.prepare(build({"rate": 0.4}), b, rng, train=True))
+    assert trained["mlm_labels"].shape[1] == 2 * evaluated["mlm_labels"].shape[1]
+    with pytest.raises(ConfigError, match=r"mlm\.validation\.weight is not known.*rate"):
+        build({"validation": {"weight": 2.0}})
+    with pytest.raises(ConfigError, match=r"mlm\.validation\.vocab is not known"):
+        build({"validation": {"vocab": 2.0}})
