@@ -148,7 +148,8 @@ def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     differ = [key for key in keys if len({repr(own.get(key)) for own in shown}) > 1]
     if len(differ) == 1:
         return [str(own.get(differ[0], "")) or f"no {differ[0]}" for own in shown]
-    told = [", ".join(f"{key}={own[key]}" for key in differ if key in own) for own in shown]
+    word = lambda key, value: str(value) if key == "arg" else f"{key}={value}"
+    told = [", ".join(word(key, own[key]) for key in differ if key in own) for own in shown]
     return [text or "the config" for text in told]
 
 

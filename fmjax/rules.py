@@ -49,7 +49,8 @@ def duration(value: Any) -> tuple[Fraction, str]:
     match = DURATION_TEXT.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(f"not a duration: {value!r}")
-    number = Fraction(match["number"]) * 1000 ** " kmbt".index(match["scale"].lower() or " ")
+    scale = match["scale"].lower().replace("g", "b") or " "  # a billion, or giga
+    number = Fraction(match["number"]) * 1000 ** " kmbt".index(scale)
     unit = match["unit"].rstrip("s")
     if (
         number >= (2**127 if unit == "flop" else 2**63)
@@ -239,7 +240,7 @@ POOLS = ("first", "mean")  # what stands for a whole sequence
 FORMATS = ("packed", "padded", "pairs", "classes", "values", "tags", "spans", "choices", "texts")
 
 DURATION_TEXT = re.compile(
-    r"\s*(?P<number>\d+(_\d+)*(\.\d+)?(e\d\d?)?)\s*(?P<scale>[KkMmBbTt]?)\s*"
+    r"\s*(?P<number>\d+(_\d+)*(\.\d+)?(e\d\d?)?)\s*(?P<scale>[KkMmBbGgTt]?)\s*"
     r"(?P<unit>steps?|epochs?|tokens?|flops?|%)\s*"
 )
 POSITIVE = Check(lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1")

@@ -64,7 +64,7 @@ def test_results_that_differ_in_the_seed_are_a_group():
         + [record({"arg": "head"}, 0.8)]
     )
     assert [group.name for group in both] == [
-        "arg=lora, optim.lr=0.001", "arg=lora, optim.lr=0.0001", "arg=head"
+        "lora, optim.lr=0.001", "lora, optim.lr=0.0001", "head"
     ]  # fmt: skip
     words = [record({"arg": f"{method},depth=6"}, 0.8) for method in ("head", "full")]
     assert [group.name for group in comparisons.groups(words)] == ["head", "full"]
