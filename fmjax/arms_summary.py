@@ -6,9 +6,7 @@ from typing import Any
 
 from fmjax import workdir
 from fmjax.logs import plain
-from fmjax.progress import spread, table
-
-SHOWN = ("accuracy", "f1", "exact_match", "spearman", "pearson")
+from fmjax.progress import SCORES, spread, table
 
 
 def write(folder: workdir.Folder, config: Any, arms: Sequence[workdir.Folder]) -> None:
@@ -36,7 +34,7 @@ def write(folder: workdir.Folder, config: Any, arms: Sequence[workdir.Folder]) -
         for name in each[0]["metrics"]
         if name == "validation/loss"
         or name.startswith("validation/")
-        and name.rpartition("/")[2] in SHOWN
+        and name.rpartition("/")[2] in SCORES
     ]
     heads = ["arm", *values, *(name.removeprefix("validation/") for name in metrics)]
     rows = [

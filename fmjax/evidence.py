@@ -127,7 +127,9 @@ def measured(
     minutes = sum(record["seconds"] for record in records) / 60
     ended = [(trial.name, record) for trial, record in told if record]
     groups = {group.name: group for group in trials.groups_of(ended, folder)}
-    environment = next((one["environment"] for one in results if "environment" in one), {})
+    environments = [one["environment"] for one in results if "environment" in one]
+    environment = dict(environments[0]) if environments else {}
+    code = sorted({one.get("fmjax", "").partition(" ")[2] for one in environments})
     data = sorted({one["data_digest"] for one in results if "data_digest" in one})
     words = [_short(word) for word in overrides]
     return {
@@ -138,9 +140,9 @@ def measured(
         "failed": failed[0] if failed else "",
         "digests": {
             "config": digest(spec),
-            "code": code_digest(),
+            "code": code,  # several where trials were run by several
             "data": data,
-            "environment": _digest(environment),
+            "environment": _digest({k: v for k, v in environment.items() if k != "fmjax"}),
         },
         "environment": environment,
         "expected": [_judged(one, groups, minutes, bool(failed)) for one in expected],
@@ -192,12 +194,6 @@ def digest(spec: str) -> str:
     expected = expectations(spec)
     found = trials.walk(spec, (), Path("unused"), _sweep(spec, expected))
     return _digest([[trial.name for trial in found], [list(one) for one in expected]])
-
-
-def code_digest() -> str:
-    """Of all that fmjax computes with."""
-    files = sorted((ROOT / "fmjax").rglob("*.py"))
-    return _digest([[str(file.relative_to(ROOT)), file.read_text("utf-8")] for file in files])
 
 
 def file_of(spec: str) -> Path:

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+# What people ask for first of a task, the last part of the metric's name.
+SCORES = ("accuracy", "spearman", "pearson", "f1", "exact_match", "retrieval")
+
 WIDTH = 100  # of a plain line
 SELDOM = 10.0  # seconds between plain lines about something that takes long
 # Left out in this order when a line has no room.

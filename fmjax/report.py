@@ -4,6 +4,8 @@ The page is one file without scripts that needs nothing from elsewhere; it is wr
 every run, and again by `python run.py --config=configs/report.py --config.folder=runs/…`.
 """
 
+import functools
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -86,15 +88,35 @@ def summarize(workdir: str | os.PathLike, **facts: Any) -> dict[str, Any]:
 
 
 def environment(**facts: Any) -> dict[str, str]:
-    """Versions of what numbers depend on, and facts of the caller's such as the device kind."""
-    found = {"fmjax": fmjax.__version__, "python": platform.python_version()}
+    """Versions of what numbers depend on, with a digest of fmjax's own code, and facts of the
+    caller's such as the device kind."""
+    found = {"fmjax": f"{fmjax.__version__} {code()}", "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found["system"] = f"{platform.system()} {platform.machine()}"
+    found["system"] = f"{platform.system()} {platform.machine()}, {_processor()}"
     return {name: str(value) for name, value in facts.items()} | found
+
+
+def _processor() -> str:
+    """The name of the processor and the number of its cores, as far as the system says."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        told = ""
+    name = re.search(r"^model name\s*:\s*(.+)$", told, re.MULTILINE)
+    return f"{name[1] if name else platform.processor() or 'processor'}, {os.cpu_count()} cores"
+
+
+@functools.cache
+def code() -> str:
+    """8 hex digits of all that fmjax computes with, as it is when it is asked first."""
+    root, digest = Path(fmjax.__file__).parent, hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:8]
 
 
 def write(workdir: str | os.PathLike) -> Path:

@@ -29,6 +29,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 from ml_collections import ConfigDict
 
 from fmjax import comparisons, sweep_report, tasks, workdir
@@ -41,7 +42,7 @@ from fmjax.errors import (
     of_exit_code,
 )
 from fmjax.logs import command, plain
-from fmjax.progress import duration, spread, table
+from fmjax.progress import SCORES, duration, spread, table
 
 SWEEP = "sweep.json"
 # Of a run's summary.json.
@@ -55,7 +56,6 @@ KEPT = (
     "data_digest",
     "environment",
 )
-MAIN = ("accuracy", "spearman", "f1", "exact_match", "retrieval", "loss")  # the first is shown
 
 Record = dict[str, Any]
 
@@ -240,7 +240,8 @@ def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) ->
         }
         started = time.monotonic()
         try:
-            tasks.start(trial.config, where, file=spec.partition(":")[0])
+            with _as_command(["run.py", *trial.words, f"--workdir={where}"]):
+                tasks.start(trial.config, where, file=spec.partition(":")[0])
         except Preempted:
             raise
         except workdir.InUse as error:  # by a command of its own
@@ -266,6 +267,16 @@ def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) ->
             record |= {"state": "failed", "reason": reason, "exit_code": ConfigError.exit_code}
         record["config"] = json.loads(configs.to_json(configs.redact(trial.config)))
         workdir.write_atomic(file, json.dumps(plain(record), indent=2))
+
+
+@contextlib.contextmanager
+def _as_command(words: list[str]) -> Iterator[None]:
+    """What runs inside notes down these words as the command that goes on with it."""
+    before, sys.argv = sys.argv, words
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def found(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
@@ -335,8 +346,10 @@ def keep(
         "command": command(["run.py", f"--config={spec}", *overrides, "--sweep"]),
         "trials": [trial.name for trial, _ in told],
     }
-    workdir.write_atomic(folder / SWEEP, json.dumps(sweep, indent=2))
-    print(f"report: {report(folder)}")
+    (folder / "locks").mkdir(exist_ok=True)
+    with filelock.FileLock(folder / "locks" / "report.lock"):  # several commands may end at once
+        workdir.write_atomic(folder / SWEEP, json.dumps(sweep, indent=2))
+        print(f"report: {report(folder)}")
 
 
 def report(folder: Path) -> Path:
@@ -386,7 +399,9 @@ def main_metric(records: Sequence[Record]) -> str:
     names = {name for one in records for result in one["results"] for name in result["metrics"]}
     chosen = [one["config"].get("best") for one in records]
     last = {name.rpartition("/")[2]: name for name in sorted(names) if "validation/" in name}
-    known = [name for name in chosen if name in names] + [last[n] for n in MAIN if n in last]
+    known = [name for name in chosen if name in names] + [
+        last[n] for n in (*SCORES, "loss") if n in last
+    ]
     return known[0] if known else ""
 
 

@@ -54,7 +54,11 @@ def ran(monkeypatch):
             own = folder / f"arms/{number}" if config.arms else folder
             own.mkdir(parents=True)
             metrics = {"validation/loss": config.optim.lr + seed / 10, "train/loss": 0.0}
-            facts = {"data_digest": "d", "environment": {"jax": "1"}, "seconds": 30.0}
+            facts = {
+                "data_digest": "d",
+                "environment": {"fmjax": "0.1 abc", "jax": "1"},
+                "seconds": 30.0,
+            }
             facts |= {"trainable_parameters": 7}
             (own / "summary.json").write_text(json.dumps({"metrics": metrics, **facts}))
 
@@ -75,8 +79,11 @@ def test_a_row_says_what_the_seeds_came_to(written, ran, tmp_path, capsys):
     # Student's: 4.303 of the error of the mean, 0.1 / √3.
     assert one["interval"] == pytest.approx([0.3 - 0.2484, 0.3 + 0.2484], abs=1e-4)
     assert one["verdict"] == "kept" and row["failed"] == ""
-    assert row["digests"]["data"] == ["d"] and row["environment"] == {"jax": "1"}
-    assert row["digests"]["code"] == evidence.code_digest()
+    assert row["digests"]["data"] == ["d"] and row["environment"] == {
+        "fmjax": "0.1 abc",
+        "jax": "1",
+    }
+    assert row["digests"]["code"] == ["abc"]
     assert row["groups"] == {
         "the config": {
             "validation/loss": pytest.approx([0.2, 0.3, 0.4]),

@@ -402,6 +402,10 @@ def test_a_trial_of_a_real_sweep_is_the_run_alone(tmp_path):
         if name.startswith(("train", "validation")):
             assert result["metrics"][name] == value
     assert result["trainable_parameters"] == summary["trainable_parameters"]
+    # Its page says how to go on with it alone.
+    where = tmp_path / "sweep" / trial.name
+    own = json.loads((where / "summary.json").read_text())["command"]
+    assert own.endswith(f"--config.seed=1 --workdir={where}") and "--sweep" not in own
 
 
 def test_listing_on_the_command_line_needs_no_jax(tmp_path):
