@@ -43,9 +43,10 @@ def main(words: list[str]) -> None:
         raise ConfigError(f"--config is missing.{did_you_mean('', Path('configs').glob('*.py'))}")
     file = Path(flags.config.partition(":")[0])
     if flags.verify:
-        if flags.sweep is not None or flags.print_config or flags.fresh or flags.dry_run:
-            raise ConfigError("--verify runs all that the config expects: give it no other flag")
-        evidence.verify(flags.config, overrides, flags.workdir or f"runs/verify-{file.stem}")
+        if flags.sweep is not None or flags.print_config or flags.dry_run:
+            raise ConfigError("--verify runs all that the config expects: leave the other flag out")
+        folder = flags.workdir or f"runs/verify-{file.stem}"
+        evidence.verify(flags.config, overrides, folder, fresh=flags.fresh)
         return
     if flags.sweep is not None:
         if flags.print_config:

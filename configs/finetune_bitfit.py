@@ -4,6 +4,10 @@
 
 `:classify,norms` trains the scales and biases of the norms alone, and the head. A model without
 biases, such as the default ModernBERT, has norms only.
+
+42.5 ± 0.7 % with the first command, where configs/finetune_head.py has 50.8 ± 0.5 % (2026-11-22,
+three seeds, a minute on two cores beside other work): without biases the head alone is trained,
+at 3e-3 and not at the 1e-2 that it wants. MiniLM, which has biases: configs/compare.py.
 """
 
 import runpy
@@ -26,10 +30,10 @@ def get_expected():
     return [
         dict(
             metric="validation/classify/accuracy",
-            value=0.5,
-            tolerance=0.5,
+            value=0.425,
+            tolerance=0.03,
             seeds=(0, 1, 2),
             budget=10,
-            source="TODO",
+            source="three seeds on two cores, 2026-11-22",
         ),
     ]

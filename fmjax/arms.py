@@ -271,6 +271,12 @@ def _check(runs: Sequence[Run]) -> None:
                 f"which the arms share, but they differ in {differs or both}: set config.adapter."
                 "init='uniform', or start a run for each."
             )
+    if len(totals := {run.total for run in runs}) > 1:
+        raise ConfigError(
+            f"config.arms: with config.total={first.config.total!r} the arms have {sorted(totals)} "
+            "steps, since their steps take more or fewer operations. Give steps, epochs or tokens, "
+            "or start a run for each."
+        )
     shapes = [trees.flatten(run.abstract.params).keys() for run in runs]
     if any(one != shapes[0] for one in shapes):
         raise ConfigError(

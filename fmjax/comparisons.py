@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fmjax import logs, statistics
-from fmjax.errors import CheckpointError
+from fmjax.errors import CheckpointError, ConfigError
 from fmjax.progress import count, duration, spread
 
 Value = np.ndarray | float  # what each example of an evaluation adds, or their mean
@@ -56,7 +56,7 @@ class Group(NamedTuple):
 
 def groups(records: Iterable[Mapping[str, Any]]) -> list[Group]:
     """The groups in the order of their first trials; arms are results like others. Raises
-    ValueError where two results of a group have the same seed."""
+    ConfigError where two results of a group have the same seed."""
     settings: dict[str, dict[str, Any]] = {}
     results: dict[str, dict[int | None, Any]] = {}
     failed: dict[str, int] = {}
@@ -73,7 +73,10 @@ def groups(records: Iterable[Mapping[str, Any]]) -> list[Group]:
             if result.get("failed"):
                 failed[key] = failed.get(key, 0) + 1
             elif result["seed"] in results[key]:
-                raise ValueError(f"two results of {own} have the seed {result['seed']}")
+                raise ConfigError(
+                    f"get_sweep: two results of {own} have the seed {result['seed']}: trials that "
+                    "differ in more need another group."
+                )
             else:
                 results[key][result["seed"]] = result
     names = _names(list(settings.values()))
@@ -107,9 +110,15 @@ def at_equal(found: Sequence[Group], metric: str, budget: str) -> tuple[float, l
     for group, own in zip(found, curves, strict=True):
         last = [[y for x, y in curve if x <= most * (1 + 1e-9)][-1] for curve in own]
         pairs = zip(group.results.items(), last, strict=True)
-        then = {seed: {**r, "metrics": {metric: y}, "examples": {}} for (seed, r), y in pairs}
+        then = {seed: {**_label(r), "metrics": {metric: y}} for (seed, r), y in pairs}
         groups.append(group._replace(results=then))
     return most, groups
+
+
+def _label(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The result without what its examples added in the end: only the labels still hold."""
+    own = result.get("examples", {})
+    return {**result, "examples": {key: x for key, x in own.items() if key == "label"}}
 
 
 def steps_until(group: Group, metric: str, level: float, falls: bool) -> list[int | None]:
@@ -183,8 +192,8 @@ def compare(found: Sequence[Group], metric: str, level: float = 0.95) -> list[Ro
         row = Row(group, float(own.mean()) if len(own) else float("nan"), interval)
         reference = beside[number]
         one, other = _pairs(values, whole[reference])
-        failed = group.failed or found[reference].failed
-        if number != reference and not failed and len(one) > 1 and np.isfinite(one - other).all():
+        lost = group.failed or found[reference].failed or not alike(group, found[reference])
+        if number != reference and not lost and len(one) > 1 and np.isfinite(one - other).all():
             difference = one - other
             by_seed = difference.mean(1) if difference.ndim == 2 else difference
             more, signs = statistics.estimate(difference, level), statistics.signs(by_seed)
@@ -199,6 +208,16 @@ def compare(found: Sequence[Group], metric: str, level: float = 0.95) -> list[Ro
         told = dict(p=p, verdict=statistics.verdict(more, p, level))
         rows[number] = rows[number]._replace(detectable=statistics.detectable(more, first), **told)
     return rows
+
+
+def alike(one: Group, other: Group) -> bool:
+    """Whether all their results are of the same examples: by the labels where both know them, else
+    by the digest of the data where both know that."""
+    both = [*one.results.values(), *other.results.values()]
+    labels = [r["examples"]["label"].tobytes() for r in both if "label" in r.get("examples", {})]
+    if len(labels) == len(both):
+        return len(set(labels)) == 1
+    return len({r["data_digest"] for r in both if "data_digest" in r}) < 2
 
 
 def references(found: Sequence[Group]) -> list[int]:
@@ -247,7 +266,8 @@ def shown(rows: Sequence[Row], metric: str, level: float = 0.95) -> list[list[st
         number += f", {row.group.failed} failed" if row.group.failed else ""
         own = [row.group.name, number, f"{row.mean:.4f}", _range(row.interval)]
         if row.more is None:
-            lines.append([*own, "", "", "", "", ""])
+            other = row.reference is None and len(rows) > 1 and not alike(row.group, rows[0].group)
+            lines.append([*own, "", "", "", "other examples" if other else "", ""])
             continue
         less = f"{row.more.mean:+.4f}" if one else f"{row.reference.name}: {row.more.mean:+.4f}"
         told = [less, _range(row.more, "+"), f"{row.p:.2g}", row.verdict]
@@ -266,10 +286,7 @@ COSTS = {
         lambda x: f"{np.mean(x) / 2**20:,.0f} MiB",
     ),
     "forgets": (lambda one: forgotten(one["ledger"]["forgetting"]), spread),
-    "gap": (
-        lambda one: float(one["metrics"]["validation/loss"]) - float(one["metrics"]["train/loss"]),
-        spread,
-    ),
+    "gap": (lambda one: one["gap"], spread),
     "ece": (lambda one: _score(one["metrics"], "ece"), spread),
     "brier": (lambda one: _score(one["metrics"], "brier"), spread),
 }

@@ -20,11 +20,12 @@ between `<!-- evidence … -->` and `<!-- -->` is made from rows. Nothing here i
 """
 
 import hashlib
+import inspect
 import json
 import math
 import os
 import re
-import time
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,11 @@ class Broken(FmjaxError):
 
 
 class Expectation(NamedTuple):
-    """One number that a config is expected to come to."""
+    """One number that a config is expected to come to.
+
+    Where it is of data or of a base that the user has to name, `given` says which keys the command
+    line sets, "init" or with a value "data.overlap=drop"; it may set no others that change numbers.
+    """
 
     metric: str
     value: float
@@ -56,6 +61,7 @@ class Expectation(NamedTuple):
     budget: float  # minutes, of all seeds and trials
     source: str  # where the value is from
     group: str = ""  # of a sweep: what its table calls the results
+    given: tuple[str, ...] = ()
 
 
 def expectations(spec: str) -> list[Expectation]:
@@ -76,31 +82,58 @@ def expectations(spec: str) -> list[Expectation]:
                 f"--config={spec}: get_expected gave {quoted(one)}, expected a dict with "
                 f"{', '.join(Expectation._fields)}: {error}"
             ) from error
-        rows.append(row._replace(seeds=tuple(row.seeds)))
-    if len({row.seeds for row in rows}) > 1:
-        raise ConfigError(f"--config={spec}: get_expected: all of it needs the same seeds")
+        rows.append(row._replace(seeds=tuple(row.seeds), given=tuple(row.given)))
+    if len({(row.seeds, row.given) for row in rows}) > 1:
+        raise ConfigError(
+            f"--config={spec}: get_expected: all of it needs the same seeds and given"
+        )
+    if configs.defines(spec, "get_sweep") and not all(row.group for row in rows):
+        raise ConfigError(f"--config={spec}: get_expected: of a sweep say of which group")
     return rows
 
 
-def verify(spec: str, overrides: Sequence[str], folder: str | os.PathLike) -> None:
-    """Runs the config, or its sweep, in `folder`, and writes its row.
+def verify(
+    spec: str, overrides: Sequence[str], folder: str | os.PathLike, *, fresh: bool = False
+) -> None:
+    """Runs the config, or its sweep, in `folder`, and writes its row; what is there from before is
+    done again if `fresh`.
 
     Raises Broken where an expectation is not kept, ConfigError where there is none.
     """
     expected, folder = expectations(spec), Path(folder)
+    _check_given(overrides, expected[0].given)
+    now = digest(spec)  # of the files as they are before anything runs
     found = trials.walk(spec, overrides, folder, _sweep(spec, expected))
-    told = trials.run(found, spec, folder, "all")
+    told = trials.run(found, spec, folder, "all", fresh=fresh)
     row = measured(spec, overrides, expected, told, folder)
-    FOLDER.mkdir(exist_ok=True)
+    row["digests"]["config"] = now
     file = file_of(spec)
+    file.parent.mkdir(exist_ok=True)
     workdir.write_atomic(file, json.dumps(plain(row), indent=2, ensure_ascii=False) + "\n")
     show(row)
     print(f"written to {file}")
     if wrong := [one for one in row["expected"] if one["verdict"] == "broken"]:
+        if wrong[0]["group"] and not wrong[0]["values"]:
+            raise ConfigError(
+                f"get_expected: nothing has {wrong[0]['metric']} in the group "
+                f"{wrong[0]['group']!r}." + did_you_mean(wrong[0]["group"], row["groups"])
+            )
         raise Broken(
             f"{spec}: {wrong[0]['metric']} is {wrong[0]['mean']}, expected {wrong[0]['value']} "
             f"within {wrong[0]['tolerance']}{': ' + row['failed'] if row['failed'] else ''}"
         )
+
+
+def _check_given(overrides: Sequence[str], given: Sequence[str]) -> None:
+    """Refuses words of the command line that make another config of it."""
+    for word in overrides:
+        name, _, value = word.removeprefix("--config.").partition("=")
+        if not (configs.may_change(name) or {name, f"{name}={value}"} & set(given)):
+            possible = f"only {', '.join(given)}" if given else "nothing"
+            raise ConfigError(
+                f"--verify is of the config as it stands: {word} would change its numbers. The "
+                f"command line may set {possible}, and what changes no number."
+            )
 
 
 def _sweep(spec: str, expected: Sequence[Expectation]) -> list[dict[str, Any]] | None:
@@ -126,39 +159,47 @@ def measured(
     results = [result for record in records for result in record["results"]]
     minutes = sum(record["seconds"] for record in records) / 60
     ended = [(trial.name, record) for trial, record in told if record]
-    groups = {group.name: group for group in trials.groups_of(ended, folder)}
+    families = [groups for _, groups in trials.families(ended, folder)]
+    groups = [group for own in families for group in own]
     environments = [one["environment"] for one in results if "environment" in one]
-    environment = dict(environments[0]) if environments else {}
+    environment = {
+        key: ", ".join(sorted({one[key] for one in environments if key in one}))
+        for key in dict.fromkeys(key for one in environments for key in one)
+    }
     code = sorted({one.get("fmjax", "").partition(" ")[2] for one in environments})
     data = sorted({one["data_digest"] for one in results if "data_digest" in one})
     words = [_short(word) for word in overrides]
     return {
         "config": _relative(spec),
         "command": command(["run.py", f"--config={_relative(spec)}", *words, "--verify"]),
-        "date": time.strftime("%Y-%m-%d"),
+        "date": max((record["date"] for record in records), default=""),  # of the last run
         "minutes": round(minutes, 1),
-        "failed": failed[0] if failed else "",
+        "failed": _short(failed[0]) if failed else "",
         "digests": {
-            "config": digest(spec),
             "code": code,  # several where trials were run by several
             "data": data,
             "environment": _digest({k: v for k, v in environment.items() if k != "fmjax"}),
         },
         "environment": environment,
         "expected": [_judged(one, groups, minutes, bool(failed)) for one in expected],
-        "groups": {name: _told(group) for name, group in groups.items()},
+        "groups": _by_name(groups),
     }
 
 
+def _by_name(groups: Sequence[comparisons.Group]) -> dict[str, dict[str, Any]]:
+    """What is kept of each group; of one that several stages have, of all of them."""
+    found: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        found[group.name] = _told(group) | found.get(group.name, {})
+    return found
+
+
 def _judged(
-    one: Expectation, groups: Mapping[str, comparisons.Group], minutes: float, failed: bool
+    one: Expectation, groups: Sequence[comparisons.Group], minutes: float, failed: bool
 ) -> dict[str, Any]:
-    if one.group and one.group not in groups:
-        raise ConfigError(
-            f"get_expected: the sweep has no group {one.group!r}." + did_you_mean(one.group, groups)
-        )
-    group = groups[one.group] if one.group else next(iter(groups.values()), None)
-    values = group.values(one.metric, by_example=False) if group else {}
+    named = [group for group in groups if one.group in ("", group.name)]
+    found = (group.values(one.metric, by_example=False) for group in named)
+    values = next(filter(None, found), {})
     numbers = [float(value) for value in values.values()]
     interval = statistics.estimate(np.array(numbers)) if len(numbers) > 1 else None
     seeds = set(values) in ({None}, set(one.seeds))  # a method without a seed is the same with each
@@ -190,17 +231,23 @@ def _told(group: comparisons.Group) -> dict[str, Any]:
 
 
 def digest(spec: str) -> str:
-    """Of what the config, or each trial of its sweep, computes, and of what is expected of it."""
+    """Of what the config, or each trial of its sweep, computes, and of what is expected of it; of a
+    sweep that is told of its trials, the file itself is what can be known."""
     expected = expectations(spec)
-    found = trials.walk(spec, (), Path("unused"), _sweep(spec, expected))
-    return _digest([[trial.name for trial in found], [list(one) for one in expected]])
+    sweep = _sweep(spec, expected)
+    names = [trial.name for trial in trials.walk(spec, (), Path("unused"), sweep)]
+    if sweep is None and inspect.isgenerator(configs.sweep(spec)):
+        names.append(Path(spec.partition(":")[0]).read_text(encoding="utf-8"))
+    return _digest([names, [list(one) for one in expected]])
 
 
 def file_of(spec: str) -> Path:
-    """Where the row of a config stands: evidence/depth-tiny.json of …/depth.py:tiny."""
+    """Where the row of a config stands: evidence/depth-tiny.json of …/depth.py:tiny; beside a
+    config that is not of this project."""
     path, _, arg = spec.partition(":")
-    name = re.sub(r"\W+", "-", arg)
-    return FOLDER / f"{Path(path).stem}{'-' if name else ''}{name}.json"
+    name, path = re.sub(r"\W+", "-", arg), Path(path).resolve()
+    folder = FOLDER if path.is_relative_to(ROOT) else path.parent / "evidence"
+    return folder / f"{path.stem}{'-' if name else ''}{name}.json"
 
 
 def stale(spec: str) -> str:
@@ -241,6 +288,11 @@ def _shown(metric: str, values: Sequence[float], form: str) -> str:
     return f"{factor * np.mean(values):{digits}}{deviation}{unit}"
 
 
+def _write(file: Path) -> None:
+    """Makes the marked texts of a file anew."""
+    file.write_text(render(file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 def show(row: Mapping[str, Any]) -> None:
     """The verdicts as a table."""
     rows = [["", "expected", "found", "95 %", "verdict"]]
@@ -258,13 +310,18 @@ def show(row: Mapping[str, Any]) -> None:
 
 def _relative(spec: str) -> str:
     path = Path(spec)
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else spec
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else _short(spec)
 
 
 def _short(word: str) -> str:
-    """A word of the command line without the folders that only one machine has."""
-    return re.sub(r"(?:/[^/\s'\",=]+)+/([^/\s'\",=]+/[^/\s'\",=]+)", r"…/\1", word)
+    """A text without the folders that only one machine has."""
+    return re.sub(r"(?<![\w.…-])/(?:[^/\s'\",:]+/)*([^/\s'\",:]+)", r"…/\1", word)
 
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        _write(Path(name))

@@ -41,6 +41,7 @@ class Ledger:
     def __init__(self, config: Any, together: arms.Arms, mesh: jax.sharding.Mesh):
         self.asked = tuple(config.get("ledger", ()))
         self.together, self.mesh = together, mesh
+        self._peaks: dict[Any, int] = {}
         if "forgetting" in self.asked:
             self.pretraining = json.dumps(configs.plain(config.pretraining), sort_keys=True)
             base(config.init, self.pretraining, mesh).check(together.wide)
@@ -67,15 +68,13 @@ class Ledger:
         return {"before": measured.before, "after": measured(str(folder), self.mesh)}
 
     def _memory(self, folder: Path, run: Run) -> dict[str, int]:
-        return {"peak_bytes": self._peak_bytes}
+        if run.model not in self._peaks:  # Seeds have one program.
+            self._peaks[run.model] = plan.peak_bytes(plan.compiled(arms.Arms((run,))))
+        return {"peak_bytes": self._peaks[run.model]}
 
     def _slices(self, folder: Path, run: Run) -> dict[str, Any]:
         examples = workdir.read_examples(folder)
         return slices(examples, run.dataset.labels) if examples else {}
-
-    @functools.cached_property
-    def _peak_bytes(self) -> int:
-        return plan.peak_bytes(plan.compiled(arms.Arms((self.together.wide,))))
 
 
 def slices(examples: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, list[dict]]:

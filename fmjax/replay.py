@@ -1,12 +1,14 @@
 """One step of a run again: the loss of each example, the norms of each layer, what the model saw.
 
-It is the same step to the last bit on the same machine, since a batch is a function of the seed and
-the step, and randomness of both and the place in the order: the nearest checkpoint before it is
-restored, and the steps in between are done again. Nothing of the run is changed.
+A batch is a function of the seed and the step, and randomness of both and the place in the order:
+the nearest checkpoint before the step is restored, and those in between are done again, on the same
+machine to the last bit. What was computed together with other arms, or with a cached prefix, agrees
+but for the order of floating-point sums. Nothing of the run is changed.
 """
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ from fmjax import arms, begin, build, logs, processes, progress, sharding, train
 from fmjax import config as configs
 from fmjax import objectives as losses
 from fmjax.data.tokenizer import load as load_tokenizer
-from fmjax.errors import ConfigError, quoted
+from fmjax.errors import ConfigError, DataError, quoted
 from fmjax.setup import Run
 from fmjax.state import TrainState
 from fmjax.step import make_gradient
@@ -44,6 +46,7 @@ def run(config: Any, workdir_path: str | os.PathLike, *, dry_run: bool = False) 
         if jax.process_count() > 1:
             raise ConfigError("The task 'replay' works in one process.")
         together = arms.prepare(saved, mesh, lambda: None)
+        _check_data(folder, together.wide)
         total = together.wide.total
         if not 1 <= config.step <= total:
             raise ConfigError(f"config.step={config.step}: the run has the steps 1 to {total}.")
@@ -55,6 +58,17 @@ def run(config: Any, workdir_path: str | os.PathLike, *, dry_run: bool = False) 
     workdir.write_atomic(file, json.dumps(logs.plain(found), indent=2, ensure_ascii=False))
     show(found, config.top_k)
     print(f"written to {file}")
+
+
+def _check_data(folder: Path, run: Run) -> None:
+    """Refuses data that have changed since the run, where it has ended and tells."""
+    file = folder / "summary.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if before.get("data_digest", run.dataset.digest) != run.dataset.digest:
+        raise DataError(
+            f"{folder} was trained on data with the digest {before['data_digest']}, but "
+            f"config.data gives {run.dataset.digest} now: its steps would be others."
+        )
 
 
 def again(together: arms.Arms, folder: Path, step: int) -> dict[str, Any]:
@@ -153,13 +167,18 @@ def show(found: Mapping[str, Any], most: int) -> None:
         + (", update skipped" if found["skipped"] else "")
     )
     names = [key for key in found["examples"][0] if key.endswith("/loss")]
-    worst = lambda one: -sum(one[name] or 0 for name in names)
-    for one in sorted(found["examples"], key=worst)[:most]:
+    for one in sorted(found["examples"], key=lambda one: -_height(one, names))[:most]:
         told = ", ".join(f"{name} {one[name]:.4g}" for name in names if one[name] is not None)
         text = one.get("seen", one["text"]).replace("\n", " ")
         print(f"\nexample {one['index']}: {told}\n  {text[:300]}{'…' if len(text) > 300 else ''}")
     print()
     print(progress.table([["", "parameters", "gradient", "update"], *_layers(found["layers"])]))
+
+
+def _height(one: Mapping[str, Any], names: Sequence[str]) -> float:
+    """How high an example's losses are; what is not finite is the highest."""
+    total = sum(one[name] or 0.0 for name in names)
+    return total if math.isfinite(total) else math.inf
 
 
 def _layers(each: Mapping[str, Mapping[str, float]]) -> Sequence[list[str]]:

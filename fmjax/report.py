@@ -4,7 +4,6 @@ The page is one file without scripts that needs nothing from elsewhere; it is wr
 every run, and again by `python run.py --config=configs/report.py --config.folder=runs/…`.
 """
 
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -90,7 +89,7 @@ def summarize(workdir: str | os.PathLike, **facts: Any) -> dict[str, Any]:
 def environment(**facts: Any) -> dict[str, str]:
     """Versions of what numbers depend on, with a digest of fmjax's own code, and facts of the
     caller's such as the device kind."""
-    found = {"fmjax": f"{fmjax.__version__} {code()}", "python": platform.python_version()}
+    found = {"fmjax": f"{fmjax.__version__} {CODE}", "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -110,13 +109,15 @@ def _processor() -> str:
     return f"{name[1] if name else platform.processor() or 'processor'}, {os.cpu_count()} cores"
 
 
-@functools.cache
 def code() -> str:
-    """8 hex digits of all that fmjax computes with, as it is when it is asked first."""
+    """8 hex digits of the files of fmjax."""
     root, digest = Path(fmjax.__file__).parent, hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
         digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()[:8]
+
+
+CODE = code()  # as they are when this program starts, whatever becomes of them while it runs
 
 
 def write(workdir: str | os.PathLike) -> Path:

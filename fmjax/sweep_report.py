@@ -7,17 +7,18 @@
 Written at the end of each `--sweep`, and again by `--config=configs/report.py` on its folder.
 """
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fmjax import comparisons, logs, page, statistics, svg, workdir
+from fmjax import comparisons, logs, page, svg, workdir
 from fmjax.comparisons import Group, Row
 from fmjax.config import flatten, may_change
 from fmjax.progress import count, duration
@@ -36,6 +37,7 @@ BUDGETS = {
     "flops": "{} FLOP",
     "time": "{} seconds of the run, start and evaluation included",
 }
+CURVES = '<p class="soft">Means over seeds, from the least to the greatest, beside the first.</p>'
 FALLING = ("loss", "perplexity", "ece", "brier")  # metrics that are better when they are lower
 
 
@@ -44,11 +46,12 @@ def write(
     records: Sequence[Mapping[str, Any]],
     families: Sequence[tuple[str, Sequence[Group]]],
     command: str,
+    total: int,
 ) -> Path:
     """Writes the page, the figures and the numbers of a sweep's records; returns the page.
 
     `families` are metrics and the groups that are compared in them, as `fmjax.trials` makes them of
-    the records; `command` runs all of it.
+    the records; `command` runs all of it, which are `total` trials.
     """
     pictures = folder / "figures"
     pictures.mkdir(exist_ok=True)
@@ -58,7 +61,7 @@ def write(
     for metric, groups in families:
         rows = comparisons.compare(groups, metric)
         of = f" in {metric.removeprefix('validation/')}" if len(families) > 1 else ""
-        figures = dict(_figures(groups, metric, records))
+        figures = dict(_figures(rows, metric))
         for name, figure in figures.items():
             if "<svg" in figure:
                 name = f"{_file(metric)}-{name}" if of else name
@@ -71,7 +74,7 @@ def write(
     name = folder.resolve().name
     groups = [group for _, own in families for group in own]
     sections = [
-        f"<h1>{escape(name)}</h1>{_verdict(records, told)}",
+        f"<h1>{escape(name)}</h1>{_verdict(records, told, total)}",
         *sections,
         page.section("What failed", _failures(records)),
         page.section("What differs", _differences(records)),
@@ -100,7 +103,7 @@ def _family(
     yield "Over what is varied", grid("over")
     yield "At equal budgets", _equal(groups, metric)
     yield "How soon", _until(rows, metric)
-    yield "Learning curves", grid("curve", _curves_note(groups))
+    yield "Learning curves", grid("curve", CURVES)
     yield "Where it is right", _slices(groups, metric)
 
 
@@ -122,11 +125,12 @@ def _told(rows: Sequence[Row], metric: str) -> str:
     return f" Beside {beside}, {metric.removeprefix('validation/')} is {'; '.join(parts)}."
 
 
-def _verdict(records: Sequence[Mapping], told: Sequence[str]) -> str:
+def _verdict(records: Sequence[Mapping], told: Sequence[str], total: int) -> str:
     done = sum(record["state"] == "done" for record in records)
     took = duration(sum(record["seconds"] for record in records))
-    text = f"{done} of {len(records)} trials done, in {took}.{''.join(told)}"
-    state = "done" if done == len(records) else "failed"
+    text = f"{done} of {total} trials done, in {took}.{''.join(told)}"
+    failed = any(record["state"] == "failed" for record in records)
+    state = "failed" if failed else "done" if done == total else ""
     return f'<p class="verdict {state}">{escape(text)}</p>'
 
 
@@ -137,8 +141,8 @@ def _results(rows: Sequence[Row], metric: str) -> str:
     note = (
         "Means over seeds with 95 % intervals, for other seeds and, where single examples are "
         "known, other examples. Differences are paired by seed and example; p is corrected for "
-        "all rows (Holm). “Detectable” is the difference that such runs would show four times of "
-        "five: where nothing is shown, no larger one is likely."
+        "all rows (Holm). Differences beyond their interval are unlikely, shown or not. For the "
+        "next experiment: “detectable” is what such runs would show four times of five."
     )
     return page.wide(body, head) + f'<p class="soft">{note}</p>'
 
@@ -176,10 +180,11 @@ def _equal(groups: Sequence[Group], metric: str) -> str:
 def _until(rows: Sequence[Row], metric: str) -> str:
     """How many steps each took to where its reference ended."""
     falls, lines = metric.endswith(FALLING), []
+    ended = {row.group.name: row.mean for row in rows}
     for row in rows:
         steps = []
         if row.reference:
-            level = _mean(row.reference, metric)[0]
+            level = ended[row.reference.name]
             steps = comparisons.steps_until(row.group, metric, level, falls)
         if any(step is not None for step in steps):
             shown = ", ".join("not" if step is None else f"{step:,}" for step in steps)
@@ -193,43 +198,32 @@ def _until(rows: Sequence[Row], metric: str) -> str:
     return page.wide(lines, ("", "reaches", "steps")) + f'<p class="soft">{note}</p>'
 
 
-def _figures(
-    groups: Sequence[Group], metric: str, records: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[str, str]]:
+def _figures(rows: Sequence[Row], metric: str) -> Iterator[tuple[str, str]]:
     """(name, figure) of all that there is to draw."""
     for name, (words, read) in AGAINST.items():
-        points = _points(groups, metric, read)
+        points = _points(rows, read)
         if len({x for x, *_ in points.values()}) > 1:
             yield f"against-{name}", _against(points, metric, words)
-    yield from _over(groups, metric)
-    yield from _curves(groups, metric)
+    yield from _over(rows, metric)
+    yield from _curves([row.group for row in rows], metric)
 
 
-def _points(groups, metric, read) -> dict[str, tuple[float, float, float, float]]:
+def _points(rows: Sequence[Row], read: Callable) -> dict[str, tuple[float, float, float, float]]:
     """Of each group that knows both: what it takes, and the mean with its interval."""
     found = {}
-    for group in groups:
-        mean, low, high = _mean(group, metric)
+    for row in rows:
         taken = []
-        for result in group.results.values():
-            try:
+        for result in row.group.results.values():
+            with contextlib.suppress(KeyError):
                 taken.append(float(read(result)))
-            except KeyError:
-                continue
-        if taken and math.isfinite(mean):
-            found[group.name] = (float(np.mean(taken)), mean, low, high)
+        if taken and math.isfinite(row.mean):
+            found[row.group.name] = (float(np.mean(taken)), row.mean, *_ends(row))
     return found
 
 
-def _mean(group: Group, metric: str) -> tuple[float, float, float]:
-    """The mean over seeds and its interval, NaN where there is none."""
-    values = [float(x) for x in group.values(metric, by_example=False).values()]
-    if not values:
-        return math.nan, math.nan, math.nan
-    if len(values) == 1 or not np.isfinite(values).all():
-        return float(np.mean(values)), math.nan, math.nan
-    found = statistics.estimate(np.array(values))
-    return found.mean, found.low, found.high
+def _ends(row: Row) -> tuple[float, float]:
+    """The interval of the mean, NaN where there is none."""
+    return (row.interval.low, row.interval.high) if row.interval else (math.nan, math.nan)
 
 
 def _against(points: Mapping[str, tuple], metric: str, words: str) -> str:
@@ -250,35 +244,33 @@ def _against(points: Mapping[str, tuple], metric: str, words: str) -> str:
     return svg.plot(title, series, x=words, log_x=max(taken) > 10 * max(min(taken), 1e-30))
 
 
-def _over(groups: Sequence[Group], metric: str) -> Iterator[tuple[str, str]]:
+def _over(rows: Sequence[Row], metric: str) -> Iterator[tuple[str, str]]:
     """The metric over each number that the sweep varies, a curve for each of what else it does."""
-    settings = {group.name: group.settings for group in groups}
-    keys = dict.fromkeys(key for own in settings.values() for key in own)
-    for key in keys:
-        numbers = {name: own.get(key) for name, own in settings.items()}
-        numeric = [x for x in numbers.values() if _is_number(x)]
-        if len(set(numeric)) < 3 or len(numeric) < len(groups):
+    for key in dict.fromkeys(key for row in rows for key in row.group.settings):
+        numbers = [row.group.settings.get(key) for row in rows]
+        if len(set(numbers)) < 3 or not all(map(_is_number, numbers)):
             continue
         curves: dict[str, list] = {}
-        for group in groups:
-            others = {k: v for k, v in group.settings.items() if k != key}
-            label = ", ".join(f"{v}" for v in others.values())
-            curves.setdefault(label, []).append((float(numbers[group.name]), *_mean(group, metric)))
+        for number, row in zip(numbers, rows, strict=True):
+            others = {k: v for k, v in row.group.settings.items() if k != key}
+            label = ", ".join(str(v) if k == "arg" else f"{k}={v}" for k, v in others.items())
+            curves.setdefault(label, []).append((float(number), row.mean, *_ends(row)))
         series = []
-        for number, (label, found) in enumerate(_unlike(curves).items()):
+        for colour, (label, found) in enumerate(_unlike(curves).items()):
             found = sorted(point for point in found if math.isfinite(point[1]))
             band = tuple((x, low, high) for x, _, low, high in found)
-            series.append(svg.Series(label, [(x, y) for x, y, *_ in found], number, band))
-        high = max(numeric) > 10 * max(min(numeric), 1e-30)
-        yield f"over-{key}", svg.plot(f"{_last(metric)} over {key}", series, x=key, log_x=high)
+            series.append(svg.Series(label, [(x, y) for x, y, *_ in found], colour, band))
+        log_x = max(numbers) > 10 * max(min(numbers), 1e-30)
+        yield f"over-{key}", svg.plot(f"{_last(metric)} over {key}", series, x=key, log_x=log_x)
 
 
 def _unlike(curves: Mapping[str, list]) -> dict[str, list]:
-    """The same under names without the words that all have."""
+    """The same under names without the words that all have, where these still tell them apart."""
     words = [name.replace(",", " ").split() for name in curves]
     alike = set.intersection(*map(set, words)) if len(words) > 1 else set()
     kept = [" ".join(word for word in own if word not in alike) for own in words]
-    return dict(zip(kept, curves.values(), strict=True))
+    names = kept if len(set(kept)) == len(kept) else list(curves)
+    return dict(zip(names, curves.values(), strict=True))
 
 
 def _is_number(value: Any) -> bool:
@@ -308,13 +300,6 @@ def _curves(groups: Sequence[Group], metric: str) -> Iterator[tuple[str, str]]:
         yield f"curve-{number}", svg.plot(f"{_words(name)}: {own}", lines)
 
 
-def _curves_note(groups: Sequence[Group]) -> str:
-    return (
-        f'<p class="soft">Means over seeds, from the least to the greatest, beside '
-        f"{escape(groups[0].name)}.</p>"
-    )
-
-
 def _curve(group: Group, name: str) -> list[tuple[int, float, float, float]]:
     """(step, mean, least, greatest) over the seeds at the steps that all of them logged."""
     each = []
@@ -337,7 +322,7 @@ def _slices(groups: Sequence[Group], metric: str) -> str:
                 for part in result.get("ledger", {}).get("slices", {}).get(kind, ()):
                     if key in part:
                         found.setdefault(f"{part['name']} ({part['examples']})", []).append(
-                            part[key]
+                            float(part[key])
                         )
             if found:
                 parts[group.name] = {name: float(np.mean(values)) for name, values in found.items()}

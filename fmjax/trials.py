@@ -156,11 +156,13 @@ def walk(
 
 
 def read(folder: Path, trial: Trial) -> Record | None:
-    """The record of a trial, None where it has not ended."""
+    """The record of a trial, None where it has not ended; as the sweep has it now, which may have
+    numbered it otherwise when it ran."""
     try:
-        return json.loads((folder / f"{trial.name}.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / f"{trial.name}.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    return found | {"number": trial.number, "settings": trial.settings}
 
 
 def _trial(spec: str, overrides: Sequence[str], number: int, settings: Mapping[str, Any]) -> Trial:
@@ -202,7 +204,23 @@ def _different(trials: list[Trial]) -> list[Trial]:
                 "does not change its numbers"
             )
         numbers[trial.name] = trial.number
+    _check_groups(trials)
     return trials
+
+
+def _check_groups(trials: Sequence[Trial]) -> None:
+    """Refuses a group in which two results would have the same seed."""
+    first: dict[tuple, int] = {}
+    for trial in trials:
+        for single in configs.arms(trial.config) if "group" in trial.settings else ():
+            own = trial.settings["group"], single.get("best"), single.get("seed")
+            if own in first:
+                raise ConfigError(
+                    f"get_sweep: the trials {first[own]} and {trial.number} have the same group "
+                    f"{own[0]!r} and the same seed {own[2]}: what differs in more than the seed "
+                    "needs another group"
+                )
+            first[own] = trial.number
 
 
 def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) -> None:
@@ -217,7 +235,9 @@ def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) ->
         before = read(folder, trial)
         if before and not fresh:
             diverged = before["exit_code"] == NumericsError.exit_code
-            if before["state"] == "done" or diverged and not again:
+            if before["state"] == "done" and _asked(before["config"]) == _asked(trial.config):
+                return
+            if diverged and not again:
                 return
         if fresh and where.exists():
             try:
@@ -279,6 +299,11 @@ def _as_command(words: list[str]) -> Iterator[None]:
         sys.argv = before
 
 
+def _asked(config: Mapping[str, Any] | ConfigDict) -> str:
+    """What was to be measured of a finished run, which can be made up for."""
+    return json.dumps(configs.plain([config.get("ledger"), config.get("pretraining")]))
+
+
 def found(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
     """What each arm of a run came to, or the run itself; `failed` says why one did not end well."""
     results = []
@@ -296,6 +321,10 @@ def found(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
         result |= {key: summary[key] for key in KEPT if key in summary}
         if "goodput" in summary:
             result["step_seconds"] = summary["goodput"]["step"] / len(configs.arms(config))
+        goals, metrics = single.get("objectives") or {}, summary.get("metrics", {})
+        both = metrics.keys() >= {"train/loss", "validation/loss"}
+        if both and not any("validation" in goal for goal in goals.values()):
+            result["gap"] = float(metrics["validation/loss"]) - float(metrics["train/loss"])
         if kept := _json(own / workdir.LEDGER):
             result["ledger"] = kept
         results.append(result)
@@ -343,8 +372,13 @@ def keep(
 ) -> None:
     """Writes sweep.json, which trials belong together, and the report of those that have ended."""
     sweep = {
-        "command": command(["run.py", f"--config={spec}", *overrides, "--sweep"]),
-        "trials": [trial.name for trial, _ in told],
+        "command": command(
+            ["run.py", f"--config={spec}", *overrides, "--sweep", f"--workdir={folder}"]
+        ),
+        "trials": [
+            {"name": trial.name, "number": trial.number, "settings": trial.settings}
+            for trial, _ in told
+        ],
     }
     (folder / "locks").mkdir(exist_ok=True)
     with filelock.FileLock(folder / "locks" / "report.lock"):  # several commands may end at once
@@ -355,10 +389,15 @@ def keep(
 def report(folder: Path) -> Path:
     """The page of the sweep that was run in `folder` last."""
     sweep = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
-    files = [(name, folder / f"{name}.json") for name in sweep["trials"]]
-    ended = [(name, json.loads(file.read_text("utf-8"))) for name, file in files if file.exists()]
+    ended = []
+    for trial in sweep["trials"]:
+        file = folder / f"{trial['name']}.json"
+        if file.exists():
+            now = {key: trial[key] for key in ("number", "settings")}
+            ended.append((trial["name"], json.loads(file.read_text(encoding="utf-8")) | now))
     records = [record for _, record in ended]
-    return sweep_report.write(folder, records, families(ended, folder), sweep["command"])
+    of_all = dict(command=sweep["command"], total=len(sweep["trials"]))
+    return sweep_report.write(folder, records, families(ended, folder), **of_all)
 
 
 def families(
@@ -378,7 +417,23 @@ def families(
         rows = zip(told, chosen, has, strict=True)
         fits = [one for one, best, names in rows if _fits(metric, best, names, metrics)]
         found.append((metric, groups_of(fits, folder)))
-    return found
+    return _with_failures(found)
+
+
+def _with_failures(
+    found: list[tuple[str, list[comparisons.Group]]],
+) -> list[tuple[str, list[comparisons.Group]]]:
+    """A group that lost runs in one stage has lost them in those that follow, too."""
+    lost: dict[str, int] = {}
+    for _, groups in found:
+        for group in groups:
+            if name := group.settings.get("group"):
+                lost[name] = lost.get(name, 0) + group.failed
+    failed = lambda group: lost.get(group.settings.get("group"), group.failed)
+    return [
+        (metric, [group._replace(failed=failed(group)) for group in groups])
+        for metric, groups in found
+    ]
 
 
 def _fits(metric: str, best: str, names: set[str], metrics: Sequence[str]) -> bool:

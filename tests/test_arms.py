@@ -330,6 +330,8 @@ def test_arms_that_do_not_share_are_refused(home, encoder, tmp_path):  # noqa: F
          "belongs to an adapter and is frozen"),
         (["--config.adapter.targets=(('block_00/attn/.*', 4), ('block_.*/attn/.*', None))", ranks],
          "layers are stacked in another way"),
+        (["--config.total=3G flops", "--config.arms=(('adapter.rank', (1, 32)),)"],
+         "config.total='3G flops' the arms have .* steps"),
         (["--config.optim.name=lamb", ranks], "the optimizer 'lamb' looks at a matrix as a whole"),
         (["--config.init=", "--config.model.name=bert", "--config.model.variant=modernbert_tiny",
           "--config.tokenizer.name=train", "--config.arms=(('seed', (0, 1)),)"],

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from fmjax import comparisons, progress, statistics
-from fmjax.errors import CheckpointError
+from fmjax.errors import CheckpointError, ConfigError
 
 METRIC = "validation/classify/accuracy"
 
@@ -69,7 +69,7 @@ def test_results_that_differ_in_the_seed_are_a_group():
     words = [record({"arg": f"{method},depth=6"}, 0.8) for method in ("head", "full")]
     assert [group.name for group in comparisons.groups(words)] == ["head", "full"]
     assert [group.name for group in comparisons.groups(words[:1])] == ["the config"]
-    with pytest.raises(ValueError, match="have the seed 0"):
+    with pytest.raises(ConfigError, match="have the seed 0"):
         comparisons.groups([records[0], records[0]])
 
 
@@ -146,10 +146,10 @@ def test_examples_are_paired_too():
     np.testing.assert_allclose(rows[1].more[:3], wanted[:3])
     assert rows[1].mean == pytest.approx(means[1].mean)
     assert rows[1].more.error > 1.01 * means[1].more.error
-    # Other examples, or one that does not know them: means are compared.
+    # Other examples are no matter of difference; one that does not know them has its mean.
     records[0]["results"][2]["examples"]["label"] = np.arange(500) % 2
     some = comparisons.compare(comparisons.groups(records), METRIC)
-    np.testing.assert_allclose(some[1].more[:3], means[1].more[:3])
+    assert some[1].more is None
     records[0]["results"][2]["examples"]["label"] = np.arange(500) % 3
     del records[1]["results"][0]["examples"]
     some = comparisons.compare(comparisons.groups(records), METRIC)
@@ -204,3 +204,19 @@ def test_steps_until_a_level(tmp_path):
     until = lambda level, falls=False: comparisons.steps_until(group, METRIC, level, falls)
     assert (until(0.2), until(0.21), until(0.4)) == ([20], [30], [None])
     assert until(0.15, falls=True) == [10]
+
+
+def test_results_on_other_examples_are_not_subtracted():
+    """By the labels where they are known, else by the data."""
+    ours = [record({"arg": name}, 0.1, 0.2, 0.4, arms=True) for name in "abc"]
+    for one, digest in zip(ours, ("x", "x", "y"), strict=True):
+        for result in one["results"]:
+            result["data_digest"] = digest
+    first, same, other = comparisons.compare(comparisons.groups(ours), METRIC)
+    assert same.more and other.more is None and other.mean == pytest.approx(0.7 / 3)
+    shown = comparisons.shown([first, same, other], METRIC)
+    assert shown[-1][-2] == "other examples"
+    for one in ours:
+        for result in one["results"]:
+            result["examples"] = {"label": np.array([0, 1])}
+    assert all(row.more for row in comparisons.compare(comparisons.groups(ours), METRIC)[1:])

@@ -19,7 +19,7 @@ def get_config(arg=None):
 def get_expected(arg=None):
     return [dict(
         metric="validation/loss", value={value}, tolerance=0.25, seeds={seeds}, budget=1,
-        source="by hand", group={group!r},
+        source="by hand", group={group!r}, given=("optim.lr",),
     )]
 """
 SWEEP = "def get_sweep(): return sweep.product(sweep.grid('optim.lr', (1e-3, 2.0)), SEEDS)\n"
@@ -132,8 +132,10 @@ def test_a_sweep_says_of_what_the_number_is(written, ran, tmp_path):
     row = row_of(spec)
     assert row["expected"][0]["values"] == pytest.approx([2.0, 2.1, 2.2])
     assert list(row["groups"]) == ["0.001", "2.0"] and len(ran) == 6
-    with pytest.raises(ConfigError, match="no group '3.0'.*2.0"):
+    with pytest.raises(ConfigError, match="nothing has validation/loss in the group '3.0'.*2.0"):
         evidence.verify(written(2.1, SEEDS + SWEEP, group="3.0"), (), tmp_path / "runs")
+    with pytest.raises(ConfigError, match="of a sweep say of which group"):
+        evidence.verify(written(2.1, SEEDS + SWEEP), (), tmp_path / "runs")
 
 
 def test_fewer_seeds_than_were_promised_keep_nothing(written, ran, tmp_path):
@@ -149,10 +151,9 @@ def test_a_row_is_stale_once_the_config_or_what_it_expects_changes(written, ran,
     assert evidence.stale(spec) == ""
     assert "another config" in evidence.stale(written(0.2))
     assert evidence.stale(written(0.1)) == ""
-    changed = written(0.1).replace(".py", "2.py")
     text = (tmp_path / "trying.py").read_text()
     (tmp_path / "trying.py").write_text(text.replace('("tiny")', '("tiny,runlocal")'))
-    assert changed and "another config" in evidence.stale(spec)
+    assert "another config" in evidence.stale(spec)
 
 
 @pytest.mark.parametrize(
@@ -176,9 +177,32 @@ def test_what_is_no_expectation_is_refused(change, said, written, tmp_path):
 
 def test_paths_of_one_machine_are_shortened():
     word = "--config.data.train=/home/me/data/imdb/train.jsonl.gz"
-    assert evidence._short(word) == "--config.data.train=…/imdb/train.jsonl.gz"
-    assert evidence._short("--config.total=3 epochs") == "--config.total=3 epochs"
-    assert evidence._short("--config.init=runs/mlm-1") == "--config.init=runs/mlm-1"
+    assert evidence._short(word) == "--config.data.train=…/train.jsonl.gz"
+    assert evidence._short("x=/minilm y='/a/b'") == "x=…/minilm y='…/b'"
+    for kept in ("--config.total=3 epochs", "--config.init=runs/big/arms/0", "a/b", "1/2"):
+        assert evidence._short(kept) == kept
+
+
+def test_another_config_is_no_evidence_of_this_one(written, ran, tmp_path):
+    spec = written(0.1)
+    with pytest.raises(ConfigError, match="total=7 would change its numbers.*only optim.lr"):
+        evidence.verify(spec, ["--config.total=7"], tmp_path / "runs")
+    evidence.verify(spec, ["--config.optim.lr=0.0", "--config.log_every=3"], tmp_path / "runs")
+    assert len(ran) == 1
+    evidence.verify(spec, ["--config.optim.lr=0.0"], tmp_path / "runs", fresh=True)
+    assert len(ran) == 2
+
+
+def test_a_sweep_that_is_told_of_its_trials_is_stale_with_its_file(written, ran, tmp_path):
+    body = (
+        "def get_sweep():\n    for seed in (0, 1, 2):\n        yield {'group': 'a', 'seed': seed}\n"
+    )
+    spec = written(0.1, body, group="a")
+    evidence.verify(spec, (), tmp_path / "runs")
+    assert row_of(spec)["expected"][0]["values"] == pytest.approx([0.003, 0.103, 0.203])
+    assert evidence.stale(spec) == ""
+    written(0.1, body.replace("(0, 1, 2)", "(0, 1, 3)"), group="a")
+    assert "another config" in evidence.stale(spec)
 
 
 def test_texts_are_made_from_rows(written, tmp_path):

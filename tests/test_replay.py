@@ -1,6 +1,7 @@
 """A step done again is the step that was done."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from test_finetune import encoder, files, home  # noqa: F401
 
 from fmjax import config as configs
 from fmjax import replay, train
-from fmjax.errors import CheckpointError, ConfigError
+from fmjax.errors import CheckpointError, ConfigError, DataError
 
 WORDS = ["log_every=1", "save_every=3", "keep=9", "keep_best=0", "tensorboard=False", "total=8"]
 
@@ -94,8 +95,6 @@ def test_what_is_no_step_or_no_run_is_refused(pretrained, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_refused(pretrained, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(pretrained, copy)
     file = max((copy / "checkpoints/6/state").rglob("*"), key=lambda p: p.stat().st_size)
@@ -103,3 +102,16 @@ def test_a_damaged_checkpoint_is_refused(pretrained, tmp_path):
     with pytest.raises(CheckpointError, match="damaged"):
         again(copy, 8)
     assert (copy / "checkpoints/6").exists()  # left as it is
+
+
+def test_what_is_not_finite_is_the_worst():
+    each = [{"loss": 3.0}, {"loss": float("nan")}, {"loss": None}]
+    assert [replay._height(one, ["loss"]) for one in each] == [3.0, float("inf"), 0.0]
+
+
+def test_other_data_are_refused(pretrained, tmp_path):
+    copy = shutil.copytree(pretrained, tmp_path / "copy")
+    summary = json.loads((copy / "summary.json").read_text())
+    (copy / "summary.json").write_text(json.dumps(summary | {"data_digest": "other"}))
+    with pytest.raises(DataError, match="data with the digest other"):
+        again(copy, 2)

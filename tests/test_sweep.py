@@ -489,3 +489,44 @@ def get_sweep():
     assert {group.name for group in second} == {"second", "third"}
     text = (tmp_path / "sweep/report.html").read_text()
     assert "Results in mlm/loss" in text and "Results in loss" in text
+
+
+def test_a_group_with_a_seed_twice_is_refused_before_any_trial(tmp_path):
+    body = "def get_sweep(): return [{'group': 'a', 'optim.lr': x} for x in (1e-3, 1e-4)]"
+    with pytest.raises(
+        ConfigError, match="trials 1 and 2 have the same group 'a' and the same seed 0"
+    ):
+        walk(write(tmp_path, body))
+
+
+def test_a_group_that_lost_a_run_in_one_stage_is_not_judged_in_the_next(task, tmp_path, capsys):
+    task(**{"0.003/1": NumericsError("not finite")})
+    body = """
+def get_sweep():
+    for seed in (0, 1):
+        yield {"group": "a", "seed": seed}
+    for name, seeds in (("b", (0, 1)), ("a", (0,)), ("c", (0, 1))):
+        for seed in seeds:
+            best = {"best": "validation/mlm/loss", "optim.lr": 2.0 + (name == "c")}
+            yield {"group": name, "seed": seed, **best, "data.seq_len": 32 + 8 * (name == "a")}
+"""
+    kept = trials.found
+    more = lambda *args: [
+        one | {"metrics": one["metrics"] | {"validation/mlm/loss": 7.0 + one["seed"]}}
+        for one in kept(*args)
+    ]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(NumericsError):
+        patch.setattr(trials, "found", more)
+        start(write(tmp_path, body), tmp_path / "sweep")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("a ")]
+    assert len(rows) == 1 and "1, 1 failed" in rows[0] and "inconclusive" not in rows[0]
+
+
+def test_a_ledger_that_is_asked_for_later_is_made_up_for(task, tmp_path):
+    made, spec = task(), write(tmp_path)
+    start(spec, tmp_path / "sweep", "1")
+    start(spec, tmp_path / "sweep", "1")
+    assert len(made.ran) == 1
+    with pytest.raises(FmjaxError):  # The stand-in finds its folder there; a run does not mind.
+        start(spec, tmp_path / "sweep", "1", "--config.ledger=('memory',)")
+    assert len(made.ran) == 2

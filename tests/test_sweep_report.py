@@ -50,9 +50,19 @@ def sweep(tmp_path):
     lost = json.loads((tmp_path / f"{names[0]}.json").read_text()) | {"settings": {"arg": "bad"}}
     lost |= dict(number=4, state="failed", reason="a <tag> & more", results=[])
     file.write_text(json.dumps(lost))
-    told = {"command": "python run.py --sweep", "trials": [*names, file.stem, "train-not-yet"]}
-    (tmp_path / "sweep.json").write_text(json.dumps(told))
+    belong(tmp_path, *names, file.stem, "train-not-yet")
     return tmp_path
+
+
+def belong(folder, *names):
+    """These trials are the sweep of the folder, in this order."""
+    trials = []
+    for number, name in enumerate(names, 1):
+        file = folder / f"{name}.json"
+        settings = json.loads(file.read_text())["settings"] if file.exists() else {}
+        trials.append({"name": name, "number": number, "settings": settings})
+    told = {"command": "python run.py --sweep", "trials": trials}
+    (folder / "sweep.json").write_text(json.dumps(told))
 
 
 def test_the_page_says_what_the_records_say(sweep):
@@ -66,7 +76,7 @@ def test_the_page_says_what_the_records_say(sweep):
     assert words["values"] == {"None": 0.75} and words["difference"][0] == pytest.approx(-0.07)
     assert lora["trains"] == [100] * 3 and lora["peak"] == [2**20 * 100] * 3
     assert bad["failed"] == 1
-    for part in ("0.8200", "-0.1000", "3 of 4 trials done", "&lt;b&gt; (9)", "0.250"):
+    for part in ("0.8200", "-0.1000", "3 of 5 trials done", "&lt;b&gt; (9)", "0.250"):
         assert part in text
     assert "a &lt;tag&gt; &amp; more" in text and "<tag>" not in text and "<b> (" not in text
     assert "python run.py &lt;2&gt;" in text and "total=2" in text and "log_every" not in text
@@ -112,7 +122,7 @@ def test_figures_are_pictures_too(sweep):
 
 
 def test_curves_are_means_with_the_least_and_the_greatest(sweep):
-    told = json.loads((sweep / "sweep.json").read_text())["trials"][:2]
+    told = [one["name"] for one in json.loads((sweep / "sweep.json").read_text())["trials"][:2]]
     ended = [(name, json.loads((sweep / f"{name}.json").read_text())) for name in told]
     group = trials.groups_of(ended, sweep)[1]
     (step, mean, least, most), *_ = sweep_report._curve(group, "train/loss")
@@ -128,8 +138,7 @@ def test_what_is_varied_in_numbers_is_drawn(tmp_path):
             number += 1
             own = {"data.examples": size, "init": base}
             names.append(put(tmp_path, number, own, [0.5, 0.6 + number / 100]))
-    told = {"command": "", "trials": names}
-    (tmp_path / "sweep.json").write_text(json.dumps(told))
+    belong(tmp_path, *names)
     text = trials.report(tmp_path).read_text()
     assert (tmp_path / "figures/over-data.examples.png").exists()
     assert "Accuracy over data.examples" in text
@@ -146,5 +155,20 @@ def test_the_task_writes_it_again(sweep, capsys):
 
 
 def test_a_sweep_of_which_nothing_is_known_has_a_page(sweep):
-    (sweep / "sweep.json").write_text(json.dumps({"command": "", "trials": ["none"]}))
-    assert "0 of 0 trials done" in trials.report(sweep).read_text()
+    belong(sweep, "none")
+    assert "0 of 1 trials done" in trials.report(sweep).read_text()
+
+
+def test_trials_have_the_numbers_and_settings_of_the_sweep_as_it_is_now(sweep):
+    names = [one["name"] for one in json.loads((sweep / "sweep.json").read_text())["trials"]]
+    belong(sweep, names[2], names[0], names[1])
+    text = trials.report(sweep).read_text()
+    for number, command in ((1, 3), (2, 1), (3, 2)):
+        assert f"<p>Trial {number}</p><pre>python run.py &lt;{command}&gt;</pre>" in text
+    assert "3 of 3 trials done" in text and 'class="verdict done"' in text
+
+
+def test_curves_of_settings_with_the_same_words_stay_apart():
+    curves = {"rank=8, alpha=16": [1], "alpha=16, rank=8": [2]}
+    assert sweep_report._unlike(curves) == curves
+    assert list(sweep_report._unlike({"a, x": [1], "b, x": [2]})) == ["a", "b"]

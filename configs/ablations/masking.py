@@ -5,8 +5,9 @@
 First each recipe pretrains the encoder of configs/mlm.py on the documentation of Python, with as
 many FLOPs: mask rates of 15, 30 and 40 %, each with 80/10/10 (of the chosen tokens so many become
 [MASK], another token, or stay) and 100/0/0; whole words; spans; and pairs of segments with next
-sentence prediction or sentence order. Then each encoder is fine-tuned as configs/finetune.py, to
-tell packages of docstrings apart. All are compared with 15 %, 80/10/10.
+sentence prediction or sentence order. All see the whole row in both layers, which pairs need. Then
+each encoder is fine-tuned as configs/finetune.py, to tell packages of docstrings apart. All are
+compared with 15 %, 80/10/10.
 
 The losses of pretraining compare since all are evaluated with the masks of 15 %, 80/10/10; those of
 pairs are of other rows, so that only fine-tuning compares them with the others. A seed is that of
@@ -69,6 +70,7 @@ def get_config(arg=None):
     pairs = arg.recipe in ("nsp", "sop")
     config = load("nsp")(arg.recipe) if pairs else load("mlm")()
     config.objectives.mlm = dict(weight=1.0, **(USUAL | RECIPES[arg.recipe]), validation=USUAL)
+    config.model.full_every = 1  # as configs/nsp.py has it: both layers see the whole row
     config.total = f"{arg.flops} flops"
     config.best = "validation/mlm/loss"
     config.keep, config.keep_best = 1, 0
