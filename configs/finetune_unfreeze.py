@@ -5,6 +5,9 @@
 Gradual unfreezing (Howard and Ruder 2018, section 3.3): the head moves from the start, the last of
 `layers` layers after the first of equal parts of the run, and so on; what is below, and the
 embeddings, with the last part. Every group has a warm-up of its own.
+
+77.8 ± 1.5 % where configs/finetune.py, which moves everything from the start, has 84.6 ± 0.8 %
+(2026-11-22, three seeds, two minutes on two cores beside other work).
 """
 
 import runpy
@@ -32,10 +35,10 @@ def get_expected():
     return [
         dict(
             metric="validation/classify/accuracy",
-            value=0.5,
-            tolerance=0.5,
+            value=0.778,
+            tolerance=0.05,
             seeds=(0, 1, 2),
             budget=10,
-            source="TODO",
+            source="three seeds on two cores, 2026-11-22",
         ),
     ]

@@ -30,7 +30,9 @@ second.
         --config.data.train='books/test.jsonl.gz' --config.data.validation_fraction=0
 
 Runs that began in rows of 256, or rose to 1e-4 and more from the start, did not get off chance for
-long. From nothing, the first command here was not seen to learn pairs. BERT's 97 % (rows of 512, a
+long. From nothing, the first command here was not seen to learn pairs; without files, on the
+documentation of Python, it has 26.7 ± 0.8 % of masked tokens and 54.1 ± 5.9 % of 199 pairs (three
+seeds, 2026-11-22, under three minutes). BERT's 97 % (rows of 512, a
 million steps) was not reproduced; benchmarks/RESULTS.md has what else was tried.
 """
 
@@ -57,13 +59,9 @@ def get_config(arg=None):
 
 
 def get_expected():
+    source = "three seeds on two cores, 2026-11-22"
+    of_all = dict(seeds=(0, 1, 2), budget=30, source=source)
     return [
-        dict(
-            metric="validation/nsp/accuracy",
-            value=0.5,
-            tolerance=0.5,
-            seeds=(0, 1, 2),
-            budget=30,
-            source="TODO",
-        ),
+        dict(metric="validation/mlm/accuracy", value=0.267, tolerance=0.03, **of_all),
+        dict(metric="validation/nsp/accuracy", value=0.54, tolerance=0.1, **of_all),
     ]

@@ -183,7 +183,7 @@ def _until(rows: Sequence[Row], metric: str) -> str:
     ended = {row.group.name: row.mean for row in rows}
     for row in rows:
         steps = []
-        if row.reference:
+        if row.reference and len(_curve(row.reference, metric)) > 1:
             level = ended[row.reference.name]
             steps = comparisons.steps_until(row.group, metric, level, falls)
         if any(step is not None for step in steps):
