@@ -1,6 +1,7 @@
 """Contracts: what a row of evidence says of the runs that it is made of, and when it is stale."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -219,3 +220,29 @@ def test_texts_are_made_from_rows(written, tmp_path):
     )
     assert evidence.render(mark("peak cost", "")) == mark("peak cost", "2 MiB")
     assert evidence.render("nothing <!-- else -->") == "nothing <!-- else -->"
+
+
+# ---- the contracts of this project ----
+
+
+def trains(spec):
+    """Whether a config trains, by itself or in a sweep."""
+    return evidence.configs.load(spec).task == "train"
+
+
+SPECS = [str(file) for file in sorted((ROOT / "configs").glob("*.py")) if trains(str(file))]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.rpartition("/")[2])
+def test_every_config_that_trains_has_come_to_what_it_says(spec):
+    assert evidence.stale(spec) == ""
+
+
+def test_the_readme_is_made_of_the_rows():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("<!-- evidence ") > 2 and evidence.render(text) == text
+
+
+def test_rows_name_no_machine():
+    for file in evidence.FOLDER.glob("*.json"):
+        assert not re.search(r"[\s='\"]/(?!\s)", file.read_text(encoding="utf-8")), file

@@ -16,8 +16,8 @@ The first command, of 3,200 reviews once (100 steps of 32, rows of 128 tokens), 
 split (two cores beside other work, 85 minutes, 2026-11-22), three seeds, accuracy in %: full 83.6 ±
 0.2, last five layers 83.4 ± 0.1, four 83.4 ± 0.4, three 82.8 ± 0.3, two 81.7 ± 0.2, one 77.8 ± 0.3,
 head 74.3 ± 0.2, LoRA 82.6 ± 0.1, Houlsby 81.8 ± 1.0, BitFit 79.8 ± 0.9, prompt 77.8 ± 0.4; logistic
-regression on features 75.4, on counted words 78.4. One layer, the head, prompts and both regressions
-are below full after Holm's correction; benchmarks/RESULTS.md compares with DistilBERT's ladder.
+regression on features 75.4, on counted words 78.4. One layer, the head, prompts and both
+regressions are below full after Holm's correction; benchmarks/RESULTS.md compares with DistilBERT.
 
 The second command took five minutes on two cores beside other work (2026-11-22). After 100 steps
 everything trained has 62.0 ± 0.7 % of 762 docstrings, logistic regression on the features 61.4, on
