@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmjax import comparisons, statistics, trials, workdir
+from fmjax import comparisons, statistics, sweep_results, trials, workdir
 from fmjax import config as configs
 from fmjax.errors import ConfigError, FmjaxError, did_you_mean, quoted
 from fmjax.logs import command, plain
@@ -159,7 +159,7 @@ def measured(
     results = [result for record in records for result in record["results"]]
     minutes = sum(record["seconds"] for record in records) / 60
     ended = [(trial.name, record) for trial, record in told if record]
-    families = [groups for _, groups in trials.families(ended, folder)]
+    families = [groups for _, groups in sweep_results.families(ended, folder)]
     groups = [group for own in families for group in own]
     environments = [one["environment"] for one in results if "environment" in one]
     environment = {

@@ -57,10 +57,10 @@ def run(config: Any, workdir: str | os.PathLike, dry_run: bool = False) -> None:
     """The task: write report.html of `config.folder` again, a run's or a sweep's."""
     folder = Path(config.folder)
     if os.path.isfile(folder / "sweep.json"):
-        from fmjax import trials  # brings scipy along, which a run does without
+        from fmjax import sweep_results  # brings scipy along, which a run does without
 
         if not dry_run:
-            print(f"report: {trials.report(folder)}")
+            print(f"report: {sweep_results.report(folder)}")
         return
     if not os.path.isfile(folder / "config.json"):
         raise ConfigError(

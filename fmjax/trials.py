@@ -29,11 +29,10 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 from ml_collections import ConfigDict
 
-from fmjax import comparisons, sweep_report, tasks, workdir
 from fmjax import config as configs
+from fmjax import sweep_results, tasks, workdir
 from fmjax.errors import (
     ConfigError,
     FmjaxError,
@@ -42,20 +41,6 @@ from fmjax.errors import (
     of_exit_code,
 )
 from fmjax.logs import command, plain
-from fmjax.progress import SCORES, duration, spread, table
-
-SWEEP = "sweep.json"
-# Of a run's summary.json.
-KEPT = (
-    "metrics",
-    "seconds",
-    "goodput",
-    "parameters",
-    "trainable_parameters",
-    "kept_bytes",
-    "data_digest",
-    "environment",
-)
 
 Record = dict[str, Any]
 
@@ -101,9 +86,9 @@ def start(
     told = run(walk(spec, overrides, folder), spec, folder, asked, fresh=fresh)
     if (wanted or 0) > (number := max(trial.number for trial, _ in told)):
         raise ConfigError(f"--sweep={which}: the sweep has the trials 1 to {number} so far")
-    show(told, folder)
+    sweep_results.show(told, folder)
     if not looks:
-        keep(told, spec, overrides, folder)
+        sweep_results.keep(told, spec, overrides, folder)
     failed = [pair for pair in told if pair[1] and pair[1]["state"] == "failed"]
     if wanted:
         failed = [pair for pair in failed if pair[0].number == wanted]
@@ -276,7 +261,7 @@ def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) ->
             )
             code = getattr(error, "exit_code", FmjaxError.exit_code)
             record |= {"state": "failed", "reason": reason[:2000], "exit_code": code}
-        results = found(where, trial.config)
+        results = sweep_results.found(where, trial.config)
         here = time.monotonic() - started  # what all sittings took is known by what they wrote
         seconds = max([here, *(float(one["seconds"]) for one in results if "seconds" in one)])
         record |= {"seconds": seconds, "results": results}
@@ -304,207 +289,8 @@ def _asked(config: Mapping[str, Any] | ConfigDict) -> str:
     return json.dumps(configs.plain([config.get("ledger"), config.get("pretraining")]))
 
 
-def found(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
-    """What each arm of a run came to, or the run itself; `failed` says why one did not end well."""
-    results = []
-    for single, own in zip(configs.arms(config), workdir.of_arms(folder, config), strict=True):
-        summary, status = _json(own / "summary.json"), _json(own / "status.json")
-        if not summary:
-            continue
-        values = configs.flatten(single)
-        result = {
-            "seed": values.get("seed"),
-            "arm": {key: values[key] for key, _ in config.get("arms", ())},
-            "folder": str(own.relative_to(folder)),
-            "failed": status.get("reason", "") if status.get("state") == "failed" else "",
-        }
-        result |= {key: summary[key] for key in KEPT if key in summary}
-        if "goodput" in summary:
-            result["step_seconds"] = summary["goodput"]["step"] / len(configs.arms(config))
-        goals, metrics = single.get("objectives") or {}, summary.get("metrics", {})
-        both = metrics.keys() >= {"train/loss", "validation/loss"}
-        if both and not any("validation" in goal for goal in goals.values()):
-            result["gap"] = float(metrics["validation/loss"]) - float(metrics["train/loss"])
-        if kept := _json(own / workdir.LEDGER):
-            result["ledger"] = kept
-        results.append(result)
-    return results
-
-
-def show(told: Sequence[tuple[Trial, Record | None]], folder: Path) -> None:
-    """A line a trial: what it sets, how far it is, and its main number."""
-    keys = list(dict.fromkeys(key for trial, _ in told for key in trial.settings))
-    records = [record for _, record in told if record]
-    metric = main_metric(records)
-    rows = [["", *keys, "state", *([metric] if metric else []), "time"]]
-    for trial, record in told:
-        settings = [_short(trial.settings.get(key, "")) for key in keys]
-        state = record["state"] if record else _state(folder, trial)
-        results = record["results"] if record else []
-        number = [_number_of(results, metric)] if metric else []
-        rows.append(
-            [
-                str(trial.number),
-                *settings,
-                state,
-                *number,
-                duration(record["seconds"]) if record else "",
-            ]
-        )
-    print()
-    print(table(rows))
-    ended = [(trial.name, record) for trial, record in told if record]
-    for metric, groups in families(ended, folder):
-        if len(groups) > 1 and any(len(group.values(metric)) > 1 for group in groups):
-            print()
-            print(table(comparisons.shown(comparisons.compare(groups, metric), metric)))
-        if costs := comparisons.costs(groups):
-            print()
-            print(table(costs))
-    print(f"{len(records)} of {len(told)} trials have ended; {folder} has a record of each")
-
-
-def keep(
-    told: Sequence[tuple[Trial, Record | None]],
-    spec: str,
-    overrides: Sequence[str],
-    folder: Path,
-) -> None:
-    """Writes sweep.json, which trials belong together, and the report of those that have ended."""
-    sweep = {
-        "command": command(
-            ["run.py", f"--config={spec}", *overrides, "--sweep", f"--workdir={folder}"]
-        ),
-        "trials": [
-            {"name": trial.name, "number": trial.number, "settings": trial.settings}
-            for trial, _ in told
-        ],
-    }
-    (folder / "locks").mkdir(exist_ok=True)
-    with filelock.FileLock(folder / "locks" / "report.lock"):  # several commands may end at once
-        workdir.write_atomic(folder / SWEEP, json.dumps(sweep, indent=2))
-        print(f"report: {report(folder)}")
-
-
-def report(folder: Path) -> Path:
-    """The page of the sweep that was run in `folder` last."""
-    sweep = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
-    ended = []
-    for trial in sweep["trials"]:
-        file = folder / f"{trial['name']}.json"
-        if file.exists():
-            now = {key: trial[key] for key in ("number", "settings")}
-            ended.append((trial["name"], json.loads(file.read_text(encoding="utf-8")) | now))
-    records = [record for _, record in ended]
-    of_all = dict(command=sweep["command"], total=len(sweep["trials"]))
-    return sweep_report.write(folder, records, families(ended, folder), **of_all)
-
-
-def families(
-    told: Sequence[tuple[str, Record]], folder: Path
-) -> list[tuple[str, list[comparisons.Group]]]:
-    """(metric, groups) of what can be compared: trials that choose their best by one metric, and
-    those that say nothing of it but have it."""
-    own = [main_metric([record]) for _, record in told]
-    has = [{name for r in record["results"] for name in r["metrics"]} for _, record in told]
-    chosen = [record["config"].get("best") or "" for _, record in told]
-    metrics = list(
-        dict.fromkeys(best for best, names in zip(chosen, has, strict=True) if best in names)
-    )
-    metrics = metrics or list(dict.fromkeys(filter(None, own)))[:1]
-    found = []
-    for metric in metrics:
-        rows = zip(told, chosen, has, strict=True)
-        fits = [one for one, best, names in rows if _fits(metric, best, names, metrics)]
-        found.append((metric, groups_of(fits, folder)))
-    return _with_failures(found)
-
-
-def _with_failures(
-    found: list[tuple[str, list[comparisons.Group]]],
-) -> list[tuple[str, list[comparisons.Group]]]:
-    """A group that lost runs in one stage has lost them in those that follow, too."""
-    lost: dict[str, int] = {}
-    for _, groups in found:
-        for group in groups:
-            if name := group.settings.get("group"):
-                lost[name] = lost.get(name, 0) + group.failed
-    failed = lambda group: lost.get(group.settings.get("group"), group.failed)
-    return [
-        (metric, [group._replace(failed=failed(group)) for group in groups])
-        for metric, groups in found
-    ]
-
-
-def _fits(metric: str, best: str, names: set[str], metrics: Sequence[str]) -> bool:
-    """Whether a trial is compared in `metric`, of the `metrics` in which any is; one that failed
-    before it had any is told with the others."""
-    return best == metric or best not in metrics and (metric in names or not names)
-
-
-def groups_of(told: Sequence[tuple[str, Record]], folder: Path) -> list[comparisons.Group]:
-    """What the records of trials with these names say, seeds put together, with what is known of
-    each example."""
-    return comparisons.groups([_with_examples(record, folder / name) for name, record in told])
-
-
-def main_metric(records: Sequence[Record]) -> str:
-    """The metric by which the runs choose their best, else one of the validation split that people
-    ask for; "" if there is none."""
-    names = {name for one in records for result in one["results"] for name in result["metrics"]}
-    chosen = [one["config"].get("best") for one in records]
-    last = {name.rpartition("/")[2]: name for name in sorted(names) if "validation/" in name}
-    known = [name for name in chosen if name in names] + [
-        last[n] for n in (*SCORES, "loss") if n in last
-    ]
-    return known[0] if known else ""
-
-
-def _with_examples(record: Record, folder: Path) -> Record:
-    """The record, with what each example adds to the means of each result that knows it."""
-    results = []
-    for result in record["results"]:
-        where = folder / result["folder"]
-        own = {"folder": str(where), "examples": workdir.read_examples(where)}
-        results.append(result | own)
-    return record | {"results": results}
-
-
-def _number_of(results: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """The mean over seeds; of arms that differ in more than the seed from the least to the most."""
-    well = [one for one in results if not one["failed"] and metric in one["metrics"]]
-    values = [float(one["metrics"][metric]) for one in well]
-    if values and any(one["arm"].keys() - {"seed"} for one in well):
-        return f"{min(values):.4f} … {max(values):.4f}"
-    failed = sum(bool(one["failed"]) for one in results)
-    lost = f", {failed} failed" if failed else ""
-    return f"{spread(values)}{lost}" if values else lost.removeprefix(", ")
-
-
-def _state(folder: Path, trial: Trial) -> str:
-    """How far one is that has no record."""
-    held = [folder / "locks" / f"{trial.name}.json", folder / trial.name / "lock.json"]
-    runs = any(map(workdir.is_locked, held))
-    own = workdir.of_arms(folder / trial.name, trial.config)
-    steps = [status["step"] for path in own if (status := _json(path / "status.json"))]
-    at = f" at step {min(steps)}" if steps else ""
-    return f"running{at}" if runs else f"stopped{at}" if at else ""
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
 def _told(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in settings.items()) or "the config as it is"
-
-
-def _short(value: Any, most: int = 32) -> str:
-    text = str(value)
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _number(which: str) -> int | None:

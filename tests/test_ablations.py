@@ -8,7 +8,7 @@ from common import ROOT
 from test_finetune import encoder, files, home  # noqa: F401
 
 from fmjax import config as configs
-from fmjax import trials
+from fmjax import sweep_results, trials
 
 DEPTH = f"{ROOT}/configs/ablations/depth.py"
 
@@ -109,7 +109,7 @@ def test_recipes_of_masking_pretrain_and_are_tuned(tmp_path, monkeypatch):
     names = json.loads((tmp_path / "sweep.json").read_text())["trials"]
     ended = [(name, json.loads((tmp_path / f"{name}.json").read_text())) for name in names]
     assert len(names) == 2 + 4 and {record["state"] for _, record in ended} == {"done"}
-    families = dict(trials.families(ended, tmp_path))
+    families = dict(sweep_results.families(ended, tmp_path))
     assert list(families) == ["validation/mlm/loss", "validation/classify/accuracy"]
     for groups in families.values():
         assert [group.name for group in groups] == ["rate15", "sop"]

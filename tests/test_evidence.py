@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from common import ROOT
 
-from fmjax import evidence, tasks, trials
+from fmjax import evidence, sweep_results, tasks
 from fmjax.errors import ConfigError, NumericsError
 
 FILE = """
@@ -118,9 +118,9 @@ def test_one_that_failed_is_broken_whatever_the_others_say(written, ran, tmp_pat
 
 
 def test_what_takes_longer_is_late(written, ran, tmp_path, monkeypatch):
-    kept = trials.found
+    kept = sweep_results.found
     slow = lambda *args: [one | {"seconds": 61.0} for one in kept(*args)]
-    monkeypatch.setattr(trials, "found", slow)
+    monkeypatch.setattr(sweep_results, "found", slow)
     spec = written(0.1)
     evidence.verify(spec, ["--config.optim.lr=0.0"], tmp_path / "runs")
     assert row_of(spec)["expected"][0]["verdict"] == "late"

@@ -10,7 +10,7 @@ import pytest
 from common import ROOT
 
 from fmjax import config as configs
-from fmjax import sweep, tasks, trials, workdir
+from fmjax import sweep, sweep_results, tasks, trials, workdir
 from fmjax.errors import (
     CheckpointError,
     ConfigError,
@@ -303,12 +303,12 @@ def test_arms_are_shown_as_what_they_are():
         return {"metrics": {"m": accuracy}, "failed": failed, "arm": arm}
 
     seeds = [result(0.8, seed=0), result(0.9, seed=1)]
-    assert trials._number_of(seeds, "m") == "0.8500 ± 0.0707"
-    assert trials._number_of([*seeds, result(0.1, "NaN", seed=2)], "m").endswith(", 1 failed")
+    assert sweep_results._number_of(seeds, "m") == "0.8500 ± 0.0707"
+    assert sweep_results._number_of([*seeds, result(0.1, "NaN", seed=2)], "m").endswith(", 1 failed")
     rates = [result(0.8, **{"optim.lr": 1e-3}), result(0.1, **{"optim.lr": 1.0})]
-    assert trials._number_of(rates, "m") == "0.1000 … 0.8000"
-    assert trials._number_of([result(0.1, "NaN")], "m") == "1 failed"
-    assert trials._number_of([], "m") == trials._number_of(seeds, "other") == ""
+    assert sweep_results._number_of(rates, "m") == "0.1000 … 0.8000"
+    assert sweep_results._number_of([result(0.1, "NaN")], "m") == "1 failed"
+    assert sweep_results._number_of([], "m") == trials._number_of(seeds, "other") == ""
 
 
 def test_a_task_of_which_nothing_is_known_afterwards_has_failed(monkeypatch, tmp_path):
@@ -428,10 +428,17 @@ def test_the_number_that_is_shown_is_the_one_that_the_runs_choose_by():
         return {"config": {"best": best}, "results": [{"metrics": dict.fromkeys(names, 0.5)}]}
 
     loss, accuracy = "validation/loss", "validation/classify/accuracy"
-    assert trials.main_metric([record(loss, accuracy, loss)]) == loss
-    assert trials.main_metric([record("", accuracy, loss), record(accuracy, accuracy)]) == accuracy
-    assert trials.main_metric([record(None, loss, "train/accuracy", accuracy)]) == accuracy
-    assert trials.main_metric([record(loss, "train/loss")]) == trials.main_metric([]) == ""
+    assert sweep_results.main_metric([record(loss, accuracy, loss)]) == loss
+    assert (
+        sweep_results.main_metric([record("", accuracy, loss), record(accuracy, accuracy)])
+        == accuracy
+    )
+    assert sweep_results.main_metric([record(None, loss, "train/accuracy", accuracy)]) == accuracy
+    assert (
+        sweep_results.main_metric([record(loss, "train/loss")])
+        == sweep_results.main_metric([])
+        == ""
+    )
 
 
 def test_secrets_are_in_no_record(task, tmp_path):
@@ -476,15 +483,15 @@ def get_sweep():
         yield {"group": "third", "seed": seed, "optim.lr": 3.0, "best": "validation/mlm/loss"}
 """
     add = {"validation/mlm/loss": 7.0}
-    kept = trials.found
+    kept = sweep_results.found
     more = lambda *args: [one | {"metrics": one["metrics"] | add} for one in kept(*args)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trials, "found", more)
+        patch.setattr(sweep_results, "found", more)
         start(write(tmp_path, body), tmp_path / "sweep")
     files = (tmp_path / "sweep").glob("train-*.json")
     told = [(path.stem, json.loads(path.read_text())) for path in files]
     told.sort(key=lambda pair: pair[1]["number"])
-    (_, first), (metric, second) = trials.families(told, tmp_path / "sweep")
+    (_, first), (metric, second) = sweep_results.families(told, tmp_path / "sweep")
     assert [group.name for group in first] == ["first"] and metric == "validation/mlm/loss"
     assert {group.name for group in second} == {"second", "third"}
     text = (tmp_path / "sweep/report.html").read_text()
@@ -510,13 +517,13 @@ def get_sweep():
             best = {"best": "validation/mlm/loss", "optim.lr": 2.0 + (name == "c")}
             yield {"group": name, "seed": seed, **best, "data.seq_len": 32 + 8 * (name == "a")}
 """
-    kept = trials.found
+    kept = sweep_results.found
     more = lambda *args: [
         one | {"metrics": one["metrics"] | {"validation/mlm/loss": 7.0 + one["seed"]}}
         for one in kept(*args)
     ]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(NumericsError):
-        patch.setattr(trials, "found", more)
+        patch.setattr(sweep_results, "found", more)
         start(write(tmp_path, body), tmp_path / "sweep")
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("a ")]
     assert len(rows) == 1 and "1, 1 failed" in rows[0] and "inconclusive" not in rows[0]

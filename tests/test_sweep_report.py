@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fmjax import report, svg, sweep_report, trials
+from fmjax import report, svg, sweep_report, sweep_results
 
 METRIC = "validation/classify/accuracy"
 
@@ -66,7 +66,7 @@ def belong(folder, *names):
 
 
 def test_the_page_says_what_the_records_say(sweep):
-    text = trials.report(sweep).read_text()
+    text = sweep_results.report(sweep).read_text()
     (numbers,) = json.loads((sweep / "report.json").read_text())
     full, lora, words, bad = numbers["groups"]
     assert [g["name"] for g in numbers["groups"]] == ["full,big", "lora,big", "words,big", "bad"]
@@ -83,7 +83,7 @@ def test_the_page_says_what_the_records_say(sweep):
 
 
 def test_it_needs_nothing_from_elsewhere(sweep):
-    text = trials.report(sweep).read_text()
+    text = sweep_results.report(sweep).read_text()
     assert "<script" not in text and "http" not in text.replace("http-equiv", "")
     assert "width=device-width" in text and "overflow-x: auto" in text
 
@@ -111,7 +111,7 @@ def test_the_front_is_what_nothing_cheaper_surpasses():
 
 
 def test_figures_are_pictures_too(sweep):
-    trials.report(sweep)
+    sweep_results.report(sweep)
     files = {path.stem: path.read_bytes() for path in (sweep / "figures").iterdir()}
     against = {f"against-{name}" for name in ("trains", "flops", "seconds", "peak", "kept")}
     assert files.keys() == against | {"curve-1", "curve-2"}
@@ -124,7 +124,7 @@ def test_figures_are_pictures_too(sweep):
 def test_curves_are_means_with_the_least_and_the_greatest(sweep):
     told = [one["name"] for one in json.loads((sweep / "sweep.json").read_text())["trials"][:2]]
     ended = [(name, json.loads((sweep / f"{name}.json").read_text())) for name in told]
-    group = trials.groups_of(ended, sweep)[1]
+    group = sweep_results.groups_of(ended, sweep)[1]
     (step, mean, least, most), *_ = sweep_report._curve(group, "train/loss")
     each = [1 / (10 + seed + 1) for seed in range(3)]
     assert (step, least, most) == (10, min(each), max(each))
@@ -139,7 +139,7 @@ def test_what_is_varied_in_numbers_is_drawn(tmp_path):
             own = {"data.examples": size, "init": base}
             names.append(put(tmp_path, number, own, [0.5, 0.6 + number / 100]))
     belong(tmp_path, *names)
-    text = trials.report(tmp_path).read_text()
+    text = sweep_results.report(tmp_path).read_text()
     assert (tmp_path / "figures/over-data.examples.png").exists()
     assert "Accuracy over data.examples" in text
     figure = text[text.index("Accuracy over data.examples") :]
@@ -156,13 +156,13 @@ def test_the_task_writes_it_again(sweep, capsys):
 
 def test_a_sweep_of_which_nothing_is_known_has_a_page(sweep):
     belong(sweep, "none")
-    assert "0 of 1 trials done" in trials.report(sweep).read_text()
+    assert "0 of 1 trials done" in sweep_results.report(sweep).read_text()
 
 
 def test_trials_have_the_numbers_and_settings_of_the_sweep_as_it_is_now(sweep):
     names = [one["name"] for one in json.loads((sweep / "sweep.json").read_text())["trials"]]
     belong(sweep, names[2], names[0], names[1])
-    text = trials.report(sweep).read_text()
+    text = sweep_results.report(sweep).read_text()
     for number, command in ((1, 3), (2, 1), (3, 2)):
         assert f"<p>Trial {number}</p><pre>python run.py &lt;{command}&gt;</pre>" in text
     assert "3 of 3 trials done" in text and 'class="verdict done"' in text
