@@ -304,11 +304,13 @@ def test_arms_are_shown_as_what_they_are():
 
     seeds = [result(0.8, seed=0), result(0.9, seed=1)]
     assert sweep_results._number_of(seeds, "m") == "0.8500 ± 0.0707"
-    assert sweep_results._number_of([*seeds, result(0.1, "NaN", seed=2)], "m").endswith(", 1 failed")
+    assert sweep_results._number_of([*seeds, result(0.1, "NaN", seed=2)], "m").endswith(
+        ", 1 failed"
+    )
     rates = [result(0.8, **{"optim.lr": 1e-3}), result(0.1, **{"optim.lr": 1.0})]
     assert sweep_results._number_of(rates, "m") == "0.1000 … 0.8000"
     assert sweep_results._number_of([result(0.1, "NaN")], "m") == "1 failed"
-    assert sweep_results._number_of([], "m") == trials._number_of(seeds, "other") == ""
+    assert sweep_results._number_of([], "m") == sweep_results._number_of(seeds, "other") == ""
 
 
 def test_a_task_of_which_nothing_is_known_afterwards_has_failed(monkeypatch, tmp_path):
