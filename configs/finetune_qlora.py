@@ -6,7 +6,7 @@
 MiniLM on 3,200 sentences of SST-2 at 5e-4 on two cores (2026-11-22, three seeds, 1.6 minutes each):
 82.6 ± 0.4 %, where LoRA over the whole base has 82.3 ± 0.5 %. A step takes 1.02 of LoRA's time, and
 a weight 0.516 bytes: benchmarks/RESULTS.md, which has the commands. The first command above has
-70.7 % (one seed, a minute), where LoRA has 71.6 ± 1.4 %.
+72.1 ± 1.1 % (three seeds), where LoRA has 70.7 ± 1.1 %.
 """
 
 import runpy
