@@ -1,4 +1,4 @@
-"""Writes report.html of a run folder, or of a sweep's, again, for example while it goes on.
+"""Writes report.html again: of a run, also while it goes on, or of a sweep that has ended once.
 
     python run.py --config=configs/report.py --config.folder=runs/mlm-1a2b3c4d
     python run.py --config=configs/report.py --config.folder=runs/depth
