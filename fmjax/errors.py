@@ -1,7 +1,8 @@
 """Errors a user can cause, each with the exit code that a supervisor can act on.
 
-The codes: 2 configuration, 3 numerics, 4 checkpoint or storage, 5 data, 6 resources, 75 preempted
-(start me again). Everything else is a bug in fmjax and keeps its traceback.
+The codes: 2 configuration, 3 numerics, 4 checkpoint or storage, 5 data, 6 resources, 7 a number
+that is not what it is said to be, 75 preempted (start me again). Everything else is a bug in fmjax
+and keeps its traceback.
 """
 
 import difflib
@@ -42,6 +43,12 @@ class ResourceError(FmjaxError):
     """Not enough memory or devices."""
 
     exit_code = 6
+
+
+class Broken(FmjaxError):
+    """A config did not come to what it is said to."""
+
+    exit_code = 7
 
 
 class Preempted(FmjaxError):

@@ -34,17 +34,13 @@ import numpy as np
 
 from fmjax import comparisons, statistics, sweep_results, trials, workdir
 from fmjax import config as configs
-from fmjax.errors import ConfigError, FmjaxError, did_you_mean, quoted
+from fmjax.errors import Broken, ConfigError, did_you_mean, quoted
 from fmjax.logs import command, plain
 from fmjax.progress import duration, table
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "evidence"
 MARKED = re.compile(r"(<!-- evidence (?P<what>[^>]*?) -->)(?P<text>.*?)(<!-- -->)", re.DOTALL)
-
-
-class Broken(FmjaxError):
-    """A config did not come to what it is said to."""
 
 
 class Expectation(NamedTuple):

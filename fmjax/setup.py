@@ -75,7 +75,7 @@ def setup(config: Any, mesh: jax.sharding.Mesh, poll: Callable[[], None] = lambd
     return with_data(config, mesh, dataset)
 
 
-def with_data(config: Any, mesh: jax.sharding.Mesh, dataset: data.Dataset) -> Run:
+def with_data(config: Any, mesh: jax.sharding.Mesh, dataset: Any) -> Run:
     """The run on these data, as long as the config says."""
     size = sizes(config, dataset.splits["train"])
     make = functools.partial(assemble, config, mesh, dataset.vocab, dataset.labels, **size)

@@ -189,7 +189,8 @@ def assemble(*words: str):
             mesh = sharding.make_mesh(**config.mesh)
             sharding.check_batch(mesh, config.batch_size, config.accumulate)
             config = pretrained.resolved(config)
-            return setup.assemble(config, mesh, vocab, ("a", "b"), rows=1000, tokens=100_000)
+            size = dict(rows=1000, tokens=100_000, flops=10**9)
+            return setup.assemble(config, mesh, vocab, ("a", "b"), **size)
         except ConfigError as error:
             named = [word.partition("=")[0].rpartition(".")[2] for word in (*TINY, *words)]
             assert any(key in str(error) for key in named), error

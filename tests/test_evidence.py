@@ -8,7 +8,7 @@ import pytest
 from common import ROOT
 
 from fmjax import evidence, sweep_results, tasks
-from fmjax.errors import ConfigError, NumericsError
+from fmjax.errors import Broken, ConfigError, NumericsError
 
 FILE = """
 import runpy
@@ -101,9 +101,7 @@ def test_a_row_says_what_the_seeds_came_to(written, ran, tmp_path, capsys):
 
 def test_what_does_not_come_to_it_is_broken(written, ran, tmp_path):
     spec = written(0.6)
-    with pytest.raises(
-        evidence.Broken, match=r"validation/loss is 0.3\d*, expected 0.6 within 0.2"
-    ):
+    with pytest.raises(Broken, match=r"validation/loss is 0.3\d*, expected 0.6 within 0.2"):
         evidence.verify(spec, ["--config.optim.lr=0.2"], tmp_path / "runs")
     assert row_of(spec)["expected"][0]["verdict"] == "broken"
     assert "was not what is expected" in evidence.stale(spec)
@@ -112,7 +110,7 @@ def test_what_does_not_come_to_it_is_broken(written, ran, tmp_path):
 def test_one_that_failed_is_broken_whatever_the_others_say(written, ran, tmp_path):
     body = SEEDS + SWEEP.replace("2.0", "200.0")
     spec = written(0.1, body, group="0.001")
-    with pytest.raises(evidence.Broken, match="not finite"):
+    with pytest.raises(Broken, match="not finite"):
         evidence.verify(spec, (), tmp_path / "runs")
     assert row_of(spec)["failed"] == "not finite"
 
@@ -141,7 +139,7 @@ def test_a_sweep_says_of_what_the_number_is(written, ran, tmp_path):
 
 def test_fewer_seeds_than_were_promised_keep_nothing(written, ran, tmp_path):
     spec = written(2.1, SEEDS + SWEEP, group="2.0", seeds=(0, 1, 2, 3))
-    with pytest.raises(evidence.Broken):
+    with pytest.raises(Broken):
         evidence.verify(spec, (), tmp_path / "runs")
 
 
