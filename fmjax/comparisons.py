@@ -144,15 +144,18 @@ def _used(folder: Path, metric: str, budget: str) -> list[tuple[float, float]]:
     ]
 
 
-def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of each what not all set alike, without the words of `get_config`'s argument that all have;
-    of a single key the value is enough."""
+def told_apart(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The settings, without the words of `get_config`'s argument that all have."""
     arguments = [str(own.get("arg", "")).split(",") for own in settings]
     alike = set.intersection(*map(set, arguments)) if len(settings) > 1 else set()
-    shown = [dict(own) for own in settings]
-    for own, words in zip(shown, arguments, strict=True):
-        if "arg" in own:
-            own["arg"] = ",".join(word for word in words if word not in alike)
+    of = lambda words: ",".join(word for word in words if word not in alike)
+    both = zip(settings, arguments, strict=True)
+    return [{**own, "arg": of(words)} if "arg" in own else dict(own) for own, words in both]
+
+
+def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each what not all set alike; of a single key the value is enough."""
+    shown = told_apart(settings)
     keys = dict.fromkeys(key for own in shown for key in own)
     differ = [key for key in keys if len({repr(own.get(key)) for own in shown}) > 1]
     if len(differ) == 1:

@@ -66,8 +66,9 @@ def show(told: Sequence[tuple[Any, Record | None]], folder: Path) -> None:
     records = [record for _, record in told if record]
     metric = main_metric(records)
     rows = [["", *keys, "state", *([metric] if metric else []), "time"]]
-    for trial, record in told:
-        settings = [_short(trial.settings.get(key, "")) for key in keys]
+    apart = comparisons.told_apart([trial.settings for trial, _ in told])
+    for (trial, record), own in zip(told, apart, strict=True):
+        settings = [_short(own.get(key, "")) for key in keys]
         state = record["state"] if record else _state(folder, trial)
         results = record["results"] if record else []
         number = [_number_of(results, metric)] if metric else []
