@@ -58,7 +58,7 @@ def test_all_trials_of_depth_run(home, encoder, tmp_path):  # noqa: F811
 
 
 def test_the_trials_of_pretraining(tmp_path):
-    spec = f"{ROOT}/configs/ablations/pretraining.py:books=some/books,minilm=some/minilm,seeds=2"
+    spec = f"{ROOT}/configs/ablations/pretraining.py:more=books+minilm,seeds=2"
     found = list(trials.walk(spec, (), tmp_path))
     assert len(found) == 4 * 5
     of = {base: [t.config for t in found if f"base={base}," in t.settings["arg"]] for base in BASES}
@@ -66,8 +66,8 @@ def test_the_trials_of_pretraining(tmp_path):
     assert {c.init for c in of["scratch"]} == {""} and docs.startswith("runs/mlm-")
     assert {c.tokenizer.name for c in of["scratch"]} == {f"{docs}/tokenizer"}
     assert {c.model.variant for c in of["scratch"]} == {"modernbert_tiny"}
-    assert {c.init for c in of["books"]} == {"some/books"}
-    assert {c.init for c in of["minilm"]} == {"some/minilm"}
+    assert {c.init for c in of["books"]} == {"runs/books"}
+    assert {c.init for c in of["minilm"]} == {"runs/minilm"}
     for each in of.values():
         assert [c.data.examples for c in each] == [16, 64, 256, 1024, 3000]
         assert {(c.total, c.batch_size, c.arms) for c in each} == {(200, 16, (("seed", (0, 1)),))}
