@@ -34,6 +34,14 @@ from fmjax.config import parse_arg
 COMPARE = runpy.run_path(str(Path(__file__).resolve().parents[1] / "compare.py"))
 
 
+GIVEN = (
+    "init",
+    "data.train",
+    "data.validation",
+    "data.max_documents=3200",
+    "data.overlap=drop",
+    "ledger=('memory', 'slices')",
+)
 DEFAULTS = dict(method="full", depth=2, steps=100, seeds=3, tiny=False)
 
 
@@ -51,3 +59,22 @@ def get_config(arg=None):
     config = COMPARE["get_config"](f"{arg.method},{of_all}")
     config.data.seq_len = 128
     return config
+
+
+def get_expected(arg=None):
+    arg = parse_arg(arg, **DEFAULTS)
+    if (arg.steps, arg.seeds) != (100, 3):
+        return []
+    if arg.tiny:
+        rows = (("full", 0.62, 0.05), ("last1", 0.488, 0.05), ("head", 0.385, 0.04))
+        own = dict(budget=30)
+    else:  # MiniLM on IMDB: the first command above
+        rows = (("full", 0.836, 0.02), ("last3", 0.828, 0.02), ("last1", 0.778, 0.03))
+        rows += (("head", 0.743, 0.03), ("lora", 0.826, 0.02), ("words", 0.784, 0.005))
+        own = dict(budget=150, given=GIVEN)
+    own |= dict(seeds=(0, 1, 2), source="three seeds on two cores, 2026-11-22")
+    metric = "validation/classify/accuracy"
+    return [
+        dict(metric=metric, group=group, value=value, tolerance=tolerance, **own)
+        for group, value, tolerance in rows
+    ]

@@ -12,8 +12,9 @@
 Everything trains for `steps` updates of 16 examples, from nothing (`scratch`), from the encoder of
 configs/mlm.py (`docs`), and from those that `more` names: runs/books, a run, and runs/minilm, a
 link to a folder of MiniLM; on 16, 64, 256, 1,024 and 3,000 labelled examples, which are drawn by
-the seed and the same for all bases. Each base is compared with `scratch` on as many examples. `scratch`
-has the sizes and the tokenizer of `docs`. Rates: 1e-3, with MiniLM 1e-4, as in configs/compare.py.
+the seed and the same for all bases. Each base is compared with `scratch` on as many examples.
+`scratch` has the sizes and the tokenizer of `docs`. Rates: 1e-3, with MiniLM 1e-4, as in
+configs/compare.py.
 
 Neither command has been run to its end yet.
 """
