@@ -14,18 +14,16 @@ restart at each. Letters: B batch, T time, D width, N heads, H head size, V voca
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fmjax import losses, precision, sharding, streams, trees
-from fmjax.errors import ConfigError, did_you_mean
-from fmjax.models import TOKEN_HEADS, layers
+from fmjax import precision, sharding, streams
+from fmjax.errors import ConfigError
+from fmjax.models import layers, trunk
 from fmjax.models.attention import attention, mask
 from fmjax.precision import DTYPES
 
@@ -93,11 +91,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "modernbert_base": _MODERN | dict(depth=22, width=768, heads=12, mlp=1152),
     "modernbert_large": _MODERN | dict(depth=28, width=1024, heads=16, mlp=2624),
 }
-REMAT = {
-    "none": None,
-    "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 def Model(variant: str = "base", **overrides: Any) -> "Encoder":
@@ -105,40 +98,20 @@ def Model(variant: str = "base", **overrides: Any) -> "Encoder":
 
     Raises ConfigError for an unknown variant, field or inconsistent size.
     """
-    if variant not in VARIANTS:
-        raise ConfigError(
-            f"config.model.variant={variant!r} is not known." + did_you_mean(variant, VARIANTS)
-        )
-    fields = {field.name for field in dataclasses.fields(Config)}
-    for key in set(overrides) - fields:
-        raise ConfigError(f"config.model.{key} is not known." + did_you_mean(key, fields))
-    if isinstance(overrides.get("classes"), Mapping):
-        overrides["classes"] = tuple(overrides["classes"].items())
-    cfg = Config(**{**VARIANTS[variant], **overrides})
-    if cfg.width % cfg.heads:
-        raise ConfigError(
-            f"config.model.heads={cfg.heads} does not divide config.model.width={cfg.width}."
-        )
-    for name, _ in cfg.classes:
-        if not name.isidentifier() or name in ("mlm", "pooler", *dir(Heads(cfg))):
-            raise ConfigError(f"classes: {name!r} cannot be the name of a head; use another word.")
-    for key, table in (("dtype", DTYPES), ("remat", REMAT)):
-        if getattr(cfg, key) not in table:
-            raise ConfigError(
-                f"config.model.{key}={getattr(cfg, key)!r} is not known."
-                + did_you_mean(getattr(cfg, key), table)
-            )
+    cfg = trunk.configured(Config, VARIANTS, variant, overrides)
+    trunk.check_config(cfg, taken=("mlm", "pooler"))
     return Encoder(cfg)
 
 
 class Block(nn.Module):
     """One transformer layer: attention and MLP, each with its residual, norm and dropout.
 
-    `first` marks ModernBERT's first layer, whose attention norm is the embedding norm before it.
+    The `kind` "first" is ModernBERT's first layer, whose attention norm is the embedding norm
+    before it.
     """
 
     cfg: Config
-    first: bool = False
+    kind: str = "rest"
 
     @nn.compact
     def __call__(self, x, layer, shared):
@@ -149,7 +122,7 @@ class Block(nn.Module):
         norm = lambda name: layers.LayerNorm(cfg.eps, not cfg.modern, dtype, name=name)
         drop = lambda y, i: layers.dropout(y, cfg.dropout, site(i))
 
-        h = norm("attn_norm")(x) if cfg.modern and not self.first else x
+        h = norm("attn_norm")(x) if cfg.modern and self.kind != "first" else x
         may_see, theta = full, None
         if cfg.modern:
             may_see = jnp.where(layer["full"], full, local)
@@ -232,72 +205,34 @@ class MlmHead(nn.Module):
         return precision.add_bias(logits, bias)
 
 
-class Heads(nn.Module):
-    """The vocabulary head, the pooler and the linear classifiers on it."""
-
-    cfg: Config
+class Heads(trunk.Heads):
+    """The vocabulary head, and linear heads behind the pooler."""
 
     def setup(self):
-        cfg, dtype = self.cfg, DTYPES[self.cfg.dtype]
-        if cfg.lm_head:
-            self.mlm = MlmHead(cfg)
-        if cfg.pooler:
-            self.pooler = layers.Linear(cfg.width, dtype=dtype)
-        for name, features in cfg.classes:
-            setattr(self, name, layers.Linear(features, dtype=dtype))
+        super().setup()
+        if self.cfg.lm_head:
+            self.mlm = MlmHead(self.cfg)
+        if self.cfg.pooler:
+            self.pooler = layers.Linear(self.cfg.width, dtype=DTYPES[self.cfg.dtype])
 
-    def whole(self, hidden, segment_ids, name, pool, seeds):
-        whole = losses.pooled(hidden, segment_ids, pool)
+    def summary(self, hidden, segment_ids, pool):
+        whole = super().summary(hidden, segment_ids, pool)
         if self.cfg.pooler and pool == "first":
             whole = jnp.tanh(self.pooler(whole, jnp.float32))
-        return self.each(whole, name, seeds)
-
-    def each(self, hidden, name, seeds):
-        return getattr(self, name)(layers.dropout(hidden, self.cfg.dropout, seeds), jnp.float32)
+        return whole
 
 
-class Encoder(nn.Module):
-    """The trunk and its heads: `encode`, `logits`, `classify`, `project`; `__call__` runs all, for
-    init.
-
-    `stacks` are the lengths of the runs of layers that are stored and scanned together (they sum to
-    the depth and never cross `kinds`); None runs the layers one by one. `encode` runs the layers
-    from `start` to before `stop`, which fall on ends of stacks.
-    """
-
-    cfg: Config
-    stacks: tuple[int, ...] | None = None
-    start: int = 0  # above 0, `encode` is given the hidden states of that layer for `input_ids`
-    stop: int | None = None  # None: all, and the norm behind them
+class Encoder(trunk.Trunk):
+    """The trunk and its heads."""
 
     @property
     def kinds(self) -> list[str]:
-        """One word a layer; only equal neighbours can be scanned together."""
         return ["first" if self.cfg.modern and i == 0 else "rest" for i in range(self.cfg.depth)]
-
-    def example(self) -> tuple[jax.Array, ...]:
-        """The smallest arguments of `__call__`, for initialisation."""
-        return (jnp.zeros((1, 8), jnp.int32),) * 4
 
     def setup(self):
         cfg = self.cfg
         self.embed = Embed(cfg)
-        block = Block
-        if cfg.remat != "none":
-            block = nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=self.stacks is None)
-        if self.stacks is None:
-            for i, kind in enumerate(self.kinds):
-                setattr(self, f"block_{i:02d}", block(cfg, kind == "first"))
-        else:
-            for name, (first, last) in trees.stack_names(self.stacks).items():
-                scanned = nn.scan(
-                    block,
-                    variable_axes={"params": 0},
-                    split_rngs={"params": True},
-                    in_axes=(0, nn.broadcast),
-                    length=last - first + 1,
-                )
-                setattr(self, name, scanned(cfg, self.kinds[first] == "first"))
+        self.make_layers(Block)
         if cfg.modern:
             self.norm = layers.LayerNorm(cfg.eps, False, DTYPES[cfg.dtype])
         self.head = Heads(cfg)
@@ -311,28 +246,17 @@ class Encoder(nn.Module):
         seeds: streams.Seeds | None = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states of the last layer that runs. `seeds` turn dropout on."""
-        cfg, stop = self.cfg, self.cfg.depth if self.stop is None else self.stop
+        cfg = self.cfg
         if self.start:
             x = input_ids.astype(DTYPES[cfg.dtype])
         else:
             site = None if seeds is None else streams.fold(seeds, cfg.depth)
             x = self.embed(input_ids, positions, token_types, site)
-        x = sharding.constrain_batch(x)
         local = mask(segment_ids, positions, cfg.window) if cfg.modern else None
         shared = (segment_ids, positions, mask(segment_ids, positions), local, seeds)
         index = np.arange(cfg.depth)
         layer = {"index": jnp.asarray(index), "full": jnp.asarray(index % cfg.full_every == 0)}
-        if self.stacks is None:
-            for i in range(self.start, stop):
-                one = {key: value[i] for key, value in layer.items()}
-                x, _ = getattr(self, f"block_{i:02d}")(x, one, shared)
-        else:
-            for name, (first, last) in trees.stack_names(self.stacks).items():
-                if not self.start <= first < stop:
-                    continue
-                assert last < stop, f"layer {stop} is inside of {name}"
-                run = {key: value[first : last + 1] for key, value in layer.items()}
-                x, _ = getattr(self, name)(x, run, shared)
+        x = self.run_layers(sharding.constrain_batch(x), layer, shared)
         return self.norm(x) if cfg.modern and self.stop is None else x
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -343,39 +267,3 @@ class Encoder(nn.Module):
             )
         token = self.embed.token
         return self.head.mlm(hidden, token.table(), token.spec)
-
-    def classify(
-        self,
-        hidden: Float[Array, "B T D"],
-        segment_ids: Int[Array, "B T"],
-        name: str,
-        pool: str = "first",
-        seeds: streams.Seeds | None = None,
-    ) -> Float[Array, "B C"]:
-        """Outputs in float32 of the linear head `name` on the whole sequence: its first token,
-        through the pooler if there is one, or the mean of its tokens. `seeds` turn dropout on."""
-        return self.head.whole(hidden, segment_ids, name, pool, self._head_site(name, seeds))
-
-    def project(
-        self, hidden: Float[Array, "B T D"], name: str, seeds: streams.Seeds | None = None
-    ) -> Float[Array, "B T C"]:
-        """Outputs in float32 of the linear head `name` on every token. `seeds` turn dropout on."""
-        return self.head.each(hidden, name, self._head_site(name, seeds))
-
-    def _head_site(self, name: str, seeds: streams.Seeds | None) -> streams.Seeds | None:
-        """The seeds of dropout before the head `name`, which the model must have."""
-        if name not in dict(self.cfg.classes):
-            raise ConfigError(
-                f"The model has no head {name!r}: it was not trained with config.objectives."
-                f"{name}." + did_you_mean(name, dict(self.cfg.classes))
-            )
-        return None if seeds is None else streams.fold(seeds, self.cfg.depth + 1)
-
-    def __call__(self, input_ids, segment_ids, positions, token_types):
-        hidden = self.encode(input_ids, segment_ids, positions, token_types)
-        for name, _ in self.cfg.classes:
-            if name in TOKEN_HEADS:
-                self.project(hidden, name)
-            else:
-                self.classify(hidden, segment_ids, name)
-        return self.logits(hidden[:, :1]) if self.cfg.lm_head else hidden

@@ -1,0 +1,183 @@
+"""What the families have in common: layers that run one by one or in stacks, and heads on them.
+
+A family's model is a `Trunk` with a `Block` of its own; its file says what comes before the layers,
+what each is told, and what comes behind.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fmjax import losses, streams, trees
+from fmjax.errors import ConfigError, did_you_mean
+from fmjax.models import TOKEN_HEADS, layers
+from fmjax.precision import DTYPES
+
+REMAT = {
+    "none": None,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Heads(nn.Module):
+    """Linear heads on hidden states: of the whole sequence, or of each token."""
+
+    cfg: Any
+
+    def setup(self):
+        for name, features in self.cfg.classes:
+            setattr(self, name, self.linear(name, features))
+
+    def linear(self, name: str, features: int) -> nn.Module:
+        """The head `name`."""
+        return layers.Linear(features, dtype=DTYPES[self.cfg.dtype])
+
+    def summary(self, hidden, segment_ids, pool):
+        """What stands for the whole sequence."""
+        return losses.pooled(hidden, segment_ids, pool)
+
+    def whole(self, hidden, segment_ids, name, pool, seeds):
+        return self.each(self.summary(hidden, segment_ids, pool), name, seeds)
+
+    def each(self, hidden, name, seeds):
+        return getattr(self, name)(layers.dropout(hidden, self.cfg.dropout, seeds), jnp.float32)
+
+
+class Trunk(nn.Module):
+    """Layers and heads: `encode`, `logits`, `classify`, `project`; `__call__` runs all, for init.
+
+    `stacks` are the lengths of the runs of layers that are stored and scanned together (they sum to
+    the depth and never cross `kinds`); None runs the layers one by one. `encode` runs the layers
+    from `start` to before `stop`, which fall on ends of stacks.
+    """
+
+    cfg: Any
+    stacks: tuple[int, ...] | None = None
+    start: int = 0  # above 0, `encode` is given the hidden states of that layer for `input_ids`
+    stop: int | None = None  # None: all, and the norm behind them
+
+    @property
+    def kinds(self) -> list[str]:
+        """One word a layer; only equal neighbours can be scanned together."""
+        return ["block"] * self.cfg.depth
+
+    def example(self) -> tuple[jax.Array, ...]:
+        """The smallest arguments of `__call__`, for initialisation."""
+        return (jnp.zeros((1, 8), jnp.int32),) * 4
+
+    def make_layers(self, block: type[nn.Module]) -> None:
+        """Makes the layers, `block(cfg, kind)` each; for `setup`."""
+        cfg = self.cfg
+        if cfg.remat != "none":
+            block = nn.remat(block, policy=REMAT[cfg.remat], prevent_cse=self.stacks is None)
+        if self.stacks is None:
+            for i, kind in enumerate(self.kinds):
+                setattr(self, f"block_{i:02d}", block(cfg, kind))
+            return
+        for name, (first, last) in trees.stack_names(self.stacks).items():
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=last - first + 1,
+            )
+            setattr(self, name, scanned(cfg, self.kinds[first]))
+
+    def run_layers(
+        self, x: Float[Array, "B T D"], layer: Mapping[str, jax.Array], shared: Any
+    ) -> Float[Array, "B T D"]:
+        """The states behind the layers, each called as `block(x, its row of layer, shared)`."""
+        stop = self.cfg.depth if self.stop is None else self.stop
+        if self.stacks is None:
+            for i in range(self.start, stop):
+                one = {key: value[i] for key, value in layer.items()}
+                x, _ = getattr(self, f"block_{i:02d}")(x, one, shared)
+            return x
+        for name, (first, last) in trees.stack_names(self.stacks).items():
+            if not self.start <= first < stop:
+                continue
+            assert last < stop, f"layer {stop} is inside of {name}"
+            run = {key: value[first : last + 1] for key, value in layer.items()}
+            x, _ = getattr(self, name)(x, run, shared)
+        return x
+
+    def classify(
+        self,
+        hidden: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        name: str,
+        pool: str = "first",
+        seeds: streams.Seeds | None = None,
+    ) -> Float[Array, "B C"]:
+        """Outputs in float32 of the linear head `name` on the whole sequence, of which `pool` says
+        what stands for it (`losses.pooled`). `seeds` turn dropout on."""
+        return self.head.whole(hidden, segment_ids, name, pool, self._head_site(name, seeds))
+
+    def project(
+        self, hidden: Float[Array, "B T D"], name: str, seeds: streams.Seeds | None = None
+    ) -> Float[Array, "B T C"]:
+        """Outputs in float32 of the linear head `name` on every token. `seeds` turn dropout on."""
+        return self.head.each(hidden, name, self._head_site(name, seeds))
+
+    def _head_site(self, name: str, seeds: streams.Seeds | None) -> streams.Seeds | None:
+        """The seeds of dropout before the head `name`, which the model must have."""
+        if name not in dict(self.cfg.classes):
+            raise ConfigError(
+                f"The model has no head {name!r}: it was not trained with config.objectives."
+                f"{name}." + did_you_mean(name, dict(self.cfg.classes))
+            )
+        return None if seeds is None else streams.fold(seeds, self.cfg.depth + 1)
+
+    def __call__(self, *args):
+        hidden, segment_ids = self.encode(*args), args[1]
+        for name, _ in self.cfg.classes:
+            if name in TOKEN_HEADS:
+                self.project(hidden, name)
+            else:
+                self.classify(hidden, segment_ids, name)
+        return self.logits(hidden[:, :1]) if self.cfg.lm_head else hidden
+
+
+def check_config(cfg: Any, taken: Sequence[str] = ()) -> None:
+    """Refuses what no family can be: names of heads that are `taken`, an unknown way to compute.
+
+    Raises ConfigError.
+    """
+    if cfg.width % cfg.heads:
+        raise ConfigError(
+            f"config.model.heads={cfg.heads} does not divide config.model.width={cfg.width}."
+        )
+    for name, _ in cfg.classes:
+        if not name.isidentifier() or name in (*taken, *dir(Heads(cfg))):
+            raise ConfigError(f"classes: {name!r} cannot be the name of a head; use another word.")
+    for key, table in (("dtype", DTYPES), ("remat", REMAT)):
+        if getattr(cfg, key) not in table:
+            raise ConfigError(
+                f"config.model.{key}={getattr(cfg, key)!r} is not known."
+                + did_you_mean(getattr(cfg, key), table)
+            )
+
+
+def configured(
+    config: type, variants: Mapping[str, Mapping[str, Any]], variant: str, overrides: dict
+) -> Any:
+    """A `config` of a named variant with fields replaced; `classes` may be a mapping.
+
+    Raises ConfigError for an unknown variant or field.
+    """
+    if variant not in variants:
+        raise ConfigError(
+            f"config.model.variant={variant!r} is not known." + did_you_mean(variant, variants)
+        )
+    fields = config.__dataclass_fields__
+    for key in overrides.keys() - fields.keys():
+        raise ConfigError(f"config.model.{key} is not known." + did_you_mean(key, fields))
+    if isinstance(overrides.get("classes"), Mapping):
+        overrides = overrides | {"classes": tuple(overrides["classes"].items())}
+    return config(**{**variants[variant], **overrides})
