@@ -27,7 +27,7 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     none = np.zeros(VOCABULARY, bool)
-    vocab = data.Vocab(VOCABULARY, 0, 1, 2, 3, none, ~none)
+    vocab = data.Vocab(VOCABULARY, 0, 3, (1,), (2,), none, ~none)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_shards(folder)

@@ -13,7 +13,6 @@ import math
 import statistics
 import tempfile
 import time
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -39,8 +38,8 @@ def main() -> None:
         starts = np.cumsum(lengths) - lengths
         rows = {
             name: packing.pack(
-                tokens, starts, lengths, SimpleNamespace(pad_id=PAD, cls_id=CLS, sep_id=SEP),
-                flags.seq, padded=name == "padded",
+                tokens, starts, lengths, flags.seq, ((CLS,), (SEP,)), PAD,
+                padded=name == "padded",
             )
             for name in ("padded", "packed")
         }  # fmt: skip

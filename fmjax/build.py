@@ -31,7 +31,7 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
         **fields,
         vocab_size=wanted or vocab_size,
         dtype=config.precision,
-        lm_head="mlm" in config.objectives,
+        lm_head=objectives.need_vocabulary(config.objectives),
         classes=heads,
     )
     built = adapters.wrap(built, config.to_dict())

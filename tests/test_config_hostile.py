@@ -182,7 +182,7 @@ def assemble(*words: str):
     config = load("mlm", *TINY, *words)
     if config is None:
         return None
-    vocab = data.Vocab(64, 0, 1, 2, 3, np.zeros(64, bool), np.zeros(64, bool))
+    vocab = data.Vocab(64, 0, 1, (2,), (3,), np.zeros(64, bool), np.zeros(64, bool))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # optax's own, on optimizers that it is about to change
         try:

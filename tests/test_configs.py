@@ -69,7 +69,7 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
             labels = np.zeros(shape, dtype)
             return rows | ({"labels": labels} if "mlm" not in name else {})
 
-    vocab = Vocab(size, 0, 2, 3, 4, np.arange(size) < 5, np.ones(size, bool))
+    vocab = Vocab(size, 0, 4, (2,), (3,), np.arange(size) < 5, np.ones(size, bool))
     fake = SimpleNamespace(
         vocab=vocab, splits={"train": Rows()}, tokenizer_dir=ROOT, labels=("a", "b", "c")
     )

@@ -103,7 +103,7 @@ def assemble(variant, topology, layout, *, seq_len, batch_size=256, **model):
     config = configs.load(f"{ROOT}/configs/mlm.py:bert_base", words)
     sharding.check_batch(mesh, config.batch_size)
     none = np.zeros(30522, bool)
-    vocab = data.Vocab(len(none), 0, 1, 2, 3, none, none)
+    vocab = data.Vocab(len(none), 0, 1, (2,), (3,), none, none)
     return setup.assemble(config, mesh, vocab, rows=10**8, tokens=10**8 * seq_len)
 
 

@@ -22,7 +22,7 @@ from fmjax.data.batches import (
     fingerprint,
 )
 from fmjax.data.tokenizer import Vocab
-from fmjax.errors import DataError
+from fmjax.errors import ConfigError, DataError
 
 __all__ = [
     "Batches",
@@ -39,7 +39,7 @@ __all__ = [
     "prepare",
 ]
 
-VERSION = 2  # of what the cache holds; raise it when the same inputs give other files
+VERSION = 3  # of what the cache holds; raise it when the same inputs give other files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _rows(root: Path, source, words, data, log, poll) -> tuple[Path, str, dict]:
     home = root / f"tokens-{cache.digest(identity)}"
     form = f"{data.format}-{data.seq_len}"
     if data.format != "pairs":
-        form += f"-{data.long}"
+        form += f"-{data.long}" + f"-{data.frame}" * (data.frame != "piece")
     with cache.lock(root / f"{home.name}.lock", log, poll):
         index = cache.verified(home / form, log)
         if index is None:
@@ -142,6 +142,11 @@ def _open(folder: Path, split: str, counts: dict, vocab: Vocab, data):
 
 def _pack(folder: Path, home: Path, shards: list[dict], words, data, poll) -> dict:
     if data.format == "pairs":
+        if (len(words.vocab.first), len(words.vocab.last)) != (1, 1):
+            raise ConfigError(
+                "config.data.format='pairs' is [CLS] A [SEP] B [SEP], but the tokenizer has no "
+                "such tokens: set config.tokenizer.name to a BERT-like one, or to 'train'."
+            )
         counts = pairs.write(
             folder, home, len(shards), words.vocab, seq_len=data.seq_len, poll=poll
         )
@@ -153,6 +158,7 @@ def _pack(folder: Path, home: Path, shards: list[dict], words, data, poll) -> di
             words.vocab,
             seq_len=data.seq_len,
             long=data.long,
+            frame=data.frame,
             padded=data.format == "padded",
             poll=poll,
         )

@@ -33,16 +33,22 @@ class Reader:
         self._template(words)
 
     def _template(self, words: Prepared) -> None:
-        """A tokenizer that puts nothing around a text gets BERT's [CLS] a [SEP] b [SEP]."""
+        """A tokenizer that puts nothing around a text gets BERT's [CLS] a [SEP] b [SEP], or of
+        these what it has."""
         from tokenizers import processors
 
         if self._encode.num_special_tokens_to_add(is_pair=False):
             return
-        cls, sep = (self._encode.id_to_token(i) for i in (words.vocab.cls_id, words.vocab.sep_id))
+        named = {self._encode.id_to_token(i): i for i in words.vocab.first + words.vocab.last}
+        first, last = (
+            [self._encode.id_to_token(i) for i in ids]
+            for ids in (words.vocab.first, words.vocab.last)
+        )
+        one = [*first, "$A", *last]
         self._encode.post_processor = processors.TemplateProcessing(
-            single=f"{cls} $A {sep}",
-            pair=f"{cls} $A {sep} $B:1 {sep}:1",
-            special_tokens=[(cls, words.vocab.cls_id), (sep, words.vocab.sep_id)],
+            single=one,
+            pair=[*one, "$B:1", *(f"{token}:1" for token in last)],
+            special_tokens=list(named.items()),
         )
 
     def examples(self, documents: list[Document]) -> Iterator[list[Example]]:

@@ -66,14 +66,15 @@ def write(
     *,
     seq_len: int,
     long: str,
+    frame: str,
     padded: bool,
     poll: Callable[[], None],
 ) -> dict:
     """Pack `count` shards into `folder`; returns the counts of each split.
 
-    `long` as `config.data.long`; `padded`: one piece a row.
+    `long` and `frame` as in `config.data`; `padded`: one piece a row.
     """
-    counts = {}
+    counts, around = {}, (vocab.first, vocab.last)
     for split in store.SPLITS:
         total = collections.Counter(dict.fromkeys(COUNTS, 0))
         with (
@@ -84,8 +85,13 @@ def write(
             # pack tightly.
             for shard in store.read(shards, count, split):
                 poll()
-                starts, lengths, lost = pieces(shard.documents, seq_len - 2, long)
-                tokens, segments = pack(shard.tokens, starts, lengths, vocab, seq_len, padded)
+                if frame == "document":
+                    shard, around = framed(shard, vocab), ((), ())
+                room = seq_len - sum(map(len, around))
+                starts, lengths, lost = pieces(shard.documents, room, long, seq_len)
+                tokens, segments = pack(
+                    shard.tokens, starts, lengths, seq_len, around, vocab.pad_id, padded
+                )
                 rows.write(tokens)
                 marks.write(segments)
                 total.update(lost, rows=len(tokens), tokens=int(np.count_nonzero(segments)))
@@ -93,18 +99,37 @@ def write(
     return counts
 
 
+def framed(shard: store.Shard, vocab: Vocab) -> store.Shard:
+    """The documents with the tokenizer's tokens around each of them that has any."""
+    lengths = np.diff(shard.documents)
+    real = np.flatnonzero(lengths)
+    before, behind = len(vocab.first), len(vocab.last)
+    widths = lengths[real] + before + behind
+    bounds = np.concatenate([[0], np.cumsum(widths)])
+    tokens = np.empty(bounds[-1], shard.tokens.dtype)
+    starts = bounds[:-1]
+    for i, token in enumerate(vocab.first):
+        tokens[starts + i] = token
+    for i, token in enumerate(vocab.last):
+        tokens[bounds[1:] - behind + i] = token
+    inner = np.repeat(starts + before, lengths[real]) + counter(lengths[real])
+    tokens[inner] = shard.tokens  # the others have none
+    return shard._replace(tokens=tokens, documents=bounds)
+
+
 def pieces(
-    documents: np.ndarray, limit: int, long: str
+    documents: np.ndarray, limit: int, long: str, seq_len: int
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """(starts, lengths, losses) of pieces of at most `limit` tokens of the documents [D + 1]."""
+    """(starts, lengths, losses) of pieces of at most `limit` tokens of the documents [D + 1], in
+    rows of `seq_len`."""
     starts, lengths = documents[:-1], np.diff(documents)
     over = lengths > limit
     excess = int((lengths - limit)[over].sum())
     if long == "error" and excess:
         raise DataError(
-            f"{int(over.sum())} documents are longer than the {limit} tokens that fit beside [CLS] "
-            f"and [SEP], the longest has {lengths.max()}. Set config.data.long to split, truncate "
-            f"or drop, or a larger config.data.seq_len (now {limit + 2})."
+            f"{int(over.sum())} documents are longer than the {limit} tokens that fit into a row, "
+            f"the longest has {lengths.max()}. Set config.data.long to split, truncate or drop, or "
+            f"a larger config.data.seq_len (now {seq_len})."
         )
     if long == "truncate":
         return starts, np.minimum(lengths, limit), {"truncated_tokens": excess}
@@ -118,8 +143,8 @@ def pieces(
 
 
 def segment_dtype(seq_len: int) -> np.dtype:
-    """The smallest unsigned dtype for segment numbers: a segment has at least three tokens."""
-    return np.min_scalar_type(seq_len // 3)
+    """The smallest unsigned dtype for segment numbers: a segment has at least one token."""
+    return np.min_scalar_type(seq_len)
 
 
 def counter(counts: np.ndarray) -> np.ndarray:
@@ -177,27 +202,33 @@ def pack(
     tokens: np.ndarray,
     starts: np.ndarray,
     lengths: np.ndarray,
-    vocab: Vocab,
     seq_len: int,
+    around: tuple[tuple[int, ...], tuple[int, ...]],
+    pad_id: int,
     padded: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [N, T], segments [N, T]) of the pieces tokens[starts:starts + lengths]."""
-    widths = lengths + 2
+    """(tokens [N, T], segments [N, T]) of the pieces tokens[starts:starts + lengths], with the
+    tokens (before, behind) `around` each."""
+    before, behind = around
+    widths = lengths + len(before) + len(behind)
     rows = np.arange(len(widths)) if padded else best_fit_decreasing(widths, seq_len)
     order = np.argsort(rows, kind="stable")
     rows, starts, lengths, widths = rows[order], starts[order], lengths[order], widths[order]
     per_row = np.bincount(rows) if len(rows) else np.zeros(0, np.int64)
-    before = np.cumsum(widths) - widths
-    column = before - np.repeat(before[np.cumsum(per_row) - per_row], per_row)
-    target = rows * seq_len + column  # flat position of each piece's [CLS]
+    earlier = np.cumsum(widths) - widths
+    column = earlier - np.repeat(earlier[np.cumsum(per_row) - per_row], per_row)
+    target = rows * seq_len + column  # flat position of each piece's first token
 
-    out = np.full((len(per_row), seq_len), vocab.pad_id, tokens.dtype)
+    out = np.full((len(per_row), seq_len), pad_id, tokens.dtype)
     segments = np.zeros((len(per_row), seq_len), segment_dtype(seq_len))
     flat = out.reshape(-1)
-    flat[target] = vocab.cls_id
     inner = counter(lengths)
-    flat[np.repeat(target + 1, lengths) + inner] = tokens[np.repeat(starts, lengths) + inner]
-    flat[target + widths - 1] = vocab.sep_id
+    text = np.repeat(target + len(before), lengths) + inner
+    flat[text] = tokens[np.repeat(starts, lengths) + inner]
+    for i, token in enumerate(before):
+        flat[target + i] = token
+    for i, token in enumerate(behind):
+        flat[target + widths - len(behind) + i] = token
     number = counter(per_row) + 1
     segments.reshape(-1)[np.repeat(target, widths) + counter(widths)] = np.repeat(number, widths)
     return out, segments

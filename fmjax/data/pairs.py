@@ -105,9 +105,9 @@ class PairSplit:
         inside = (column > 0) & (column < last) & (column != middle)
         ids = self._ids[np.where(inside, source, 0)].astype(np.int32)
         ids[~inside] = self._vocab.pad_id
-        ids[:, 0] = self._vocab.cls_id
+        ids[:, 0] = self._vocab.first[0]
         rows = np.arange(len(ids))
-        ids[rows, middle[:, 0]] = ids[rows, last[:, 0]] = self._vocab.sep_id
+        ids[rows, middle[:, 0]] = ids[rows, last[:, 0]] = self._vocab.last[0]
         real = column <= last
         return {
             "input_ids": ids,
@@ -132,7 +132,9 @@ def write(
             for shard in store.read(shards, count, split):
                 poll()
                 stream.write(shard.tokens)
-                pieces, _, _ = packing.pieces(shard.sentences, (seq_len - SPECIAL) // 2, "split")
+                pieces, _, _ = packing.pieces(
+                    shard.sentences, (seq_len - SPECIAL) // 2, "split", seq_len
+                )
                 inner = np.searchsorted(pieces, shard.documents[1:])
                 documents.append(inner + number)
                 sentences.append(np.append(pieces, len(shard.tokens))[1:] + tokens)

@@ -37,6 +37,7 @@ class DataSettings:
     classes: tuple[str, ...] | list[str] = ()  # names of the classes in order; empty: as found
     stride: int = 64  # tokens that two windows of one long context share
     document: str = "blank_line"
+    frame: str = "piece"  # what the tokenizer's tokens for begin and end stand around
     long: str = "split"
     on_bad_record: str = "raise"
     overlap: str = "keep"  # texts of `validation` that `train` has too; drop: not in training
@@ -141,6 +142,7 @@ class TokenizerSettings:
     kind: str = "wordpiece"
     vocab_size: int = 8192
     lowercase: bool = True
+    special: str = "bert"  # of a trained one: the special tokens of which family
     revision: str = ""
 
     def __post_init__(self):

@@ -15,7 +15,11 @@ from fmjax.data.settings import TokenizerSettings
 from fmjax.data.sources import Source
 from fmjax.errors import ConfigError, quoted
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# Special tokens of a trained tokenizer, by the family that has them: what each is to transformers.
+SPECIAL = {
+    "bert": {f"{name}_token": f"[{name.upper()}]" for name in "pad unk cls sep mask".split()},
+    "gpt": {f"{name}_token": "<|endoftext|>" for name in "unk bos eos".split()},
+}
 # A vocabulary does not get better by reading more; minutes at most.
 TRAINING_CHARACTERS = 200_000_000
 MAX_VOCAB = 2**24  # ids; tables of this length are made before a model is
@@ -26,12 +30,13 @@ class Vocab(NamedTuple):
     """What training needs to know of a tokenizer. `special` and `word_start` are bool [V]."""
 
     size: int
-    pad_id: int
-    cls_id: int
-    sep_id: int
-    mask_id: int
+    pad_id: int  # 0 where there is none: padding is known by its segment
+    mask_id: int | None
+    first: tuple[int, ...]  # what stands before a text: [CLS], or <s>, or nothing
+    last: tuple[int, ...]  # and behind it: [SEP], or </s>
     special: np.ndarray
     word_start: np.ndarray  # True where a token begins a word
+    bytes: np.ndarray | None = None  # int [V], of the text that each stands for; None: unknown
 
 
 class Prepared(NamedTuple):
@@ -50,15 +55,17 @@ def prepare(
     poll: Callable[[], None],
 ) -> Prepared:
     """Load or train the tokenizer, or reuse the one that the cache has."""
-    identity = {"version": 1, **_identity(settings, source)}
+    identity = {"version": 2, **_identity(settings, source)}
     home = root / f"tokenizer-{cache.digest(identity)}"
     with cache.lock(root / f"{home.name}.lock", log, poll):
         index = cache.verified(home, log)
         if index is None:
             index = cache.build(home, lambda folder: _write(folder, settings, source, log))
     with np.load(home / "vocab.npz") as stored:
-        special, word_start = stored["special"], stored["word_start"]
-    vocab = Vocab(**index["vocab"], special=special, word_start=word_start)
+        tables = {name: stored[name] for name in stored.files}
+    ids = index["vocab"]
+    around = {name: tuple(ids[name]) for name in ("first", "last")}
+    vocab = Vocab(**ids | around, **tables)
     return Prepared(vocab, home / "files", index["files"]["files/tokenizer.json"][1])
 
 
@@ -98,7 +105,7 @@ def encoder(folder: Path):
 
 def _identity(settings: TokenizerSettings, source: Source) -> dict:
     if settings.name == "train":
-        keys = ("kind", "vocab_size", "lowercase")
+        keys = ("kind", "vocab_size", "lowercase", "special")
         return {"source": source.identity} | {key: getattr(settings, key) for key in keys}
     if os.path.isdir(os.path.expanduser(settings.name)):
         folder = snapshot.find(settings.name)
@@ -121,9 +128,11 @@ def _write(folder: Path, settings: TokenizerSettings, source: Source, log) -> di
     except ValueError as error:  # chat templates whose names lead out of the folder
         name = quoted(settings.name)
         raise ConfigError(f"config.tokenizer.name={name} cannot be saved: {error}") from error
-    np.savez(folder / "vocab.npz", special=vocab.special, word_start=vocab.word_start)
-    ids = {name: getattr(vocab, name) for name in ("size", "pad_id", "cls_id", "sep_id", "mask_id")}
-    return {"vocab": ids}
+    found = vocab._asdict()
+    tables = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+    np.savez(folder / "vocab.npz", **tables)
+    ids = ("size", "pad_id", "mask_id", "first", "last")
+    return {"vocab": {name: found[name] for name in ids}}
 
 
 def _transformers():
@@ -157,6 +166,7 @@ def _check_options(path: Path) -> None:
 
 def _train(settings: TokenizerSettings, source: Source):
     from tokenizers import (
+        Regex,
         Tokenizer,
         decoders,
         models,
@@ -166,14 +176,18 @@ def _train(settings: TokenizerSettings, source: Source):
         trainers,
     )
 
+    named = SPECIAL[settings.special]
+    special, unknown = list(dict.fromkeys(named.values())), named["unk_token"]
     known = {
-        "special_tokens": list(SPECIAL),
+        "special_tokens": [*special],
         "vocab_size": settings.vocab_size,
         "show_progress": False,
     }
-    cleaning = [normalizers.NFC()] + [normalizers.Lowercase()] * settings.lowercase
+    # What a model writes should be able to be what it has read: that is told apart by bytes.
+    cleaning = [normalizers.NFC()] * (settings.special == "bert")
+    cleaning += [normalizers.Lowercase()] * settings.lowercase
     if settings.kind == "wordpiece":
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer = Tokenizer(models.WordPiece(unk_token=unknown))
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=settings.lowercase)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
@@ -188,29 +202,33 @@ def _train(settings: TokenizerSettings, source: Source):
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **known)
+    elif settings.kind == "char":
+        tokenizer = Tokenizer(models.WordLevel(unk_token=unknown))
+        tokenizer.normalizer = normalizers.Sequence(cleaning)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        trainer = trainers.WordLevelTrainer(**known)
     else:
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.normalizer = normalizers.Sequence(cleaning)
         words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
         tokenizer.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(unk_token="[UNK]", **known)
+        trainer = trainers.UnigramTrainer(unk_token=unknown, **known)
     tokenizer.train_from_iterator(_training_texts(source), trainer)
-    tokenizer = _settled(tokenizer, settings.kind)
+    tokenizer = _settled(tokenizer, settings.kind, special)
     if tokenizer.get_vocab_size() > settings.vocab_size:
         raise ConfigError(
             f"config.tokenizer.vocab_size={settings.vocab_size} is too small: this corpus's "
             f"alphabet and the special tokens alone take {tokenizer.get_vocab_size()}."
         )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
-    )
-    return _transformers().PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        **{f"{token[1:-1].lower()}_token": token for token in SPECIAL},
-    )
+    if settings.special == "bert":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+        )
+    return _transformers().PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
 
 
 def _training_texts(source: Source) -> Iterator[str]:
@@ -236,8 +254,8 @@ def _alphabet(source: Source, normalizer, limit: int) -> list[str]:
     return sorted(frequent[: min(limit, MAX_ALPHABET)])
 
 
-def _settled(tokenizer, kind: str):
-    """The same tokenizer with its model's own vocabulary: only `SPECIAL` are special, unigram
+def _settled(tokenizer, kind: str, special: list[str]):
+    """The same tokenizer with its model's own vocabulary: only `special` are special, unigram
     scores are rounded.
     """
     from tokenizers import AddedToken, Tokenizer
@@ -247,11 +265,11 @@ def _settled(tokenizer, kind: str):
     if kind == "unigram":
         # Sums over threads leave noise in the last digits, and in the order of equal scores.
         pieces = [[piece, round(score, 6)] for piece, score in state["model"]["vocab"]]
-        special, learnt = pieces[: len(SPECIAL)], pieces[len(SPECIAL) :]
-        state["model"]["vocab"] = special + sorted(learnt, key=lambda pair: (-pair[1], pair[0]))
+        first, learnt = pieces[: len(special)], pieces[len(special) :]
+        state["model"]["vocab"] = first + sorted(learnt, key=lambda pair: (-pair[1], pair[0]))
     settled = Tokenizer.from_str(json.dumps(state))
     settled.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+        [AddedToken(token, special=True, normalized=False) for token in special]
     )
     return settled
 
@@ -260,14 +278,6 @@ def _settled(tokenizer, kind: str):
 
 
 def _vocab(tokenizer, settings: TokenizerSettings) -> Vocab:
-    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "mask", "cls", "sep")}
-    missing = [name for name, value in ids.items() if value is None]
-    if missing:
-        raise ConfigError(
-            f"The tokenizer {settings.name!r} has no {', '.join(missing)} token, which a masked "
-            "language model needs. Set config.tokenizer.name to a BERT-like tokenizer or to "
-            "'train'."
-        )
     vocab = tokenizer.get_vocab()
     size = max(vocab.values(), default=-1) + 1
     if not 0 < size <= MAX_VOCAB:
@@ -276,16 +286,49 @@ def _vocab(tokenizer, settings: TokenizerSettings) -> Vocab:
         )
     special = np.zeros(size, bool)
     special[list(tokenizer.all_special_ids)] = True
-    begins = _word_start(json.loads(tokenizer.backend_tokenizer.to_str()))
-    word_start = np.ones(size, bool)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    begins, weighs = _word_start(state), _bytes(state)
+    word_start, sizes = np.ones(size, bool), np.zeros(size, np.int32)
     for token, i in vocab.items():
         word_start[i] = begins(token)
+        sizes[i] = weighs(token) if weighs and not special[i] else 0
+    first, last = _around(tokenizer)
     return Vocab(
         size=size,
-        **{f"{name}_id": int(value) for name, value in ids.items()},
+        pad_id=tokenizer.pad_token_id or 0,
+        mask_id=tokenizer.mask_token_id,
+        first=first,
+        last=last,
         special=special,
         word_start=word_start | special,
+        bytes=sizes if weighs else None,
     )
+
+
+def _around(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the tokenizer puts before and behind a text; where it leaves the end open, its own
+    token for that."""
+    whole = tokenizer("a")["input_ids"]
+    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = range(len(whole) - len(inner) + 1)
+    at = next(i for i in starts if whole[i : i + len(inner)] == inner)
+    first, last = whole[:at], whole[at + len(inner) :]
+    if not first and not last and tokenizer.cls_token_id is not None:
+        first = [tokenizer.cls_token_id]
+    ends = (tokenizer.sep_token_id, tokenizer.eos_token_id)
+    last = last or [i for i in ends if i is not None][:1]
+    return tuple(first), tuple(last)
+
+
+def _bytes(state: dict) -> Callable[[str], int] | None:
+    """How many bytes of text a token stands for, where tokens are the text itself."""
+    if state["normalizer"] not in (None, {"type": "Sequence", "normalizers": []}):
+        return None
+    if (state["pre_tokenizer"] or {}).get("type") == "Split":  # of characters
+        return lambda token: len(token.encode())
+    if '"ByteLevel"' in json.dumps(state["decoder"]):
+        return len  # each byte is a character of its own
+    return None
 
 
 def _word_start(state: dict) -> Callable[[str], bool]:

@@ -18,7 +18,9 @@ vocabulary) that a function asks for by name; what it holds under `validation` a
 ask for `names` (of the classes), `split` (the data) and `rows` (numbers of its rows, one for each
 of the outputs). A module also says what it needs: `TARGET`, what the labels of the data must mean
 (`fmjax.data.Dataset.target`); `heads(labels)`, the linear heads of the model; `SCORES`, the metrics
-of `score`; and `WHOLE_BATCH`, that a row's loss depends on the others, which forbids accumulation.
+of `score`; `WHOLE_BATCH`, that a row's loss depends on the others, which forbids accumulation;
+`VOCABULARY`, that the model needs its vocabulary head; `MASKS`, that the tokenizer needs a token
+for what is hidden.
 """
 
 import functools
@@ -74,6 +76,12 @@ def heads(objectives: Iterable[str], labels: Sequence[str]) -> dict[str, int]:
     return found
 
 
+def need_vocabulary(objectives: Iterable[str]) -> bool:
+    """Whether one of the objectives predicts tokens."""
+    modules = (importlib.import_module(f"fmjax.objectives.{name}") for name in objectives)
+    return any(getattr(module, "VOCABULARY", False) for module in modules)
+
+
 def check_target(objective: str, needs: str, target: str) -> None:
     """Refuses labels that mean something else than the objective says."""
     if needs in ("", target):
@@ -90,6 +98,11 @@ def check_target(objective: str, needs: str, target: str) -> None:
 def _bind(name: str, args: dict[str, Any], target: str, facts: Mapping[str, Any]) -> Objective:
     module = importlib.import_module(f"fmjax.objectives.{name}")
     check_target(name, getattr(module, "TARGET", ""), target)
+    if getattr(module, "MASKS", False) and facts["vocab"].mask_id is None:
+        raise ConfigError(
+            f"config.objectives.{name} needs a tokenizer with a mask token: set "
+            "config.tokenizer.name to a BERT-like one, or to 'train'."
+        )
     weight, differs = args.pop("weight", 1.0), args.pop("validation", {})
     functions = {key: getattr(module, key) for key in FUNCTIONS if hasattr(module, key)}
     takes = {key: _asks_for(function) for key, function in functions.items()}

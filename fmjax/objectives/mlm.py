@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Int
 from fmjax import losses, rules, streams
 from fmjax.errors import ConfigError, did_you_mean
 
+MASKS = VOCABULARY = True
+
 
 def prepare(
     batch: Mapping[str, jax.Array],

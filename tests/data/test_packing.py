@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from fmjax import data
 from fmjax.data import packing
 from fmjax.errors import DataError
 
@@ -64,9 +63,8 @@ LETTERS = st.text("abcdefgh", min_size=1, max_size=60)
 def test_packed_pieces_reconstruct_the_documents(documents, seq_len):
     tokens = np.array([ord(c) for document in documents for c in document], np.uint16)
     ends = np.cumsum([0] + [len(document) for document in documents])
-    starts, lengths, lost = packing.pieces(ends, seq_len - 2, "split")
-    vocab = data.Vocab(200, 0, 2, 3, 4, np.zeros(200, bool), np.ones(200, bool))
-    rows, segments = packing.pack(tokens, starts, lengths, vocab, seq_len)
+    starts, lengths, lost = packing.pieces(ends, seq_len - 2, "split", seq_len)
+    rows, segments = packing.pack(tokens, starts, lengths, seq_len, ((2,), (3,)), 0)
     found = []
     for row, marks in zip(rows, segments, strict=True):
         assert (row[marks == 0] == 0).all() and (np.diff(marks[marks > 0].astype(int)) >= 0).all()

@@ -53,9 +53,9 @@ def vectors(folder, pairs, kind, vocab):
     params, _ = convert.load(folder, like, may_miss="head/.*", initial=fresh)
     ids, segments = np.zeros((2, *pairs["input_ids"].shape), np.int32)
     mine = (pairs["segment_ids"] > 0) & (pairs["token_types"] == kind)
-    mine &= ~np.isin(pairs["input_ids"], (vocab.cls_id, vocab.sep_id))
+    mine &= ~np.isin(pairs["input_ids"], (*vocab.first, *vocab.last))
     for row, keep in enumerate(mine):
-        part = [vocab.cls_id, *pairs["input_ids"][row][keep], vocab.sep_id]
+        part = [*vocab.first, *pairs["input_ids"][row][keep], *vocab.last]
         ids[row, : len(part)], segments[row, : len(part)] = part, 1
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
 

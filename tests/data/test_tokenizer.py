@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fmjax import data
+from fmjax import data, objectives
 from fmjax.data import tokenizer
 from fmjax.errors import ConfigError
 
@@ -28,14 +28,13 @@ def test_a_trained_tokenizer_loads_in_transformers(prepare, kind, size):
     vocab = dataset.vocab
     loaded = AutoTokenizer.from_pretrained(dataset.tokenizer_dir)
     assert len(loaded) == vocab.size == len(vocab.special) == len(vocab.word_start) <= size
-    names = ("pad", "cls", "sep", "mask")
-    ids = [getattr(loaded, f"{name}_token_id") for name in names]
-    assert ids == [getattr(vocab, f"{name}_id") for name in names]
+    assert (loaded.pad_token_id, loaded.mask_token_id) == (vocab.pad_id, vocab.mask_id)
+    assert ((loaded.cls_token_id,), (loaded.sep_token_id,)) == (vocab.first, vocab.last)
     assert sorted(loaded.all_special_ids) == np.flatnonzero(vocab.special).tolist()
 
     text = "the quick brown fox"
     alone = loaded(text)["input_ids"]
-    assert alone[0] == vocab.cls_id and alone[-1] == vocab.sep_id
+    assert alone[:1] == [*vocab.first] and alone[-1:] == [*vocab.last]
     assert vocab.word_start[alone].sum() in (
         5,
         6,
@@ -43,7 +42,7 @@ def test_a_trained_tokenizer_loads_in_transformers(prepare, kind, size):
     assert loaded.decode(alone, skip_special_tokens=True).strip() == text
     assert loaded(text.upper())["input_ids"] == alone
     pair = loaded("the fox", "the dogs")
-    assert pair["input_ids"].count(vocab.sep_id) == 2
+    assert pair["input_ids"].count(vocab.last[0]) == 2
 
     # What the store holds is what the tokenizer gives.
     row = dataset.splits["train"].rows(np.array([0]))
@@ -88,8 +87,32 @@ def save(folder, tokens, model=None, **names):
 
 def test_row48_a_tokenizer_without_mask_or_padding(prepare, tmp_path):
     save(tmp_path / "gpt", ["<|endoftext|>", "a"], eos_token="<|endoftext|>")
-    with pytest.raises(ConfigError, match="no pad, mask, cls, sep token.*config.tokenizer.name"):
-        prepare("a", {"name": str(tmp_path / "gpt")})
+    dataset = prepare("a", {"name": str(tmp_path / "gpt")})
+    assert dataset.vocab[:5] == (2, 0, None, (), (0,))
+    facts = dict(target="", vocab=dataset.vocab)
+    with pytest.raises(ConfigError, match="mlm needs a tokenizer with a mask token.*tokenizer.na"):
+        objectives.build({"mlm": {}}, **facts)
+
+
+def test_a_tokenizer_for_decoders_ends_documents_and_counts_bytes(prepare):
+    text = "abc abd, ähm\n\n" * 50
+    settings = dict(name="train", kind="bpe", special="gpt", vocab_size=300, lowercase=False)
+    dataset = prepare(text, settings, frame="document", seq_len=64)
+    vocab, split = dataset.vocab, dataset.splits["train"]
+    rows = split.rows(np.arange(len(split)))
+    real = rows["input_ids"][rows["segment_ids"] > 0]
+    assert vocab.first == () and vocab.mask_id is None and (real == vocab.last[0]).sum() == 50
+    assert vocab.bytes[real].sum() == 50 * len("abc abd, ähm".encode())
+
+
+def test_a_tokenizer_of_characters(prepare):
+    settings = dict(name="train", kind="char", special="gpt", vocab_size=300, lowercase=False)
+    dataset = prepare("To be, or\tnot ä to be\n\nTo\n\n", settings, frame="document", seq_len=8)
+    characters = {*"To be, or\tnot ä to be"}
+    assert dataset.vocab.size == 1 + len(characters)
+    assert sorted(dataset.vocab.bytes) == [0] + [1] * (len(characters) - 1) + [2]
+    words = tokenizer.load(dataset.tokenizer_dir)
+    assert words.decode(words("not ä\tTo")["input_ids"]) == "not ä\tTo"
 
 
 def test_row48_roberta_names_are_as_good(prepare, tmp_path):
@@ -97,7 +120,7 @@ def test_row48_roberta_names_are_as_good(prepare, tmp_path):
     names = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "mask_token": "<mask>"}
     save(tmp_path / "roberta", tokens, **names)
     vocab = prepare("a b", {"name": str(tmp_path / "roberta")}).vocab
-    assert (vocab.size, vocab.cls_id, vocab.pad_id, vocab.sep_id, vocab.mask_id) == (8, 0, 1, 2, 7)
+    assert vocab[:5] == (8, 1, 7, (0,), (2,))
     assert np.flatnonzero(vocab.special).tolist() == [0, 1, 2, 7]
     assert np.flatnonzero(vocab.word_start & ~vocab.special).tolist() == [5]
 
@@ -116,7 +139,7 @@ def test_word_starts_by_the_convention_of_the_model(letters, prepare):
 def test_special_tokens_in_a_text_are_text(prepare):
     dataset = prepare("ab [MASK] [SEP]", seq_len=32)
     ids = dataset.splits["train"].rows(np.array([0]))["input_ids"][0].tolist()
-    assert dataset.vocab.mask_id not in ids and ids.count(dataset.vocab.sep_id) == 1
+    assert dataset.vocab.mask_id not in ids and ids.count(dataset.vocab.last[0]) == 1
     assert ids[:4] == [2, 5, 6, 1]  # "[" and the capitals are unknown to this tokenizer
 
 
