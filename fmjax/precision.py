@@ -45,7 +45,7 @@ def linear(
 
 def _linear_forward(x, kernel, dtype, out_in, spec, unpack):
     contract = ((x.ndim - 1,), (int(out_in),))
-    y = _dot(x.astype(dtype), _whole(kernel, dtype, spec, unpack), contract)
+    y = dot(x.astype(dtype), _whole(kernel, dtype, spec, unpack), contract)
     return y, (x if unpack is None else jnp.zeros(0, x.dtype), kernel)
 
 
@@ -55,13 +55,13 @@ def _linear_backward(dtype, out_in, spec, unpack, residuals, g):
     if unpack is not None:
         # Else the compiler finds the same matrix in the forward pass, and keeps it.
         kernel, g = jax.lax.optimization_barrier((kernel, g))
-    dx = _dot(g, _whole(kernel, dtype, spec, unpack), ((g.ndim - 1,), (1 - out_in,)))
+    dx = dot(g, _whole(kernel, dtype, spec, unpack), ((g.ndim - 1,), (1 - out_in,)))
     if unpack is not None:
         return dx.astype(x.dtype), None
     rows = x.astype(dtype).reshape(-1, x.shape[-1])  # (N, in)
     cotangents = g.reshape(-1, g.shape[-1])  # (N, out)
     left, right = (cotangents, rows) if out_in else (rows, cotangents)
-    product = lambda left, right: _dot(transposed(left), right, ((1,), (0,)))
+    product = lambda left, right: dot(transposed(left), right, ((1,), (0,)))
     dkernel = sharding.sum_rows(product, spec, left, right)
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
@@ -109,7 +109,7 @@ def column_sums(x: Float[Array, "... F"]) -> Float[Array, "F"]:
 
     def product(x):
         rows = x.reshape(-1, x.shape[-1])
-        return _dot(jnp.ones(rows.shape[:1], x.dtype), rows, ((0,), (0,)))
+        return dot(jnp.ones(rows.shape[:1], x.dtype), rows, ((0,), (0,)))
 
     def plain(x):
         return jnp.sum(x, axis=tuple(range(x.ndim - 1)))
@@ -137,7 +137,10 @@ def transposed(x: Float[Array, "*B N D"]) -> Float[Array, "*B D N"]:
     return jax.lax.platform_dependent(x, cpu=halves, default=plain)
 
 
-def _dot(a, b, contract, batch=((), ())):
+def dot(
+    a: jax.Array, b: jax.Array, contract: tuple[tuple, tuple], batch: tuple = ((), ())
+) -> jax.Array:
+    """`jax.lax.dot_general` in float32; not differentiable by itself, as those that follow."""
     # HIGHEST: float32 means float32 on GPU and TPU too, not TF32 or one bfloat16 pass.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
@@ -168,11 +171,11 @@ def _batched(a, b, axis):
 
     def apart(a, b):
         batch = tuple(range(a.ndim - 2))
-        return _dot(a, b, ((a.ndim - 1,), (axis,)), (batch, batch))
+        return dot(a, b, ((a.ndim - 1,), (axis,)), (batch, batch))
 
     def merged(a, b):
         rows, columns = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
-        out = _dot(rows, columns, ((2,), (axis - a.ndim + 3,)), ((0,), (0,)))
+        out = dot(rows, columns, ((2,), (axis - a.ndim + 3,)), ((0,), (0,)))
         return out.reshape(*a.shape[:-2], *out.shape[1:])
 
     if a.dtype == jnp.float32:

@@ -171,19 +171,49 @@ def sum_rows(function: Callable[..., jax.Array], spec: P, *rows: jax.Array) -> j
     if mesh.empty or mesh.shape["fsdp"] * mesh.shape["data"] == 1:
         return function(*rows)
     shape = jax.eval_shape(function, *rows).shape
-    out = P(*(axis if axis == "fsdp" else None for axis in fitted(shape, spec, mesh)))
+    out = _over_fsdp(fitted(shape, spec, mesh))
+    local = lambda *rows: _added_up(function(*rows), out)
+    return _by_device(local, in_specs=BATCH, out_specs=out)(*rows)
 
-    def local(*rows):
-        total = function(*rows)
-        if "fsdp" not in out:
-            return jax.lax.psum(total, BATCH[0])
-        cut = out.index("fsdp")
-        part = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=cut, tiled=True)
-        return jax.lax.psum(part, "data")
 
-    # `tensor` stays with the partitioner.
-    over_rows = functools.partial(jax.shard_map, axis_names=set(BATCH[0]), check_vma=False)
-    return over_rows(local, in_specs=BATCH, out_specs=out)(*rows)
+def each_and_sums(
+    function: Callable[..., tuple[Any, Any, Any]], spec: P, whole: jax.Array, *rows: jax.Array
+) -> tuple[Any, Any, Any]:
+    """`function(whole, *rows)`: (sums over rows, arrays of rows, a sum of the shape of `whole`).
+
+    As `sum_rows`: each device has its own rows, and all of them the parameter `whole`, whose
+    gradient the last may be; it comes out laid as `spec` says. What is () stays that.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] * mesh.shape["data"] == 1:
+        return function(whole, *rows)
+    out = _over_fsdp(fitted(whole.shape, spec, mesh))
+
+    def local(whole, *rows):
+        sums, each, total = function(whole, *rows)
+        sums = jax.tree.map(lambda x: jax.lax.psum(x, BATCH[0]), sums)
+        return sums, each, jax.tree.map(lambda x: _added_up(x, out), total)
+
+    specs = dict(in_specs=(P(), *[BATCH] * len(rows)), out_specs=(P(), BATCH, out))
+    return _by_device(local, **specs)(whole, *rows)
+
+
+def _over_fsdp(spec: P) -> P:
+    return P(*(axis if axis == "fsdp" else None for axis in spec))
+
+
+def _added_up(total: jax.Array, out: P) -> jax.Array:
+    """The sum over devices of what each has, of which it keeps the part that `out` says."""
+    if "fsdp" not in out:
+        return jax.lax.psum(total, BATCH[0])
+    cut = out.index("fsdp")
+    part = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=cut, tiled=True)
+    return jax.lax.psum(part, "data")
+
+
+def _by_device(function: Callable, **specs: Any) -> Callable:
+    """`function` on each device's rows; `tensor` stays with the partitioner."""
+    return jax.shard_map(function, axis_names=set(BATCH[0]), check_vma=False, **specs)
 
 
 def _constrain(x: jax.Array, spec: P) -> jax.Array:

@@ -34,7 +34,9 @@ from fmjax.snapshot import find, read_json
 __all__ = ["copy_tokenizer", "Report", "describe", "export", "family_of", "find", "labels", "load"]
 
 # `model_type` of config.json -> the file in fmjax/models and in fmjax/convert
-MODEL_TYPES = {"bert": "bert", "roberta": "bert", "distilbert": "bert", "modernbert": "bert"}
+MODEL_TYPES = dict.fromkeys(("bert", "roberta", "distilbert", "modernbert"), "bert") | {
+    "gpt2": "gpt2"
+}
 
 
 class Report(NamedTuple):

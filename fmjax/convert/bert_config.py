@@ -6,7 +6,8 @@ The tables are read in both directions; names of parameters are in bert.py.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fmjax.errors import ConfigError, did_you_mean
+from fmjax.convert import options
+from fmjax.errors import ConfigError
 
 # Classes of transformers and the heads they have, the richest first.
 ARCHITECTURES: dict[str, tuple[tuple[str, frozenset[str]], ...]] = {
@@ -23,7 +24,6 @@ ARCHITECTURES: dict[str, tuple[tuple[str, frozenset[str]], ...]] = {
     "distilbert": (("DistilBertForMaskedLM", frozenset({"mlm"})),),
     "modernbert": (("ModernBertForMaskedLM", frozenset({"mlm"})),),
 }
-MAX_OUTPUTS = 2**24  # of a head, which a config.json may ask for
 
 # config.json key -> (field of models.bert.Config, what transformers assumes when the key is absent)
 _POST_NORM_OPTIONS: dict[str, tuple[str, Any]] = {
@@ -86,14 +86,6 @@ FIXED: dict[str, dict[str, Any]] = {
         "rope_scaling": None,
     },
 }
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
 TOKEN_IDS = {
     "bert": ("pad",),
     "roberta": ("pad", "bos", "eos"),
@@ -108,25 +100,11 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
     Raises ConfigError for an option that the model does not have.
     """
     model_type = hf["model_type"]
-    for key, value in FIXED[model_type].items():
-        if hf.get(key, value) != value:
-            raise ConfigError(
-                f"config.json has {key}={hf[key]!r}; fmjax's {model_type} has {value!r} only."
-            )
-    found: dict[str, Any] = {}
-    for key, (field, default) in OPTIONS[model_type].items():
-        value = hf.get(key, default)
-        if field.endswith("activation"):
-            value = _activation(key, value)
-        if found.setdefault(field, value) != value:
-            raise ConfigError(
-                f"config.json has {key}={value!r} beside {found[field]!r} for what is one option "
-                f"here, config.model.{field}."
-            )
+    found = options.read(hf, OPTIONS[model_type], FIXED[model_type])
     constant: dict[str, Any] = dict(position_shift=0, pooler=model_type == "bert", modern=False)
     if model_type == "bert":
         constant["head_activation"] = found["activation"]
-        if classes := _classes(hf):
+        if classes := classes_of(hf):
             constant["classes"] = classes
     elif model_type == "roberta":
         pad = hf.get("pad_token_id", 1)
@@ -170,11 +148,8 @@ def hf_config(
         "tie_word_embeddings": True,
         **{f"{kind}_token_id": ids.get(kind) for kind in TOKEN_IDS[family]},
     }
-    config |= _named_outputs(dict(cfg.classes), heads, labels)
-    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-    for key, (field, _) in OPTIONS[family].items():
-        value = getattr(cfg, field)
-        config[key] = names[value] if field.endswith("activation") else value
+    config |= options.named_outputs(dict(cfg.classes), heads, labels)
+    config |= options.written(cfg, OPTIONS[family])
     if family == "modernbert":
         # The keys of the published checkpoints, which every version of transformers reads.
         config |= {
@@ -187,14 +162,14 @@ def hf_config(
     if family == "roberta":
         config["max_position_embeddings"] += cfg.position_shift
         config["pad_token_id"] = ids.get("pad", cfg.position_shift - 1)
-        _require(family, "position_shift", cfg.position_shift, config["pad_token_id"] + 1)
+        options.require(family, "position_shift", cfg.position_shift, config["pad_token_id"] + 1)
         if not cfg.types:
             raise ConfigError(
                 "A RoBERTa with config.model.types=0 has no counterpart in transformers."
             )
     if family == "distilbert":
-        _require(family, "eps", cfg.eps, 1e-12)
-    _require(
+        options.require(family, "eps", cfg.eps, 1e-12)
+    options.require(
         family,
         "head_activation",
         cfg.head_activation,
@@ -205,65 +180,15 @@ def hf_config(
 
 def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the classes that a config.json gives; () where it has none for a head."""
-    named = hf.get("id2label")
-    if not {"classify", "tag"} & (_classes(hf) if hf["model_type"] == "bert" else {}).keys():
-        return ()
-    names = tuple(str(named[key]) for key in sorted(named, key=int)) if named else ()
-    # What transformers writes where nobody gave names says nothing of the data.
-    return () if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
+    return options.labels(hf, classes_of(hf))
 
 
-def _classes(hf: Mapping[str, Any]) -> dict[str, int]:
+def classes_of(hf: Mapping[str, Any]) -> dict[str, int]:
     """{head: outputs} of the class of transformers that wrote a config.json."""
-    kinds = hf.get("architectures") or ()
-    outputs = len(hf.get("id2label") or ()) or hf.get("num_labels", 2)
-    if not (isinstance(outputs, int) and 0 < outputs <= MAX_OUTPUTS):
-        raise ConfigError(f"config.json has num_labels={outputs!r}, not a number of classes.")
-    number = hf.get("problem_type") == "regression" or outputs == 1
-    possible = {
-        "BertForPreTraining": {"nsp": 2},
-        "BertForNextSentencePrediction": {"nsp": 2},
-        "BertForSequenceClassification": {"regress" if number else "classify": outputs},
-        "BertForTokenClassification": {"tag": outputs},
-        "BertForQuestionAnswering": {"span": 2},
-        "BertForMultipleChoice": {"choose": 1},
-    }
-    return next((possible[kind] for kind in kinds if kind in possible), {})
-
-
-def _named_outputs(
-    outputs: Mapping[str, int], heads: Iterable[str], labels: Sequence[str]
-) -> dict[str, Any]:
-    """What config.json says of the classes of a head."""
-    head = next((name for name in ("classify", "tag", "regress") if name in heads), None)
-    if head is None:
+    if hf["model_type"] != "bert":
         return {}
-    names = list(labels) if head != "regress" else []
-    if len(names) != outputs[head]:  # as transformers calls those without a name
-        names = [f"LABEL_{i}" for i in range(outputs[head])]
-    kinds = {"classify": "single_label_classification", "regress": "regression"}
-    problem = {"problem_type": kinds[head]} if head in kinds else {}
-    return problem | {
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
-
-
-def _require(family: str, field: str, value: Any, needed: Any) -> None:
-    if value != needed:
-        raise ConfigError(
-            f"config.model.{field}={value!r} cannot be exported: transformers' {family} needs "
-            f"{needed!r} here."
-        )
-
-
-def _activation(key: str, value: str) -> str:
-    if value not in ACTIVATIONS:
-        raise ConfigError(
-            f"config.json has {key}={value!r}, which fmjax does not have."
-            + did_you_mean(value, ACTIVATIONS)
-        )
-    return ACTIVATIONS[value]
+    nsp = dict.fromkeys(("ForPreTraining", "ForNextSentencePrediction"), {"nsp": 2})
+    return options.classes(hf, "Bert", nsp)
 
 
 def _local_attention(hf: Mapping[str, Any], depth: int) -> dict[str, Any]:

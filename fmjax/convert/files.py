@@ -20,12 +20,13 @@ REFUSED = "bin ckpt gguf h5 joblib msgpack npy npz onnx pb pickle pkl pt pth".sp
 
 
 class Place(NamedTuple):
-    """Where a parameter lies: in tensor `key`, or in block `part` of its rows cut in `parts`."""
+    """Where a parameter lies: in tensor `key`, or in block `part` of `parts` along its `axis`."""
 
     key: str
     transposed: bool = False
     part: int = 0
     parts: int = 1
+    axis: int = 0
 
 
 class Tensors:
@@ -42,17 +43,19 @@ class Tensors:
 
     def shape(self, place: Place) -> tuple[int, ...]:
         """The shape of what lies at `place`; a fused tensor that cannot be cut keeps its own."""
-        shape = tuple(self._slices[place.key].get_shape())
-        if shape and shape[0] % place.parts == 0:
-            shape = (shape[0] // place.parts, *shape[1:])
-        return shape[::-1] if place.transposed else shape
+        shape = list(self._slices[place.key].get_shape())
+        if place.axis < len(shape) and shape[place.axis] % place.parts == 0:
+            shape[place.axis] //= place.parts
+        return tuple(shape[::-1] if place.transposed else shape)
 
     def read(self, place: Place, index: tuple[slice, ...]) -> np.ndarray:
         """The part `index` (slices with explicit bounds) of what lies at `place`."""
         tensor = self._slices[place.key]
-        rows, *rest = index[::-1] if place.transposed else index
-        first = place.part * (tensor.get_shape()[0] // place.parts)
-        piece = tensor[(slice(rows.start + first, rows.stop + first), *rest)]
+        cut = list(index[::-1] if place.transposed else index)
+        first = place.part * (tensor.get_shape()[place.axis] // place.parts)
+        own = cut[place.axis]
+        cut[place.axis] = slice(own.start + first, own.stop + first)
+        piece = tensor[tuple(cut)]
         return piece.T if place.transposed else piece
 
     def equal(self, one: str, other: str) -> bool:

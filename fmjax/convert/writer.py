@@ -73,7 +73,8 @@ def export(
             piece = _to_host(stored[path] if layer is None else stored[path][layer])
             pieces.append(piece.T if place.transposed else piece)
         # A non-contiguous array would be written in the order of its memory, not of its indices.
-        return np.ascontiguousarray(np.concatenate(pieces) if len(pieces) > 1 else pieces[0])
+        axis = tensors[key][0][0].axis
+        return np.ascontiguousarray(np.concatenate(pieces, axis) if len(pieces) > 1 else pieces[0])
 
     def nbytes(key: str) -> int:
         paths = [where[name] for _, name in tensors[key]]

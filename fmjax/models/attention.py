@@ -24,13 +24,20 @@ STRIDES = (0x85EBCA6B, 0x9E3779B1, 1)
 
 
 def mask(
-    segment_ids: Int[Array, "B T"], positions: Int[Array, "B T"], window: int | None = None
+    segment_ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    window: int | None = None,
+    causal: bool = False,
 ) -> Bool[Array, "B 1 T T"]:
-    """Who may see whom: same segment, not padding, and at most `window` positions apart."""
+    """Who may see whom: same segment, not padding, at most `window` positions apart, and if
+    `causal` none that is behind."""
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     same &= segment_ids[:, None, :] > 0
+    before = positions[:, :, None] - positions[:, None, :]
     if window is not None:
-        same &= jnp.abs(positions[:, :, None] - positions[:, None, :]) <= window
+        same &= jnp.abs(before) <= window
+    if causal:
+        same &= before >= 0
     return same[:, None]
 
 
@@ -42,6 +49,7 @@ def attention(
     *,
     segment_ids: Int[Array, "B T"],
     windowed: bool = False,
+    causal: bool = False,
     dropout: float = 0.0,
     seeds: streams.Seeds | None = None,
     implementation: str = "auto",
@@ -49,9 +57,9 @@ def attention(
     """softmax(q kᵀ / √H) v over the positions that `mask` allows (Vaswani et al. 2017, §3.2.1).
 
     `implementation`: "xla" runs anywhere; "cudnn" is NVIDIA's fused kernel (float16/bfloat16);
-    "tpu" is the Pallas flash kernel, which reads `segment_ids` instead of the mask and so refuses
-    `windowed`; "auto" takes the fused kernel of the device where it applies. Probabilities can be
-    dropped out only by "xla".
+    "tpu" is the Pallas flash kernel, which reads `segment_ids` and `causal` instead of the mask and
+    so refuses `windowed`; "auto" takes the fused kernel of the device where it applies.
+    Probabilities can be dropped out only by "xla".
 
     Raises ConfigError when a kernel is asked for by name and cannot serve the request.
     """
@@ -89,7 +97,7 @@ def attention(
     if implementation == "cudnn":
         out = _cudnn(q, k, v, mask)
     elif implementation == "tpu":
-        out = _tpu(q, k, v, segment_ids)
+        out = _tpu(q, k, v, segment_ids, causal)
     else:
         keep = None
         if dropout > 0:
@@ -155,12 +163,13 @@ def _cudnn(q, k, v, mask):
     return swap(out)
 
 
-def _tpu(q, k, v, segment_ids):
+def _tpu(q, k, v, segment_ids, causal):
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     def kernel(q, k, v, segment_ids):
         ids = flash.SegmentIds(segment_ids, segment_ids)
-        return flash.flash_attention(q, k, v, segment_ids=ids, sm_scale=1 / np.sqrt(q.shape[-1]))
+        scale = 1 / np.sqrt(q.shape[-1])
+        return flash.flash_attention(q, k, v, segment_ids=ids, causal=causal, sm_scale=scale)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -22,7 +22,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fmjax import precision, sharding, streams
-from fmjax.errors import ConfigError
 from fmjax.models import layers, trunk
 from fmjax.models.attention import attention, mask
 from fmjax.precision import DTYPES
@@ -261,9 +260,6 @@ class Encoder(trunk.Trunk):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Vocabulary logits in float32."""
-        if not self.cfg.lm_head:
-            raise ConfigError(
-                "The model has no vocabulary head, as its config.objectives does not need one."
-            )
+        self.need_vocabulary()
         token = self.embed.token
         return self.head.mlm(hidden, token.table(), token.spec)

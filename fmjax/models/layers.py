@@ -163,6 +163,7 @@ class Mlp(nn.Module):
     gated: bool = False
     use_bias: bool = True
     dtype: DTypeLike = jnp.float32
+    down_init: Callable = nn.initializers.normal(0.02)
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -176,7 +177,8 @@ class Mlp(nn.Module):
         def down(mlp, up, gate):
             h = ACTIVATIONS[mlp.activation](up)
             h = h if gate is None else h * gate
-            return Linear(x.shape[-1], mlp.use_bias, mlp.dtype, name="down")(h.astype(mlp.dtype))
+            make = functools.partial(Linear, name="down", kernel_init=mlp.down_init)
+            return make(x.shape[-1], mlp.use_bias, mlp.dtype)(h.astype(mlp.dtype))
 
         return down(self, up, gate)
 

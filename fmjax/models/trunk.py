@@ -5,14 +5,16 @@ what each is told, and what comes behind.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fmjax import losses, streams, trees
+from fmjax import losses, precision, streams, trees
 from fmjax.errors import ConfigError, did_you_mean
 from fmjax.models import TOKEN_HEADS, layers
 from fmjax.precision import DTYPES
@@ -22,6 +24,19 @@ REMAT = {
     "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+class Vocabulary(NamedTuple):
+    """The matrix between hidden states and logits."""
+
+    kernel: Float[Array, "V D"] | Float[Array, "D V"]
+    out_in: bool  # which of the two
+    spec: P  # how it lies on the mesh
+    dtype: DTypeLike  # of the product's operands
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """In float32."""
+        return precision.linear(hidden, self.kernel, self.dtype, self.out_in, self.spec)
 
 
 class Heads(nn.Module):
@@ -106,6 +121,17 @@ class Trunk(nn.Module):
             run = {key: value[first : last + 1] for key, value in layer.items()}
             x, _ = getattr(self, name)(x, run, shared)
         return x
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Vocabulary logits in float32."""
+        return self.vocabulary().logits(hidden)
+
+    def need_vocabulary(self) -> None:
+        """Raises ConfigError for a model that predicts no tokens."""
+        if not self.cfg.lm_head:
+            raise ConfigError(
+                "The model has no vocabulary head, as its config.objectives does not need one."
+            )
 
     def classify(
         self,

@@ -1,8 +1,10 @@
 """Parity with torch and transformers: forwards, gradients, one optimizer step, files."""
 
 import functools
+import importlib
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fmjax import convert, trees
-from fmjax.models import bert
+from fmjax.models import bert, gpt2
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
@@ -40,7 +42,14 @@ FAMILIES = {
         "ModernBertForMaskedLM",
         TABLES | SIZES | IDS | dict(num_hidden_layers=4, pad_token_id=0, local_attention=4),
     ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        dict(vocab_size=61, n_positions=20, n_embd=16, n_layer=2, n_head=2, pad_token_id=0)
+        | dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+        | dict(bos_token_id=2, eos_token_id=3),
+    ),
 }
+CAUSAL = ("gpt2",)
 LENGTHS = (16, 9)
 # Most of this file's time is compilation, and its programs run once.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -57,7 +66,8 @@ def reference(request, tmp_path_factory):
     model = model_class(config).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            parameter.normal_(float("norm" in key.lower() and key.endswith("weight")), 0.2)
+            norm = re.search(r"norm|ln_", key.lower()) and key.endswith("weight")
+            parameter.normal_(float(bool(norm)), 0.2)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
 
@@ -86,6 +96,7 @@ def reference(request, tmp_path_factory):
     ).step()  # fmt: skip
     return SimpleNamespace(
         folder=folder,
+        causal=request.param in CAUSAL,
         real=real,
         batch=dict(
             input_ids=jnp.asarray(ids),
@@ -114,7 +125,9 @@ def ours(request, reference):
             apply = lambda method, *args: model.apply({"params": params}, *args, method=method)
             hidden = apply("encode", *reference.batch.values())
             logits = apply("logits", hidden)
-            loss = cross_entropy(logits, reference.labels)
+            ahead = int(reference.causal)  # which transformers takes from the labels
+            time = logits.shape[1] - ahead
+            loss = cross_entropy(logits[:, :time], reference.labels[:, ahead:])
             if model.cfg.classes:
                 loss += cross_entropy(
                     apply("classify", hidden, reference.batch["segment_ids"], "nsp"),
@@ -134,8 +147,9 @@ def ours(request, reference):
 
 def load(folder, scanned):
     """The model of a folder and its parameters, all of them from the files."""
-    _, options = convert.describe(folder)
-    model = bert.Model(**options, attention="xla")
+    name, options = convert.describe(folder)
+    family = importlib.import_module(f"fmjax.models.{name}")
+    model = family.Model(**options, attention="xla")
     model = model.clone(stacks=trees.runs(model.kinds) if scanned else None)
     params, report = convert.load(folder, abstract(model))
     assert report == ((), ())
@@ -213,24 +227,32 @@ def test_round_trip_is_bit_equal_and_loads_in_transformers(reference, tmp_path):
             assert getattr(again.config, key) == options[key], key
 
 
-@pytest.mark.parametrize("variant", bert.VARIANTS)
-def test_full_size_names_and_shapes_are_those_of_transformers(variant):
-    model = bert.Model(variant)
-    if model.cfg.pooler:
-        model = bert.Model(variant, classes={"nsp": 2})
+SHIPPED = [(family, variant) for family in (bert, gpt2) for variant in family.VARIANTS]
+
+
+@pytest.mark.parametrize("family, variant", SHIPPED, ids=lambda x: getattr(x, "__name__", x))
+def test_full_size_names_and_shapes_are_those_of_transformers(family, variant):
+    model = family.Model(variant)
+    if getattr(model.cfg, "pooler", False):
+        model = family.Model(variant, classes={"nsp": 2})
     model = model.clone(stacks=trees.runs(model.kinds))
-    tables = convert.bert
+    tables = convert.family_of(model)
     kind = tables.type_of(model.cfg)
-    architecture, heads = tables.ARCHITECTURES[kind][0]
+    possible = tables.ARCHITECTURES[kind]
+    has = {name.split("/")[1] for name in trees.unstack(abstract(model)) if "head/" in name}
+    architecture, heads = next((name, heads) for name, heads in possible if heads <= has)
     found = {}
     for name, leaf in trees.unstack(abstract(model)).items():
         place = tables.place(kind, name)
         shape = leaf.shape[::-1] if place.transposed else leaf.shape
-        found.setdefault(place.key, {})[place.part] = (place.parts, shape)
+        found.setdefault(place.key, {})[place.part] = (place, shape)
     joined = {}
     for key, parts in found.items():
-        assert sorted(parts) == list(range(parts[0][0])), key
-        joined[key] = (sum(shape[0] for _, shape in parts.values()), *parts[0][1][1:])
+        place, shape = parts[0]
+        assert sorted(parts) == list(range(place.parts)), key
+        axis = place.axis
+        whole = sum(own[axis] for _, own in parts.values())
+        joined[key] = (*shape[:axis], whole, *shape[axis + 1 :])
 
     config = tables.hf_config(model.cfg, heads, {})
     model_class = getattr(transformers, architecture)

@@ -1,0 +1,122 @@
+"""What reading and writing a config.json of transformers has in common for all families.
+
+A family's table is {key of config.json: (field of our Config, what transformers assumes when the
+key is absent)}, read in both directions.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fmjax.errors import ConfigError, did_you_mean
+
+Table = Mapping[str, tuple[str, Any]]
+
+MAX_OUTPUTS = 2**24  # of a head, which a config.json may ask for
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def read(hf: Mapping[str, Any], table: Table, fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """Our options for a config.json; `fixed` are those that we have in one setting only.
+
+    Raises ConfigError for another setting of these, and for two keys that differ in what is one
+    option here.
+    """
+    for key, value in fixed.items():
+        if hf.get(key, value) != value:
+            raise ConfigError(
+                f"config.json has {key}={hf[key]!r}; fmjax's {hf['model_type']} has {value!r} only."
+            )
+    found: dict[str, Any] = {}
+    for key, (field, default) in table.items():
+        value = hf.get(key, default)
+        if field.endswith("activation"):
+            value = _activation(key, value)
+        if found.setdefault(field, value) != value:
+            raise ConfigError(
+                f"config.json has {key}={value!r} beside {found[field]!r} for what is one option "
+                f"here, config.model.{field}."
+            )
+    return found
+
+
+def written(cfg: Any, table: Table) -> dict[str, Any]:
+    """The keys of `table` for a Config of ours."""
+    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    values = {key: (field, getattr(cfg, field)) for key, (field, _) in table.items()}
+    return {
+        key: names[value] if field.endswith("activation") else value
+        for key, (field, value) in values.items()
+    }
+
+
+def require(family: str, field: str, value: Any, needed: Any) -> None:
+    """Raises ConfigError for an option that no class of transformers has."""
+    if value != needed:
+        raise ConfigError(
+            f"config.model.{field}={value!r} cannot be exported: transformers' {family} needs "
+            f"{needed!r} here."
+        )
+
+
+def labels(hf: Mapping[str, Any], classes: Mapping[str, int]) -> tuple[str, ...]:
+    """The names of the classes that a config.json gives; () where it has none for a head."""
+    named = hf.get("id2label")
+    if not {"classify", "tag"} & classes.keys():
+        return ()
+    names = tuple(str(named[key]) for key in sorted(named, key=int)) if named else ()
+    # What transformers writes where nobody gave names says nothing of the data.
+    return () if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
+
+
+def classes(
+    hf: Mapping[str, Any], prefix: str, more: Mapping[str, dict[str, int]] | None = None
+) -> dict[str, int]:
+    """{head: outputs} of the class of transformers that wrote a config.json: "Bert" and what it is
+    for, of which a family may have `more`."""
+    kinds = hf.get("architectures") or ()
+    outputs = len(hf.get("id2label") or ()) or hf.get("num_labels", 2)
+    if not (isinstance(outputs, int) and 0 < outputs <= MAX_OUTPUTS):
+        raise ConfigError(f"config.json has num_labels={outputs!r}, not a number of classes.")
+    number = hf.get("problem_type") == "regression" or outputs == 1
+    possible = {
+        "ForSequenceClassification": {"regress" if number else "classify": outputs},
+        "ForTokenClassification": {"tag": outputs},
+        "ForQuestionAnswering": {"span": 2},
+        "ForMultipleChoice": {"choose": 1},
+    } | dict(more or {})
+    named = {f"{prefix}{name}": heads for name, heads in possible.items()}
+    return next((named[kind] for kind in kinds if kind in named), {})
+
+
+def named_outputs(
+    outputs: Mapping[str, int], heads: Iterable[str], labels: Sequence[str]
+) -> dict[str, Any]:
+    """What config.json says of the classes of a head."""
+    head = next((name for name in ("classify", "tag", "regress") if name in heads), None)
+    if head is None:
+        return {}
+    names = list(labels) if head != "regress" else []
+    if len(names) != outputs[head]:  # as transformers calls those without a name
+        names = [f"LABEL_{i}" for i in range(outputs[head])]
+    kinds = {"classify": "single_label_classification", "regress": "regression"}
+    problem = {"problem_type": kinds[head]} if head in kinds else {}
+    return problem | {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+
+
+def _activation(key: str, value: str) -> str:
+    if value not in ACTIVATIONS:
+        raise ConfigError(
+            f"config.json has {key}={value!r}, which fmjax does not have."
+            + did_you_mean(value, ACTIVATIONS)
+        )
+    return ACTIVATIONS[value]

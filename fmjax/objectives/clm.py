@@ -1,0 +1,57 @@
+"""Causal language modelling: each token from those before it in its own document.
+
+(GPT-2, Radford et al. 2019, §2.) The first token of a document is no target, as nothing is before
+it, unless the tokenizer begins documents with a token of its own.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fmjax import vocabulary
+
+VOCABULARY = True
+
+
+def loss_fn(
+    apply: Callable,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    *,
+    vocab: Any,
+    z_loss: float = 0.0,
+    smoothing: float = 0.0,
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Cross-entropy in nats a target, accuracy, and where the tokenizer's tokens are the text
+    itself bits a byte.
+
+    `z_loss` and `smoothing` as in `fmjax.vocabulary`; with them "nats" is the cross-entropy, and
+    the loss has what they add.
+    """
+    names = ("input_ids", "segment_ids", "positions", "token_types", "seeds")
+    hidden = apply(params, *(batch[name] for name in names), method="encode")
+    labels, weights = targets(batch)
+    how = dict(z_loss=z_loss, smoothing=smoothing)
+    sums = vocabulary.of(apply, params, hidden, labels, weights, **how)
+    weight = jnp.sum(weights)
+    found = {"loss": (sums.loss, weight), "accuracy": (sums.right, weight)}
+    if z_loss or smoothing:
+        found["nats"] = sums.nats, weight
+    if vocab.bytes is not None:
+        sizes = jnp.asarray(vocab.bytes)[labels].astype(jnp.float32)
+        found["bits_per_byte"] = sums.nats / np.float32(np.log(2)), jnp.sum(sizes * weights)
+    return found
+
+
+def targets(
+    batch: Mapping[str, jax.Array],
+) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
+    """(the token behind each, 1.0 where that is of the same document)."""
+    ahead = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+    segments = batch["segment_ids"]
+    same = (ahead(segments) == segments) & (segments > 0)
+    return ahead(batch["input_ids"]), same.astype(jnp.float32)
