@@ -122,6 +122,7 @@ def hf_config(
         **{f"{kind}_token_id": ids.get(kind) for kind in ("bos", "eos", "pad")},
         **options.named_outputs(dict(cfg.classes), heads, labels),
         **options.written(cfg, OPTIONS),
+        **({"n_inner": None} if cfg.mlp == 4 * cfg.width else {}),
     }
 
 
