@@ -22,4 +22,6 @@ def get_config(arg=None):
     config.objectives = dict(clm=dict(weight=1.0))
     config.optim.update(lr=3e-3, clip=1.0, weight_decay=0.1)
     config.optim.args.update(b2=0.95, eps=1e-8)
+    config.ledger = ("samples",)
+    config.samples = dict(prompt="", count=3, length=64, temperature=0.8, top_k=0)
     return config

@@ -1,11 +1,12 @@
 """What a run gains and loses beside its metrics: `config.ledger`, after training, in ledger.json.
 
-    config.ledger = ("forgetting", "memory", "slices")
+    config.ledger = ("forgetting", "memory", "samples", "slices")
 
     forgetting  the loss that `config.init` was trained with, `before` this training and `after` it:
                 what is higher has been forgotten
     memory      `peak_bytes` of the step of this run alone by the compiler, a device: state, batch
                 and temporary arrays
+    samples     what the model writes, as `config.samples` says: keys of configs/generate.py
     slices      of the last evaluation by class and by length: the metrics of single examples
 
 `config.pretraining` holds what forgetting is measured on, with the keys of configs/evaluate.py;
@@ -23,7 +24,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fmjax import arms, build, evaluate, logs, plan, pretrained, report, trees, workdir
+from fmjax import arms, build, evaluate, generate, logs, plan, pretrained, report, trees, workdir
 from fmjax import config as configs
 from fmjax.errors import ConfigError
 from fmjax.setup import Run
@@ -54,6 +55,8 @@ class Ledger:
             file, of = folder.path / workdir.LEDGER, dict(step=run.total, asked=self.asked)
             if "forgetting" in self.asked:
                 of["pretraining"] = self.pretraining
+            if "samples" in self.asked:
+                of["samples_of"] = run.config.samples.to_dict()
             of = json.loads(json.dumps(of))
             before = json.loads(file.read_text()) if file.exists() else {}
             if of.items() <= before.items():
@@ -71,6 +74,13 @@ class Ledger:
         if run.model not in self._peaks:  # Seeds have one program.
             self._peaks[run.model] = plan.peak_bytes(plan.compiled(arms.Arms((run,))))
         return {"peak_bytes": self._peaks[run.model]}
+
+    def _samples(self, folder: Path, run: Run) -> list[str]:
+        opened = pretrained.open_folder(str(folder), self.mesh)
+        texts = generate.texts(opened, run.config.samples.to_dict(), run.config.seed)
+        if jax.process_index() == 0:
+            print(f"\n{generate.shown(run.config.samples.prompt, texts)}\n")
+        return texts
 
     def _slices(self, folder: Path, run: Run) -> dict[str, Any]:
         examples = workdir.read_examples(folder)

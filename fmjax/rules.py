@@ -266,8 +266,8 @@ ARMS = Check(
     "or group_optim, and rank, alpha, init and text of adapter",
 )
 LEDGER = Check(
-    lambda v: _is_texts(v) and set(v) <= {"forgetting", "memory", "slices"},
-    "a tuple with any of 'forgetting', 'memory' and 'slices'",
+    lambda v: _is_texts(v) and set(v) <= {"forgetting", "memory", "samples", "slices"},
+    "a tuple with any of 'forgetting', 'memory', 'samples' and 'slices'",
 )
 REGEX = Check(is_regex, "a regular expression")
 DURATION = Check(_is_period, "a duration: 1500, '1500 steps', '3 epochs', '10M tokens' or '10%'")
@@ -310,6 +310,9 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"optim\.name", NAME),
     ("arms", ARMS),
     ("ledger", LEDGER),
+    (r"(samples\.)?(count|length)", _whole(1, 2**20)),
+    (r"(samples\.)?top_k", _whole(0, 2**24)),
+    (r"(samples\.)?temperature", NON_NEGATIVE),
     ("groups", Check(lambda v: isinstance(v, tuple) and v, "(regular expression, group) pairs")),
     ("precision", ("float32", "bfloat16")),
     ("split", ("train", "validation")),

@@ -292,7 +292,7 @@ def _vocab(tokenizer, settings: TokenizerSettings) -> Vocab:
     for token, i in vocab.items():
         word_start[i] = begins(token)
         sizes[i] = weighs(token) if weighs and not special[i] else 0
-    first, last = _around(tokenizer)
+    first, last = around(tokenizer)
     return Vocab(
         size=size,
         pad_id=tokenizer.pad_token_id or 0,
@@ -305,19 +305,23 @@ def _vocab(tokenizer, settings: TokenizerSettings) -> Vocab:
     )
 
 
-def _around(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the tokenizer puts before and behind a text; where it leaves the end open, its own
-    token for that."""
+def around(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the tokenizer puts before and behind a text; where it leaves them open, its own tokens
+    for that."""
     whole = tokenizer("a")["input_ids"]
     inner = tokenizer("a", add_special_tokens=False)["input_ids"]
     starts = range(len(whole) - len(inner) + 1)
     at = next(i for i in starts if whole[i : i + len(inner)] == inner)
     first, last = whole[:at], whole[at + len(inner) :]
-    if not first and not last and tokenizer.cls_token_id is not None:
-        first = [tokenizer.cls_token_id]
-    ends = (tokenizer.sep_token_id, tokenizer.eos_token_id)
-    last = last or [i for i in ends if i is not None][:1]
+    if not first and not last:
+        first = _one_of(tokenizer.cls_token_id, tokenizer.bos_token_id)
+    last = last or _one_of(tokenizer.sep_token_id, tokenizer.eos_token_id)
     return tuple(first), tuple(last)
+
+
+def _one_of(*ids: int | None) -> list[int]:
+    """The first that there is."""
+    return [i for i in ids if i is not None][:1]
 
 
 def _bytes(state: dict) -> Callable[[str], int] | None:

@@ -1,0 +1,134 @@
+"""Text that a model goes on with."""
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fmjax import adapters, build, pretrained, processes
+from fmjax.data import tokenizer as tokenizers
+from fmjax.errors import ConfigError
+
+
+def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
+    """The task: prints `config.count` continuations of `config.prompt`, each drawn by itself.
+
+    The folder is a run's, one in Hugging Face format, or a hub id.
+    """
+    with processes.start(config) as mesh:
+        opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
+        found = texts(opened, config, config.seed, dry_run=dry_run)
+    if dry_run:
+        return
+    if jax.process_index() == 0:
+        print(f"\n{opened}\n")
+        print(shown(config.prompt, found))
+
+
+def texts(
+    opened: pretrained.Opened, how: Mapping[str, Any], seed: int, *, dry_run: bool = False
+) -> list[str]:
+    """`how["count"]` continuations of `how["prompt"]`, each up to its end or of `how["length"]`
+    tokens."""
+    words = tokenizers.load(opened.tokenizer)
+    ids = prompt_ids(opened.model, words, how["prompt"], how["length"])
+    return [] if dry_run else _continuations(opened, words, ids, how, seed)
+
+
+def shown(prompt: str, texts: Sequence[str]) -> str:
+    """The continuations behind their prompt, a line between them."""
+    return "\n---\n".join(prompt + text for text in texts)
+
+
+def prompt_ids(model: Any, words: Any, prompt: str, length: int) -> list[int]:
+    """The tokens of the prompt, behind those that begin a document.
+
+    Raises ConfigError for a model that does not write, a prompt of nothing that no token begins,
+    and one that leaves no room for `length` more.
+    """
+    if not hasattr(adapters.base(model), "vocabulary"):
+        raise ConfigError(
+            "config.folder has an encoder, which fills gaps (configs/fill_mask.py) but does not go "
+            "on with a text: train one with configs/clm.py."
+        )
+    first, _ = tokenizers.around(words)
+    ids = [*first, *words(prompt, add_special_tokens=False)["input_ids"]]
+    if not ids:
+        raise ConfigError(
+            "config.prompt is empty, and the tokenizer has no token that begins a text: give one."
+        )
+    room = model.cfg.max_len - adapters.positions(model)
+    if len(ids) + length > room:
+        raise ConfigError(
+            f"config.prompt has {len(ids)} tokens and config.length={length}, but the model has "
+            f"{room} positions: make one of them shorter."
+        )
+    return ids
+
+
+def _continuations(
+    opened: pretrained.Opened, words: Any, ids: Sequence[int], how: Mapping[str, Any], seed: int
+) -> list[str]:
+    """The texts behind the tokens `ids`."""
+    _, last = tokenizers.around(words)
+    row = np.zeros(len(ids) + how["length"], np.int32)
+    row[: len(ids)] = ids
+    rows = np.tile(row, (how["count"], 1))
+    out = jax.device_get(
+        _written(
+            build.apply(opened.model),
+            opened.params,
+            rows,
+            jax.random.key(seed),
+            len(ids),
+            how["temperature"],
+            how["top_k"],
+        )
+    )
+    texts = []
+    for new in out[:, len(ids) :].tolist():
+        end = new.index(last[0]) if last and last[0] in new else len(new)
+        texts.append(words.decode(new[:end]))
+    return texts
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+def _written(
+    apply: Any,
+    params: Any,
+    rows: Int[Array, "B T"],
+    key: jax.Array,
+    known: int,
+    temperature: float,
+    top_k: int,
+) -> Int[Array, "B T"]:
+    """The rows with all behind the first `known` tokens drawn, one after the other."""
+    ones = jnp.ones_like(rows)
+    positions = jnp.broadcast_to(jnp.arange(rows.shape[1])[None], rows.shape)
+
+    def one(t, rows):
+        # What is behind is not seen, whatever stands there.
+        hidden = apply(params, rows, ones, positions, jnp.zeros_like(rows), method="encode")
+        logits = apply(params, hidden[:, t - 1], method="logits")
+        return rows.at[:, t].set(_drawn(logits, jax.random.fold_in(key, t), temperature, top_k))
+
+    return jax.lax.fori_loop(known, rows.shape[1], one, rows)
+
+
+def _drawn(
+    logits: Float[Array, "B V"], key: jax.Array, temperature: float, top_k: int
+) -> Int[Array, "B"]:
+    """A token of each row: the most probable at temperature 0, else one of the `top_k` (0: all)."""
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if top_k:
+        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    # A stream a row: what a row says does not depend on how many there are.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits)))
+    return jax.vmap(jax.random.categorical)(keys, logits / temperature).astype(jnp.int32)
