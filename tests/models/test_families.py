@@ -6,18 +6,21 @@ import tiny
 
 from fmjax import trees
 from fmjax.errors import ConfigError
-from fmjax.models import bert
+from fmjax.models import bert, gpt2
 
 FAMILIES = {
-    "bert": dict(),
-    "roberta": dict(types=1, position_shift=2),
-    "distilbert": dict(types=0),
-    "modernbert": dict(modern=True, types=0, window=3, depth=4),
+    "bert": (bert, dict()),
+    "roberta": (bert, dict(types=1, position_shift=2)),
+    "distilbert": (bert, dict(types=0)),
+    "modernbert": (bert, dict(modern=True, types=0, window=3, depth=4)),
+    "gpt2": (gpt2, dict()),
 }
+CAUSAL = ("gpt2",)
 
 
 def build(family, **changes):
-    model = bert.Model("tiny", **{**tiny.SIZES, "dropout": 0.0, **FAMILIES[family], **changes})
+    module, own = FAMILIES[family]
+    model = module.Model("tiny", **{**tiny.SIZES, "dropout": 0.0, **own, **changes})
     model = model.clone(stacks=trees.runs(model.kinds))
     params = jax.jit(model.init)(jax.random.key(0), *model.example())["params"]
     # Larger than at initialisation, so that attention really depends on what it sees.
@@ -67,7 +70,18 @@ def test_a_packed_document_has_the_logits_of_the_document_alone(family):
     assert np.abs(logits(model, params, leaking) - whole)[real].max() > 1e-2
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_what_comes_later_changes_nothing(family):
+    model, params = build(family)
+    batch = tiny.batch(2)
+    other = {**batch, "input_ids": batch["input_ids"].at[:, 5:].add(1)}
+    one, two = logits(model, params, batch), logits(model, params, other)
+    np.testing.assert_array_equal(one[:, :5], two[:, :5])
+    real = np.asarray(batch["segment_ids"][:, 5:]) > 0
+    assert (np.abs(one - two)[:, 5:].max(-1)[real] > 1e-3).all()
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "gpt2"])
 def test_padding_changes_nothing(family):
     model, params = build(family)
     batch = tiny.batch(4)
