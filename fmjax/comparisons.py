@@ -178,6 +178,13 @@ class Row(NamedTuple):
     reference: Group | None = None  # the group that it is compared with
     detectable: float = float("nan")  # the difference that such runs would show four times of five
 
+    @property
+    def beside(self) -> str:
+        """The name of the reference without what both set alike."""
+        own = self.group.name.split(", ")
+        apart = [part for part in self.reference.name.split(", ") if part not in own]
+        return ", ".join(apart) or self.reference.name
+
 
 def compare(found: Sequence[Group], metric: str, level: float = 0.95) -> list[Row]:
     """Each group, and what it has more than its reference; the corrected family is all of these.
@@ -250,7 +257,7 @@ def _stacked(values: Sequence[Value]) -> np.ndarray:
 def shown(rows: Sequence[Row], metric: str, level: float = 0.95) -> list[list[str]]:
     """The rows as a person reads them, below their heads."""
     percent = f"{100 * level:.0f} %"
-    beside = dict.fromkeys(row.reference.name for row in rows if row.reference)
+    beside = dict.fromkeys(row.beside for row in rows if row.reference)
     one = len(beside) < 2
     heads = [
         metric.removeprefix("validation/"),
@@ -272,7 +279,7 @@ def shown(rows: Sequence[Row], metric: str, level: float = 0.95) -> list[list[st
             other = row.reference is None and len(rows) > 1 and not alike(row.group, rows[0].group)
             lines.append([*own, "", "", "", "other examples" if other else "", ""])
             continue
-        less = f"{row.more.mean:+.4f}" if one else f"{row.reference.name}: {row.more.mean:+.4f}"
+        less = f"{row.more.mean:+.4f}" if one else f"{row.beside}: {row.more.mean:+.4f}"
         told = [less, _range(row.more, "+"), f"{row.p:.2g}", row.verdict]
         lines.append([*own, *told, f"{row.detectable:.4f}"])
     return lines

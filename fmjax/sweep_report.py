@@ -38,6 +38,7 @@ BUDGETS = {
     "time": "{} seconds of the run, start and evaluation included",
 }
 CURVES = '<p class="soft">Means over seeds, from the least to the greatest, beside the first.</p>'
+NAMED = 15  # points of a figure that all have their names; of more, those of the front
 FALLING = ("loss", "perplexity", "ece", "brier")  # metrics that are better when they are lower
 
 
@@ -118,7 +119,7 @@ def _told(rows: Sequence[Row], metric: str) -> str:
         return ""
     kinds = ("higher", "lower")
     names = {kind: [row.group.name for row in told if row.verdict == kind] for kind in kinds}
-    beside = ", ".join(dict.fromkeys(row.reference.name for row in told))
+    beside = ", ".join(dict.fromkeys(row.beside for row in told))
     parts = [f"{kind} for {', '.join(found)}" for kind, found in names.items() if found]
     unclear = sum(row.verdict == "inconclusive" for row in told)
     parts += [f"no difference shown for {unclear} of {len(told)}"] if unclear else []
@@ -188,7 +189,7 @@ def _until(rows: Sequence[Row], metric: str) -> str:
             steps = comparisons.steps_until(row.group, metric, level, falls)
         if any(step is not None for step in steps):
             shown = ", ".join("not" if step is None else f"{step:,}" for step in steps)
-            lines.append((row.group.name, f"{row.reference.name}: {level:.4f}", shown))
+            lines.append((row.group.name, f"{row.beside}: {level:.4f}", shown))
     if not lines:
         return ""
     note = (
@@ -235,8 +236,9 @@ def _against(points: Mapping[str, tuple], metric: str, words: str) -> str:
             front.append((x, y))
             best = sign * y
     series = [svg.Series("", front, 5, dashed=True)]
+    named = {name for name, (x, y, *_) in points.items() if (x, y) in front or len(points) <= NAMED}
     series += [
-        svg.Series(name, [(x, y)], 0, band=((x, low, high),), label=True)
+        svg.Series(name if name in named else "", [(x, y)], 0, ((x, low, high),), label=True)
         for name, (x, y, low, high) in points.items()
     ]
     taken = [x for x, *_ in points.values()]

@@ -182,19 +182,22 @@ def test_each_is_compared_with_what_is_set_like_it_in_all_but_the_first_key():
     assert comparisons.references(of({})) == [0]
 
 
-def test_several_references_are_named():
+@pytest.mark.parametrize(
+    "order, head, less", [("ab", "less a", "+1.0000"), ("ba", "less", "b: -1.0000")]
+)
+def test_references_are_named_by_what_sets_them_apart(order, head, less):
     records = [
         record({"arg": base, "n": n}, *(n + (base == "b") + noise for noise in (0.0, 0.1, 0.3)))
-        for n in (1, 2)
-        for base in "ab"
+        for n, bases in ((1, "ab"), (2, order))
+        for base in bases
     ]
     for one in records:
         for seed, result in enumerate(one["results"]):
             result["seed"] = seed
     rows = comparisons.compare(comparisons.groups(records), METRIC)
     assert [row.reference and row.reference.name for row in rows][::2] == [None, None]
-    head, *lines = comparisons.shown(rows, METRIC)
-    assert head[4] == "less" and lines[1][4].endswith(": +1.0000") and "n=1" in lines[1][4]
+    heads, *lines = comparisons.shown(rows, METRIC)
+    assert heads[4] == head and lines[3][4] == less
 
 
 def test_steps_until_a_level(tmp_path):
