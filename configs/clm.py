@@ -9,6 +9,8 @@ lost, with one that ends each document.
 import runpy
 from pathlib import Path
 
+from ml_collections.config_dict import placeholder
+
 from fmjax.config import parse_arg
 
 
@@ -23,5 +25,15 @@ def get_config(arg=None):
     config.optim.update(lr=3e-3, clip=1.0, weight_decay=0.1)
     config.optim.args.update(b2=0.95, eps=1e-8)
     config.ledger = ("samples",)
-    config.samples = dict(prompt="", count=3, length=64, temperature=0.8, top_k=0)
+    config.samples = dict(prompt="", count=3, length=64, temperature=0.8, top_k=placeholder(int))
     return config
+
+
+def get_expected(arg=None):
+    if arg is not None:
+        return []
+    of_all = dict(seeds=(0, 1, 2), budget=30, source="three seeds on two cores, 2026-11-22")
+    return [
+        dict(metric="validation/loss", value=4.67, tolerance=0.15, **of_all),
+        dict(metric="validation/clm/bits_per_byte", value=2.0, tolerance=0.2, **of_all),
+    ]

@@ -25,7 +25,7 @@ def get_config():
     config.count = 3  # texts, each drawn by itself
     config.length = 100  # tokens at most, beside the prompt
     config.temperature = 0.8
-    config.top_k = 0  # 0: of all tokens
+    config.top_k = placeholder(int)  # the most probable to draw from; None: all
     config.seed = 0
     config.precision = placeholder(str)  # None: as the run was trained, else float32
     config.mesh = mlm.mesh

@@ -105,7 +105,7 @@ def _written(
     key: jax.Array,
     known: int,
     temperature: float,
-    top_k: int,
+    top_k: int | None,
 ) -> Int[Array, "B T"]:
     """The rows with all behind the first `known` tokens drawn, one after the other."""
     ones = jnp.ones_like(rows)
@@ -121,9 +121,9 @@ def _written(
 
 
 def _drawn(
-    logits: Float[Array, "B V"], key: jax.Array, temperature: float, top_k: int
+    logits: Float[Array, "B V"], key: jax.Array, temperature: float, top_k: int | None
 ) -> Int[Array, "B"]:
-    """A token of each row: the most probable at temperature 0, else one of the `top_k` (0: all)."""
+    """A token of each row: the most probable at temperature 0, else one of the `top_k` (None: all)."""
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if top_k:

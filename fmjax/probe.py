@@ -90,7 +90,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         "folder": opened.source,
         "step": opened.step,
         "data": settings,
-        "data_digest": dataset.digest,
+        "data_digest": dataset.rows_digest,
         "trainable_parameters": sum(x.size for x in kept),
         "kept_bytes": sum(x.nbytes for x in kept),
         "metrics": {f"validation/classify/{name}": value for name, value in metrics.items()},

@@ -311,7 +311,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("arms", ARMS),
     ("ledger", LEDGER),
     (r"(samples\.)?(count|length)", _whole(1, 2**20)),
-    (r"(samples\.)?top_k", _whole(0, 2**24)),
+    (r"samples\.top_k", POSITIVE),
     (r"(samples\.)?temperature", NON_NEGATIVE),
     ("groups", Check(lambda v: isinstance(v, tuple) and v, "(regular expression, group) pairs")),
     ("precision", ("float32", "bfloat16")),

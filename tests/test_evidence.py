@@ -228,10 +228,20 @@ def trains(spec):
     return evidence.configs.load(spec).task == "train"
 
 
+ABLATIONS = [
+    f"{ROOT}/configs/ablations/{name}"
+    for name in (
+        "depth.py:depth=6",
+        "depth.py:tiny",
+        "masking.py",
+        "pretraining.py",
+        "pretraining.py:more=books+minilm",
+    )
+]
 SPECS = [str(file) for file in sorted((ROOT / "configs").glob("*.py")) if trains(str(file))]
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.rpartition("/")[2])
+@pytest.mark.parametrize("spec", SPECS + ABLATIONS, ids=lambda spec: spec.rpartition("/")[2])
 def test_every_config_that_trains_has_come_to_what_it_says(spec):
     assert evidence.stale(spec) == ""
 

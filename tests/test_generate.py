@@ -33,7 +33,7 @@ def opened(folder):
 
 
 def said(opened, **changes):
-    how = dict(prompt="The function", count=2, length=8, temperature=0.0, top_k=0) | changes
+    how = dict(prompt="The function", count=2, length=8, temperature=0.0, top_k=None) | changes
     return generate.texts(opened, how, seed=changes.get("seed", 0))
 
 
@@ -68,7 +68,7 @@ def test_what_is_drawn_follows_from_the_seed_and_the_row(opened):
 
 def test_draws_are_as_probable_as_the_model_says():
     logits = np.log(np.array([[0.5, 0.25, 0.125, 0.125]], np.float32)).repeat(4000, 0)
-    drawn = generate._drawn(jax.numpy.asarray(logits), jax.random.key(0), 1.0, 0)
+    drawn = generate._drawn(jax.numpy.asarray(logits), jax.random.key(0), 1.0, None)
     shares = np.bincount(np.asarray(drawn), minlength=4) / 4000
     np.testing.assert_allclose(shares, [0.5, 0.25, 0.125, 0.125], atol=0.03)
     two = generate._drawn(jax.numpy.asarray(logits), jax.random.key(0), 0.5, 2)

@@ -13,7 +13,13 @@ The losses of pretraining compare since all are evaluated with the masks of 15 %
 pairs are of other rows, so that only fine-tuning compares them with the others. A seed is that of
 pretraining and fine-tuning. `only=rate15+span` takes some of the recipes.
 
-Has not been run yet.
+In 69 minutes on two cores beside other work (2026-11-22), three seeds: loss in nats 4.42 ± 0.02
+with 15 %, 4.32 ± 0.03 with 30 %, 4.39 ± 0.01 with 40 %; with 100/0/0 5.24 ± 0.15, 5.25 ± 0.08 and
+5.32 ± 0.04, as these models have never had to doubt a token that stands there; whole words 4.77 ±
+0.09, spans 5.31 ± 0.05. Fine-tuned, accuracy in % on 762 docstrings: 68.5 ± 2.0, 69.8 ± 1.9, 71.6 ±
+1.7; 66.6 ± 3.4, 68.1 ± 3.3, 67.2 ± 0.7; words 68.3 ± 1.2, spans 69.0 ± 1.1, next sentence 67.2 ±
+3.5, sentence order 68.2 ± 0.7. No difference of fine-tuned ones survives Holm's correction;
+encoders so small, after minutes, do not tell how to mask a large one (40 % in Wettig et al. 2023).
 """
 
 import runpy
@@ -76,3 +82,16 @@ def get_config(arg=None):
     config.keep, config.keep_best = 1, 0
     config.arms = (("seed", tuple(range(arg.seeds))),) if arg.seeds > 1 else ()
     return config
+
+
+def get_expected(arg=None):
+    if arg is not None:
+        return []
+    own = dict(seeds=(0, 1, 2), budget=120, source="three seeds on two cores, 2026-11-22")
+    loss, accuracy = "validation/mlm/loss", "validation/classify/accuracy"
+    losses = (("rate15", 4.42), ("rate30", 4.32), ("rate40", 4.39), ("span", 5.31))
+    accuracies = (("rate15", 0.685), ("rate30", 0.698), ("rate40", 0.716), ("nsp", 0.672))
+    return [
+        *(dict(metric=loss, group=g, value=x, tolerance=0.15, **own) for g, x in losses),
+        *(dict(metric=accuracy, group=g, value=x, tolerance=0.05, **own) for g, x in accuracies),
+    ]

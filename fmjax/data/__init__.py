@@ -56,6 +56,11 @@ class Dataset:
     target: str = ""  # what its labels mean: "classes", "nsp", … (settings.py)
     labels: tuple[str, ...] = ()  # names of the classes
 
+    @property
+    def rows_digest(self) -> str:
+        """Of the tokens and of how they are packed: with another the examples are others."""
+        return cache.digest([self.digest, self.format])
+
 
 def prepare(
     data: Mapping,
