@@ -123,7 +123,7 @@ def _written(
 def _drawn(
     logits: Float[Array, "B V"], key: jax.Array, temperature: float, top_k: int | None
 ) -> Int[Array, "B"]:
-    """A token of each row: the most probable at temperature 0, else one of the `top_k` (None: all)."""
+    """A token of each row: at temperature 0 the likeliest, else one of the `top_k` (None: all)."""
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if top_k:
