@@ -4,6 +4,11 @@
 
 Differs from configs/mlm.py in the model, the objective, and in the tokens: pieces of bytes, none
 lost, with one that ends each document.
+
+Thirteen minutes for three seeds on two cores beside other work, one alone in three (Python 3.11,
+2026-11-22): 1.908 ± 0.003 bits a byte of held-out documentation, 4.673 ± 0.007 nats a token. Three
+samples stand at the end of the output and in ledger.json; more: configs/generate.py. Variants:
+`tiny` (seconds), `runlocal`.
 """
 
 import runpy
@@ -35,5 +40,5 @@ def get_expected(arg=None):
     of_all = dict(seeds=(0, 1, 2), budget=30, source="three seeds on two cores, 2026-11-22")
     return [
         dict(metric="validation/loss", value=4.67, tolerance=0.15, **of_all),
-        dict(metric="validation/clm/bits_per_byte", value=2.0, tolerance=0.2, **of_all),
+        dict(metric="validation/clm/bits_per_byte", value=1.908, tolerance=0.05, **of_all),
     ]

@@ -34,6 +34,7 @@ class _How(NamedTuple):
     out_in: bool
     spec: P
     dtype: DTypeLike
+    softcap: float
     z_loss: float
     smoothing: float
 
@@ -47,6 +48,7 @@ def cross_entropy(
     out_in: bool,
     spec: P,
     dtype: DTypeLike,
+    softcap: float = 0.0,
     z_loss: float = 0.0,
     smoothing: float = 0.0,
 ) -> Sums:
@@ -54,11 +56,12 @@ def cross_entropy(
 
     Args:
         out_in, spec, dtype: as in `precision.linear`.
+        softcap: c, where logits are c tanh(product / c); 0: the product.
         z_loss: factor of log² of the partition function (PaLM, Chowdhery et al. 2022, §5: 1e-4).
         smoothing: share of the target that is spread evenly over the vocabulary (Szegedy et al.
             2016, §7).
     """
-    how = _How(out_in, spec, dtype, z_loss, smoothing)
+    how = _How(out_in, spec, dtype, softcap, z_loss, smoothing)
     return _cross_entropy(how, hidden, kernel, labels, weights)
 
 
@@ -131,6 +134,8 @@ def _judged(how, kernel, hidden, labels, weights):
     """(sums, gradient of the logits, `hidden`) of one piece, the latter as operands."""
     hidden = hidden.astype(how.dtype)
     logits = precision.dot(hidden, kernel, ((2,), (1 if how.out_in else 0,)))  # (B, C, V)
+    if how.softcap:
+        logits = how.softcap * jnp.tanh(logits / how.softcap)
     top = jnp.max(logits, axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - top)
     total = jnp.sum(exponentials, axis=-1, keepdims=True)
@@ -146,11 +151,13 @@ def _judged(how, kernel, hidden, labels, weights):
     at_label = jnp.where(places == labels[..., None], 1 - how.smoothing, 0.0)
     dlogits = exponentials * ((1 + 2 * how.z_loss * log_total) / total) - at_label
     dlogits -= how.smoothing / logits.shape[-1]
+    if how.softcap:
+        dlogits *= 1 - jnp.square(logits / how.softcap)
     return sums, (dlogits * weights[..., None]).astype(how.dtype), hidden
 
 
 def of(apply: Any, params: Any, hidden: jax.Array, *targets: jax.Array, **how: Any) -> Sums:
     """`cross_entropy` with the vocabulary of a model."""
     matrix = apply(params, method="vocabulary")
-    told = dict(out_in=matrix.out_in, spec=matrix.spec, dtype=matrix.dtype)
-    return cross_entropy(hidden, matrix.kernel, *targets, **told, **how)
+    told = matrix._asdict() | how
+    return cross_entropy(hidden, told.pop("kernel"), *targets, **told)

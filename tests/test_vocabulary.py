@@ -21,9 +21,11 @@ def arrays(seed=0):
     return hidden, kernel, labels, weights
 
 
-def by_formula(hidden, kernel, labels, weights, z_loss=0.0, smoothing=0.0):
+def by_formula(hidden, kernel, labels, weights, z_loss=0.0, smoothing=0.0, softcap=0.0):
     """log Σ exp(l) - Σ_v t_v l_v with t = (1 - ε) onehot + ε / V, and the square of the first."""
     logits = jnp.einsum("btd,vd->btv", hidden, kernel, precision="highest")
+    if softcap:
+        logits = softcap * jnp.tanh(logits / softcap)
     log_total = jax.nn.logsumexp(logits, axis=-1)
     target = (1 - smoothing) * jax.nn.one_hot(labels, V) + smoothing / V
     loss = log_total - jnp.sum(target * logits, axis=-1) + z_loss * log_total**2
@@ -31,7 +33,7 @@ def by_formula(hidden, kernel, labels, weights, z_loss=0.0, smoothing=0.0):
 
 
 @pytest.mark.parametrize("columns", [1, 4, 6])
-@pytest.mark.parametrize("extra", [{}, dict(z_loss=0.1, smoothing=0.2)])
+@pytest.mark.parametrize("extra", [{}, dict(z_loss=0.1, smoothing=0.2, softcap=3.0)])
 @pytest.mark.parametrize("out_in", [True, False])
 def test_is_the_formula_and_its_derived_gradient(columns, extra, out_in, monkeypatch):
     monkeypatch.setattr(vocabulary, "LOGITS_BYTES", 4 * B * V * columns)

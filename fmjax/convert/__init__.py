@@ -34,8 +34,11 @@ from fmjax.snapshot import find, read_json
 __all__ = ["copy_tokenizer", "Report", "describe", "export", "family_of", "find", "labels", "load"]
 
 # `model_type` of config.json -> the file in fmjax/models and in fmjax/convert
-MODEL_TYPES = dict.fromkeys(("bert", "roberta", "distilbert", "modernbert"), "bert") | {
-    "gpt2": "gpt2"
+_LLAMA = "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo2".split()
+MODEL_TYPES = {
+    **dict.fromkeys(("bert", "roberta", "distilbert", "modernbert"), "bert"),
+    "gpt2": "gpt2",
+    **dict.fromkeys(_LLAMA, "llama"),
 }
 
 
@@ -96,7 +99,7 @@ def load(
     folder = find(source)
     hf, family = _read_config(folder)
     with files.open_folder(folder) as tensors:
-        keys = _canonical_keys(family, hf["model_type"], tensors)
+        keys = _canonical_keys(family, hf, tensors)
         others = family.SHARED - _options(folder, hf, family).get("classes", {}).keys()
 
         def located(name: str) -> Place | None:
@@ -179,14 +182,14 @@ def _options(folder: Path, hf: Mapping[str, Any], family: ModuleType) -> dict[st
     return options
 
 
-def _canonical_keys(family: ModuleType, model_type: str, tensors: Tensors) -> dict[str, str]:
+def _canonical_keys(family: ModuleType, hf: Mapping[str, Any], tensors: Tensors) -> dict[str, str]:
     """{key as the tables have it: key in the files}, without constants and tied repetitions."""
     keys = {
-        family.canonical(model_type, key): key
+        family.canonical(hf["model_type"], key): key
         for key in tensors.keys()
         if not re.fullmatch(family.BUFFERS, key)
     }
-    for copy, original in family.TIED.items():
+    for copy, original in family.tied(hf).items():
         if copy not in keys:
             continue
         if keys.setdefault(original, keys[copy]) != keys[copy]:

@@ -6,6 +6,8 @@ file that `transformers` wrote; `{}` is the layer number. Torch keeps a Linear's
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from fmjax.convert.bert_config import (
     ARCHITECTURES,
@@ -24,6 +26,7 @@ __all__ = [
     "labels",
     "model_options",
     "place",
+    "tied",
     "type_of",
 ]
 
@@ -106,7 +109,6 @@ TABLES: dict[str, dict[str, str | tuple[str, int, int]]] = {
 SHARED = frozenset({"classify", "regress", "tag", "choose"})
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
-# Tensors that repeat another one (the tied output projection); older files hold both.
 TIED: dict[str, str] = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -116,6 +118,11 @@ TIED: dict[str, str] = {
     "decoder.weight": "model.embeddings.tok_embeddings.weight",
 }
 BUFFERS = r".*\.(position_ids|token_type_ids|\w*inv_freq)"  # constants in old files, no parameters
+
+
+def tied(hf: Mapping[str, Any]) -> dict[str, str]:
+    """{tensor: the one that it repeats}; older files hold both."""
+    return TIED
 
 
 def place(model_type: str, name: str) -> Place | None:

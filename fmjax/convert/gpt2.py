@@ -63,8 +63,12 @@ TABLE: dict[str, tuple[str, bool, int, int]] = {
 }
 SHARED = frozenset({"classify", "regress"})  # heads that have one name in files
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-TIED = {"lm_head.weight": "transformer.wte.weight"}  # older files hold both
 BUFFERS = r".*\.attn\.(masked_)?bias"  # the triangle in old files, no parameter
+
+
+def tied(hf: Mapping[str, Any]) -> dict[str, str]:
+    """{tensor: the one that it repeats}; older files hold both."""
+    return {"lm_head.weight": "transformer.wte.weight"}
 
 
 def place(model_type: str, name: str) -> Place | None:
@@ -114,6 +118,11 @@ def hf_config(
     """
     options.require("gpt2", "biases", cfg.biases, True)
     has = set(heads) - {""}
+    config = options.written(cfg, OPTIONS)
+    if cfg.mlp == 4 * cfg.width:
+        config["n_inner"] = None
+    if cfg.activation == "gelu_tanh":  # which has two names there
+        config["activation_function"] = "gelu_new"
     return {
         "architectures": [next(name for name, own in ARCHITECTURES["gpt2"] if own == has)],
         "model_type": "gpt2",
@@ -121,8 +130,7 @@ def hf_config(
         "tie_word_embeddings": True,
         **{f"{kind}_token_id": ids.get(kind) for kind in ("bos", "eos", "pad")},
         **options.named_outputs(dict(cfg.classes), heads, labels),
-        **options.written(cfg, OPTIONS),
-        **({"n_inner": None} if cfg.mlp == 4 * cfg.width else {}),
+        **config,
     }
 
 

@@ -14,8 +14,8 @@ Table = Mapping[str, tuple[str, Any]]
 MAX_OUTPUTS = 2**24  # of a head, which a config.json may ask for
 ACTIVATIONS = {
     "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
@@ -29,7 +29,7 @@ def read(hf: Mapping[str, Any], table: Table, fixed: Mapping[str, Any]) -> dict[
     option here.
     """
     for key, value in fixed.items():
-        if hf.get(key, value) != value:
+        if (hf.get(key, value) or None) != (value or None):  # false, null and absent are one
             raise ConfigError(
                 f"config.json has {key}={hf[key]!r}; fmjax's {hf['model_type']} has {value!r} only."
             )

@@ -6,11 +6,10 @@ gets zeros, and a zero gradient.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -43,18 +42,24 @@ def mask(
 
 def attention(
     q: Float[Array, "B N T H"],
-    k: Float[Array, "B N S H"],
-    v: Float[Array, "B N S H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
     mask: Bool[Array, "B 1 T S"],
     *,
     segment_ids: Int[Array, "B T"],
     windowed: bool = False,
     causal: bool = False,
+    scale: float | None = None,
+    softcap: float = 0.0,
     dropout: float = 0.0,
     seeds: streams.Seeds | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "B N T H"]:
     """softmax(q kᵀ / √H) v over the positions that `mask` allows (Vaswani et al. 2017, §3.2.1).
+
+    Of fewer heads of keys and values, K, each serves N / K neighbouring queries (Ainslie et al.
+    2023). `scale` is in the place of 1 / √H. With `softcap` c products are c tanh(product / c)
+    (Gemma 2, 2024, §2).
 
     `implementation`: "xla" runs anywhere; "cudnn" is NVIDIA's fused kernel (float16/bfloat16);
     "tpu" is the Pallas flash kernel, which reads `segment_ids` and `causal` instead of the mask and
@@ -65,6 +70,7 @@ def attention(
     """
     if seeds is None:
         dropout = 0.0
+    scale = float(q.shape[-1]) ** -0.5 if scale is None else scale
     if implementation not in IMPLEMENTATIONS:
         raise ConfigError(
             f"config.model.attention={implementation!r} is not known."
@@ -75,12 +81,14 @@ def attention(
         "cudnn": _first(
             (not half, f"it takes bfloat16 or float16, not {q.dtype} (config.precision)"),
             (dropout > 0, "it has no dropout (config.model.attention_dropout)"),
+            (softcap > 0, "it has no soft cap (config.model.attention_softcap)"),
             (q.shape[-1] % 8 or q.shape[-1] > 128, f"head size {q.shape[-1]} is not 8, 16, … 128"),
             (q.shape[2] % 2, f"sequence length {q.shape[2]} is odd"),
             (k.shape[2] % 2, f"the number of keys, {k.shape[2]}, is odd"),
         ),
         "tpu": _first(
             (windowed, "it has no local window"),
+            (softcap > 0, "it has no soft cap (config.model.attention_softcap)"),
             (k.shape[2] != q.shape[2], "it takes no keys beside those of the tokens"),
             (dropout > 0, "it has no dropout (config.model.attention_dropout)"),
             (q.shape[2] % 128, f"sequence length {q.shape[2]} is not a multiple of 128"),
@@ -95,15 +103,15 @@ def attention(
             f"{obstacles[implementation]}. 'auto' and 'xla' always work."
         )
     if implementation == "cudnn":
-        out = _cudnn(q, k, v, mask)
+        out = _cudnn(q, k, v, mask, scale)
     elif implementation == "tpu":
-        out = _tpu(q, k, v, segment_ids, causal)
+        out = _tpu(q, k, v, segment_ids, causal, scale)
     else:
         keep = None
         if dropout > 0:
             pairs = q.shape[1], q.shape[2], k.shape[2]
             keep = ~streams.bernoulli(seeds, dropout, pairs, STRIDES)
-        return _xla(q, k, v, mask, keep, dropout)
+        return _xla(q, k, v, mask, keep, _How(dropout, scale, softcap))
     return jnp.where((segment_ids > 0)[:, None, :, None], out, jnp.zeros((), out.dtype))
 
 
@@ -114,13 +122,32 @@ def _first(*cases: tuple[Any, str]) -> str:
 # --- XLA: all dots explicit, for compute-dtype operands and float32 accumulation in both passes ---
 
 
+class _How(NamedTuple):
+    rate: float  # of dropout
+    scale: float
+    softcap: float
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _xla(q, k, v, mask, keep, rate):
-    return _xla_forward(q, k, v, mask, keep, rate)[0]
+def _xla(q, k, v, mask, keep, how):
+    return _xla_forward(q, k, v, mask, keep, how)[0]
 
 
-def _probabilities(q, k, mask):
-    scores = precision.matmul_transposed(q, k) * jnp.float32(1 / np.sqrt(q.shape[-1]))
+def _grouped(x, heads):
+    """[B, N, T, …] as [B, K, N / K · T, …]: the queries of one head of keys below each other."""
+    return x.reshape(x.shape[0], heads, -1, x.shape[-1])
+
+
+def _scores(q, k, how):
+    """[B, N, T, S], before the soft cap."""
+    scores = precision.matmul_transposed(_grouped(q, k.shape[1]), k)
+    return scores.reshape(*q.shape[:3], k.shape[2]) * jnp.float32(how.scale)
+
+
+def _probabilities(q, k, mask, how):
+    scores = _scores(q, k, how)
+    if how.softcap:
+        scores = how.softcap * jnp.tanh(scores / how.softcap)
     scores = jnp.where(mask, scores, jnp.float32(-1e30))
     scores = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     # Rows that see nothing have a uniform softmax; the mask makes them zero instead.
@@ -131,23 +158,26 @@ def _drop(p, keep, rate):
     return p if keep is None else jnp.where(keep, p * jnp.float32(1 / (1 - rate)), jnp.float32(0))
 
 
-def _xla_forward(q, k, v, mask, keep, rate):
-    p = _probabilities(q, k, mask)
-    out = precision.matmul(_drop(p, keep, rate).astype(q.dtype), v)
+def _xla_forward(q, k, v, mask, keep, how):
+    p = _probabilities(q, k, mask, how)
+    seen = _grouped(_drop(p, keep, how.rate).astype(q.dtype), k.shape[1])
+    out = precision.matmul(seen, v).reshape(q.shape)
     return out.astype(q.dtype), (q, k, v, mask, keep, p.astype(q.dtype))
 
 
-def _xla_backward(rate, residuals, g):
+def _xla_backward(how, residuals, g):
     q, k, v, mask, keep, p = residuals
-    dtype = q.dtype
-    p = p.astype(jnp.float32)
-    g = g.astype(dtype)
-    dv = precision.matmul(precision.transposed(_drop(p, keep, rate).astype(dtype)), g)
-    dp = _drop(precision.matmul_transposed(g, v), keep, rate)
-    ds = p * (dp - jnp.sum(dp * p, axis=-1, keepdims=True)) * jnp.float32(1 / np.sqrt(q.shape[-1]))
-    ds = ds.astype(dtype)
-    dq = precision.matmul(ds, k)
-    dk = precision.matmul(precision.transposed(ds), q)
+    dtype, heads = q.dtype, k.shape[1]
+    p, g = p.astype(jnp.float32), _grouped(g.astype(dtype), heads)
+    seen = _grouped(_drop(p, keep, how.rate).astype(dtype), heads)
+    dv = precision.matmul(precision.transposed(seen), g)
+    dp = _drop(precision.matmul_transposed(g, v).reshape(p.shape), keep, how.rate)
+    ds = p * (dp - jnp.sum(dp * p, axis=-1, keepdims=True)) * jnp.float32(how.scale)
+    if how.softcap:
+        ds = ds * (1 - jnp.square(jnp.tanh(_scores(q, k, how) / how.softcap)))
+    ds = _grouped(ds.astype(dtype), heads)
+    dq = precision.matmul(ds, k).reshape(q.shape)
+    dk = precision.matmul(precision.transposed(ds), _grouped(q, heads))
     return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype), None, None
 
 
@@ -157,18 +187,18 @@ _xla.defvjp(_xla_forward, _xla_backward)
 # --- Fused kernels ---
 
 
-def _cudnn(q, k, v, mask):
+def _cudnn(q, k, v, mask, scale):
     swap = lambda x: jnp.swapaxes(x, 1, 2)  # (B, N, T, H) <-> (B, T, N, H)
-    out = jax.nn.dot_product_attention(swap(q), swap(k), swap(v), mask=mask, implementation="cudnn")
-    return swap(out)
+    how = dict(mask=mask, scale=scale, implementation="cudnn")
+    return swap(jax.nn.dot_product_attention(swap(q), swap(k), swap(v), **how))
 
 
-def _tpu(q, k, v, segment_ids, causal):
+def _tpu(q, k, v, segment_ids, causal, scale):
+    k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     def kernel(q, k, v, segment_ids):
         ids = flash.SegmentIds(segment_ids, segment_ids)
-        scale = 1 / np.sqrt(q.shape[-1])
         return flash.flash_attention(q, k, v, segment_ids=ids, causal=causal, sm_scale=scale)
 
     mesh = jax.sharding.get_abstract_mesh()

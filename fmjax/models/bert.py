@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from fmjax import precision, sharding, streams
 from fmjax.models import layers, trunk
 from fmjax.models.attention import attention, mask
+from fmjax.models.rope import rope
 from fmjax.precision import DTYPES
 
 
@@ -149,7 +150,7 @@ class Attention(nn.Module):
         split = lambda y: y.reshape(batch, time, cfg.heads, -1).swapaxes(1, 2)  # (B, N, T, H)
         q, k, v = (split(make(name)(x)) for name in ("query", "key", "value"))
         if theta is not None:
-            q, k = layers.rope(q, positions, theta), layers.rope(k, positions, theta)
+            q, k = rope(q, positions, theta), rope(k, positions, theta)
         k, v, may_see = layers.Memory(name="memory")(k, v, may_see)
         out = attention(
             q, k, v, may_see,

@@ -1,4 +1,4 @@
-"""What model families share: linear maps, norms, embeddings, MLPs, rotary positions, dropout.
+"""What model families share: linear maps, norms, embeddings, MLPs, dropout.
 
 Every module computes in `dtype` with float32 accumulation (`fmjax.precision`), keeps its parameters
 in float32 and takes its randomness as one seed per example (`fmjax.streams`); `seeds=None` means
@@ -117,14 +117,55 @@ class LayerNorm(nn.Module):
         return layer_norm(x, scale, bias, self.eps).astype(self.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def rms_norm(
+    x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float, offset: float
+) -> Float[Array, "... D"]:
+    """x / rms(x) · (scale + offset) in float32 (Zhang and Sennrich 2019). Keeps x and one number a
+    row for the backward pass."""
+    return _rms_norm_forward(x, scale, eps, offset)[0]
+
+
+def _rms_norm_forward(x, scale, eps, offset):
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return wide * inverse * _row(scale + offset, x.ndim), (x, inverse, scale)
+
+
+def _rms_norm_backward(eps, offset, residuals, g):
+    x, inverse, scale = residuals
+    normal = x.astype(jnp.float32) * inverse
+    scaled = g * _row(scale + offset, x.ndim)
+    along = jnp.mean(scaled * normal, axis=-1, keepdims=True)
+    dx = inverse * (scaled - normal * along)
+    return dx.astype(x.dtype), precision.column_sums(g * normal)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+class RmsNorm(nn.Module):
+    """Division by the root mean square, as a module with its parameter; `offset` is added to it."""
+
+    eps: float
+    offset: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        initial = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", initial, (x.shape[-1],), jnp.float32)
+        return rms_norm(x, scale, self.eps, self.offset).astype(self.dtype)
+
+
 class Memory(nn.Module):
     """What attention looks at: keys, values, and who may see which. As given; adapters add to
     it."""
 
     def __call__(
         self,
-        k: Float[Array, "B N T H"],
-        v: Float[Array, "B N T H"],
+        k: Float[Array, "B K T H"],
+        v: Float[Array, "B K T H"],
         may_see: Bool[Array, "B 1 T T"],
     ) -> tuple[Any, Any, Any]:
         return k, v, may_see
@@ -210,17 +251,3 @@ def dropout(
         return x
     dropped = streams.bernoulli(seeds, rate, x.shape[1:])
     return jnp.where(dropped, jnp.zeros((), x.dtype), x * jnp.asarray(1 / (1 - rate), x.dtype))
-
-
-def rope(
-    x: Float[Array, "B N T H"], positions: Int[Array, "B T"], theta: float | Float[Array, ""]
-) -> Float[Array, "B N T H"]:
-    """Rotary position embedding, halves convention (Su et al. 2021; as in GPT-NeoX and Llama)."""
-    half = x.shape[-1] // 2
-    exponents = jnp.arange(half, dtype=jnp.float32) / half
-    frequencies = (1.0 / jnp.asarray(theta, jnp.float32) ** exponents).reshape(1, 1, -1)
-    angles = positions[..., None].astype(jnp.float32) * frequencies  # (B, T, H/2)
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]  # (B, 1, T, H/2)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)

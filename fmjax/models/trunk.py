@@ -33,10 +33,12 @@ class Vocabulary(NamedTuple):
     out_in: bool  # which of the two
     spec: P  # how it lies on the mesh
     dtype: DTypeLike  # of the product's operands
+    softcap: float = 0.0  # of the logits: c tanh(logit / c); 0: none
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """In float32."""
-        return precision.linear(hidden, self.kernel, self.dtype, self.out_in, self.spec)
+        logits = precision.linear(hidden, self.kernel, self.dtype, self.out_in, self.spec)
+        return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
 
 
 class Heads(nn.Module):
@@ -175,7 +177,7 @@ def check_config(cfg: Any, taken: Sequence[str] = ()) -> None:
 
     Raises ConfigError.
     """
-    if cfg.width % cfg.heads:
+    if cfg.width % cfg.heads and not getattr(cfg, "head_size", 0):
         raise ConfigError(
             f"config.model.heads={cfg.heads} does not divide config.model.width={cfg.width}."
         )
@@ -193,7 +195,7 @@ def check_config(cfg: Any, taken: Sequence[str] = ()) -> None:
 def configured(
     config: type, variants: Mapping[str, Mapping[str, Any]], variant: str, overrides: dict
 ) -> Any:
-    """A `config` of a named variant with fields replaced; `classes` may be a mapping.
+    """A `config` of a named variant with fields replaced; a mapping becomes pairs.
 
     Raises ConfigError for an unknown variant or field.
     """
@@ -204,6 +206,6 @@ def configured(
     fields = config.__dataclass_fields__
     for key in overrides.keys() - fields.keys():
         raise ConfigError(f"config.model.{key} is not known." + did_you_mean(key, fields))
-    if isinstance(overrides.get("classes"), Mapping):
-        overrides = overrides | {"classes": tuple(overrides["classes"].items())}
+    pairs = {key: value for key, value in overrides.items() if isinstance(value, Mapping)}
+    overrides = overrides | {key: tuple(value.items()) for key, value in pairs.items()}
     return config(**{**variants[variant], **overrides})

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fmjax import convert, trees
-from fmjax.models import bert, gpt2
+from fmjax.models import bert, gpt2, llama
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
@@ -49,7 +49,35 @@ FAMILIES = {
         | dict(bos_token_id=2, eos_token_id=3),
     ),
 }
-CAUSAL = ("gpt2",)
+LLAMA = SIZES | dict(vocab_size=61, max_position_embeddings=20, num_key_value_heads=1) | IDS
+LLAMA |= dict(num_hidden_layers=3, pad_token_id=0)
+SCALED = dict(
+    rope_type="llama3",
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=20,
+    rope_theta=100.0,
+)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=8, rope_theta=100.0)
+NEAR = dict(sliding_window=3, head_dim=12)
+KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+FAMILIES |= {
+    "llama": ("LlamaForCausalLM", LLAMA | dict(rope_parameters=SCALED)),
+    "llama-tied": (
+        "LlamaForCausalLM",
+        LLAMA
+        | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True, rope_parameters=YARN),
+    ),
+    "mistral": ("MistralForCausalLM", LLAMA | dict(sliding_window=4, head_dim=6)),
+    "qwen2": ("Qwen2ForCausalLM", LLAMA),
+    "qwen3": ("Qwen3ForCausalLM", LLAMA | dict(head_dim=6)),
+    "gemma": ("GemmaForCausalLM", LLAMA | dict(head_dim=12)),
+    "gemma2": ("Gemma2ForCausalLM", LLAMA | NEAR | dict(attn_logit_softcapping=2.0)),
+    "gemma3": ("Gemma3ForCausalLM", LLAMA | NEAR | dict(layer_types=KINDS)),
+    "olmo2": ("Olmo2ForCausalLM", LLAMA),
+}
+CAUSAL = [name for name, (kind, _) in FAMILIES.items() if not re.search("PreTr|MaskedLM", kind)]
 LENGTHS = (16, 9)
 # Most of this file's time is compilation, and its programs run once.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -175,9 +203,11 @@ def as_torch_names(model, tree, folder):
 
 
 def assert_close(ours, torchs, tolerance):
+    """To the `tolerance`, in units of the largest number of an array where that is above 1."""
     assert ours.keys() == torchs.keys()
-    errors = {key: np.max(np.abs(ours[key] - torchs[key])) for key in ours}
-    print(f"max abs error {max(errors.values()):.1e}")
+    unit = {key: max(np.max(np.abs(x)), 1.0) for key, x in torchs.items()}
+    errors = {key: np.max(np.abs(ours[key] - torchs[key])) / unit[key] for key in ours}
+    print(f"max error {max(errors.values()):.1e}")
     assert max(errors.values()) < tolerance, {k: e for k, e in errors.items() if e >= tolerance}
 
 
@@ -227,7 +257,7 @@ def test_round_trip_is_bit_equal_and_loads_in_transformers(reference, tmp_path):
             assert getattr(again.config, key) == options[key], key
 
 
-SHIPPED = [(family, variant) for family in (bert, gpt2) for variant in family.VARIANTS]
+SHIPPED = [(family, variant) for family in (bert, gpt2, llama) for variant in family.VARIANTS]
 
 
 @pytest.mark.parametrize("family, variant", SHIPPED, ids=lambda x: getattr(x, "__name__", x))

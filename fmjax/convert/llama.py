@@ -1,0 +1,91 @@
+"""Where Hugging Face's Llama, Mistral, Qwen, Gemma and OLMo keep our parameters.
+
+The table is read in both directions. Left is a module of `fmjax.models.llama`, right its name in a
+file that `transformers` wrote; `{}` is the layer number. Torch keeps a Linear's weight as (out,
+in), so kernels are transposed. What is multiplied with the activation is `up_proj` there and
+`gate` here.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fmjax.convert.files import Place
+from fmjax.convert.llama_config import (
+    PREFIXES,
+    architectures,
+    hf_config,
+    labels,
+    model_options,
+    type_of,
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "SHARED",
+    "canonical",
+    "hf_config",
+    "labels",
+    "model_options",
+    "place",
+    "tied",
+    "type_of",
+]
+
+ARCHITECTURES = {kind: architectures(kind) for kind in PREFIXES}
+_LAYER = "model.layers.{}"
+_COMMON = {
+    "embed/token": "model.embed_tokens",
+    "block_{}/attn/query": f"{_LAYER}.self_attn.q_proj",
+    "block_{}/attn/key": f"{_LAYER}.self_attn.k_proj",
+    "block_{}/attn/value": f"{_LAYER}.self_attn.v_proj",
+    "block_{}/attn/out": f"{_LAYER}.self_attn.o_proj",
+    "block_{}/attn/query_norm": f"{_LAYER}.self_attn.q_norm",
+    "block_{}/attn/key_norm": f"{_LAYER}.self_attn.k_norm",
+    "block_{}/mlp/up": f"{_LAYER}.mlp.gate_proj",
+    "block_{}/mlp/gate": f"{_LAYER}.mlp.up_proj",
+    "block_{}/mlp/down": f"{_LAYER}.mlp.down_proj",
+    "norm": "model.norm",
+    "head/lm": "lm_head",
+    "head/classify": "score",
+    "head/regress": "score",
+}
+_BEFORE = {
+    "block_{}/attn_norm": f"{_LAYER}.input_layernorm",
+    "block_{}/mlp_norm": f"{_LAYER}.post_attention_layernorm",
+}
+_BEHIND = {
+    "block_{}/attn_norm_behind": f"{_LAYER}.post_attention_layernorm",
+    "block_{}/mlp_norm_behind": f"{_LAYER}.post_feedforward_layernorm",
+}
+_AROUND = _BEHIND | {
+    "block_{}/attn_norm": f"{_LAYER}.input_layernorm",
+    "block_{}/mlp_norm": f"{_LAYER}.pre_feedforward_layernorm",
+}
+_NORMS = {"olmo2": _BEHIND, "gemma2": _AROUND, "gemma3_text": _AROUND}
+TABLES = {kind: _COMMON | _NORMS.get(kind, _BEFORE) for kind in PREFIXES}
+SHARED = frozenset({"classify", "regress"})  # heads that have one name in files
+LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+BUFFERS = r".*\.rotary_emb\.inv_freq"  # constants in old files, no parameters
+
+
+def tied(hf: Mapping[str, Any]) -> dict[str, str]:
+    """{tensor: the one that it repeats}; some files hold both."""
+    same = model_options(hf)["tied"]
+    return {"lm_head.weight": "model.embed_tokens.weight"} if same else {}
+
+
+def place(model_type: str, name: str) -> Place | None:
+    """Where the parameter `name` lies in a file of that model type; None: it has no counterpart."""
+    module, leaf = name.rsplit("/", 1)
+    layer = re.match(r"block_(\d+)/", module)
+    entry = TABLES[model_type].get(re.sub(r"^block_\d+/", "block_{}/", module))
+    if entry is None or leaf not in LEAVES:
+        return None
+    key = entry.format(int(layer[1])) if layer else entry
+    return Place(f"{key}.{LEAVES[leaf]}", leaf == "kernel")
+
+
+def canonical(model_type: str, key: str) -> str:
+    """A file's key as the tables have it: bare trunks get their prefix."""
+    return f"model.{key}" if re.match(r"(embed_tokens|layers|norm)\.", key) else key

@@ -1,0 +1,264 @@
+"""config.json of Hugging Face's Llama, Mistral, Qwen, Gemma and OLMo against our options.
+
+The tables are read in both directions; names of parameters are in llama.py.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fmjax.convert import options
+from fmjax.errors import ConfigError
+
+PREFIXES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+    "olmo2": "Olmo2",
+}
+# What of these transformers has no class for texts to be classified by.
+_UNCLASSIFIED = ("olmo2",)
+# Our options that make a member of the family what it is.
+CONSTANT: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": dict(qkv_bias=True),
+    "qwen3": dict(qk_norm="head"),
+    "gemma": dict(norm_offset=1.0, embed_scale=True),
+    "gemma2": dict(norm_offset=1.0, embed_scale=True, norms="around"),
+    "gemma3_text": dict(norm_offset=1.0, embed_scale=True, norms="around", qk_norm="head"),
+    "olmo2": dict(norms="behind", qk_norm="whole"),
+}
+_SIZES: options.Table = {
+    "vocab_size": ("vocab_size", 32000),
+    "hidden_size": ("width", 4096),
+    "intermediate_size": ("mlp", 11008),
+    "num_hidden_layers": ("depth", 32),
+    "num_attention_heads": ("heads", 32),
+    "num_key_value_heads": ("kv_heads", None),
+    "head_dim": ("head_size", None),
+    "hidden_act": ("activation", "silu"),
+    "max_position_embeddings": ("max_len", 2048),
+    "rms_norm_eps": ("eps", 1e-6),
+    "tie_word_embeddings": ("tied", False),
+    "attention_dropout": ("attention_dropout", 0.0),
+}
+_QWEN = _SIZES | {
+    "vocab_size": ("vocab_size", 151936),
+    "intermediate_size": ("mlp", 22016),
+    "num_key_value_heads": ("kv_heads", 32),
+    "max_position_embeddings": ("max_len", 32768),
+}
+_GEMMA = _SIZES | {
+    "vocab_size": ("vocab_size", 256000),
+    "max_position_embeddings": ("max_len", 8192),
+    "tie_word_embeddings": ("tied", True),
+    "head_dim": ("head_size", 256),
+    "hidden_act": ("activation", "gelu_pytorch_tanh"),
+}
+_CAPPED = {key: value for key, value in _GEMMA.items() if key != "hidden_act"} | {
+    "hidden_size": ("width", 2304),
+    "intermediate_size": ("mlp", 9216),
+    "num_hidden_layers": ("depth", 26),
+    "num_attention_heads": ("heads", 8),
+    "num_key_value_heads": ("kv_heads", 4),
+    "hidden_activation": ("activation", "gelu_pytorch_tanh"),
+    "sliding_window": ("window", 4096),
+}
+OPTIONS: dict[str, options.Table] = {
+    "llama": _SIZES | {"mlp_bias": ("mlp_bias", False)},
+    "mistral": _SIZES
+    | {
+        "intermediate_size": ("mlp", 14336),
+        "num_key_value_heads": ("kv_heads", 8),
+        "max_position_embeddings": ("max_len", 4096 * 32),
+        "sliding_window": ("window", 4096),
+    },
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": ("head_size", 128)},
+    "gemma": _GEMMA
+    | {
+        "hidden_size": ("width", 3072),
+        "intermediate_size": ("mlp", 24576),
+        "num_hidden_layers": ("depth", 28),
+        "num_attention_heads": ("heads", 16),
+        "num_key_value_heads": ("kv_heads", 16),
+    },
+    "gemma2": _CAPPED
+    | {
+        "final_logit_softcapping": ("logit_softcap", 30.0),
+        "attn_logit_softcapping": ("attention_softcap", 50.0),
+    },
+    "gemma3_text": _CAPPED
+    | {
+        "vocab_size": ("vocab_size", 262_208),
+        "max_position_embeddings": ("max_len", 131_072),
+        "final_logit_softcapping": ("logit_softcap", None),
+        "attn_logit_softcapping": ("attention_softcap", None),
+    },
+    "olmo2": _SIZES | {"vocab_size": ("vocab_size", 50304), "rms_norm_eps": ("eps", 1e-5)},
+}
+# Options of transformers that we have in one setting only; absent means that setting.
+FIXED: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(PREFIXES, {"quantization_config": None}),
+    **dict.fromkeys(("qwen2", "qwen3"), {"quantization_config": None, "use_sliding_window": False}),
+    **dict.fromkeys(
+        ("gemma", "gemma2", "gemma3_text"),
+        {"quantization_config": None, "use_bidirectional_attention": None},
+    ),
+}
+# Fields whose absence config.json has as null, and we as 0.
+NULLABLE = ("kv_heads", "head_size", "window", "logit_softcap", "attention_softcap")
+_FULL_EVERY = {"gemma2": 2, "gemma3_text": 6}
+
+
+def architectures(model_type: str) -> tuple[tuple[str, frozenset[str]], ...]:
+    """Classes of transformers and the heads they have, the richest first."""
+    prefix, classified = PREFIXES[model_type], ()
+    if model_type not in _UNCLASSIFIED:
+        name = f"{prefix}ForSequenceClassification"
+        classified = tuple((name, frozenset({head})) for head in ("classify", "regress"))
+    causal = f"{prefix}ForCausalLM"
+    return (*classified, (causal, frozenset({"lm"})), (causal, frozenset()))
+
+
+def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `models.llama.Model` for a config.json.
+
+    Raises ConfigError for an option that the model does not have.
+    """
+    kind = hf["model_type"]
+    found = options.read(hf, OPTIONS[kind], FIXED[kind])
+    found |= {field: found[field] or 0 for field in NULLABLE if field in found}
+    found |= CONSTANT[kind] | _rope(hf, kind)
+    if kind in ("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2"):
+        found |= dict.fromkeys(("qkv_bias", "out_bias"), bool(hf.get("attention_bias", False)))
+    if kind in _FULL_EVERY:
+        found["query_scale"] = float(hf.get("query_pre_attn_scalar", 256)) ** -0.5
+        found["full_every"] = _full_every(hf, kind, found["depth"])
+    classes = options.classes(hf, PREFIXES[kind])
+    return found | {"variant": "llama2_7b"} | ({"classes": classes} if classes else {})
+
+
+def type_of(cfg: Any) -> str:
+    """`model_type` of a `models.llama.Config`, the plainest that has its options."""
+    if cfg.norms == "behind":
+        return "olmo2"
+    if cfg.norms == "around":
+        return "gemma3_text" if cfg.qk_norm else "gemma2"
+    if cfg.norm_offset:
+        return "gemma"
+    if cfg.qk_norm:
+        return "qwen3"
+    if cfg.qkv_bias and not cfg.out_bias:
+        return "qwen2"
+    return "mistral" if cfg.window else "llama"
+
+
+def hf_config(
+    cfg: Any, heads: Iterable[str], ids: Mapping[str, int], labels: Sequence[str] = ()
+) -> dict[str, Any]:
+    """config.json for a `models.llama.Config`, the heads to write, the ids of special tokens and
+    the names of the classes, if any.
+
+    Raises ConfigError for a combination of options that no class of transformers has.
+    """
+    kind = type_of(cfg)
+    config = {
+        "architectures": [
+            next(name for name, has in architectures(kind) if has == set(heads) - {""})
+        ],
+        "model_type": kind,
+        "dtype": "float32",
+        **{f"{name}_token_id": ids.get(name) for name in ("bos", "eos", "pad")},
+        **options.named_outputs(dict(cfg.classes), heads, labels),
+        **options.written(cfg, OPTIONS[kind]),
+    }
+    config |= {key: None for key, (field, _) in OPTIONS[kind].items() if _is_null(cfg, field)}
+    config |= {"num_key_value_heads": cfg.key_heads, "head_dim": cfg.size}
+    needed = dict(norm_offset=0.0, embed_scale=False, norms="before", qk_norm="") | CONSTANT[kind]
+    needed |= dict(dropout=0.0, window=0, full_every=0, theta_window=0.0, logit_softcap=0.0)
+    needed |= dict(attention_softcap=0.0, mlp_bias=False)
+    has = {field for field, _ in OPTIONS[kind].values()}
+    if kind in _FULL_EVERY:
+        has |= {"full_every", "theta_window"} if kind == "gemma3_text" else {"full_every"}
+        scale = cfg.query_scale or cfg.size**-0.5
+        config["query_pre_attn_scalar"] = round(scale**-2)
+        config["layer_types"] = [
+            "full_attention" if full else "sliding_attention" for full in cfg.full_layers
+        ]
+    else:
+        needed["query_scale"] = 0.0
+    if kind != "qwen2":
+        needed["out_bias"] = cfg.qkv_bias
+        config["attention_bias"] = cfg.qkv_bias
+    for field, value in needed.items():
+        if field not in has:
+            options.require(kind, field, getattr(cfg, field), value)
+    return config | _written_rope(cfg, kind)
+
+
+def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes that a config.json gives; () where it has none for a head."""
+    return options.labels(hf, options.classes(hf, PREFIXES[hf["model_type"]]))
+
+
+def _is_null(cfg: Any, field: str) -> bool:
+    return field in NULLABLE and not getattr(cfg, field)
+
+
+def _full_every(hf: Mapping[str, Any], kind: str, depth: int) -> int:
+    """Of which layers every n-th has no window, in the keys of transformers 4 or 5."""
+    every = hf.get("sliding_window_pattern", _FULL_EVERY[kind])
+    if kinds := hf.get("layer_types"):
+        full = [i + 1 for i, name in enumerate(kinds) if name == "full_attention"]
+        every = full[0] if full else depth + 1
+        numbers = np.arange(1, depth + 1)
+        if kinds != [("full" if i % every == 0 else "sliding") + "_attention" for i in numbers]:
+            raise ConfigError(
+                f"config.json has layer_types={kinds}; fmjax has every n-th layer without a window "
+                "(config.model.full_every)."
+            )
+    return every
+
+
+def _rope(hf: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Bases and stretching of positions, in the keys of transformers 4 or 5."""
+    told = hf.get("rope_parameters") or {}
+    local = kind == "gemma3_text"
+    far = (told.get("full_attention") or {}) if local else told
+    base = 1_000_000.0 if local else 10_000.0
+    scaling = dict(hf.get("rope_scaling") or {}) | dict(far)
+    found = {"theta": float(scaling.pop("rope_theta", None) or hf.get("rope_theta") or base)}
+    if local:
+        near = told.get("sliding_attention") or {}
+        if near.get("rope_type", "default") != "default":
+            raise ConfigError(
+                f"config.json has rope_type={near['rope_type']!r} for layers with a window; fmjax "
+                "has 'default' only."
+            )
+        own = near.get("rope_theta") or hf.get("rope_local_base_freq") or 10_000.0
+        found["theta_window"] = float(own)
+    kinds = [scaling.pop(key) for key in ("rope_type", "type") if scaling.get(key)]
+    if not kinds or kinds[0] == "default":
+        return found | {"rope": ()}
+    if kinds[0] == "yarn":
+        scaling.setdefault("original_max_position_embeddings", hf["max_position_embeddings"])
+    else:
+        extra = "original_max_position_embeddings"
+        scaling = {k: v for k, v in scaling.items() if kinds[0] == "llama3" or k != extra}
+    scaling = {key: value for key, value in scaling.items() if value is not None}
+    return found | {"rope": (("type", kinds[0]), *sorted(scaling.items()))}
+
+
+def _written_rope(cfg: Any, kind: str) -> dict[str, Any]:
+    """In the keys of the published checkpoints, which every version of transformers reads."""
+    told = dict(cfg.rope)
+    scaling = None if not told else {"rope_type": told.pop("type"), **told}
+    config = {"rope_theta": cfg.theta, "rope_scaling": scaling}
+    return config | ({"rope_local_base_freq": cfg.theta_window} if kind == "gemma3_text" else {})

@@ -1,0 +1,302 @@
+"""Causal decoders of the Llama family: RMS norms, rotary positions, gated MLPs.
+
+    embed -> block_00 … block_L -> norm -> heads: vocabulary, tied or not; linear
+
+| family | differs from Llama 2 (Touvron et al. 2023) in |
+|---|---|
+| Llama 3 | grouped keys and values, stretched rotary positions |
+| Mistral | grouped keys and values, a window |
+| Qwen 2 | biases of query, key and value |
+| Qwen 3 | norms of queries and keys, head size of its own |
+| Gemma | norms with 1 + scale, embedding times √D, GELU, tied |
+| Gemma 2 | … norms behind attention and MLP too, soft caps, every other layer with a window |
+| Gemma 3 | … norms of queries and keys, no caps; two bases of positions, five of six layers near |
+| OLMo 2 | norms behind attention and MLP only, and of whole queries and keys |
+
+A token sees itself and what is before it in its own document: several documents can share a row, of
+which `segment_ids` say which is whose and `positions` restart at each. Letters: B batch, T time, D
+width, N heads, K heads of keys and values, H head size, V vocabulary, L depth.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fmjax import sharding, streams
+from fmjax.errors import ConfigError, did_you_mean
+from fmjax.models import TOKEN_HEADS, layers, rope, trunk
+from fmjax.models.attention import attention, mask
+from fmjax.precision import DTYPES
+
+NORMS = ("before", "behind", "around")
+QK_NORMS = ("", "head", "whole")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every choice that tells the family's members apart; `VARIANTS` names published ones."""
+
+    vocab_size: int = 32000
+    width: int = 4096
+    depth: int = 32
+    heads: int = 32
+    kv_heads: int = 0  # of keys and values; 0: as many as of queries
+    head_size: int = 0  # 0: width / heads
+    mlp: int = 11008
+    max_len: int = 4096
+    tied: bool = False  # whether the output is the token embedding
+    lm_head: bool = True  # whether tokens are predicted
+    classes: tuple[tuple[str, int], ...] = ()  # linear heads: (name, outputs)
+    activation: str = "silu"
+    eps: float = 1e-5
+    norms: str = "before"  # attention and MLP; or behind them, or around
+    norm_offset: float = 0.0  # added to the scales of norms
+    qk_norm: str = ""  # norms of queries and keys: of each head, or of the whole
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    embed_scale: bool = False  # the embedding times √D
+    query_scale: float = 0.0  # of products of queries and keys; 0: 1/√H
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    window: int = 0  # tokens that a layer sees, itself included; 0: all
+    full_every: int = 0  # of layers with a window every n-th sees all; 0: none
+    theta: float = 10_000.0
+    theta_window: float = 0.0  # of layers with a window; 0: as the others
+    rope: tuple[tuple[str, Any], ...] = ()  # how positions are stretched: `models.rope`
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    # How it is computed, which changes no number
+    dtype: str = "float32"
+    attention: str = "auto"
+    scan: bool = True
+    remat: str = "none"
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    @property
+    def size(self) -> int:
+        """Of a head."""
+        return self.head_size or self.width // self.heads
+
+    @property
+    def full_layers(self) -> list[bool]:
+        """Which layers see all before them."""
+        each = range(1, self.depth + 1)
+        return [not self.window or bool(self.full_every) and i % self.full_every == 0 for i in each]
+
+
+_LLAMA3 = dict(vocab_size=128256, kv_heads=8, theta=500_000.0, max_len=8192)
+VARIANTS: dict[str, dict[str, Any]] = {
+    # Ours: the smallest that learns to write within minutes on a CPU.
+    "tiny": dict(depth=4, width=128, heads=4, kv_heads=2, mlp=344, max_len=1024, tied=True),
+    "llama2_7b": {},
+    "tinyllama_1b": dict(depth=22, width=2048, kv_heads=4, mlp=5632, max_len=2048),
+    "llama3_8b": _LLAMA3 | dict(mlp=14336),
+    "llama3_1b": _LLAMA3 | dict(depth=16, width=2048, mlp=8192, tied=True),
+}
+
+
+def Model(variant: str = "llama2_7b", **overrides: Any) -> "Decoder":
+    """The decoder of a named variant with fields replaced; `classes` and `rope` may be mappings.
+
+    Raises ConfigError for an unknown variant, field or inconsistent size.
+    """
+    cfg = trunk.configured(Config, VARIANTS, variant, overrides)
+    trunk.check_config(cfg, taken=("lm",))
+    for key, possible in (("norms", NORMS), ("qk_norm", QK_NORMS)):
+        if (value := getattr(cfg, key)) not in possible:
+            raise ConfigError(
+                f"config.model.{key}={value!r} is not known." + did_you_mean(value, possible)
+            )
+    if cfg.heads % cfg.key_heads:
+        raise ConfigError(
+            f"config.model.kv_heads={cfg.kv_heads} does not divide config.model.heads={cfg.heads}."
+        )
+    if cfg.size % 2:
+        raise ConfigError(f"config.model.head_size={cfg.size} is odd: rotary positions turn pairs.")
+    if cfg.full_every and not cfg.window:
+        raise ConfigError(
+            f"config.model.full_every={cfg.full_every} needs config.model.window: without one "
+            "every layer sees all."
+        )
+    rope.check(dict(cfg.rope))
+    return Decoder(cfg)
+
+
+class Block(nn.Module):
+    """One transformer layer: attention and MLP, each with its norms and a residual around it."""
+
+    cfg: Config
+    kind: str = "block"
+
+    @nn.compact
+    def __call__(self, x, layer, shared):
+        cfg = self.cfg
+        seeds = None if shared["seeds"] is None else streams.fold(shared["seeds"], layer["index"])
+        site = lambda i: None if seeds is None else streams.fold(seeds, i)
+        mlp = layers.Mlp(cfg.mlp, cfg.activation, True, cfg.mlp_bias, DTYPES[cfg.dtype], name="mlp")
+
+        def residual(x, name, function, i):
+            h = norm(cfg, f"{name}_norm")(x) if cfg.norms != "behind" else x
+            h = function(h)
+            h = norm(cfg, f"{name}_norm_behind")(h) if cfg.norms != "before" else h
+            return x + layers.dropout(h, cfg.dropout, site(i))
+
+        attend = Attention(cfg, name="attn")
+        x = residual(x, "attn", lambda h: attend(h, layer, shared, site(0)), 1)
+        x = residual(x, "mlp", mlp, 2)
+        return sharding.constrain_batch(x), None
+
+
+def norm(cfg: Config, name: str | None = None) -> nn.Module:
+    return layers.RmsNorm(cfg.eps, cfg.norm_offset, DTYPES[cfg.dtype], name=name)
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions, of which keys and values may have fewer heads."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, x, layer, shared, seeds):
+        cfg, (batch, time, width), size = self.cfg, x.shape, self.cfg.size
+        make = lambda name, features, bias: layers.Linear(
+            features, bias, DTYPES[cfg.dtype], name=name
+        )
+        split = lambda y: y.reshape(batch, time, -1, size).swapaxes(1, 2)  # (B, N, T, H)
+
+        def projected(name, heads, normed):
+            y = make(name, heads * size, cfg.qkv_bias)(x)
+            if normed and cfg.qk_norm == "whole":
+                y = norm(cfg, f"{name}_norm")(y)
+            y = split(y)
+            return norm(cfg, f"{name}_norm")(y) if normed and cfg.qk_norm == "head" else y
+
+        q = projected("query", cfg.heads, True)
+        k, v = (projected(name, cfg.key_heads, name == "key") for name in ("key", "value"))
+        table = jnp.where(layer["full"], shared["far"], shared["near"])
+        factor = jnp.where(layer["full"], *shared["factors"])
+        q, k = (rope.turned(y, shared["positions"], table, factor) for y in (q, k))
+        may_see = jnp.where(layer["full"], shared["all"], shared["window"])
+        k, v, may_see = layers.Memory(name="memory")(k, v, may_see)
+        out = attention(
+            q, k, v, may_see,
+            segment_ids=shared["segment_ids"],
+            causal=True,
+            windowed=cfg.window > 0,
+            scale=cfg.query_scale or None,
+            softcap=cfg.attention_softcap,
+            dropout=cfg.attention_dropout,
+            seeds=seeds,
+            # Initialisation runs one short row, which no kernel takes.
+            implementation="xla" if self.is_initializing() else cfg.attention,
+        )  # fmt: skip
+        out = out.swapaxes(1, 2).reshape(batch, time, cfg.heads * size)
+        return make("out", width, cfg.out_bias)(out)
+
+
+class Embed(nn.Module):
+    """Token embeddings."""
+
+    cfg: Config
+
+    def setup(self):
+        self.token = layers.Embedding(self.cfg.vocab_size, self.cfg.width)
+
+    def __call__(self, input_ids, seeds):
+        cfg = self.cfg
+        x = self.token(input_ids)
+        if cfg.embed_scale:
+            x = x * jnp.asarray(cfg.width**0.5, DTYPES[cfg.dtype]).astype(x.dtype)
+        return layers.dropout(x, cfg.dropout, seeds).astype(DTYPES[cfg.dtype])
+
+
+class Output(nn.Module):
+    """The matrix of an output that is not tied to the embedding."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self):
+        shape = self.cfg.width, self.cfg.vocab_size
+        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, jnp.float32)
+        spec = sharding.spec_of("/".join((*self.path, "kernel")))
+        return trunk.Vocabulary(kernel, False, spec, DTYPES[self.cfg.dtype])
+
+
+class Heads(trunk.Heads):
+    """The output matrix where it is not tied, and linear heads; those on the whole have no bias, as
+    in transformers."""
+
+    def setup(self):
+        super().setup()
+        if self.cfg.lm_head and not self.cfg.tied:
+            self.lm = Output(self.cfg)
+
+    def linear(self, name, features):
+        return layers.Linear(features, name in TOKEN_HEADS, DTYPES[self.cfg.dtype])
+
+
+class Decoder(trunk.Trunk):
+    """The trunk and its heads."""
+
+    def setup(self):
+        self.embed = Embed(self.cfg)
+        self.make_layers(Block)
+        self.norm = norm(self.cfg)
+        self.head = Heads(self.cfg)
+
+    def encode(
+        self,
+        input_ids: Int[Array, "B T"] | Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        token_types: Int[Array, "B T"],
+        seeds: streams.Seeds | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of the last layer that runs; `token_types` are not used. `seeds` turn
+        dropout on."""
+        cfg, time = self.cfg, input_ids.shape[1]
+        if self.start:
+            x = input_ids.astype(DTYPES[cfg.dtype])
+        else:
+            site = None if seeds is None else streams.fold(seeds, cfg.depth)
+            x = self.embed(input_ids, site)
+        seen = mask(segment_ids, positions, causal=True)
+        window = mask(segment_ids, positions, cfg.window - 1, causal=True) if cfg.window else seen
+        how = dict(cfg.rope), time, cfg.max_len
+        far, factor = rope.frequencies(cfg.size, cfg.theta, *how)
+        near, near_factor = far, factor
+        if cfg.theta_window:
+            near, near_factor = rope.frequencies(cfg.size, cfg.theta_window, {}, *how[1:])
+        shared = dict(
+            segment_ids=segment_ids,
+            positions=positions,
+            all=seen,
+            window=window,
+            far=jnp.asarray(far, jnp.float32),
+            near=jnp.asarray(near, jnp.float32),
+            factors=(jnp.float32(factor), jnp.float32(near_factor)),
+            seeds=seeds,
+        )
+        index = np.arange(cfg.depth)
+        layer = {"index": jnp.asarray(index), "full": jnp.asarray(cfg.full_layers)}
+        x = self.run_layers(sharding.constrain_batch(x), layer, shared)
+        return self.norm(x) if self.stop is None else x
+
+    def vocabulary(self) -> trunk.Vocabulary:
+        """What `logits` multiplies with."""
+        self.need_vocabulary()
+        if not self.cfg.tied:
+            return self.head.lm()._replace(softcap=self.cfg.logit_softcap)
+        token = self.embed.token
+        dtype = DTYPES[self.cfg.dtype]
+        return trunk.Vocabulary(token.table(), True, token.spec, dtype, self.cfg.logit_softcap)
