@@ -14,13 +14,19 @@ samples stand at the end of the output and in ledger.json; more: configs/generat
 import runpy
 from pathlib import Path
 
+from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from fmjax.config import parse_arg
+from fmjax.errors import ConfigError, did_you_mean
+
+VARIANTS = ("small", "tiny")
 
 
 def get_config(arg=None):
     arg = parse_arg(arg, variant="small", runlocal=False)
+    if arg.variant not in VARIANTS:
+        raise ConfigError(f"unknown variant {arg.variant!r}.{did_you_mean(arg.variant, VARIANTS)}")
     mlm = runpy.run_path(str(Path(__file__).with_name("mlm.py")))["get_config"]
     config = mlm(f"{arg.variant},runlocal={arg.runlocal}")
     config.data.frame = "document"  # what ends a document does not end each piece of a long one
@@ -30,7 +36,11 @@ def get_config(arg=None):
     config.optim.update(lr=3e-3, clip=1.0, weight_decay=0.1)
     config.optim.args.update(b2=0.95, eps=1e-8)
     config.ledger = ("samples",)
-    config.samples = dict(prompt="", count=3, length=64, temperature=0.8, top_k=placeholder(int))
+    config.samples = ConfigDict(
+        dict(prompt="", count=3, length=64, temperature=0.8, top_k=placeholder(int))
+    )
+    if arg.variant == "tiny":
+        config.samples.length = 16
     return config
 
 

@@ -34,6 +34,7 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
         lm_head=objectives.need_vocabulary(config.objectives),
         classes=heads,
     )
+    objectives.check_causal(config.objectives.to_dict(), built.causal)
     built = adapters.wrap(built, config.to_dict())
     check_rows(built, config.data.to_dict())
     return built

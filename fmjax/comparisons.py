@@ -222,12 +222,13 @@ def compare(found: Sequence[Group], metric: str, level: float = 0.95) -> list[Ro
 
 def alike(one: Group, other: Group) -> bool:
     """Whether all their results are of the same examples: by the labels where both know them, else
-    by the digest of the data where both know that."""
+    by the digests of the data and of their rows where both know these."""
     both = [*one.results.values(), *other.results.values()]
     labels = [r["examples"]["label"].tobytes() for r in both if "label" in r.get("examples", {})]
     if len(labels) == len(both):
         return len(set(labels)) == 1
-    return len({r["data_digest"] for r in both if "data_digest" in r}) < 2
+    digests = ("data_digest", "rows_digest")
+    return all(len({r[name] for r in both if name in r}) < 2 for name in digests)
 
 
 def references(found: Sequence[Group]) -> list[int]:

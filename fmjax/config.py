@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "max_skipped",
     "ledger",
     "pretraining",
+    "samples",
     "cache_prefix",
     "tensorboard",
     "wandb",

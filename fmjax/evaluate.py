@@ -22,7 +22,8 @@ from fmjax.models import AnyModel
 
 FILE = "evaluation.jsonl"
 # A new source replaces all that names the run's; only these say how rows are made of documents.
-ROWS = ("seq_len", "format", "pair", "long", "stride", "columns", "label", "cache", "workers")
+ROWS = ("seq_len", "format", "pair", "long", "frame", "stride")
+ROWS += ("columns", "label", "cache", "workers")
 
 
 def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
@@ -254,11 +255,13 @@ def add(totals: dict[str, np.ndarray], found: Mapping[str, tuple[Any, Any]]) -> 
 
 
 def perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
-    """{"mlm/perplexity": e^loss} for a loss that is a mean over words."""
+    """{"mlm/perplexity": e^nats} for losses that are means over tokens."""
     return {
-        f"{name.removesuffix('loss')}perplexity": float(np.exp(value))
+        f"{name.removesuffix('loss')}perplexity": float(
+            np.exp(metrics.get(f"{name.removesuffix('loss')}nats", value))
+        )
         for name, value in metrics.items()
-        if name.endswith("mlm/loss")
+        if name.endswith(("mlm/loss", "clm/loss"))
     }
 
 
@@ -276,7 +279,7 @@ def settings_of(
     goals = config.objectives or (saved and saved.objectives)
     return (
         dataclasses.asdict(read(DataSettings, kept | given, "data")),
-        goals.to_dict() if goals else {"mlm": {}},
+        goals.to_dict() if goals else {"clm" if opened.model.causal else "mlm": {}},
         config.batch_size or (saved.batch_size if saved else 64),
     )
 

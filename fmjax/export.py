@@ -136,7 +136,9 @@ def divergence(
                 found[name] = apply(params, hidden, name, method="project")
             else:
                 found[name] = apply(params, hidden, ones, name, method="classify")
-        return found | ({"mlm": apply(params, hidden, method="logits")} if cfg.lm_head else {})
+        return found | (
+            {"vocabulary": apply(params, hidden, method="logits")} if cfg.lm_head else {}
+        )
 
     @jax.jit
     def compare(params, whole):
@@ -190,16 +192,16 @@ def _compare(
 
 
 def _check_pool(opened: pretrained.Opened) -> None:
-    """Refuses a head on the mean of the tokens, where the classes of transformers take the
-    first."""
+    """Refuses a head on what the classes of transformers do not take for the whole."""
     model = adapters.base(opened.model)
     family = convert.family_of(model)
     for name, args in opened.config.objectives.items():
         written = family.place(family.type_of(model.cfg), f"head/{name}/kernel")
-        if args.get("pool") == "mean" and name in dict(model.cfg.classes) and written:
+        pool, theirs = args.get("pool", ""), model.heads.pool
+        if pool not in ("", theirs) and name in dict(model.cfg.classes) and written:
             raise ConfigError(
-                f"The run has config.objectives.{name}.pool='mean', which no class of transformers "
-                "has: its outputs would differ. Train with pool='first' to export."
+                f"The run has config.objectives.{name}.pool={pool!r}, but the classes of "
+                f"transformers take {theirs!r}: outputs would differ. Train with that to export."
             )
 
 

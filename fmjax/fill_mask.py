@@ -30,6 +30,11 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     sentences = [line.strip() for line in config.text.splitlines() if line.strip()]
     with processes.start(config) as mesh:
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
+        if opened.model.causal:
+            raise ConfigError(
+                f"config.folder={config.folder!r} has a model that writes on, and fills no gaps: "
+                "use configs/generate.py."
+            )
         opened.require_head("mlm")
         tokenizer = load_tokenizer(opened.tokenizer)
         rows = encode(sentences, tokenizer, _room(opened.model))

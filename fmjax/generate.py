@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fmjax import adapters, build, pretrained, processes
+from fmjax import adapters, build, evaluate, pretrained, processes
 from fmjax.data import tokenizer as tokenizers
 from fmjax.errors import ConfigError
 
@@ -22,22 +22,37 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     """
     with processes.start(config) as mesh:
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
-        found = texts(opened, config, config.seed, dry_run=dry_run)
-    if dry_run:
-        return
+        if dry_run:
+            words = tokenizers.load(opened.tokenizer)
+            prompt_ids(opened.model, words, config, _trained(opened))
+            return
+        found = texts(opened, config, config.seed)
     if jax.process_index() == 0:
         print(f"\n{opened}\n")
         print(shown(config.prompt, found))
 
 
-def texts(
-    opened: pretrained.Opened, how: Mapping[str, Any], seed: int, *, dry_run: bool = False
-) -> list[str]:
+def texts(opened: pretrained.Opened, how: Mapping[str, Any], seed: int) -> list[str]:
     """`how["count"]` continuations of `how["prompt"]`, each up to its end or of `how["length"]`
     tokens."""
     words = tokenizers.load(opened.tokenizer)
-    ids = prompt_ids(opened.model, words, how["prompt"], how["length"])
-    return [] if dry_run else _continuations(opened, words, ids, how, seed)
+    ids = prompt_ids(opened.model, words, how, _trained(opened))
+    row = np.zeros(len(ids) + how["length"], np.int32)
+    row[: len(ids)] = ids
+    rows = np.tile(row, (how["count"], 1))
+    model = opened.model
+    drawn = len(ids), how["temperature"], how["top_k"], min(len(words), model.cfg.vocab_size)
+    out = evaluate.on_host(
+        _written(build.apply(model), opened.params, rows, jax.random.key(seed), *drawn)
+    )
+    _, last = tokenizers.around(words)
+    found = []
+    for new in out[:, len(ids) :].tolist():
+        end = new.index(last[0]) if last and last[0] in new else len(new)
+        # Together with the prompt: alone, a first token may lose the space before it.
+        before, whole = words.decode(ids), words.decode([*ids, *new[:end]])
+        found.append(whole.removeprefix(before))
+    return found
 
 
 def shown(prompt: str, texts: Sequence[str]) -> str:
@@ -45,59 +60,50 @@ def shown(prompt: str, texts: Sequence[str]) -> str:
     return "\n---\n".join(prompt + text for text in texts)
 
 
-def prompt_ids(model: Any, words: Any, prompt: str, length: int) -> list[int]:
-    """The tokens of the prompt, behind those that begin a document.
+def prompt_ids(
+    model: Any, words: Any, how: Mapping[str, Any], trained: int | None, of: str = "config"
+) -> list[int]:
+    """The tokens of `how["prompt"]`, behind those that begin a document.
+
+    `trained` is how long the rows of training were, None where nobody knows; `of` what the keys of
+    `how` are keys of.
 
     Raises ConfigError for a model that does not write, a prompt of nothing that no token begins,
-    and one that leaves no room for `length` more.
+    and one that leaves no room for `how["length"]` more.
     """
-    if not hasattr(adapters.base(model), "vocabulary"):
+    if not model.causal:
         raise ConfigError(
-            "config.folder has an encoder, which fills gaps (configs/fill_mask.py) but does not go "
-            "on with a text: train one with configs/clm.py."
+            "the model is an encoder, which fills gaps (configs/fill_mask.py) but does not go on "
+            "with a text: give config.folder of a decoder, as configs/clm.py trains one."
+        )
+    if len(words) > model.cfg.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {len(words):,} tokens, the model {model.cfg.vocab_size:,}: they do "
+            "not belong together."
         )
     first, _ = tokenizers.around(words)
-    ids = [*first, *words(prompt, add_special_tokens=False)["input_ids"]]
+    ids = [*first, *words(how["prompt"], add_special_tokens=False)["input_ids"]]
     if not ids:
         raise ConfigError(
-            "config.prompt is empty, and the tokenizer has no token that begins a text: give one."
+            f"{of}.prompt is empty, and the tokenizer has no token that begins a text: give one."
         )
     room = model.cfg.max_len - adapters.positions(model)
-    if len(ids) + length > room:
+    if trained is not None and not adapters.base(model).endless:
+        room = min(room, trained)
+    if len(ids) + how["length"] > room:
         raise ConfigError(
-            f"config.prompt has {len(ids)} tokens and config.length={length}, but the model has "
-            f"{room} positions: make one of them shorter."
+            f"{of}.prompt has {len(ids)} tokens and {of}.length={how['length']}, but the model has "
+            f"{room} positions that were trained: make one of them shorter."
         )
     return ids
 
 
-def _continuations(
-    opened: pretrained.Opened, words: Any, ids: Sequence[int], how: Mapping[str, Any], seed: int
-) -> list[str]:
-    """The texts behind the tokens `ids`."""
-    _, last = tokenizers.around(words)
-    row = np.zeros(len(ids) + how["length"], np.int32)
-    row[: len(ids)] = ids
-    rows = np.tile(row, (how["count"], 1))
-    out = jax.device_get(
-        _written(
-            build.apply(opened.model),
-            opened.params,
-            rows,
-            jax.random.key(seed),
-            len(ids),
-            how["temperature"],
-            how["top_k"],
-        )
-    )
-    texts = []
-    for new in out[:, len(ids) :].tolist():
-        end = new.index(last[0]) if last and last[0] in new else len(new)
-        texts.append(words.decode(new[:end]))
-    return texts
+def _trained(opened: pretrained.Opened) -> int | None:
+    """How long the rows were that the model was trained on."""
+    return opened.config.data.seq_len if opened.config else None
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
 def _written(
     apply: Any,
     params: Any,
@@ -106,15 +112,17 @@ def _written(
     known: int,
     temperature: float,
     top_k: int | None,
+    tokens: int,
 ) -> Int[Array, "B T"]:
-    """The rows with all behind the first `known` tokens drawn, one after the other."""
+    """The rows with all behind the first `known` tokens drawn, one after the other, of the first
+    `tokens` of the vocabulary: a model may have rows that no token stands for."""
     ones = jnp.ones_like(rows)
     positions = jnp.broadcast_to(jnp.arange(rows.shape[1])[None], rows.shape)
 
     def one(t, rows):
         # What is behind is not seen, whatever stands there.
         hidden = apply(params, rows, ones, positions, jnp.zeros_like(rows), method="encode")
-        logits = apply(params, hidden[:, t - 1], method="logits")
+        logits = apply(params, hidden[:, t - 1], method="logits")[:, :tokens]
         return rows.at[:, t].set(_drawn(logits, jax.random.fold_in(key, t), temperature, top_k))
 
     return jax.lax.fori_loop(known, rows.shape[1], one, rows)
@@ -127,7 +135,7 @@ def _drawn(
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if top_k:
-        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
     # A stream a row: what a row says does not depend on how many there are.
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits)))

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from fmjax import arms, build, evaluate, generate, logs, plan, pretrained, report, trees, workdir
 from fmjax import config as configs
+from fmjax.data import tokenizer
 from fmjax.errors import ConfigError
 from fmjax.setup import Run
 
@@ -46,6 +47,8 @@ class Ledger:
         if "forgetting" in self.asked:
             self.pretraining = json.dumps(configs.plain(config.pretraining), sort_keys=True)
             base(config.init, self.pretraining, mesh).check(together.wide)
+        if "samples" in self.asked:
+            _check_samples(together.wide)
 
     def write(self, folders: Sequence[workdir.Folder]) -> None:
         """Measures the finished runs in their folders; what is known already is left as it is."""
@@ -85,6 +88,19 @@ class Ledger:
     def _slices(self, folder: Path, run: Run) -> dict[str, Any]:
         examples = workdir.read_examples(folder)
         return slices(examples, run.dataset.labels) if examples else {}
+
+
+def _check_samples(run: Run) -> None:
+    """Refuses samples that a run's model cannot be asked for."""
+    how = run.config.get("samples") or {}
+    wanted = ("prompt", "count", "length", "temperature", "top_k")
+    if sorted(how) != sorted(wanted):
+        raise ConfigError(
+            f"config.ledger has 'samples', which needs config.samples to have {', '.join(wanted)}; "
+            f"it has {', '.join(how) or 'none of them'}. configs/clm.py has an example."
+        )
+    words = tokenizer.load(run.dataset.tokenizer_dir)
+    generate.prompt_ids(run.model, words, how, run.config.data.seq_len, of="config.samples")
 
 
 def slices(examples: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, list[dict]]:

@@ -47,9 +47,14 @@ def real_rows(batch: Mapping[str, jax.Array]) -> Float[Array, "B"]:
 def pooled(
     hidden: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], pool: str
 ) -> Float[Array, "B D"]:
-    """What stands for a whole sequence, in float32: its "first" token, or the "mean" of all."""
+    """What stands for a whole sequence, in float32: its "first" token, its "last", or the "mean" of
+    all."""
     if pool == "first":
         return hidden[:, 0].astype(jnp.float32)
+    if pool == "last":
+        time = segment_ids.shape[1]
+        last = time - 1 - jnp.argmax(segment_ids[:, ::-1] > 0, axis=1)
+        return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
     real = (segment_ids > 0).astype(jnp.float32)[..., None]
     total = jnp.sum(hidden.astype(jnp.float32) * real, axis=1)
     return total / jnp.maximum(jnp.sum(real, axis=1), 1.0)

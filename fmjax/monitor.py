@@ -206,7 +206,8 @@ class Monitor:
             config_difference=changed,
             environment=report.environment(device=f"{jax.device_count()} x {device.device_kind}"),
             data=self.run.dataset.counts,
-            data_digest=self.run.dataset.rows_digest,
+            data_digest=self.run.dataset.digest,
+            rows_digest=self.run.dataset.rows_digest,
         )
         self._progress.close()
         page = report.write(self.folder.path)

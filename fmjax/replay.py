@@ -64,10 +64,10 @@ def _check_data(folder: Path, run: Run) -> None:
     """Refuses data that have changed since the run, where it has ended and tells."""
     file = folder / "summary.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if before.get("data_digest", run.dataset.rows_digest) != run.dataset.rows_digest:
+    if before.get("data_digest", run.dataset.digest) != run.dataset.digest:
         raise DataError(
             f"{folder} was trained on data with the digest {before['data_digest']}, but "
-            f"config.data gives {run.dataset.rows_digest} now: its steps would be others."
+            f"config.data gives {run.dataset.digest} now: its steps would be others."
         )
 
 

@@ -235,7 +235,7 @@ DICTS = (
 ARM_KEYS = r"seed|(optim|group_optim\.\w+)\.(lr|weight_decay)|adapter\.(rank|alpha|init|text)"
 SCHEDULES = ("linear", "cosine", "wsd", "rsqrt", "constant")
 MASKS = ("token", "word", "span")  # what masked language modelling chooses
-POOLS = ("first", "mean")  # what stands for a whole sequence
+POOLS = ("", "first", "last", "mean")  # what stands for a whole sequence; "": as models have it
 # How documents become rows, or what kind of example a record is.
 FORMATS = ("packed", "padded", "pairs", "classes", "values", "tags", "spans", "choices", "texts")
 

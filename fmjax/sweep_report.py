@@ -21,7 +21,7 @@ import numpy as np
 from fmjax import comparisons, logs, page, svg, workdir
 from fmjax.comparisons import Group, Row
 from fmjax.config import flatten, may_change
-from fmjax.progress import count, duration
+from fmjax.progress import FALLING, count, duration
 
 # What a metric is drawn against: (title, what the axis says, of a result).
 AGAINST = {
@@ -39,7 +39,6 @@ BUDGETS = {
 }
 CURVES = '<p class="soft">Means over seeds, from the least to the greatest, beside the first.</p>'
 NAMED = 15  # points of a figure that all have their names; of more, those of the front
-FALLING = ("loss", "perplexity", "ece", "brier")  # metrics that are better when they are lower
 
 
 def write(

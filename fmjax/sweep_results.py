@@ -27,6 +27,7 @@ KEPT = (
     "trainable_parameters",
     "kept_bytes",
     "data_digest",
+    "rows_digest",
     "environment",
 )
 

@@ -43,6 +43,7 @@ from fmjax import config as configs
 from fmjax.arms import Arms
 from fmjax.errors import ConfigError, NumericsError, Preempted, did_you_mean
 from fmjax.monitor import Monitor
+from fmjax.progress import FALLING
 from fmjax.setup import Run
 from fmjax.state import TrainState
 from fmjax.step import make_gradient
@@ -120,7 +121,7 @@ def loop(
     every = {name: together.wide.steps(config[f"{name}_every"]) for name in ("log", "eval", "save")}
     due = lambda name: step == total or (every[name] and step % every[name] == 0)
     with contextlib.ExitStack() as cleanup:
-        mode = "min" if config.best.endswith(("loss", "perplexity")) else "max"
+        mode = "min" if config.best.endswith(FALLING) else "max"
         kept = dict(keep=config.keep, keep_best=config.keep_best, best=config.best, best_mode=mode)
         paths = [folder.path for folder in folders]
         savers = [checkpoint.Checkpointer(path, **kept, beside=paths) for path in paths]

@@ -286,7 +286,7 @@ def _as_command(words: list[str]) -> Iterator[None]:
 
 def _asked(config: Mapping[str, Any] | ConfigDict) -> str:
     """What was to be measured of a finished run, which can be made up for."""
-    return json.dumps(configs.plain([config.get("ledger"), config.get("pretraining")]))
+    return json.dumps(configs.plain([config.get(k) for k in ("ledger", "pretraining", "samples")]))
 
 
 def _told(settings: Mapping[str, Any]) -> str:

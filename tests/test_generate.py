@@ -49,7 +49,7 @@ def test_the_most_probable_tokens_are_those_of_transformers(folder, opened, tmp_
     exports.run(export, tmp_path / "work")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     words = tokenizers.load(opened.tokenizer)
-    ids = generate.prompt_ids(opened.model, words, "The function", 8)
+    ids = generate.prompt_ids(opened.model, words, dict(prompt="The function", length=8), 32)
     given = torch.tensor([ids])
     seen = dict(attention_mask=torch.ones_like(given))  # else what is no text is taken for padding
     how = dict(do_sample=False, max_new_tokens=8, eos_token_id=None, pad_token_id=0)
@@ -87,5 +87,5 @@ def test_an_encoder_does_not_write(tmp_path):
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh):
         encoder = pretrained.open_folder(str(tmp_path), mesh)
-        with pytest.raises(ConfigError, match="has an encoder, which fills gaps.*configs/clm.py"):
+        with pytest.raises(ConfigError, match="is an encoder, which fills gaps.*configs/clm.py"):
             said(encoder)

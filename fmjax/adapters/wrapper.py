@@ -117,6 +117,10 @@ class Adapted:
         return self.model.cfg
 
     @property
+    def causal(self) -> bool:
+        return self.model.causal
+
+    @property
     def stacks(self) -> Sequence[int] | None:
         return self.model.stacks
 

@@ -106,7 +106,7 @@ def _locate(folder: Path) -> dict[str, str]:
         raise CheckpointError(
             f"{folder} has its weights only in {found[:5]}. fmjax reads safetensors only, because "
             "opening a pickle can run any code. If you trust it, convert it once with torch and "
-            "transformers: AutoModelForMaskedLM.from_pretrained(source).save_pretrained(folder)."
+            "transformers: AutoModel….from_pretrained(source).save_pretrained(folder)."
         )
     raise CheckpointError(
         f"{folder} has neither {SINGLE} nor {INDEX}. (From the hub only safetensors are fetched; a "

@@ -1,7 +1,8 @@
 """Rows of `seq_len` tokens: documents are cut into pieces, pieces packed, one segment a piece.
 
 A packed folder holds `train.tokens` [N, T] (the store's dtype) and `train.segments` [N, T]
-(1-based, 0 = padding; the smallest unsigned dtype). Each segment is [CLS] piece [SEP].
+(1-based, 0 = padding; the smallest unsigned dtype). Each segment is [CLS] piece [SEP]; with
+`frame="document"` it is a piece of <s> document </s>, which begins where the one before has ended.
 """
 
 import bisect
@@ -88,7 +89,8 @@ def write(
                 if frame == "document":
                     shard, around = framed(shard, vocab), ((), ())
                 room = seq_len - sum(map(len, around))
-                starts, lengths, lost = pieces(shard.documents, room, long, seq_len)
+                shared = int(frame == "document")  # so that each token is predicted by one before
+                starts, lengths, lost = pieces(shard.documents, room, long, seq_len, shared)
                 tokens, segments = pack(
                     shard.tokens, starts, lengths, seq_len, around, vocab.pad_id, padded
                 )
@@ -118,10 +120,10 @@ def framed(shard: store.Shard, vocab: Vocab) -> store.Shard:
 
 
 def pieces(
-    documents: np.ndarray, limit: int, long: str, seq_len: int
+    documents: np.ndarray, limit: int, long: str, seq_len: int, shared: int = 0
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """(starts, lengths, losses) of pieces of at most `limit` tokens of the documents [D + 1], in
-    rows of `seq_len`."""
+    rows of `seq_len`. Each begins with the last `shared` tokens of the one before it."""
     starts, lengths = documents[:-1], np.diff(documents)
     over = lengths > limit
     excess = int((lengths - limit)[over].sum())
@@ -136,8 +138,9 @@ def pieces(
     if long == "drop":
         lost = {"dropped_documents": int(over.sum()), "dropped_tokens": int(lengths[over].sum())}
         return starts[~over], lengths[~over], lost
-    number = -(-lengths // limit)  # pieces of each document
-    inner = counter(number) * limit  # offset of each piece in its document
+    step = limit - shared
+    number = -(-np.maximum(lengths - shared, lengths > 0) // step)  # pieces of each document
+    inner = counter(number) * step  # offset of each piece in its document
     rest = np.repeat(lengths, number) - inner
     return np.repeat(starts, number) + inner, np.minimum(rest, limit), {}
 

@@ -85,6 +85,11 @@ class DataSettings:
                 f"config.data.long='split' has no meaning with format={self.format!r}, where a "
                 "piece would lack its label. Set it to truncate, drop or error."
             )
+        if self.frame == "document" and (self.labelled or self.format == "pairs"):
+            raise ConfigError(
+                f"config.data.frame='document' has no meaning with format={self.format!r}, whose "
+                "rows are no documents. Leave it at 'piece'."
+            )
         if self.format == "pairs" and self.long != "split":
             raise ConfigError(
                 f"config.data.long={self.long!r} has no meaning with format='pairs', which cuts "

@@ -12,6 +12,7 @@ class AnyModel(Protocol):
 
     cfg: Any  # a frozen dataclass with `depth`, `dtype`, `scan` and `remat`
     stacks: Sequence[int] | None  # lengths of the runs of layers that are scanned together
+    causal: bool  # whether a token sees only what is before it
     kinds: Sequence[str]  # one word a layer; only equal neighbours can be scanned together
 
     def example(self) -> tuple[Any, ...]: ...

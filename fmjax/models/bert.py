@@ -225,6 +225,8 @@ class Heads(trunk.Heads):
 class Encoder(trunk.Trunk):
     """The trunk and its heads."""
 
+    heads = Heads
+
     @property
     def kinds(self) -> list[str]:
         return ["first" if self.cfg.modern and i == 0 else "rest" for i in range(self.cfg.depth)]

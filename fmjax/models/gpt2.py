@@ -136,7 +136,10 @@ class Embed(nn.Module):
 
 
 class Heads(trunk.Heads):
-    """Linear heads; those on the whole have no bias, as in transformers."""
+    """Linear heads; those on the whole, which its last token stands for, have no bias, as in
+    transformers."""
+
+    pool = "last"
 
     def linear(self, name, features):
         return layers.Linear(features, name in TOKEN_HEADS, DTYPES[self.cfg.dtype])
@@ -144,6 +147,10 @@ class Heads(trunk.Heads):
 
 class Decoder(trunk.Trunk):
     """The trunk and its heads."""
+
+    causal = True
+    endless = False
+    heads = Heads
 
     def setup(self):
         self.embed = Embed(self.cfg)

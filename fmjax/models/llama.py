@@ -233,8 +233,10 @@ class Output(nn.Module):
 
 
 class Heads(trunk.Heads):
-    """The output matrix where it is not tied, and linear heads; those on the whole have no bias, as
-    in transformers."""
+    """The output matrix where it is not tied, and linear heads; those on the whole, which its last
+    token stands for, have no bias, as in transformers."""
+
+    pool = "last"
 
     def setup(self):
         super().setup()
@@ -247,6 +249,9 @@ class Heads(trunk.Heads):
 
 class Decoder(trunk.Trunk):
     """The trunk and its heads."""
+
+    causal = True
+    heads = Heads
 
     def setup(self):
         self.embed = Embed(self.cfg)

@@ -45,6 +45,7 @@ class Heads(nn.Module):
     """Linear heads on hidden states: of the whole sequence, or of each token."""
 
     cfg: Any
+    pool = "first"  # what stands for the whole where nothing is said
 
     def setup(self):
         for name, features in self.cfg.classes:
@@ -59,7 +60,7 @@ class Heads(nn.Module):
         return losses.pooled(hidden, segment_ids, pool)
 
     def whole(self, hidden, segment_ids, name, pool, seeds):
-        return self.each(self.summary(hidden, segment_ids, pool), name, seeds)
+        return self.each(self.summary(hidden, segment_ids, pool or self.pool), name, seeds)
 
     def each(self, hidden, name, seeds):
         return getattr(self, name)(layers.dropout(hidden, self.cfg.dropout, seeds), jnp.float32)
@@ -77,6 +78,9 @@ class Trunk(nn.Module):
     stacks: tuple[int, ...] | None = None
     start: int = 0  # above 0, `encode` is given the hidden states of that layer for `input_ids`
     stop: int | None = None  # None: all, and the norm behind them
+    causal = False  # whether a token sees only what is before it
+    endless = True  # whether it can be run on positions that no training text had
+    heads = Heads  # its linear ones
 
     @property
     def kinds(self) -> list[str]:
@@ -140,11 +144,11 @@ class Trunk(nn.Module):
         hidden: Float[Array, "B T D"],
         segment_ids: Int[Array, "B T"],
         name: str,
-        pool: str = "first",
+        pool: str = "",
         seeds: streams.Seeds | None = None,
     ) -> Float[Array, "B C"]:
         """Outputs in float32 of the linear head `name` on the whole sequence, of which `pool` says
-        what stands for it (`losses.pooled`). `seeds` turn dropout on."""
+        what stands for it (`losses.pooled`; "" is the family's own). `seeds` turn dropout on."""
         return self.head.whole(hidden, segment_ids, name, pool, self._head_site(name, seeds))
 
     def project(

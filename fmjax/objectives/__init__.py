@@ -19,8 +19,8 @@ ask for `names` (of the classes), `split` (the data) and `rows` (numbers of its 
 of the outputs). A module also says what it needs: `TARGET`, what the labels of the data must mean
 (`fmjax.data.Dataset.target`); `heads(labels)`, the linear heads of the model; `SCORES`, the metrics
 of `score`; `WHOLE_BATCH`, that a row's loss depends on the others, which forbids accumulation;
-`VOCABULARY`, that the model needs its vocabulary head; `MASKS`, that the tokenizer needs a token
-for what is hidden.
+`VOCABULARY`, that the model needs its vocabulary head; `CAUSAL`, whether a token of the model may
+see only what is before it; `MASKS`, that the tokenizer needs a token for what is hidden.
 """
 
 import functools
@@ -82,6 +82,25 @@ def need_vocabulary(objectives: Iterable[str]) -> bool:
     return any(getattr(module, "VOCABULARY", False) for module in modules)
 
 
+def check_causal(objectives: Mapping[str, Mapping[str, Any]], causal: bool) -> None:
+    """Refuses what a model whose tokens see only what is before them (`causal`), or all, cannot
+    learn. Raises ConfigError."""
+    for name, args in objectives.items():
+        wanted = getattr(importlib.import_module(f"fmjax.objectives.{name}"), "CAUSAL", None)
+        if wanted is not None and wanted != causal:
+            raise ConfigError(
+                f"config.objectives.{name} needs a model whose tokens see "
+                f"{'only what is before them' if wanted else 'all of a text'}, which that of "
+                f"config.model.name does not: use "
+                f"{'gpt2 or llama, or mlm' if wanted else 'bert, or clm'} in its place."
+            )
+        if causal and args.get("pool") == "first":
+            raise ConfigError(
+                f"config.objectives.{name}.pool='first' is a token that sees itself alone in a "
+                "causal model: set it to 'last' or 'mean'."
+            )
+
+
 def check_target(objective: str, needs: str, target: str) -> None:
     """Refuses labels that mean something else than the objective says."""
     if needs in ("", target):
@@ -101,7 +120,7 @@ def _bind(name: str, args: dict[str, Any], target: str, facts: Mapping[str, Any]
     if getattr(module, "MASKS", False) and facts["vocab"].mask_id is None:
         raise ConfigError(
             f"config.objectives.{name} needs a tokenizer with a mask token: set "
-            "config.tokenizer.name to a BERT-like one, or to 'train'."
+            "config.tokenizer.name to a BERT-like one or to 'train', or config.objectives to clm."
         )
     weight, differs = args.pop("weight", 1.0), args.pop("validation", {})
     functions = {key: getattr(module, key) for key in FUNCTIONS if hasattr(module, key)}

@@ -25,7 +25,7 @@ def heads(labels: Sequence[str]) -> dict[str, int]:
 
 
 def loss_fn(
-    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pool: str = "first"
+    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pool: str = ""
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Cross-entropy in nats of the right choice, `labels` (B,), among K, and accuracy; empty rows
     weigh nothing."""
@@ -33,7 +33,7 @@ def loss_fn(
 
 
 def outputs(
-    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pool: str = "first"
+    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pool: str = ""
 ) -> dict[str, jax.Array]:
     """`probabilities` (B, K) of the choices."""
     return {"probabilities": jax.nn.softmax(_logits(apply, params, batch, pool), axis=-1)}

@@ -22,7 +22,7 @@ def heads(labels: Sequence[str]) -> dict[str, int]:
 
 
 def loss_fn(
-    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pool: str = "first"
+    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pool: str = ""
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Cross-entropy in nats of `labels` (B,), and accuracy; empty rows weigh nothing."""
     logits = pooled_logits(apply, params, batch, "classify", pool, batch["seeds"])
@@ -30,7 +30,7 @@ def loss_fn(
 
 
 def outputs(
-    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pool: str = "first"
+    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pool: str = ""
 ) -> dict[str, jax.Array]:
     """`probabilities` (B, C) of the classes."""
     logits = pooled_logits(apply, params, batch, "classify", pool, batch["seeds"])
@@ -78,7 +78,7 @@ def pooled_logits(
     params: Any,
     batch: Mapping[str, jax.Array],
     head: str,
-    pool: str = "first",
+    pool: str = "",
     seeds: Any = None,
 ) -> jax.Array:
     """The outputs (B, C) of a linear `head` on what stands for the whole sequence; `seeds` turn

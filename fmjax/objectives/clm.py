@@ -1,7 +1,8 @@
 """Causal language modelling: each token from those before it in its own document.
 
-(GPT-2, Radford et al. 2019, §2.) The first token of a document is no target, as nothing is before
-it, unless the tokenizer begins documents with a token of its own.
+(GPT-2, Radford et al. 2019, §2.) The first token of each piece is no target, as nothing is before
+it: with `config.data.frame="document"` that is the one that begins a document, or the one that the
+piece before has ended with.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from fmjax import vocabulary
 
-VOCABULARY = True
+VOCABULARY = CAUSAL = True
 
 
 def loss_fn(

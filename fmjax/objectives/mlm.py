@@ -17,6 +17,7 @@ from fmjax import losses, rules, streams
 from fmjax.errors import ConfigError, did_you_mean
 
 MASKS = VOCABULARY = True
+CAUSAL = False
 
 
 def prepare(

@@ -23,7 +23,7 @@ def heads(labels: Sequence[str]) -> dict[str, int]:
 
 
 def loss_fn(
-    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pool: str = "first"
+    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pool: str = ""
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """The squared error against `labels` (B,); empty rows weigh nothing."""
     value = pooled_logits(apply, params, batch, "regress", pool, batch["seeds"])[:, 0]
@@ -32,7 +32,7 @@ def loss_fn(
 
 
 def outputs(
-    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pool: str = "first"
+    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pool: str = ""
 ) -> dict[str, jax.Array]:
     """`value` (B,)."""
     return {"value": pooled_logits(apply, params, batch, "regress", pool, batch["seeds"])[:, 0]}

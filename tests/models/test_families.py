@@ -6,7 +6,7 @@ import tiny
 
 from fmjax import trees
 from fmjax.errors import ConfigError
-from fmjax.models import bert, gpt2
+from fmjax.models import bert, gpt2, llama
 
 FAMILIES = {
     "bert": (bert, dict()),
@@ -14,8 +14,14 @@ FAMILIES = {
     "distilbert": (bert, dict(types=0)),
     "modernbert": (bert, dict(modern=True, types=0, window=3, depth=4)),
     "gpt2": (gpt2, dict()),
+    "llama": (llama, dict(kv_heads=2)),
+    "gemma3": (
+        llama,
+        dict(norms="around", qk_norm="head", norm_offset=1.0, window=3, full_every=2)
+        | dict(theta=1e6, theta_window=1e4, embed_scale=True, logit_softcap=5.0),
+    ),
 }
-CAUSAL = ("gpt2",)
+CAUSAL = ("gpt2", "llama", "gemma3")
 
 
 def build(family, **changes):
@@ -81,7 +87,7 @@ def test_what_comes_later_changes_nothing(family):
     assert (np.abs(one - two)[:, 5:].max(-1)[real] > 1e-3).all()
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert", "gpt2"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", *CAUSAL])
 def test_padding_changes_nothing(family):
     model, params = build(family)
     batch = tiny.batch(4)
