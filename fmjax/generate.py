@@ -24,9 +24,9 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
         if dry_run:
             words = tokenizers.load(opened.tokenizer)
-            prompt_ids(opened.model, words, config, _trained(opened))
+            prompt_ids(opened.model, words, config.to_dict(), _trained(opened))
             return
-        found = texts(opened, config, config.seed)
+        found = texts(opened, config.to_dict(), config.seed)
     if jax.process_index() == 0:
         print(f"\n{opened}\n")
         print(shown(config.prompt, found))

@@ -92,7 +92,7 @@ class Ledger:
 
 def _check_samples(run: Run) -> None:
     """Refuses samples that a run's model cannot be asked for."""
-    how = run.config.get("samples") or {}
+    how = dict(run.config.get("samples") or {})
     wanted = ("prompt", "count", "length", "temperature", "top_k")
     if sorted(how) != sorted(wanted):
         raise ConfigError(

@@ -91,7 +91,7 @@ CASES = {
 
 
 WAYS = {"one by one": ("cpu",), "at once": ()}
-ALWAYS = ("seeds", "at once"), ("ranks", "at once")
+ALWAYS = (("seeds", "at once"),)
 
 
 @pytest.mark.parametrize(

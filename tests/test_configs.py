@@ -12,7 +12,14 @@ from fmjax import build, config, setup, sharding, train, trees
 from fmjax.data import Vocab
 from fmjax.step import make_train_step
 
-FULL = ["mlm.py", "mlm.py:bert_base", "nsp.py", "nsp.py:sop", "nsp.py:nsp,variant=bert_base"]
+FULL = [
+    "clm.py",
+    "mlm.py",
+    "mlm.py:bert_base",
+    "nsp.py",
+    "nsp.py:sop",
+    "nsp.py:nsp,variant=bert_base",
+]
 FULL += ["mlm.py:bert_base,runlocal", "nsp.py:nsp,variant=bert_base,runlocal"]
 FULL += [
     "finetune_head.py",
@@ -36,6 +43,7 @@ def test_every_config_is_in_this_list():
         "evaluate.py",
         "export.py",
         "fill_mask.py",
+        "generate.py",
         "predict.py",
         "probe.py",
         "replay.py",
@@ -67,7 +75,7 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
             dtype = np.float32 if "regress" in name else np.int32
             shape = (len(index), *{"tag": [length], "span": [2]}.get(name.split(":")[-1], []))
             labels = np.zeros(shape, dtype)
-            return rows | ({"labels": labels} if "mlm" not in name else {})
+            return rows | ({"labels": labels} if "lm.py" not in name else {})
 
     vocab = Vocab(size, 0, 4, (2,), (3,), np.arange(size) < 5, np.ones(size, bool))
     fake = SimpleNamespace(
@@ -89,7 +97,14 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
         assert trees.size(run.abstract.params) == 109_514_298 + pooler
 
 
-@pytest.mark.parametrize("name", ["nsp.py:nsp,variant=tiny", "nsp.py:sop,variant=tiny"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "clm.py:tiny",
+        "nsp.py:nsp,variant=tiny",
+        pytest.param("nsp.py:sop,variant=tiny", marks=pytest.mark.slow),
+    ],
+)
 def test_tiny_variant_trains(name, tmp_path, capsys):
     made = config.load(
         str(ROOT / "configs" / name),

@@ -19,7 +19,7 @@ def config_of(home, encoder, groups, *words):  # noqa: F811
     return load("finetune.py", *words, "--config.total=12", "--config.optim.lr=3e-3")
 
 
-@pytest.mark.parametrize("groups", [LAST, HEAD])
+@pytest.mark.parametrize("groups", [LAST, pytest.param(HEAD, marks=pytest.mark.slow)])
 def test_losses_are_the_same_with_and_without(home, encoder, groups, tmp_path):  # noqa: F811
     found = {}
     for cached in (False, True):

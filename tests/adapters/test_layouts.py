@@ -45,8 +45,16 @@ def single_device(kind):
     return two_steps(kind, one)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout, kind",
+    [
+        (dict(fsdp=8), "lora"),
+        (dict(data=2, fsdp=2, tensor=2), "dora"),
+        pytest.param(dict(fsdp=8), "dora", marks=pytest.mark.slow),
+        pytest.param(dict(data=2, fsdp=2, tensor=2), "lora", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_any_layout_gives_the_same_numbers(layout, kind):
     params, losses, _ = two_steps(kind, sharding.make_mesh(**{"data": 1, **layout}))
     wanted, wanted_losses, _ = single_device(kind)

@@ -184,7 +184,7 @@ def test_layouts_give_the_same_numbers(kind, change):
     assert np.abs(encode(model, params, alone(), seeds) - wanted).max() > 0.05  # the model's own
 
 
-@pytest.mark.parametrize("kind", ["lstm", "projected"])
+@pytest.mark.parametrize("kind", ["lstm", pytest.param("projected", marks=pytest.mark.slow)])
 def test_any_layout_of_devices_gives_the_same_numbers(kind):
     def two_steps(mesh):
         with jax.set_mesh(mesh):

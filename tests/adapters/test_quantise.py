@@ -121,7 +121,9 @@ def stepped(scheme, scan=True, layout=None):
     return trees.unstack(jax.device_get(current.params)), losses
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "scheme", ["nf4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "fp8"))]
+)
 def test_a_step_is_that_of_a_base_that_lost_what_quantising_loses(scheme):
     run, whole = made(scheme, dropout=0.0), made(None, dropout=0.0)
     start = run.state().params
@@ -143,8 +145,15 @@ def test_a_step_is_that_of_a_base_that_lost_what_quantising_loses(scheme):
 LAYOUTS = (("data", 1), ("fsdp", 8)), (("data", 2), ("fsdp", 2), ("tensor", 2))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    "scheme, layout",
+    [
+        ("nf4", LAYOUTS[0]),
+        pytest.param("nf4", LAYOUTS[1], marks=pytest.mark.slow),
+        *(pytest.param("int8", layout, marks=pytest.mark.slow) for layout in LAYOUTS),
+    ],
+    ids=str,
+)
 def test_any_layout_gives_the_same_numbers(scheme, layout):
     (params, losses), (wanted, wanted_losses) = stepped(scheme, layout=layout), stepped(scheme)
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-6)
@@ -409,7 +418,7 @@ def test_names_of_the_base_stay():
     assert {f"{name}/{part}" for name, part in ends} <= found
 
 
-@pytest.mark.parametrize("source", ["folder", "run"])
+@pytest.mark.parametrize("source", ["folder", pytest.param("run", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("init, dora", [("loftq", False), ("pissa", False), ("loftq", True)])
 def test_an_adapter_that_starts_from_what_quantising_loses(init, dora, source, tmp_path, encoder):  # noqa: F811
     """Base and adapter together are nearer to the weights than the base alone would be."""

@@ -41,7 +41,13 @@ def params_of(folder):
     return trees.unstack(pretrained.open_folder(str(folder), sharding.make_mesh()).params)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("ia3", "prompt") else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in KINDS
+    ],
+)
 def test_a_run_of_each_kind(kind, home, encoder, tmp_path, capsys):  # noqa: F811
     run, config = tmp_path / "run", config_of(kind, home, encoder, "--config.keep=9")
     train.run(config, run)

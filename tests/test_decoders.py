@@ -1,0 +1,141 @@
+"""What is asked of a model that sees only what is before it, and refused of others."""
+
+import importlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import ROOT
+
+from fmjax import config as configs
+from fmjax import convert, data, evaluate, fill_mask, losses, pretrained, sharding, train, trees
+from fmjax.data import packing
+from fmjax.errors import ConfigError
+from fmjax.progress import FALLING
+
+
+def load(name, *words):
+    return configs.load(f"{ROOT}/configs/{name}", [f"--config.{word}" for word in words])
+
+
+@pytest.mark.parametrize(
+    "name, words, match",
+    [
+        ("clm.py:tiny", ["model.name=bert", "model.variant=tiny"], "clm needs .*before them.*gpt2"),
+        (
+            "mlm.py:tiny",
+            ["model.name=gpt2", "model.variant=tiny"],
+            "mlm needs .*all of a text.*bert",
+        ),
+        ("clm.py:tiny", ["samples.length=5000"], r"config.samples.length=5000.*32 positions"),
+        ("mlm.py:tiny", ["ledger=('samples',)"], "config.samples to have prompt.*none of them"),
+        (
+            "clm.py:tiny",
+            ["data.format=pairs"],
+            "frame='document' has no meaning with format='pairs'",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_training(name, words, match, tmp_path):
+    with pytest.raises(ConfigError, match=match):
+        train.run(load(name, *words), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_head_on_the_whole_takes_the_last_real_token():
+    hidden = jnp.arange(24, dtype=jnp.float32).reshape(2, 4, 3)
+    segments = jnp.array([[1, 1, 0, 0], [1, 1, 1, 1]])
+    assert losses.pooled(hidden, segments, "last").tolist() == [[3, 4, 5], [21, 22, 23]]
+
+
+def test_less_is_better_of_what_measures_surprise():
+    assert all(name.endswith(FALLING) for name in ("validation/clm/bits_per_byte", "a/nats"))
+    assert not "validation/clm/accuracy".endswith(FALLING)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("clm") / "run"
+    train.run(load("clm.py:tiny", "total=4", "log_every=2"), where)
+    return where
+
+
+def test_samples_are_in_the_ledger(folder):
+    kept = json.loads((folder / "ledger.json").read_text())
+    assert len(kept["samples"]) == kept["samples_of"]["count"] == 3
+    assert all(isinstance(text, str) for text in kept["samples"])
+
+
+def test_other_data_are_measured_in_the_same_frame(folder, tmp_path):
+    (tmp_path / "other.txt").write_text("One text.\n\nAnother one.\n")
+    config = load("evaluate.py", f"folder={folder}", f"data.train={tmp_path / 'other.txt'}")
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        settings, goals, _ = evaluate.settings_of(config, pretrained.open_folder(str(folder), mesh))
+    assert settings["frame"] == "document" and list(goals) == ["clm"]
+
+
+def test_gaps_are_not_filled_by_what_writes(folder, tmp_path):
+    config = load("fill_mask.py", f"folder={folder}", "text=a [MASK]")
+    with pytest.raises(ConfigError, match="writes on, and fills no gaps.*configs/generate.py"):
+        fill_mask.run(config, tmp_path)
+
+
+@pytest.mark.parametrize("long", ["split", "truncate", "drop"])
+def test_pieces_of_a_document_share_a_token(long):
+    """Documents of 1, 0, 5, 8 and 20 tokens between their own first and last, in rows of 8."""
+    sizes = np.array([1, 0, 5, 8, 20])
+    tokens = np.concatenate([100 * (i + 1) + np.arange(n) for i, n in enumerate(sizes)])
+    bounds = np.concatenate([[0], np.cumsum(sizes)])
+    vocab = data.Vocab(9999, 0, None, (7,), (9,), *[np.zeros(1, bool)] * 2)
+    shard = packing.framed(data.store.Shard(tokens.astype(np.uint16), bounds, bounds), vocab)
+    whole = [[7, *(100 * (i + 1) + np.arange(n)), 9] for i, n in enumerate(sizes) if n]
+    assert shard.tokens.tolist() == sum(whole, [])
+    starts, lengths, lost = packing.pieces(shard.documents, 8, long, 8, 1)
+    found = [shard.tokens[a : a + n].tolist() for a, n in zip(starts, lengths, strict=True)]
+    cut = lambda text: [text[i : i + 8] for i in range(0, len(text) - 1, 7)]
+    over = [text for text in whole if len(text) > 8]
+    wanted = {
+        "split": sum(map(cut, whole), []),
+        "truncate": [text[:8] for text in whole],
+        "drop": [text for text in whole if len(text) <= 8],
+    }
+    assert found == wanted[long] and all(len(piece) > 1 for piece in found)
+    gone = sum(len(text) - (8 if long == "truncate" else 0) for text in over)
+    assert sum(v for k, v in lost.items() if k.endswith("tokens")) == gone * (long != "split")
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+def test_a_classifier_of_transformers_gives_its_outputs(kind, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "GPT2": dict(n_embd=16, n_layer=2, n_head=2, n_positions=20),
+        "Llama": dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        | dict(intermediate_size=24, max_position_embeddings=20),
+    }
+    made = getattr(transformers, f"{kind}ForSequenceClassification")
+    torch.manual_seed(0)
+    theirs = made(made.config_class(vocab_size=61, num_labels=3, pad_token_id=0, **sizes[kind]))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(0.0, 0.3)
+    theirs.eval().save_pretrained(tmp_path)
+    ids = np.array([[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]])
+    real = (ids > 0).astype(np.int64)
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(ids), attention_mask=torch.tensor(real)).logits.numpy()
+
+    name, options = convert.describe(tmp_path)
+    model = importlib.import_module(f"fmjax.models.{name}").Model(**options, lm_head=False)
+    model = model.clone(stacks=trees.runs(model.kinds))
+    like = jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"]
+    params, report = convert.load(tmp_path, like)
+    assert report.kept == ()
+    segments, places = jnp.asarray(real, jnp.int32), jnp.broadcast_to(jnp.arange(5)[None], (2, 5))
+    apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
+    hidden = apply(jnp.asarray(ids, jnp.int32), segments, places, segments, method="encode")
+    found = apply(hidden, segments, "classify", method="classify")
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
