@@ -22,6 +22,7 @@ from fmjax import logs, page, svg
 from fmjax.config import flatten
 from fmjax.errors import CheckpointError, ConfigError, quoted
 from fmjax.progress import count, duration
+from fmjax.workdir import LEDGER
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
@@ -138,6 +139,7 @@ def write(workdir: str | os.PathLike) -> Path:
         f"<h1>{escape(name)}</h1>{verdict}",
         page.section("Final numbers", _results(summary)),
         page.section("Curves", f'<div class="grid">{"".join(_curves(rows))}</div>'),
+        page.section("Samples", _samples(config, _load(workdir / LEDGER))),
         page.section("Where the time went", _goodput(summary["goodput"])),
         page.section("Commands", _commands(workdir, config, summary)),
         page.section("Configuration", _config(config, summary.get("config_difference", []))),
@@ -253,6 +255,12 @@ def _goodput(seconds: Mapping[str, float]) -> str:
     )
 
 
+def _samples(config: Mapping, ledger: Mapping) -> str:
+    """What the model has written, behind its prompt."""
+    prompt = config.get("samples", {}).get("prompt", "")
+    return "".join(f"<pre>{escape(prompt + text)}</pre>" for text in ledger.get("samples", ()))
+
+
 def _commands(workdir: Path, config: Mapping, summary: Mapping) -> str:
     folder = f"--config.folder={shlex.quote(str(workdir))}"
     task = lambda name: f"python run.py --config=configs/{name}.py {folder}"
@@ -260,6 +268,8 @@ def _commands(workdir: Path, config: Mapping, summary: Mapping) -> str:
     if "mlm" in config.get("objectives", {}):
         text = '--config.text="The [MASK] of a function."'
         commands["Fill in masked words"] = f"{task('fill_mask')} {text}"
+    if "clm" in config.get("objectives", {}):
+        commands["Write"] = f'{task("generate")} --config.prompt="The"'
     return page.commands(commands | {"Export for transformers": task("export")})
 
 

@@ -176,7 +176,9 @@ def _train(settings: TokenizerSettings, source: Source):
         trainers,
     )
 
-    named = SPECIAL[settings.special]
+    named = dict(SPECIAL[settings.special])
+    if settings.special == "gpt" and settings.kind != "bpe":  # bytes are all known
+        named["unk_token"] = "<|unknown|>"
     special, unknown = list(dict.fromkeys(named.values())), named["unk_token"]
     known = {
         "special_tokens": [*special],
@@ -208,6 +210,12 @@ def _train(settings: TokenizerSettings, source: Source):
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         tokenizer.decoder = decoders.Fuse()
         trainer = trainers.WordLevelTrainer(**known)
+        found = set().union(*map(tokenizer.normalizer.normalize_str, _training_texts(source)))
+        if len(special) + len(found) > settings.vocab_size:
+            raise ConfigError(
+                f"config.tokenizer.vocab_size={settings.vocab_size} is too small: this corpus has "
+                f"{len(found):,} characters, and {len(special)} tokens are special."
+            )
     else:
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.normalizer = normalizers.Sequence(cleaning)

@@ -110,10 +110,15 @@ def test_a_tokenizer_of_characters(prepare):
     settings = dict(name="train", kind="char", special="gpt", vocab_size=300, lowercase=False)
     dataset = prepare("To be, or\tnot ä to be\n\nTo\n\n", settings, frame="document", seq_len=8)
     characters = {*"To be, or\tnot ä to be"}
-    assert dataset.vocab.size == 1 + len(characters)
-    assert sorted(dataset.vocab.bytes) == [0] + [1] * (len(characters) - 1) + [2]
+    assert dataset.vocab.size == 2 + len(characters)
+    assert sorted(dataset.vocab.bytes) == [0, 0] + [1] * (len(characters) - 1) + [2]
     words = tokenizer.load(dataset.tokenizer_dir)
     assert words.decode(words("not ä\tTo")["input_ids"]) == "not ä\tTo"
+    unknown = words("not Ω")["input_ids"][-1]
+    assert unknown == words.unk_token_id != words.eos_token_id
+    with pytest.raises(ConfigError, match="vocab_size=32 is too small: this corpus has 52 char"):
+        letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+        prepare(letters, settings | {"vocab_size": 32})
 
 
 def test_row48_roberta_names_are_as_good(prepare, tmp_path):
