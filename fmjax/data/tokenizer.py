@@ -55,7 +55,7 @@ def prepare(
     poll: Callable[[], None],
 ) -> Prepared:
     """Load or train the tokenizer, or reuse the one that the cache has."""
-    identity = {"version": 2, **_identity(settings, source)}
+    identity = {"version": 3, **_identity(settings, source)}
     home = root / f"tokenizer-{cache.digest(identity)}"
     with cache.lock(root / f"{home.name}.lock", log, poll):
         index = cache.verified(home, log)
