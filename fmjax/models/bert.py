@@ -237,7 +237,7 @@ class Encoder(trunk.Trunk):
         self.make_layers(Block)
         if cfg.modern:
             self.norm = layers.LayerNorm(cfg.eps, False, DTYPES[cfg.dtype])
-        self.head = Heads(cfg)
+        self.head = self.heads(cfg)
 
     def encode(
         self,

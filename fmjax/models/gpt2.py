@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fmjax import sharding, streams
-from fmjax.models import TOKEN_HEADS, layers, trunk
+from fmjax.models import layers, trunk
 from fmjax.models.attention import attention, mask
 from fmjax.precision import DTYPES
 
@@ -135,28 +135,18 @@ class Embed(nn.Module):
         return layers.dropout(x, self.cfg.dropout, seeds).astype(DTYPES[self.cfg.dtype])
 
 
-class Heads(trunk.Heads):
-    """Linear heads; those on the whole, which its last token stands for, have no bias, as in
-    transformers."""
-
-    pool = "last"
-
-    def linear(self, name, features):
-        return layers.Linear(features, name in TOKEN_HEADS, DTYPES[self.cfg.dtype])
-
-
 class Decoder(trunk.Trunk):
     """The trunk and its heads."""
 
     causal = True
     endless = False
-    heads = Heads
+    heads = trunk.CausalHeads
 
     def setup(self):
         self.embed = Embed(self.cfg)
         self.make_layers(Block)
         self.norm = layers.LayerNorm(self.cfg.eps, self.cfg.biases, DTYPES[self.cfg.dtype])
-        self.head = Heads(self.cfg)
+        self.head = self.heads(self.cfg)
 
     def encode(
         self,

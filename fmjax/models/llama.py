@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from fmjax import sharding, streams
 from fmjax.errors import ConfigError, did_you_mean
-from fmjax.models import TOKEN_HEADS, layers, rope, trunk
+from fmjax.models import layers, rope, trunk
 from fmjax.models.attention import attention, mask
 from fmjax.precision import DTYPES
 
@@ -232,19 +232,13 @@ class Output(nn.Module):
         return trunk.Vocabulary(kernel, False, spec, DTYPES[self.cfg.dtype])
 
 
-class Heads(trunk.Heads):
-    """The output matrix where it is not tied, and linear heads; those on the whole, which its last
-    token stands for, have no bias, as in transformers."""
-
-    pool = "last"
+class Heads(trunk.CausalHeads):
+    """Linear heads, and the output matrix where it is not tied."""
 
     def setup(self):
         super().setup()
         if self.cfg.lm_head and not self.cfg.tied:
             self.lm = Output(self.cfg)
-
-    def linear(self, name, features):
-        return layers.Linear(features, name in TOKEN_HEADS, DTYPES[self.cfg.dtype])
 
 
 class Decoder(trunk.Trunk):
@@ -257,7 +251,7 @@ class Decoder(trunk.Trunk):
         self.embed = Embed(self.cfg)
         self.make_layers(Block)
         self.norm = norm(self.cfg)
-        self.head = Heads(self.cfg)
+        self.head = self.heads(self.cfg)
 
     def encode(
         self,

@@ -66,6 +66,16 @@ class Heads(nn.Module):
         return getattr(self, name)(layers.dropout(hidden, self.cfg.dropout, seeds), jnp.float32)
 
 
+class CausalHeads(Heads):
+    """Of models whose last token alone has seen the whole; heads on it have no bias, as in
+    transformers."""
+
+    pool = "last"
+
+    def linear(self, name, features):
+        return layers.Linear(features, name in TOKEN_HEADS, DTYPES[self.cfg.dtype])
+
+
 class Trunk(nn.Module):
     """Layers and heads: `encode`, `logits`, `classify`, `project`; `__call__` runs all, for init.
 
