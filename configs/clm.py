@@ -5,10 +5,10 @@
 Differs from configs/mlm.py in the model, the objective, and in the tokens: pieces of bytes, none
 lost, with one that ends each document.
 
-Thirteen minutes for three seeds on two cores beside other work, one alone in three (Python 3.11,
-2026-11-22): 1.908 ± 0.003 bits a byte of held-out documentation, 4.673 ± 0.007 nats a token. Three
-samples stand at the end of the output and in ledger.json; more: configs/generate.py. Variants:
-`tiny` (seconds), `runlocal`.
+Three minutes a seed on two cores, of which tests had a part (Python 3.11, 2026-11-22, three seeds):
+1.909 ± 0.005 bits a byte of held-out documentation, 4.671 ± 0.012 nats a token. Three samples
+stand at the end of the output, in report.html and in ledger.json; configs/generate.py writes more.
+Variants: `tiny` (seconds), `runlocal`.
 """
 
 import runpy
