@@ -9,10 +9,22 @@ import numpy as np
 import pytest
 from common import ROOT
 
+from fmjax import (
+    adapters,
+    convert,
+    data,
+    evaluate,
+    fill_mask,
+    losses,
+    pretrained,
+    sharding,
+    train,
+    trees,
+)
 from fmjax import config as configs
-from fmjax import convert, data, evaluate, fill_mask, losses, pretrained, sharding, train, trees
 from fmjax.data import packing
 from fmjax.errors import ConfigError
+from fmjax.models import llama
 from fmjax.progress import FALLING
 
 
@@ -139,3 +151,43 @@ def test_a_classifier_of_transformers_gives_its_outputs(kind, tmp_path):
     hidden = apply(jnp.asarray(ids, jnp.int32), segments, places, segments, method="encode")
     found = apply(hidden, segments, "classify", method="classify")
     np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_a_checkpoint_describes_the_model_that_it_is_of():
+    options = dict(kv_heads=2, rope={"type": "linear", "factor": 2.0}, classes={"classify": 3})
+    model = llama.Model("tiny", **options)
+    meta = json.loads(json.dumps({"model": pretrained.identity(model)}))
+    name, told = pretrained._described(meta, "somewhere")
+    again = importlib.import_module(f"fmjax.models.{name}").Model(**told)
+    assert again.cfg == model.cfg and hash(again.cfg) == hash(model.cfg)
+    assert dict(again.cfg.rope)["factor"] == 2.0
+
+
+def test_adapters_of_matrices_pass_norms_of_queries_by():
+    model = llama.Model("tiny", qk_norm="head", norms="around")
+    how = configs.load(f"{ROOT}/configs/finetune_lora.py").adapter.to_dict()
+    wrapped = adapters.wrap(model, dict(adapter=how, quantise=None))
+    assert {path.rpartition("/")[2] for path in wrapped.sites()} == {
+        *("query", "key", "value", "out"),
+        *("up", "gate", "down"),
+    }
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        (dict(kv_heads=3), "kv_heads=3 does not divide config.model.heads=4"),
+        (dict(head_size=5), "head_size=5 is odd"),
+        (dict(full_every=2), "full_every=2 needs config.model.window"),
+        (dict(rope={"type": "yarm"}), "rope.type='yarm' is not known.*yarn"),
+        (
+            dict(rope={"type": "yarn", "factor": 2.0}),
+            "yarn' needs original_max_position_embeddings",
+        ),
+        (dict(rope={"type": "linear", "facto": 2.0}), "rope.facto is not known.*factor"),
+        (dict(norms="after"), "norms='after' is not known"),
+    ],
+)
+def test_decoders_that_cannot_be_are_refused(changes, match):
+    with pytest.raises(ConfigError, match=match):
+        llama.Model("tiny", **changes)

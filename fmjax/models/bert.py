@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fmjax import precision, sharding, streams
+from fmjax.errors import ConfigError
 from fmjax.models import layers, trunk
 from fmjax.models.attention import attention, mask
 from fmjax.models.rope import rope
@@ -100,6 +101,9 @@ def Model(variant: str = "base", **overrides: Any) -> "Encoder":
     """
     cfg = trunk.configured(Config, VARIANTS, variant, overrides)
     trunk.check_config(cfg, taken=("mlm", "pooler"))
+    for key in ("window", "full_every"):
+        if getattr(cfg, key) < 1:
+            raise ConfigError(f"config.model.{key}={getattr(cfg, key)} must be at least 1 here.")
     return Encoder(cfg)
 
 

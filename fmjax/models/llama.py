@@ -150,8 +150,11 @@ class Block(nn.Module):
             h = norm(cfg, f"{name}_norm_behind")(h) if cfg.norms != "before" else h
             return x + layers.dropout(h, cfg.dropout, site(i))
 
+        norms = {}
+        if cfg.qk_norm:  # here, as what lies in `attn` are matrices
+            norms = {name: norm(cfg, f"{name}_norm") for name in ("query", "key")}
         attend = Attention(cfg, name="attn")
-        x = residual(x, "attn", lambda h: attend(h, layer, shared, site(0)), 1)
+        x = residual(x, "attn", lambda h: attend(h, norms, layer, shared, site(0)), 1)
         x = residual(x, "mlp", mlp, 2)
         return sharding.constrain_batch(x), None
 
@@ -166,22 +169,20 @@ class Attention(nn.Module):
     cfg: Config
 
     @nn.compact
-    def __call__(self, x, layer, shared, seeds):
+    def __call__(self, x, norms, layer, shared, seeds):
         cfg, (batch, time, width), size = self.cfg, x.shape, self.cfg.size
         make = lambda name, features, bias: layers.Linear(
             features, bias, DTYPES[cfg.dtype], name=name
         )
         split = lambda y: y.reshape(batch, time, -1, size).swapaxes(1, 2)  # (B, N, T, H)
 
-        def projected(name, heads, normed):
+        def projected(name, heads):
             y = make(name, heads * size, cfg.qkv_bias)(x)
-            if normed and cfg.qk_norm == "whole":
-                y = norm(cfg, f"{name}_norm")(y)
-            y = split(y)
-            return norm(cfg, f"{name}_norm")(y) if normed and cfg.qk_norm == "head" else y
+            normed = norms.get(name, lambda y: y)
+            return split(normed(y)) if cfg.qk_norm == "whole" else normed(split(y))
 
-        q = projected("query", cfg.heads, True)
-        k, v = (projected(name, cfg.key_heads, name == "key") for name in ("key", "value"))
+        q = projected("query", cfg.heads)
+        k, v = (projected(name, cfg.key_heads) for name in ("key", "value"))
         table = jnp.where(layer["full"], shared["far"], shared["near"])
         factor = jnp.where(layer["full"], *shared["factors"])
         q, k = (rope.turned(y, shared["positions"], table, factor) for y in (q, k))

@@ -209,7 +209,7 @@ def check_config(cfg: Any, taken: Sequence[str] = ()) -> None:
 def configured(
     config: type, variants: Mapping[str, Mapping[str, Any]], variant: str, overrides: dict
 ) -> Any:
-    """A `config` of a named variant with fields replaced; a mapping becomes pairs.
+    """A `config` of a named variant with fields replaced; a mapping or a list becomes a tuple.
 
     Raises ConfigError for an unknown variant or field.
     """
@@ -220,6 +220,12 @@ def configured(
     fields = config.__dataclass_fields__
     for key in overrides.keys() - fields.keys():
         raise ConfigError(f"config.model.{key} is not known." + did_you_mean(key, fields))
-    pairs = {key: value for key, value in overrides.items() if isinstance(value, Mapping)}
-    overrides = overrides | {key: tuple(value.items()) for key, value in pairs.items()}
-    return config(**{**variants[variant], **overrides})
+    given = {key: _hashable(value) for key, value in overrides.items()}
+    return config(**{**variants[variant], **given})
+
+
+def _hashable(value: Any) -> Any:
+    """Pairs for a mapping, and tuples for the lists that JSON makes of them."""
+    if isinstance(value, Mapping):
+        value = list(value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
