@@ -468,7 +468,9 @@ def test_a_head_on_the_mean_is_not_exported(home, encoder):
     words += ["--config.objectives={'classify': {'pool': 'mean'}}", "--config.best="]
     train.run(load("finetune.py", *words), home / "mean")
     words = [f"--config.folder={home}/mean", f"--config.output={home}/none"]
-    with pytest.raises(ConfigError, match="config.objectives.classify.pool='mean', which no class"):
+    with pytest.raises(
+        ConfigError, match="pool='mean', but the classes of transformers take 'first'"
+    ):
         export.run(configs.load(str(ROOT / "configs/export.py"), words), home)
 
 
