@@ -15,10 +15,10 @@ pretraining and fine-tuning. `only=rate15+span` takes some of the recipes.
 
 In 69 minutes on two cores beside other work (2026-11-22), three seeds: loss in nats 4.42 ± 0.02
 with 15 %, 4.32 ± 0.03 with 30 %, 4.39 ± 0.01 with 40 %; with 100/0/0 5.24 ± 0.15, 5.25 ± 0.08 and
-5.32 ± 0.04, as these models have never had to doubt a token that stands there; whole words 4.77 ±
-0.09, spans 5.31 ± 0.05. Fine-tuned, accuracy in % on 762 docstrings: 68.5 ± 2.0, 69.8 ± 1.9, 71.6 ±
-1.7; 66.6 ± 3.4, 68.1 ± 3.3, 67.2 ± 0.7; words 68.3 ± 1.2, spans 69.0 ± 1.1, next sentence 67.2 ±
-3.5, sentence order 68.2 ± 0.7. No difference of fine-tuned ones survives Holm's correction;
+5.32 ± 0.04, perhaps as these models have never had to doubt a token that stands there; whole words
+4.77 ± 0.09, spans 5.31 ± 0.05. Fine-tuned, accuracy in % on 762 docstrings: 68.5 ± 2.0, 69.8 ± 1.9,
+71.6 ± 1.7; 66.6 ± 3.4, 68.1 ± 3.3, 67.2 ± 0.7; words 68.3 ± 1.2, spans 69.0 ± 1.1, next sentence
+67.2 ± 3.5, sentence order 68.2 ± 0.7. No difference of fine-tuned ones survives Holm's correction;
 encoders so small, after minutes, do not tell how to mask a large one (40 % in Wettig et al. 2023).
 """
 
