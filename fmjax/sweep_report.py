@@ -119,10 +119,10 @@ def _told(rows: Sequence[Row], metric: str) -> str:
     kinds = ("higher", "lower")
     names = {kind: [row.group.name for row in told if row.verdict == kind] for kind in kinds}
     beside = ", ".join(dict.fromkeys(row.beside for row in told))
-    parts = [f"{kind} for {', '.join(found)}" for kind, found in names.items() if found]
+    parts = [f"is {kind} for {', '.join(found)}" for kind, found in names.items() if found]
     unclear = sum(row.verdict == "inconclusive" for row in told)
-    parts += [f"no difference shown for {unclear} of {len(told)}"] if unclear else []
-    return f" Beside {beside}, {metric.removeprefix('validation/')} is {'; '.join(parts)}."
+    parts += [f"shows no difference for {unclear} of {len(told)}"] if unclear else []
+    return f" Beside {beside}, {metric.removeprefix('validation/')} {'; '.join(parts)}."
 
 
 def _verdict(records: Sequence[Mapping], told: Sequence[str], total: int) -> str:
