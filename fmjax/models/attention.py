@@ -47,6 +47,7 @@ def attention(
     mask: Bool[Array, "B 1 T S"],
     *,
     segment_ids: Int[Array, "B T"],
+    bias: Float[Array, "N T S"] | Float[Array, "B N T S"] | None = None,
     windowed: bool = False,
     causal: bool = False,
     scale: float | None = None,
@@ -59,12 +60,13 @@ def attention(
 
     Of fewer heads of keys and values, K, each serves N / K neighbouring queries (Ainslie et al.
     2023). `scale` is in the place of 1 / √H. With `softcap` c products are c tanh(product / c)
-    (Gemma 2, 2024, §2).
+    (Gemma 2, 2024, §2). `bias` is added to them behind that, before the mask, and may be learnt:
+    it gets a gradient, in float32.
 
     `implementation`: "xla" runs anywhere; "cudnn" is NVIDIA's fused kernel (float16/bfloat16);
     "tpu" is the Pallas flash kernel, which reads `segment_ids` and `causal` instead of the mask and
     so refuses `windowed`; "auto" takes the fused kernel of the device where it applies.
-    Probabilities can be dropped out only by "xla".
+    Probabilities can be dropped out, and a bias added, only by "xla".
 
     Raises ConfigError when a kernel is asked for by name and cannot serve the request.
     """
@@ -82,6 +84,7 @@ def attention(
             (not half, f"it takes bfloat16 or float16, not {q.dtype} (config.precision)"),
             (dropout > 0, "it has no dropout (config.model.attention_dropout)"),
             (softcap > 0, "it has no soft cap (config.model.attention_softcap)"),
+            (bias is not None, "it adds no bias to the products"),
             (q.shape[-1] % 8 or q.shape[-1] > 128, f"head size {q.shape[-1]} is not 8, 16, … 128"),
             (q.shape[2] % 2, f"sequence length {q.shape[2]} is odd"),
             (k.shape[2] % 2, f"the number of keys, {k.shape[2]}, is odd"),
@@ -89,6 +92,7 @@ def attention(
         "tpu": _first(
             (windowed, "it has no local window"),
             (softcap > 0, "it has no soft cap (config.model.attention_softcap)"),
+            (bias is not None, "it adds no bias to the products"),
             (k.shape[2] != q.shape[2], "it takes no keys beside those of the tokens"),
             (dropout > 0, "it has no dropout (config.model.attention_dropout)"),
             (q.shape[2] % 128, f"sequence length {q.shape[2]} is not a multiple of 128"),
@@ -111,7 +115,7 @@ def attention(
         if dropout > 0:
             pairs = q.shape[1], q.shape[2], k.shape[2]
             keep = ~streams.bernoulli(seeds, dropout, pairs, STRIDES)
-        return _xla(q, k, v, mask, keep, _How(dropout, scale, softcap))
+        return _xla(q, k, v, bias, mask, keep, _How(dropout, scale, softcap))
     return jnp.where((segment_ids > 0)[:, None, :, None], out, jnp.zeros((), out.dtype))
 
 
@@ -128,9 +132,9 @@ class _How(NamedTuple):
     softcap: float
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _xla(q, k, v, mask, keep, how):
-    return _xla_forward(q, k, v, mask, keep, how)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _xla(q, k, v, bias, mask, keep, how):
+    return _xla_forward(q, k, v, bias, mask, keep, how)[0]
 
 
 def _grouped(x, heads):
@@ -144,10 +148,12 @@ def _scores(q, k, how):
     return scores.reshape(*q.shape[:3], k.shape[2]) * jnp.float32(how.scale)
 
 
-def _probabilities(q, k, mask, how):
+def _probabilities(q, k, bias, mask, how):
     scores = _scores(q, k, how)
     if how.softcap:
         scores = how.softcap * jnp.tanh(scores / how.softcap)
+    if bias is not None:
+        scores += bias.astype(jnp.float32).reshape(-1, *scores.shape[1:])  # (1 or B, N, T, S)
     scores = jnp.where(mask, scores, jnp.float32(-1e30))
     scores = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     # Rows that see nothing have a uniform softmax; the mask makes them zero instead.
@@ -158,27 +164,31 @@ def _drop(p, keep, rate):
     return p if keep is None else jnp.where(keep, p * jnp.float32(1 / (1 - rate)), jnp.float32(0))
 
 
-def _xla_forward(q, k, v, mask, keep, how):
-    p = _probabilities(q, k, mask, how)
+def _xla_forward(q, k, v, bias, mask, keep, how):
+    p = _probabilities(q, k, bias, mask, how)
     seen = _grouped(_drop(p, keep, how.rate).astype(q.dtype), k.shape[1])
     out = precision.matmul(seen, v).reshape(q.shape)
-    return out.astype(q.dtype), (q, k, v, mask, keep, p.astype(q.dtype))
+    return out.astype(q.dtype), (q, k, v, bias, keep, p.astype(q.dtype))
 
 
 def _xla_backward(how, residuals, g):
-    q, k, v, mask, keep, p = residuals
+    q, k, v, bias, keep, p = residuals
     dtype, heads = q.dtype, k.shape[1]
     p, g = p.astype(jnp.float32), _grouped(g.astype(dtype), heads)
     seen = _grouped(_drop(p, keep, how.rate).astype(dtype), heads)
     dv = precision.matmul(precision.transposed(seen), g)
     dp = _drop(precision.matmul_transposed(g, v).reshape(p.shape), keep, how.rate)
-    ds = p * (dp - jnp.sum(dp * p, axis=-1, keepdims=True)) * jnp.float32(how.scale)
+    ds = p * (dp - jnp.sum(dp * p, axis=-1, keepdims=True))
+    dbias = None
+    if bias is not None:
+        dbias = (ds if bias.ndim == 4 else jnp.sum(ds, axis=0)).astype(bias.dtype)
+    ds = ds * jnp.float32(how.scale)
     if how.softcap:
         ds = ds * (1 - jnp.square(jnp.tanh(_scores(q, k, how) / how.softcap)))
     ds = _grouped(ds.astype(dtype), heads)
     dq = precision.matmul(ds, k).reshape(q.shape)
     dk = precision.matmul(precision.transposed(ds), _grouped(q, heads))
-    return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype), None, None
+    return dq.astype(dtype), dk.astype(dtype), dv.astype(dtype), dbias, None, None
 
 
 _xla.defvjp(_xla_forward, _xla_backward)

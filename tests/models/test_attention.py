@@ -17,32 +17,56 @@ def inputs(dtype=jnp.float32):
     return q, k, v, segment_ids, positions
 
 
-def naive(q, k, v, may_see):
+def naive(q, k, v, may_see, bias=0.0, softcap=0.0):
     scores = jnp.einsum("bnqh,bnkh->bnqk", q, k) / np.sqrt(H)
+    scores = (softcap * jnp.tanh(scores / softcap) if softcap else scores) + bias
     p = jax.nn.softmax(jnp.where(may_see, scores, -jnp.inf), axis=-1)
     return jnp.einsum("bnqk,bnkh->bnqh", jnp.nan_to_num(p), v)
 
 
-def test_matches_the_formula_and_its_derived_gradient():
+@pytest.mark.parametrize("shape, softcap", [((), 0.0), ((1, N, T, T), 0.0), ((B, N, T, T), 2.0)])
+def test_matches_the_formula_and_its_derived_gradient(shape, softcap):
     q, k, v, segment_ids, positions = inputs()
+    bias = jax.random.normal(jax.random.key(2), shape)
     may_see = mask(segment_ids, positions)
     weights = jax.random.normal(jax.random.key(1), (B, N, T, H))
     real = (segment_ids > 0)[:, None, :, None]
 
-    def ours(q, k, v):
-        out = attention(q, k, v, may_see, segment_ids=segment_ids)
+    def ours(q, k, v, bias):
+        added = None if not bias.ndim else bias if len(bias) == B else bias[0]
+        how = dict(segment_ids=segment_ids, softcap=softcap, bias=added)
+        out = attention(q, k, v, may_see, **how)
         return (out * weights * real).sum(), out
 
-    def theirs(q, k, v):
+    def theirs(q, k, v, bias):
         # The last rows see nothing: give them something finite and ignore it.
-        out = naive(q, k, v, may_see | ~real)
+        out = naive(q, k, v, may_see | ~real, bias, softcap)
         return (out * weights * real).sum(), out
 
-    (_, out), grads = jax.value_and_grad(ours, (0, 1, 2), has_aux=True)(q, k, v)
-    (_, expected), wanted = jax.value_and_grad(theirs, (0, 1, 2), has_aux=True)(q, k, v)
+    gradient = lambda f: jax.value_and_grad(f, (0, 1, 2, 3), has_aux=True)(q, k, v, bias)
+    ((_, out), grads), ((_, expected), wanted) = gradient(ours), gradient(theirs)
     np.testing.assert_allclose(out * real, expected * real, atol=1e-6)
     for a, b in zip(grads, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_a_bias_of_two_keys_by_hand():
+    """Of products 0 and a bias (b, 0) the first key has p = σ(b), and d out / d b is
+    p (1 - p) (v0 - v1), summed over the two rows that share the bias."""
+    q = jnp.zeros((2, 1, 1, 2))
+    v = jnp.array([[[[3.0, 0], [1, 0]]], [[[0, 5], [0, 4]]]])  # (B, N, S, H)
+    bias, ids = jnp.array([[[1.5, 0.0]]]), jnp.ones((2, 1), jnp.int32)
+
+    def total(bias):
+        return attention(
+            q, v, v, jnp.ones((2, 1, 1, 2), bool), segment_ids=ids, bias=bias
+        ).sum()  # fmt: skip
+
+    found, gradient = jax.value_and_grad(total)(bias)
+    p = 1 / (1 + np.exp(-1.5))
+    assert float(found) == pytest.approx(1 + 2 * p + 4 + p, abs=1e-6)
+    by_hand = p * (1 - p) * (2 + 1)
+    np.testing.assert_allclose(gradient, [[[by_hand, -by_hand]]], atol=1e-6)
 
 
 def test_row38_a_query_that_sees_nothing_gets_zeros_and_no_nan():
@@ -118,6 +142,11 @@ def test_a_kernel_asked_for_by_name_says_why_it_cannot_serve():
         attention(q, k, v, may_see, segment_ids=segment_ids, implementation="cudnn")
     with pytest.raises(ConfigError, match="multiple of 128"):
         attention(q, k, v, may_see, segment_ids=segment_ids, implementation="tpu")
+    half, bias = (x.astype(jnp.bfloat16) for x in (q, jnp.zeros((N, T, T))))
+    how = dict(segment_ids=segment_ids, bias=bias)
+    for kernel in ("cudnn", "tpu"):
+        with pytest.raises(ConfigError, match=f"{kernel}.*adds no bias"):
+            attention(half, half, half, may_see, **how, implementation=kernel)
     with pytest.raises(ConfigError, match="Possible: auto, cudnn, tpu, xla"):
         attention(q, k, v, may_see, segment_ids=segment_ids, implementation="flash")
 
