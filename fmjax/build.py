@@ -34,7 +34,7 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
         lm_head=objectives.need_vocabulary(config.objectives),
         classes=heads,
     )
-    objectives.check_causal(config.objectives.to_dict(), built.causal)
+    objectives.check_model(config.objectives.to_dict(), built)
     built = adapters.wrap(built, config.to_dict())
     check_rows(built, config.data.to_dict())
     return built
@@ -43,7 +43,7 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
 def check_rows(model: AnyModel, data: Mapping[str, Any]) -> None:
     """Refuses rows of `data` (`config.data`) that the model has no positions for, and several
     documents in one where a prompt is before the first alone."""
-    taken, seq_len = adapters.positions(model), data["seq_len"]
+    taken, seq_len = adapters.positions(model), max(data["seq_len"], data.get("target_len", 0))
     if seq_len + taken > model.cfg.max_len:
         more = f", with {taken} of config.adapter.length before it," if taken else ""
         raise ConfigError(

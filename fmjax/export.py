@@ -194,9 +194,9 @@ def _compare(
 def _check_pool(opened: pretrained.Opened) -> None:
     """Refuses a head on what the classes of transformers do not take for the whole."""
     model = adapters.base(opened.model)
-    family = convert.family_of(model)
+    located = convert.located(model)
     for name, args in opened.config.objectives.items():
-        written = family.place(family.type_of(model.cfg), f"head/{name}/kernel")
+        written = located(f"head/{name}/kernel")
         pool, theirs = args.get("pool", ""), model.heads.pool
         if pool not in ("", theirs) and name in dict(model.cfg.classes) and written:
             raise ConfigError(

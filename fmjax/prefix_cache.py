@@ -95,7 +95,7 @@ def depth(run: Any) -> int:
         )
     moving = groups.trained(run.assigned)
     layers = [int(match[1]) for n in moving if (match := re.match(r"block_(\d+)/", n))]
-    found = min(layers, default=cfg.depth)
+    found = min([*layers, run.model.encoded])
     if not found or any(name.startswith("embed/") for name in moving):
         raise ConfigError(
             f"{refused}, but config.groups trains the embeddings or the first layer: nothing is "

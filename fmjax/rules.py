@@ -237,7 +237,10 @@ SCHEDULES = ("linear", "cosine", "wsd", "rsqrt", "constant")
 MASKS = ("token", "word", "span")  # what masked language modelling chooses
 POOLS = ("", "first", "last", "mean")  # what stands for a whole sequence; "": as models have it
 # How documents become rows, or what kind of example a record is.
-FORMATS = ("packed", "padded", "pairs", "classes", "values", "tags", "spans", "choices", "texts")
+FORMATS = (
+    *("packed", "padded", "pairs"),
+    *("classes", "values", "tags", "spans", "choices", "texts", "seq2seq"),
+)
 
 DURATION_TEXT = re.compile(
     r"\s*(?P<number>\d+(_\d+)*(\.\d+)?(e\d\d?)?)\s*(?P<scale>[KkMmBbGgTt]?)\s*"
@@ -339,14 +342,14 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"data\.format", FORMATS),
     (r"data\.columns", COLUMNS),
     (r"data\.classes", CLASSES),
-    (r"data\.stride", _whole(0, 2**20)),
+    (r"data\.(stride|target_len)", _whole(0, 2**20)),
     (r"data\.document", ("blank_line", "line", "file")),
     (r"data\.long", ("split", "truncate", "drop", "error")),
     (r"data\.on_bad_record", ("raise", "skip", "quarantine")),
     (r"data\.overlap", ("keep", "drop")),
     (r"data\.pair", ("nsp", "sop")),
     (r"tokenizer\.kind", ("wordpiece", "bpe", "unigram", "char")),
-    (r"tokenizer\.special", ("bert", "gpt")),
+    (r"tokenizer\.special", ("bert", "gpt", "t5")),
     (r"data\.frame", ("piece", "document")),
     (r"objectives\.mlm\.(validation\.)?mask", MASKS),
     (r"(objectives\.[^.]+\.)?pool", POOLS),

@@ -61,7 +61,7 @@ def setup(config: Any, mesh: jax.sharding.Mesh, poll: Callable[[], None] = lambd
     config = pretrained.resolved(config)
     size = config.tokenizer.vocab_size if config.tokenizer.name == "train" else 8
     none = np.zeros(size, bool)
-    stand_in = data.Vocab(size, 0, 1, (2,), (3,), none, none)
+    stand_in = data.Vocab(size, 0, 1, (2,), (3,), none, none, sentinels=range(size))
     labels = tuple(config.data.classes) or ("one", "other")
     # An upper bound of the steps in the unit of the run's length, next to nothing in the others, so
     # that no duration looks longer than the run.

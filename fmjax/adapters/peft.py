@@ -25,8 +25,8 @@ from fmjax import adapters, rules, trees
 from fmjax.adapters import merge, peft_formats, quantise
 from fmjax.adapters.peft_formats import FORMATS, UNUSED
 from fmjax.adapters.wrapper import Adapted, base
+from fmjax.convert import writer
 from fmjax.convert.files import Place
-from fmjax.convert.writer import family_of
 from fmjax.errors import CheckpointError, ConfigError, quoted
 from fmjax.snapshot import find, read_json
 
@@ -125,9 +125,8 @@ def _weights(model: Adapted) -> dict[str, str]:
 
 def _places(model: Any, names: Iterable[str]) -> dict[str, Place]:
     """{our parameter: where transformers keeps it}, but for those that share a matrix."""
-    family = family_of(base(model))
-    kind = family.type_of(model.cfg)
-    places = {name: family.place(kind, name) for name in names}
+    located = writer.located(base(model))
+    places = {name: located(name) for name in names}
     return {name: place for name, place in places.items() if place and place.parts == 1}
 
 

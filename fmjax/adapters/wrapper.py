@@ -121,6 +121,14 @@ class Adapted:
         return self.model.causal
 
     @property
+    def decodes(self) -> bool:
+        return self.model.decodes
+
+    @property
+    def encoded(self) -> int:
+        return self.model.encoded
+
+    @property
     def stacks(self) -> Sequence[int] | None:
         return self.model.stacks
 

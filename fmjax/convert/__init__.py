@@ -27,17 +27,28 @@ from jax.sharding import SingleDeviceSharding
 from fmjax import rules, trees
 from fmjax.convert import files
 from fmjax.convert.files import Place, Tensors
-from fmjax.convert.writer import copy_tokenizer, export, family_of
+from fmjax.convert.writer import copy_tokenizer, export, family_of, located
 from fmjax.errors import CheckpointError, ConfigError, did_you_mean, quoted
 from fmjax.snapshot import find, read_json
 
-__all__ = ["copy_tokenizer", "Report", "describe", "export", "family_of", "find", "labels", "load"]
+__all__ = [
+    "copy_tokenizer",
+    "Report",
+    "describe",
+    "export",
+    "family_of",
+    "find",
+    "labels",
+    "load",
+    "located",
+]
 
 # `model_type` of config.json -> the file in fmjax/models and in fmjax/convert
 _LLAMA = "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo2".split()
 MODEL_TYPES = {
     **dict.fromkeys(("bert", "roberta", "distilbert", "modernbert"), "bert"),
     "gpt2": "gpt2",
+    "t5": "t5",
     **dict.fromkeys(_LLAMA, "llama"),
 }
 
@@ -103,7 +114,7 @@ def load(
         others = family.SHARED - _options(folder, hf, family).get("classes", {}).keys()
 
         def located(name: str) -> Place | None:
-            place = family.place(hf["model_type"], name)
+            place = family.place(hf, name)
             of_another = name.startswith("head/") and name.split("/")[1] in others
             left = re.fullmatch(leave, name)
             if place is None or place.key not in keys or of_another or left:

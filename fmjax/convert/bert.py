@@ -125,11 +125,11 @@ def tied(hf: Mapping[str, Any]) -> dict[str, str]:
     return TIED
 
 
-def place(model_type: str, name: str) -> Place | None:
-    """Where the parameter `name` lies in a file of that model type; None: it has no counterpart."""
+def place(hf: Mapping[str, Any], name: str) -> Place | None:
+    """Where the parameter `name` lies in files beside a config.json; None: in none of them."""
     module, leaf = name.rsplit("/", 1)
     layer = re.match(r"block_(\d+)/", module)
-    entry = TABLES[model_type].get(re.sub(r"^block_\d+/", "block_{}/", module))
+    entry = TABLES[hf["model_type"]].get(re.sub(r"^block_\d+/", "block_{}/", module))
     if entry is None or leaf not in LEAVES:
         return None
     module, part, parts = (entry, 0, 1) if isinstance(entry, str) else entry

@@ -71,8 +71,8 @@ def tied(hf: Mapping[str, Any]) -> dict[str, str]:
     return {"lm_head.weight": "transformer.wte.weight"}
 
 
-def place(model_type: str, name: str) -> Place | None:
-    """Where the parameter `name` lies in a file; None: it has no counterpart."""
+def place(hf: Mapping[str, Any], name: str) -> Place | None:
+    """Where the parameter `name` lies in files beside a config.json; None: in none of them."""
     module, leaf = name.rsplit("/", 1)
     layer = re.match(r"block_(\d+)/", module)
     entry = TABLE.get(re.sub(r"^block_\d+/", "block_{}/", module))

@@ -75,11 +75,11 @@ def tied(hf: Mapping[str, Any]) -> dict[str, str]:
     return {"lm_head.weight": "model.embed_tokens.weight"} if same else {}
 
 
-def place(model_type: str, name: str) -> Place | None:
-    """Where the parameter `name` lies in a file of that model type; None: it has no counterpart."""
+def place(hf: Mapping[str, Any], name: str) -> Place | None:
+    """Where the parameter `name` lies in files beside a config.json; None: in none of them."""
     module, leaf = name.rsplit("/", 1)
     layer = re.match(r"block_(\d+)/", module)
-    entry = TABLES[model_type].get(re.sub(r"^block_\d+/", "block_{}/", module))
+    entry = TABLES[hf["model_type"]].get(re.sub(r"^block_\d+/", "block_{}/", module))
     if entry is None or leaf not in LEAVES:
         return None
     key = entry.format(int(layer[1])) if layer else entry

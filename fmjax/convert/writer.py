@@ -1,5 +1,6 @@
 """Writes a folder that `transformers` loads."""
 
+import functools
 import importlib
 import json
 import shutil
@@ -60,7 +61,7 @@ def export(
 
     tensors: dict[str, list[tuple[Place, str]]] = {}  # a fused tensor has several
     for name in where.keys() - set(left_out):
-        place = family.place(kind, name)
+        place = family.place(config, name)
         if place is None:
             raise ConfigError(f"The parameter {name!r} has no counterpart in transformers' {kind}.")
         tensors.setdefault(place.key, []).append((place, name))
@@ -118,6 +119,13 @@ def family_of(model: Any) -> ModuleType:
             f"{type(model).__name__} of {name}.py has no counterpart in transformers."
         )
     return importlib.import_module(f"fmjax.convert.{name}")
+
+
+def located(model: Any) -> Callable[[str], Place | None]:
+    """Where transformers keeps a parameter of `model`; None: it has no place for it."""
+    family = family_of(model)
+    _, heads = family.ARCHITECTURES[family.type_of(model.cfg)][-1]  # which all others have too
+    return functools.partial(family.place, family.hf_config(model.cfg, heads, {}))
 
 
 def _head(name: str) -> str:

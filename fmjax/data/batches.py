@@ -234,13 +234,17 @@ class _Steps:
 
 
 def cut(batch: dict[str, np.ndarray], width: int) -> dict[str, np.ndarray]:
-    """The batch without the columns that hold nothing but padding; what is no row stays."""
+    """The batch without the columns that hold nothing but padding, and of targets as large a share;
+    what is no row stays."""
     axis, time = batch["segment_ids"].ndim - 1, batch["segment_ids"].shape[-1]
-    columns = (slice(None),) * axis + (slice(width),)
-    return {
-        name: array[columns] if array.ndim > axis and array.shape[axis] == time else array
-        for name, array in batch.items()
-    }
+
+    def shorter(name, array):
+        if name.startswith("target_"):
+            return array[:, : -(-width * array.shape[1] // time)]
+        row = array.ndim > axis and array.shape[axis] == time
+        return array[(slice(None),) * axis + (slice(width),)] if row else array
+
+    return {name: shorter(name, array) for name, array in batch.items()}
 
 
 def _block(batch_size: int, process_index: int, process_count: int) -> np.ndarray:

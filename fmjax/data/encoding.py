@@ -58,15 +58,25 @@ class Reader:
         if self.settings.format == "spans":
             yield from self._windows(documents)
             return
-        self._encode.enable_truncation(self.settings.seq_len, strategy="longest_first")
+        settings = self.settings
+        self._encode.enable_truncation(settings.seq_len, strategy="longest_first")
         inputs = [self._inputs(document) for document in documents]
         flat = [sequence for sequences in inputs for sequence in sequences]
         encodings = iter(self._encoded(flat, documents))
+        targets = iter(())
+        if settings.format == "seq2seq" and settings.label:
+            self._encode.enable_truncation(settings.target_len or settings.seq_len)
+            texts = [text for one in documents for text in one.fields[settings.label]]
+            targets = iter(self._encoded(texts, documents))
         for document, sequences in zip(documents, inputs, strict=True):
             found = [next(encodings) for _ in sequences]
             arrays = [_arrays(encoding) for encoding in found]
             cut = any(encoding.overflowing for encoding in found)
-            yield [Example(arrays, self._label(document, found), cut)]
+            if settings.format == "seq2seq" and settings.label:  # an example for each target
+                own = [next(targets) for _ in document.fields[settings.label]]
+                yield [Example(arrays, x.ids, cut or bool(x.overflowing)) for x in own]
+            else:
+                yield [Example(arrays, self._label(document, found), cut)]
 
     def _encoded(self, inputs: list, documents: list[Document], **how: bool) -> list:
         pretokenised = self.settings.format == "tags"
@@ -85,6 +95,8 @@ class Reader:
             return [tuple(values) if len(values) == 2 else values[0]]
         if form == "choices":
             return [(values[0], choice) for choice in values[1]]
+        if form == "seq2seq":
+            return [self.settings.source_prefix + values[0]]
         return values
 
     def _windows(self, documents: list[Document]) -> Iterator[list[Example]]:

@@ -4,7 +4,8 @@ An example is one or several token sequences (the choices of a question, an anch
 and a label. A folder holds for each split `tokens` and `types` (all sequences one after the other),
 `ends.npy` [N · K + 1] (where each starts), and `labels.npy`: [N] classes, numbers or places among
 choices; [N, 2] first and last tokens of spans; for tags one a token, -1 where there is none, -2
-where it is not known. What else spans keep is in spans.py.
+where it is not known; for sequences that have a sequence as their target all of its tokens, with
+`label_ends.npy` [N + 1] (where each starts). What else spans keep is in spans.py.
 
 Names of classes are those of the training split, sorted; a label that only the validation split has
 is an error, not a new class.
@@ -26,7 +27,7 @@ from fmjax.data.sources import Document, Source
 from fmjax.data.tokenizer import Prepared, Vocab
 from fmjax.errors import DataError, did_you_mean
 
-VERSION = 4  # of what a folder holds; raise it when the same records give other files
+VERSION = 5  # of what a folder holds; raise it when the same records give other files
 CHUNK = 1000  # examples that are tokenised at once
 
 
@@ -37,11 +38,14 @@ class ExampleSplit:
         self.seq_len, self.tokens, self._vocab = seq_len, counts["tokens"], vocab
         self._sequences, self._rows = counts["sequences"], counts["rows"]
         self._tagged = counts["tagged"]
+        self.target_len = counts["target_len"]
         self._ids = np.memmap(folder / f"{split}.tokens", store.token_dtype(vocab.size), "r")
         self._types = np.memmap(folder / f"{split}.types", np.uint8, "r")
         self._ends = np.load(folder / f"{split}.ends.npy", mmap_mode="r")
         file = folder / f"{split}.labels.npy"
         self._labels = np.load(file, mmap_mode="r") if file.exists() else None
+        file = folder / f"{split}.label_ends.npy"
+        self._label_ends = np.load(file, mmap_mode="r") if file.exists() else None
         asked = counts["questions"]
         self.questions = spans.Questions(folder, split, self._ends) if asked else None
 
@@ -59,35 +63,49 @@ class ExampleSplit:
 
     def widths(self, index: np.ndarray) -> np.ndarray:
         """Columns that each of the rows `index` needs: a quarter of `seq_len`, or two, or three, or
-        all."""
+        all; of a target's as large a share is enough."""
         each = index[:, None] * self._sequences + np.arange(self._sequences)
         longest = (self._ends[each + 1] - self._ends[each]).max(axis=1)
         quarter = -(-self.seq_len // 4)
-        return np.minimum(np.maximum(-(-longest // quarter), 1) * quarter, self.seq_len)
+        quarters = -(-longest // quarter)
+        if self._label_ends is not None:
+            target = self._label_ends[index + 1] - self._label_ends[index]
+            quarters = np.maximum(quarters, -(-4 * target // self.target_len))
+        return np.minimum(np.maximum(quarters, 1) * quarter, self.seq_len)
 
     def rows(
         self, index: np.ndarray, examples: np.ndarray | None = None, seed: int = 0
     ) -> dict[str, np.ndarray]:
         """The rows `index` [n]: int32 [n, T], or [n, K, T] with K > 1 sequences an example, and
-        `labels`: [n], [n, 2] for spans, or [n, T] for tags."""
+        `labels`: [n], [n, 2] for spans, or [n, T] for tags; for targets that are sequences
+        `target_ids`, `target_segment_ids` and `target_positions`, [n, S]."""
         each = index[:, None] * self._sequences + np.arange(self._sequences)  # (n, K)
         if self._sequences == 1:
             each = each[:, 0]
-        starts, lengths = self._ends[each], self._ends[each + 1] - self._ends[each]
-        column = np.arange(self.seq_len)
-        real = column < lengths[..., None]
-        place = np.where(real, starts[..., None] + column, 0)
-        batch = {
-            "input_ids": np.where(real, self._ids[place], self._vocab.pad_id).astype(np.int32),
-            "segment_ids": real.astype(np.int32),
-            "positions": np.where(real, column, 0).astype(np.int32),
-            "token_types": np.where(real, self._types[place], 0).astype(np.int32),
-        }
-        if self._tagged:
+        real, place, batch = self._padded(self._ids, self._ends, each, self.seq_len)
+        batch["input_ids"] = batch.pop("ids")
+        batch["token_types"] = np.where(real, self._types[place], 0).astype(np.int32)
+        if self._label_ends is not None:
+            _, _, target = self._padded(self._labels, self._label_ends, index, self.target_len)
+            batch |= {f"target_{name}": array for name, array in target.items()}
+        elif self._tagged:
             batch["labels"] = np.where(real, self._labels[place], NONE)
         elif self._labels is not None:
             batch["labels"] = self._labels[index]
         return batch
+
+    def _padded(self, tokens, ends, each, width):
+        """(which columns are real, where their tokens lie, the arrays) of the sequences `each`."""
+        starts, lengths = ends[each], ends[each + 1] - ends[each]
+        column = np.arange(width)
+        real = column < lengths[..., None]
+        place = np.where(real, starts[..., None] + column, 0)
+        arrays = {
+            "ids": np.where(real, tokens[place], self._vocab.pad_id).astype(np.int32),
+            "segment_ids": real.astype(np.int32),
+            "positions": np.where(real, column, 0).astype(np.int32),
+        }
+        return real, place, arrays
 
 
 def prepare(
@@ -99,7 +117,7 @@ def prepare(
     poll: Callable[[], None],
 ) -> tuple[Path, dict]:
     """(folder, its index) with the examples of `source`, made or found in the cache."""
-    keys = ("format", "seq_len", "long", "label", "stride")
+    keys = ("format", "seq_len", "long", "label", "stride", "target_len", "source_prefix")
     identity = {"version": VERSION, "source": source.identity, "tokenizer": words.digest}
     identity |= {key: getattr(settings, key) for key in keys}
     identity |= {"classes": list(settings.classes), "columns": settings.column_names}
@@ -208,6 +226,9 @@ class _Writer:
     def finish(self, names: list[str], seq_len: int) -> dict:
         np.save(self.folder / f"{self.split}.ends.npy", np.array(self.ends, np.int64))
         if self.labels:
+            if self.settings.format == "seq2seq":
+                ends = np.cumsum([0, *map(len, self.labels)])
+                np.save(self.folder / f"{self.split}.label_ends.npy", ends)
             ids = {name: i for i, name in enumerate(names)}
             number = lambda x: ids[x] if isinstance(x, str) else NONE if x is None else x
             flat = [x for y in self.labels for x in (y if isinstance(y, list) else [y])]
@@ -223,7 +244,8 @@ class _Writer:
             "fill": self.ends[-1] / max(self.rows * self.sequences * seq_len, 1),
             "sequences": self.sequences,
             "questions": bool(self.questions),
-            "tagged": bool(self.labels) and isinstance(self.labels[0], list),
+            "tagged": self.settings.format == "tags" and bool(self.labels),
+            "target_len": self.settings.target_len or seq_len,
             **self.lost,
         }
 

@@ -10,6 +10,8 @@ EXCERPT = 1000  # characters of a bad record that quarantine keeps
 KINDS = {
     "text": "text",
     "texts": "a list of texts",
+    "passage": "text or a list of texts",
+    "targets": "text or a list of texts",
     "label": "text or a whole number",
     "number": "a finite number",
     "labels": "a list of texts or whole numbers",
@@ -60,6 +62,10 @@ def _type(value: Any) -> str:
 def _value(value: Any, kind: str) -> tuple[Any, str]:
     if kind == "text":
         return value, fault(value)
+    if kind in ("passage", "targets"):  # of several parts; or several, each for itself
+        texts, bad = _value([value] if isinstance(value, str) else value, "texts")
+        bad = bad.replace(KINDS["texts"], KINDS[kind])
+        return texts if kind == "targets" or bad else " ".join(texts), bad
     if kind in ("texts", "labels"):
         if not isinstance(value, list | tuple) or not value:
             empty = "an empty list" if isinstance(value, list | tuple) else _type(value)

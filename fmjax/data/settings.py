@@ -18,6 +18,7 @@ LABELLED = {
     "spans": ((2,), "text", "answers"),
     "choices": ((2,), "text", "label"),
     "texts": ((1, 2, 3), "text", ""),
+    "seq2seq": ((1,), "passage", "targets"),
 }
 
 
@@ -35,6 +36,8 @@ class DataSettings:
     columns: str | tuple[str, ...] | list[str] = "text"  # names, or one text of names with commas
     label: str = "label"  # column of the labels; empty: there are none (to predict)
     classes: tuple[str, ...] | list[str] = ()  # names of the classes in order; empty: as found
+    target_len: int = 0  # of seq2seq; 0: seq_len
+    source_prefix: str = ""  # of seq2seq: what stands before each source, such as its task
     stride: int = 64  # tokens that two windows of one long context share
     document: str = "blank_line"
     frame: str = "piece"  # what the tokenizer's tokens for begin and end stand around

@@ -78,6 +78,8 @@ def _documents(settings: DataSettings, parts: Parts) -> Iterator[Document]:
                 yield Document(kept, "bad", record.where, done, record.bad)
                 continue
             split, text = part, _text_of(record, settings)
+            if settings.format == "seq2seq" and settings.label:  # whose words a tokenizer learns
+                text = "\n".join([text, *record.fields[settings.label]])
             whole = _whole(record, settings)
             if "validation" not in parts:
                 split = split_of(whole, float(settings.validation_fraction))

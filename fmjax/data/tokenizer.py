@@ -1,6 +1,7 @@
 """Tokenizers: load one in transformers format, or train one on the training documents."""
 
 import collections
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -19,7 +20,9 @@ from fmjax.errors import ConfigError, quoted
 SPECIAL = {
     "bert": {f"{name}_token": f"[{name.upper()}]" for name in "pad unk cls sep mask".split()},
     "gpt": {f"{name}_token": "<|endoftext|>" for name in "unk bos eos".split()},
+    "t5": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
 }
+SENTINELS = 100  # that a trained T5 tokenizer has
 # A vocabulary does not get better by reading more; minutes at most.
 TRAINING_CHARACTERS = 200_000_000
 MAX_VOCAB = 2**24  # ids; tables of this length are made before a model is
@@ -36,6 +39,7 @@ class Vocab(NamedTuple):
     last: tuple[int, ...]  # and behind it: [SEP], or </s>
     special: np.ndarray
     word_start: np.ndarray  # True where a token begins a word
+    sentinels: tuple[int, ...] = ()  # that can stand for spans: <extra_id_0>, <extra_id_1>, …
     bytes: np.ndarray | None = None  # int [V], of the text that each stands for; None: unknown
 
 
@@ -55,7 +59,7 @@ def prepare(
     poll: Callable[[], None],
 ) -> Prepared:
     """Load or train the tokenizer, or reuse the one that the cache has."""
-    identity = {"version": 3, **_identity(settings, source)}
+    identity = {"version": 4, **_identity(settings, source)}
     home = root / f"tokenizer-{cache.digest(identity)}"
     with cache.lock(root / f"{home.name}.lock", log, poll):
         index = cache.verified(home, log)
@@ -64,8 +68,8 @@ def prepare(
     with np.load(home / "vocab.npz") as stored:
         tables = {name: stored[name] for name in stored.files}
     ids = index["vocab"]
-    around = {name: tuple(ids[name]) for name in ("first", "last")}
-    vocab = Vocab(**ids | around, **tables)
+    several = {name: tuple(ids[name]) for name in ("first", "last", "sentinels")}
+    vocab = Vocab(**ids | several, **tables)
     return Prepared(vocab, home / "files", index["files"]["files/tokenizer.json"][1])
 
 
@@ -131,7 +135,7 @@ def _write(folder: Path, settings: TokenizerSettings, source: Source, log) -> di
     found = vocab._asdict()
     tables = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
     np.savez(folder / "vocab.npz", **tables)
-    ids = ("size", "pad_id", "mask_id", "first", "last")
+    ids = ("size", "pad_id", "mask_id", "first", "last", "sentinels")
     return {"vocab": {name: found[name] for name in ids}}
 
 
@@ -180,6 +184,8 @@ def _train(settings: TokenizerSettings, source: Source):
     if settings.special == "gpt" and settings.kind != "bpe":  # bytes are all known
         named["unk_token"] = "<|unknown|>"
     special, unknown = list(dict.fromkeys(named.values())), named["unk_token"]
+    sentinels = [f"<extra_id_{i}>" for i in range(SENTINELS)] * (settings.special == "t5")
+    special += sentinels
     known = {
         "special_tokens": [*special],
         "vocab_size": settings.vocab_size,
@@ -236,7 +242,15 @@ def _train(settings: TokenizerSettings, source: Source):
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",
             special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
         )
-    return _transformers().PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+    if settings.special == "t5":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A </s>",
+            pair="$A </s> $B </s>",
+            special_tokens=[("</s>", tokenizer.token_to_id("</s>"))],
+        )
+    return _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=sentinels or None, **named
+    )
 
 
 def _training_texts(source: Source) -> Iterator[str]:
@@ -301,6 +315,9 @@ def _vocab(tokenizer, settings: TokenizerSettings) -> Vocab:
         word_start[i] = begins(token)
         sizes[i] = weighs(token) if weighs and not special[i] else 0
     first, last = around(tokenizer)
+    numbered = (vocab.get(f"<extra_id_{i}>") for i in itertools.count())
+    sentinels = tuple(itertools.takewhile(lambda i: i is not None, numbered))
+    special[list(sentinels)] = True
     return Vocab(
         size=size,
         pad_id=tokenizer.pad_token_id or 0,
@@ -308,6 +325,7 @@ def _vocab(tokenizer, settings: TokenizerSettings) -> Vocab:
         first=first,
         last=last,
         special=special,
+        sentinels=sentinels,
         word_start=word_start | special,
         bytes=sizes if weighs else None,
     )

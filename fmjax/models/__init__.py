@@ -13,6 +13,8 @@ class AnyModel(Protocol):
     cfg: Any  # a frozen dataclass with `depth`, `dtype`, `scan` and `remat`
     stacks: Sequence[int] | None  # lengths of the runs of layers that are scanned together
     causal: bool  # whether a token sees only what is before it
+    decodes: bool  # whether a decoder follows the encoder
+    encoded: int  # how many of the layers, from the first on, `encode` runs
     kinds: Sequence[str]  # one word a layer; only equal neighbours can be scanned together
 
     def example(self) -> tuple[Any, ...]: ...

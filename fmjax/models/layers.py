@@ -197,7 +197,8 @@ class Embedding(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two-layer perceptron; `gated` multiplies with a second projection (GeGLU, SwiGLU)."""
+    """Two-layer perceptron; `gated` multiplies with a second projection (GeGLU, SwiGLU). `dropout`
+    is of what is between the layers."""
 
     hidden: int
     activation: str = "gelu"
@@ -205,23 +206,29 @@ class Mlp(nn.Module):
     use_bias: bool = True
     dtype: DTypeLike = jnp.float32
     down_init: Callable = nn.initializers.normal(0.02)
+    up_init: Callable = nn.initializers.normal(0.02)
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        make = lambda features, name: Linear(features, self.use_bias, self.dtype, name=name)
-        up = make(self.hidden, "up")(x, jnp.float32)
-        gate = make(self.hidden, "gate")(x, jnp.float32) if self.gated else None
+    def __call__(
+        self, x: Float[Array, "... D"], seeds: streams.Seeds | None = None
+    ) -> Float[Array, "... D"]:
+        make = functools.partial(
+            Linear, use_bias=self.use_bias, dtype=self.dtype, kernel_init=self.up_init
+        )
+        up = make(self.hidden, name="up")(x, jnp.float32)
+        gate = make(self.hidden, name="gate")(x, jnp.float32) if self.gated else None
 
         # The activation is computed again in the backward pass, which costs a CPU as much as
         # writing and reading it, and saves an array as large as `up` a layer.
         @functools.partial(nn.remat, policy=jax.checkpoint_policies.dots_saveable)
-        def down(mlp, up, gate):
+        def down(mlp, up, gate, seeds):
             h = ACTIVATIONS[mlp.activation](up)
-            h = h if gate is None else h * gate
+            h = dropout(h if gate is None else h * gate, mlp.dropout, seeds)
             make = functools.partial(Linear, name="down", kernel_init=mlp.down_init)
             return make(x.shape[-1], mlp.use_bias, mlp.dtype)(h.astype(mlp.dtype))
 
-        return down(self, up, gate)
+        return down(self, up, gate, seeds)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

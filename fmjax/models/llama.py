@@ -220,26 +220,13 @@ class Embed(nn.Module):
         return layers.dropout(x, cfg.dropout, seeds).astype(DTYPES[cfg.dtype])
 
 
-class Output(nn.Module):
-    """The matrix of an output that is not tied to the embedding."""
-
-    cfg: Config
-
-    @nn.compact
-    def __call__(self):
-        shape = self.cfg.width, self.cfg.vocab_size
-        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, jnp.float32)
-        spec = sharding.spec_of("/".join((*self.path, "kernel")))
-        return trunk.Vocabulary(kernel, False, spec, DTYPES[self.cfg.dtype])
-
-
 class Heads(trunk.CausalHeads):
     """Linear heads, and the output matrix where it is not tied."""
 
     def setup(self):
         super().setup()
         if self.cfg.lm_head and not self.cfg.tied:
-            self.lm = Output(self.cfg)
+            self.lm = trunk.Output(self.cfg)
 
 
 class Decoder(trunk.Trunk):

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fmjax import losses, precision, streams, trees
+from fmjax import losses, precision, sharding, streams, trees
 from fmjax.errors import ConfigError, did_you_mean
 from fmjax.models import TOKEN_HEADS, layers
 from fmjax.precision import DTYPES
@@ -39,6 +39,21 @@ class Vocabulary(NamedTuple):
         """In float32."""
         logits = precision.linear(hidden, self.kernel, self.dtype, self.out_in, self.spec)
         return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
+
+
+class Output(nn.Module):
+    """The matrix of an output that is not tied to the embedding."""
+
+    cfg: Any
+    deviation: float = 0.02  # of its elements at first
+
+    @nn.compact
+    def __call__(self) -> Vocabulary:
+        shape = self.cfg.width, self.cfg.vocab_size
+        initial = nn.initializers.normal(self.deviation)
+        kernel = self.param("kernel", initial, shape, jnp.float32)
+        spec = sharding.spec_of("/".join((*self.path, "kernel")))
+        return Vocabulary(kernel, False, spec, DTYPES[self.cfg.dtype])
 
 
 class Heads(nn.Module):
@@ -79,6 +94,9 @@ class CausalHeads(Heads):
 class Trunk(nn.Module):
     """Layers and heads: `encode`, `logits`, `classify`, `project`; `__call__` runs all, for init.
 
+    Of an encoder–decoder, `decode` makes of a target and what `encode` gave the states that
+    `logits` takes.
+
     `stacks` are the lengths of the runs of layers that are stored and scanned together (they sum to
     the depth and never cross `kinds`); None runs the layers one by one. `encode` runs the layers
     from `start` to before `stop`, which fall on ends of stacks.
@@ -89,6 +107,7 @@ class Trunk(nn.Module):
     start: int = 0  # above 0, `encode` is given the hidden states of that layer for `input_ids`
     stop: int | None = None  # None: all, and the norm behind them
     causal = False  # whether a token sees only what is before it
+    decodes = False  # whether a decoder follows the encoder
     endless = True  # whether it can be run on positions that no training text had
     heads = Heads  # its linear ones
 
@@ -96,6 +115,11 @@ class Trunk(nn.Module):
     def kinds(self) -> list[str]:
         """One word a layer; only equal neighbours can be scanned together."""
         return ["block"] * self.cfg.depth
+
+    @property
+    def encoded(self) -> int:
+        """How many of the layers, from the first on, `encode` runs."""
+        return self.cfg.depth
 
     def example(self) -> tuple[jax.Array, ...]:
         """The smallest arguments of `__call__`, for initialisation."""
@@ -121,20 +145,27 @@ class Trunk(nn.Module):
             setattr(self, name, scanned(cfg, self.kinds[first]))
 
     def run_layers(
-        self, x: Float[Array, "B T D"], layer: Mapping[str, jax.Array], shared: Any
+        self,
+        x: Float[Array, "B T D"],
+        layer: Mapping[str, jax.Array],
+        shared: Any,
+        first: int = 0,
+        last: int | None = None,
     ) -> Float[Array, "B T D"]:
-        """The states behind the layers, each called as `block(x, its row of layer, shared)`."""
-        stop = self.cfg.depth if self.stop is None else self.stop
+        """The states behind the layers from `first` to before `last` (None: all) of those that run,
+        each called as `block(x, its row of layer, shared)`."""
+        stop = min(end for end in (self.cfg.depth, self.stop, last) if end is not None)
+        start = max(self.start, first)
         if self.stacks is None:
-            for i in range(self.start, stop):
+            for i in range(start, stop):
                 one = {key: value[i] for key, value in layer.items()}
                 x, _ = getattr(self, f"block_{i:02d}")(x, one, shared)
             return x
-        for name, (first, last) in trees.stack_names(self.stacks).items():
-            if not self.start <= first < stop:
+        for name, (low, high) in trees.stack_names(self.stacks).items():
+            if not start <= low < stop:
                 continue
-            assert last < stop, f"layer {stop} is inside of {name}"
-            run = {key: value[first : last + 1] for key, value in layer.items()}
+            assert high < stop, f"layer {stop} is inside of {name}"
+            run = {key: value[low : high + 1] for key, value in layer.items()}
             x, _ = getattr(self, name)(x, run, shared)
         return x
 
@@ -183,6 +214,8 @@ class Trunk(nn.Module):
                 self.project(hidden, name)
             else:
                 self.classify(hidden, segment_ids, name)
+        if self.decodes:
+            hidden = self.decode(*args[:3], hidden, segment_ids)
         return self.logits(hidden[:, :1]) if self.cfg.lm_head else hidden
 
 

@@ -19,7 +19,8 @@ ask for `names` (of the classes), `split` (the data) and `rows` (numbers of its 
 of the outputs). A module also says what it needs: `TARGET`, what the labels of the data must mean
 (`fmjax.data.Dataset.target`); `heads(labels)`, the linear heads of the model; `SCORES`, the metrics
 of `score`; `WHOLE_BATCH`, that a row's loss depends on the others, which forbids accumulation;
-`VOCABULARY`, that the model needs its vocabulary head; `CAUSAL`, whether a token of the model may
+`VOCABULARY`, that the model needs its vocabulary head; `DECODES`, that it needs a decoder behind
+its encoder; `CAUSAL`, whether a token of the model may
 see only what is before it; `MASKS`, that the tokenizer needs a token for what is hidden.
 """
 
@@ -34,6 +35,7 @@ import jax.numpy as jnp
 
 from fmjax import streams
 from fmjax.errors import ConfigError, did_you_mean
+from fmjax.models import AnyModel
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 FUNCTIONS = ("prepare", "loss_fn", "outputs", "score", "each", "describe")
@@ -82,19 +84,29 @@ def need_vocabulary(objectives: Iterable[str]) -> bool:
     return any(getattr(module, "VOCABULARY", False) for module in modules)
 
 
-def check_causal(objectives: Mapping[str, Mapping[str, Any]], causal: bool) -> None:
-    """Refuses what a model whose tokens see only what is before them (`causal`), or all, cannot
-    learn. Raises ConfigError."""
+def check_model(objectives: Mapping[str, Mapping[str, Any]], model: AnyModel) -> None:
+    """Refuses what the model cannot learn: whether its tokens see only what is before them, and
+    whether a decoder follows its encoder. Raises ConfigError."""
     for name, args in objectives.items():
-        wanted = getattr(importlib.import_module(f"fmjax.objectives.{name}"), "CAUSAL", None)
-        if wanted is not None and wanted != causal:
+        module = importlib.import_module(f"fmjax.objectives.{name}")
+        decodes = getattr(module, "DECODES", False)
+        if decodes != model.decodes and (decodes or getattr(module, "VOCABULARY", False)):
+            raise ConfigError(
+                f"config.objectives.{name} needs a model "
+                f"{'with' if decodes else 'without'} a decoder behind its encoder, which that of "
+                f"config.model.name is not: use "
+                f"{'t5, or clm or mlm' if decodes else 'bert, gpt2 or llama, or seq2seq'} in its "
+                "place."
+            )
+        wanted = getattr(module, "CAUSAL", None)
+        if wanted is not None and wanted != model.causal:
             raise ConfigError(
                 f"config.objectives.{name} needs a model whose tokens see "
                 f"{'only what is before them' if wanted else 'all of a text'}, which that of "
                 f"config.model.name does not: use "
                 f"{'gpt2 or llama, or mlm' if wanted else 'bert, or clm'} in its place."
             )
-        if causal and args.get("pool") == "first":
+        if model.causal and args.get("pool") == "first":
             raise ConfigError(
                 f"config.objectives.{name}.pool='first' is a token that sees itself alone in a "
                 "causal model: set it to 'last' or 'mean'."

@@ -35,7 +35,22 @@ def loss_fn(
     """
     names = ("input_ids", "segment_ids", "positions", "token_types", "seeds")
     hidden = apply(params, *(batch[name] for name in names), method="encode")
-    labels, weights = targets(batch)
+    how = dict(vocab=vocab, z_loss=z_loss, smoothing=smoothing)
+    return judged(apply, params, hidden, *targets(batch), **how)
+
+
+def judged(
+    apply: Callable,
+    params: Any,
+    hidden: Float[Array, "B T D"],
+    labels: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    vocab: Any,
+    z_loss: float,
+    smoothing: float,
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The metrics of what the vocabulary makes of `hidden`, against the labels of weight 1."""
     how = dict(z_loss=z_loss, smoothing=smoothing)
     sums = vocabulary.of(apply, params, hidden, labels, weights, **how)
     weight = jnp.sum(weights)

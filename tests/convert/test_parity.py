@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fmjax import convert, trees
-from fmjax.models import bert, gpt2, llama
+from fmjax.models import bert, gpt2, llama, t5
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
@@ -77,7 +77,19 @@ FAMILIES |= {
     "gemma3": ("Gemma3ForCausalLM", LLAMA | NEAR | dict(num_hidden_layers=2, layer_types=KINDS)),
     "olmo2": ("Olmo2ForCausalLM", LLAMA),
 }
-CAUSAL = [name for name, (kind, _) in FAMILIES.items() if not re.search("PreTr|MaskedLM", kind)]
+T5 = dict(vocab_size=61, d_model=16, d_kv=6, d_ff=24, num_heads=2, num_layers=2, dropout_rate=0.0)
+T5 |= dict(
+    num_decoder_layers=3, relative_attention_num_buckets=8, relative_attention_max_distance=12
+)
+T5 |= dict(pad_token_id=0, eos_token_id=3, decoder_start_token_id=0)
+FAMILIES |= {
+    "t5": ("T5ForConditionalGeneration", T5),
+    "t5-1.1": (
+        "T5ForConditionalGeneration",
+        T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    ),
+}
+CAUSAL = [name for name, (kind, _) in FAMILIES.items() if not re.search("PreTr|MaskedLM|T5", kind)]
 LENGTHS = (16, 9)
 # Most of this file's time is compilation, and its programs run once.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -95,7 +107,10 @@ def reference(request, tmp_path_factory):
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             norm = re.search(r"norm|ln_", key.lower()) and key.endswith("weight")
-            parameter.normal_(float(bool(norm)), 0.2)
+            # T5's table has a deviation of 1, and its norms divide by what it has.
+            parameter.normal_(float(bool(norm)), 1.0 if key == "shared.weight" else 0.2)
+    if request.param == "t5-1.1":  # whose output transformers ties where no file says otherwise
+        model.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn(61, 16))
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
 
@@ -114,8 +129,9 @@ def reference(request, tmp_path_factory):
 
     out = model(**inputs)
     trunk = {key: inputs[key] for key in inputs if "label" not in key}
+    trunk_of = model.encoder if config.is_encoder_decoder else model.base_model
     with torch.no_grad():
-        hidden = model.base_model(**trunk).last_hidden_state
+        hidden = trunk_of(**trunk).last_hidden_state
     out.loss.backward()
     gradients = {key: p.grad.numpy().copy() for key, p in model.named_parameters()}
     torch.optim.AdamW(
@@ -133,6 +149,7 @@ def reference(request, tmp_path_factory):
             token_types=jnp.asarray(types),
         ),
         labels=jnp.asarray(labels),
+        given=jnp.asarray(np.pad(np.where(labels < 0, 0, labels)[:, :-1], ((0, 0), (1, 0)))),
         hidden=hidden.numpy(),
         logits=out[1].detach().numpy(),
         loss=out.loss.item(),
@@ -152,7 +169,13 @@ def ours(request, reference):
         def loss_fn(params):
             apply = lambda method, *args: model.apply({"params": params}, *args, method=method)
             hidden = apply("encode", *reference.batch.values())
-            logits = apply("logits", hidden)
+            if model.decodes:
+                segments, places = (reference.batch[k] for k in ("segment_ids", "positions"))
+                every = jnp.ones_like(segments)
+                states = apply("decode", reference.given, every, places, hidden, segments)
+            else:
+                states = hidden
+            logits = apply("logits", states)
             ahead = int(reference.causal)  # which transformers takes from the labels
             time = logits.shape[1] - ahead
             loss = cross_entropy(logits[:, :time], reference.labels[:, ahead:])
@@ -255,7 +278,7 @@ def test_round_trip_is_bit_equal_and_loads_in_transformers(reference, tmp_path):
             assert getattr(again.config, key) == options[key], key
 
 
-SHIPPED = [(family, variant) for family in (bert, gpt2, llama) for variant in family.VARIANTS]
+SHIPPED = [(family, variant) for family in (bert, gpt2, llama, t5) for variant in family.VARIANTS]
 
 
 @pytest.mark.parametrize("family, variant", SHIPPED, ids=lambda x: getattr(x, "__name__", x))
@@ -269,9 +292,10 @@ def test_full_size_names_and_shapes_are_those_of_transformers(family, variant):
     possible = tables.ARCHITECTURES[kind]
     has = {name.split("/")[1] for name in trees.unstack(abstract(model)) if "head/" in name}
     architecture, heads = next((name, heads) for name, heads in possible if heads <= has)
+    config = tables.hf_config(model.cfg, heads, {})
     found = {}
     for name, leaf in trees.unstack(abstract(model)).items():
-        place = tables.place(kind, name)
+        place = tables.place(config, name)
         shape = leaf.shape[::-1] if place.transposed else leaf.shape
         found.setdefault(place.key, {})[place.part] = (place, shape)
     joined = {}
@@ -282,10 +306,11 @@ def test_full_size_names_and_shapes_are_those_of_transformers(family, variant):
         whole = sum(own[axis] for _, own in parts.values())
         joined[key] = (*shape[:axis], whole, *shape[axis + 1 :])
 
-    config = tables.hf_config(model.cfg, heads, {})
     model_class = getattr(transformers, architecture)
     with torch.device("meta"):
         theirs = model_class(model_class.config_class(**config))
+        if "lm_head.weight" in joined:  # which transformers' T5 ties where no file says otherwise
+            theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight)
     assert joined == {key: tuple(p.shape) for key, p in theirs.named_parameters()}
 
 

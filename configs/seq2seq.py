@@ -1,0 +1,33 @@
+"""Sequence to sequence with an encoder–decoder (T5, Raffel et al. 2020): translation, summaries.
+
+    python run.py --config=configs/seq2seq.py --config.data.train=train.jsonl \\
+        --config.data.validation=val.jsonl --config.data.columns=en --config.data.label=de
+"""
+
+import runpy
+from pathlib import Path
+
+from fmjax.config import parse_arg
+from fmjax.errors import ConfigError, did_you_mean
+
+TASKS = {
+    "translate": dict(seq_len=48),
+    "summarise": dict(seq_len=256, target_len=48),
+}
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, task="translate", variant="small", runlocal=False)
+    if arg.task not in TASKS:
+        raise ConfigError(f"unknown task {arg.task!r}.{did_you_mean(arg.task, TASKS)}")
+    mlm = runpy.run_path(str(Path(__file__).with_name("mlm.py")))["get_config"]
+    config = mlm(f"{arg.variant},runlocal={arg.runlocal}")
+    config.data.update(format="seq2seq", long="truncate", columns="source", label="target")
+    config.data.update(target_len=0, source_prefix="", **TASKS[arg.task])
+    config.tokenizer.update(kind="unigram", special="t5", lowercase=False, vocab_size=8192)
+    config.model.update(name="t5", variant="tiny")
+    config.objectives = dict(seq2seq=dict(weight=1.0))
+    config.total = "10 epochs"
+    config.optim.update(lr=3e-3, clip=1.0, weight_decay=0.1)
+    config.optim.args.update(b2=0.98, eps=1e-8)
+    return config

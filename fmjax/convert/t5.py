@@ -1,0 +1,174 @@
+"""Where Hugging Face's T5 keeps our parameters, and its config.json.
+
+Its decoder numbers its layers from 0 again, and the first layer of each has the table of distances.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fmjax.convert import options
+from fmjax.convert.files import Place
+from fmjax.errors import ConfigError, did_you_mean, quoted
+
+# Classes of transformers and the heads they have, the richest first.
+ARCHITECTURES: dict[str, tuple[tuple[str, frozenset[str]], ...]] = {
+    "t5": (
+        ("T5ForConditionalGeneration", frozenset({"lm"})),
+        ("T5ForConditionalGeneration", frozenset()),
+    )
+}
+OPTIONS: options.Table = {
+    "vocab_size": ("vocab_size", 32128),
+    "d_model": ("width", 512),
+    "d_kv": ("head_size", 64),
+    "d_ff": ("mlp", 2048),
+    "num_heads": ("heads", 8),
+    "relative_attention_num_buckets": ("buckets", 32),
+    "relative_attention_max_distance": ("far", 128),
+    "dropout_rate": ("dropout", 0.1),
+    "layer_norm_epsilon": ("eps", 1e-6),
+}
+FIXED = {"quantization_config": None}
+# feed_forward_proj: (activation, gated)
+MLPS = {
+    "relu": ("relu", False),
+    "gelu": ("gelu", False),
+    "gelu_new": ("gelu_tanh", False),
+    "silu": ("silu", False),
+    "gated-relu": ("relu", True),
+    "gated-gelu": ("gelu_tanh", True),
+    "gated-silu": ("silu", True),
+}
+_ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
+_DISTANCE = "block.0.layer.0.SelfAttention.relative_attention_bias"
+TABLE = {
+    "embed/token": "shared",
+    "embed/encoder_distance": f"encoder.{_DISTANCE}",
+    "embed/decoder_distance": f"decoder.{_DISTANCE}",
+    "encoder_norm": "encoder.final_layer_norm",
+    "norm": "decoder.final_layer_norm",
+    "head/lm": "lm_head",
+}
+SHARED: frozenset[str] = frozenset()  # heads that have one name in files
+LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+# A table that old files have and no version of the model reads.
+BUFFERS = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+
+
+def tied(hf: Mapping[str, Any]) -> dict[str, str]:
+    """{tensor: the one that it repeats}; some files hold all of them."""
+    copies = [f"{part}.embed_tokens.weight" for part in ("encoder", "decoder")]
+    copies += ["lm_head.weight"] * _tied(hf)
+    return dict.fromkeys(copies, "shared.weight")
+
+
+def place(hf: Mapping[str, Any], name: str) -> Place | None:
+    """Where the parameter `name` lies in files beside a config.json; None: in none of them."""
+    module, leaf = name.rsplit("/", 1)
+    key = TABLE.get(module)
+    if match := re.fullmatch(r"block_(\d+)/(.*)", module):
+        key = _of_layer(int(match[1]), match[2], hf)
+    if key is None or leaf not in LEAVES:
+        return None
+    return Place(f"{key}.{LEAVES[leaf]}", leaf == "kernel")
+
+
+def _of_layer(layer: int, module: str, hf: Mapping[str, Any]) -> str | None:
+    """The name of a layer's module: of its parts, one after the other, each with its norm."""
+    encoder, gated = hf.get("num_layers", 6), hf.get("feed_forward_proj", "").startswith("gated")
+    decoder = layer >= encoder
+    first = f"decoder.block.{layer - encoder}" if decoder else f"encoder.block.{layer}"
+    parts = {"attn": (0, "SelfAttention"), "mlp": (1 + decoder, "DenseReluDense")}
+    parts |= {"cross": (1, "EncDecAttention")} if decoder else {}
+    whole, _, inner = module.partition("/")
+    if whole.removesuffix("_norm") not in parts:
+        return None
+    number, name = parts[whole.removesuffix("_norm")]
+    if whole.endswith("_norm"):
+        return f"{first}.layer.{number}.layer_norm"
+    maps = {"up": "wi_0" if gated else "wi", "gate": "wi_1", "down": "wo"}
+    inner = (maps if whole == "mlp" else _ATTENTION).get(inner)
+    return inner and f"{first}.layer.{number}.{name}.{inner}"
+
+
+def canonical(model_type: str, key: str) -> str:
+    """A file's key as the table has it."""
+    return key
+
+
+def _tied(hf: Mapping[str, Any]) -> bool:
+    """Whether the output is the embedding, for states times 1/√D. transformers 5 writes that it is
+    tied whatever it is, and tells the two kinds of T5 apart by the scale alone."""
+    return bool(hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings") is not False))
+
+
+def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `models.t5.Model` for a config.json.
+
+    Raises ConfigError for an option that the model does not have.
+    """
+    found = options.read(hf, OPTIONS, FIXED)
+    mlp = hf.get("feed_forward_proj", "relu")
+    if mlp not in MLPS:
+        raise ConfigError(
+            f"config.json has feed_forward_proj={quoted(mlp)}, which fmjax does not have."
+            + did_you_mean(str(mlp), MLPS)
+        )
+    activation, gated = MLPS[mlp]
+    if hf.get("decoder_start_token_id", hf.get("pad_token_id")) != hf.get("pad_token_id"):
+        raise ConfigError(
+            f"config.json has decoder_start_token_id={hf['decoder_start_token_id']!r}; fmjax's t5 "
+            f"begins with the padding, pad_token_id={hf.get('pad_token_id')!r}, only."
+        )
+    encoder, decoder = hf.get("num_layers", 6), hf.get("num_decoder_layers")
+    return found | {
+        "variant": "small",
+        "depth": encoder + (encoder if decoder is None else decoder),
+        "encoder_depth": encoder,
+        "activation": activation,
+        "gated": gated,
+        "tied": _tied(hf),
+        "attention_dropout": found["dropout"],
+    }
+
+
+def type_of(cfg: Any) -> str:
+    """`model_type` of a `models.t5.Config`."""
+    return "t5"
+
+
+def hf_config(
+    cfg: Any, heads: Iterable[str], ids: Mapping[str, int], labels: Sequence[str] = ()
+) -> dict[str, Any]:
+    """config.json for a `models.t5.Config` and the ids of special tokens.
+
+    Raises ConfigError for a combination of options that no class of transformers has.
+    """
+    options.require("t5", "attention_dropout", cfg.attention_dropout, cfg.dropout)
+    mlps = {how: name for name, how in MLPS.items()}
+    if (cfg.activation, cfg.gated) not in mlps:
+        raise ConfigError(
+            f"config.model.activation={cfg.activation!r} with config.model.gated={cfg.gated} "
+            f"cannot be exported: transformers' t5 has {', '.join(MLPS)} only."
+        )
+    return {
+        "architectures": [ARCHITECTURES["t5"][0][0]],
+        "model_type": "t5",
+        "dtype": "float32",
+        "is_encoder_decoder": True,
+        "num_layers": cfg.encoder_depth,
+        "num_decoder_layers": cfg.depth - cfg.encoder_depth,
+        "feed_forward_proj": mlps[cfg.activation, cfg.gated],
+        "tie_word_embeddings": cfg.tied,
+        "scale_decoder_outputs": cfg.tied,
+        "pad_token_id": ids.get("pad", 0),
+        "eos_token_id": ids.get("eos", 1),
+        "decoder_start_token_id": ids.get("pad", 0),
+        **options.written(cfg, OPTIONS),
+    }
+
+
+def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes that a config.json gives: none, as no head is read."""
+    return ()
