@@ -11,8 +11,8 @@ from fmjax.config import parse_arg
 from fmjax.errors import ConfigError, did_you_mean
 
 TASKS = {
-    "translate": dict(seq_len=48),
-    "summarise": dict(seq_len=256, target_len=48),
+    "translate": dict(seq_len=128),
+    "summarise": dict(seq_len=512, target_len=128),
 }
 
 
@@ -23,7 +23,8 @@ def get_config(arg=None):
     mlm = runpy.run_path(str(Path(__file__).with_name("mlm.py")))["get_config"]
     config = mlm(f"{arg.variant},runlocal={arg.runlocal}")
     config.data.update(format="seq2seq", long="truncate", columns="source", label="target")
-    config.data.update(target_len=0, source_prefix="", **TASKS[arg.task])
+    config.data.update(target_len=0, source_prefix="", pack=True)
+    config.data.update(TASKS[arg.task])
     config.tokenizer.update(kind="unigram", special="t5", lowercase=False, vocab_size=8192)
     config.model.update(name="t5", variant="tiny")
     config.objectives = dict(seq2seq=dict(weight=1.0))

@@ -22,7 +22,17 @@ from fmjax.models import AnyModel
 
 FILE = "evaluation.jsonl"
 # A new source replaces all that names the run's; only these say how rows are made of documents.
-ROWS = ("seq_len", "target_len", "source_prefix", "format", "pair", "long", "frame", "stride")
+ROWS = (
+    "seq_len",
+    "target_len",
+    "source_prefix",
+    "pack",
+    "format",
+    "pair",
+    "long",
+    "frame",
+    "stride",
+)
 ROWS += ("columns", "label", "cache", "workers")
 
 

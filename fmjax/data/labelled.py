@@ -5,7 +5,8 @@ and a label. A folder holds for each split `tokens` and `types` (all sequences o
 `ends.npy` [N · K + 1] (where each starts), and `labels.npy`: [N] classes, numbers or places among
 choices; [N, 2] first and last tokens of spans; for tags one a token, -1 where there is none, -2
 where it is not known; for sequences that have a sequence as their target all of its tokens, with
-`label_ends.npy` [N + 1] (where each starts). What else spans keep is in spans.py.
+`label_ends.npy` [N + 1] (where each starts), and where a row holds several of these, `rows.npy`
+[R + 1], the first of each. What else spans keep is in spans.py.
 
 Names of classes are those of the training split, sorted; a label that only the validation split has
 is an error, not a new class.
@@ -13,7 +14,7 @@ is an error, not a new class.
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ class ExampleSplit:
         self._labels = np.load(file, mmap_mode="r") if file.exists() else None
         file = folder / f"{split}.label_ends.npy"
         self._label_ends = np.load(file, mmap_mode="r") if file.exists() else None
+        file = folder / f"{split}.rows.npy"
+        self._first = np.load(file, mmap_mode="r") if file.exists() else None
         asked = counts["questions"]
         self.questions = spans.Questions(folder, split, self._ends) if asked else None
 
@@ -59,18 +62,19 @@ class ExampleSplit:
 
     def extent(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(first, last + 1) of the tokens of the rows `index`, counted over the whole split."""
-        return tuple(self._ends[(index + i) * self._sequences] for i in (0, 1))
+        first, last = self._examples(index)
+        return self._ends[first * self._sequences], self._ends[last * self._sequences]
 
     def widths(self, index: np.ndarray) -> np.ndarray:
         """Columns that each of the rows `index` needs: a quarter of `seq_len`, or two, or three, or
         all; of a target's as large a share is enough."""
-        each = index[:, None] * self._sequences + np.arange(self._sequences)
-        longest = (self._ends[each + 1] - self._ends[each]).max(axis=1)
+        first, last = self._sequences_of(index)
+        longest = (self._ends[last] - self._ends[first]).reshape(len(index), -1).max(axis=1)
         quarter = -(-self.seq_len // 4)
         quarters = -(-longest // quarter)
         if self._label_ends is not None:
-            target = self._label_ends[index + 1] - self._label_ends[index]
-            quarters = np.maximum(quarters, -(-4 * target // self.target_len))
+            first, last = (self._label_ends[i] for i in self._examples(index))
+            quarters = np.maximum(quarters, -(-4 * (last - first) // self.target_len))
         return np.minimum(np.maximum(quarters, 1) * quarter, self.seq_len)
 
     def rows(
@@ -79,14 +83,13 @@ class ExampleSplit:
         """The rows `index` [n]: int32 [n, T], or [n, K, T] with K > 1 sequences an example, and
         `labels`: [n], [n, 2] for spans, or [n, T] for tags; for targets that are sequences
         `target_ids`, `target_segment_ids` and `target_positions`, [n, S]."""
-        each = index[:, None] * self._sequences + np.arange(self._sequences)  # (n, K)
-        if self._sequences == 1:
-            each = each[:, 0]
-        real, place, batch = self._padded(self._ids, self._ends, each, self.seq_len)
+        first, last = self._sequences_of(index)
+        real, place, batch = self._padded(self._ids, self._ends, first, last, self.seq_len)
         batch["input_ids"] = batch.pop("ids")
         batch["token_types"] = np.where(real, self._types[place], 0).astype(np.int32)
         if self._label_ends is not None:
-            _, _, target = self._padded(self._labels, self._label_ends, index, self.target_len)
+            ends, examples = self._label_ends, self._examples(index)
+            _, _, target = self._padded(self._labels, ends, *examples, self.target_len)
             batch |= {f"target_{name}": array for name, array in target.items()}
         elif self._tagged:
             batch["labels"] = np.where(real, self._labels[place], NONE)
@@ -94,18 +97,32 @@ class ExampleSplit:
             batch["labels"] = self._labels[index]
         return batch
 
-    def _padded(self, tokens, ends, each, width):
-        """(which columns are real, where their tokens lie, the arrays) of the sequences `each`."""
-        starts, lengths = ends[each], ends[each + 1] - ends[each]
-        column = np.arange(width)
-        real = column < lengths[..., None]
-        place = np.where(real, starts[..., None] + column, 0)
+    def _examples(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(first, last + 1) of the examples in the rows `index`."""
+        if self._first is None:
+            return index, index + 1
+        return self._first[index], self._first[index + 1]
+
+    def _sequences_of(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(first, last + 1) of what the rows `index` [n] have side by side, [n] or [n, K]."""
+        if self._sequences == 1:
+            return self._examples(index)
+        each = index[:, None] * self._sequences + np.arange(self._sequences)
+        return each, each + 1
+
+    def _padded(self, tokens, ends, first, last, width):
+        """(which columns are real, where their tokens lie, the arrays) of rows of the sequences
+        from `first` to before `last`, each of them a segment."""
+        place = ends[first][..., None] + np.arange(width)
+        real = place < ends[last][..., None]
+        place = np.where(real, place, 0)
+        owner = np.searchsorted(ends, place, side="right") - 1
         arrays = {
-            "ids": np.where(real, tokens[place], self._vocab.pad_id).astype(np.int32),
-            "segment_ids": real.astype(np.int32),
-            "positions": np.where(real, column, 0).astype(np.int32),
+            "ids": np.where(real, tokens[place], self._vocab.pad_id),
+            "segment_ids": np.where(real, owner - first[..., None] + 1, 0),
+            "positions": np.where(real, place - ends[owner], 0),
         }
-        return real, place, arrays
+        return real, place, {name: array.astype(np.int32) for name, array in arrays.items()}
 
 
 def prepare(
@@ -117,7 +134,7 @@ def prepare(
     poll: Callable[[], None],
 ) -> tuple[Path, dict]:
     """(folder, its index) with the examples of `source`, made or found in the cache."""
-    keys = ("format", "seq_len", "long", "label", "stride", "target_len", "source_prefix")
+    keys = ("format", "seq_len", "long", "label", "stride", "target_len", "source_prefix", "pack")
     identity = {"version": VERSION, "source": source.identity, "tokenizer": words.digest}
     identity |= {key: getattr(settings, key) for key in keys}
     identity |= {"classes": list(settings.classes), "columns": settings.column_names}
@@ -227,8 +244,8 @@ class _Writer:
         np.save(self.folder / f"{self.split}.ends.npy", np.array(self.ends, np.int64))
         if self.labels:
             if self.settings.format == "seq2seq":
-                ends = np.cumsum([0, *map(len, self.labels)])
-                np.save(self.folder / f"{self.split}.label_ends.npy", ends)
+                label_ends = np.cumsum([0, *map(len, self.labels)])
+                np.save(self.folder / f"{self.split}.label_ends.npy", label_ends)
             ids = {name: i for i, name in enumerate(names)}
             number = lambda x: ids[x] if isinstance(x, str) else NONE if x is None else x
             flat = [x for y in self.labels for x in (y if isinstance(y, list) else [y])]
@@ -236,18 +253,37 @@ class _Writer:
             np.save(
                 self.folder / f"{self.split}.labels.npy", np.array([number(x) for x in flat], dtype)
             )
+        rows, target_len = self.rows, self.settings.target_len or seq_len
+        if self.settings.pack:
+            both = np.array(self.ends), label_ends if self.labels else np.zeros(rows + 1, np.int64)
+            first = _joined(both, (seq_len, target_len))
+            np.save(self.folder / f"{self.split}.rows.npy", first)
+            rows = len(first) - 1
         return {
             "documents": self.documents,
             "source_tokens": self.ends[-1],
-            "rows": self.rows,
+            "rows": rows,
             "tokens": self.ends[-1],
-            "fill": self.ends[-1] / max(self.rows * self.sequences * seq_len, 1),
+            "fill": self.ends[-1] / max(rows * self.sequences * seq_len, 1),
             "sequences": self.sequences,
             "questions": bool(self.questions),
             "tagged": self.settings.format == "tags" and bool(self.labels),
-            "target_len": self.settings.target_len or seq_len,
+            "target_len": target_len,
             **self.lost,
         }
+
+
+def _joined(ends: Sequence[np.ndarray], room: Sequence[int]) -> np.ndarray:
+    """[R + 1], the first example of each row: as many neighbours as there is room for, of all
+    kinds of tokens, of which `ends` [N + 1] say where each example starts."""
+    first, number = [0], len(ends[0]) - 1
+    while first[-1] < number:
+        fits = (
+            np.searchsorted(x, x[first[-1]] + most, "right")
+            for x, most in zip(ends, room, strict=True)
+        )
+        first.append(max(min(fits) - 1, first[-1] + 1))
+    return np.array(first, np.int64)
 
 
 def _class_names(settings: DataSettings, splits: dict[str, _Writer]) -> list[str]:

@@ -38,6 +38,7 @@ class DataSettings:
     classes: tuple[str, ...] | list[str] = ()  # names of the classes in order; empty: as found
     target_len: int = 0  # of seq2seq; 0: seq_len
     source_prefix: str = ""  # of seq2seq: what stands before each source, such as its task
+    pack: bool = False  # several pairs of seq2seq in one row, which do not see each other
     stride: int = 64  # tokens that two windows of one long context share
     document: str = "blank_line"
     frame: str = "piece"  # what the tokenizer's tokens for begin and end stand around
@@ -87,6 +88,11 @@ class DataSettings:
             raise ConfigError(
                 f"config.data.long='split' has no meaning with format={self.format!r}, where a "
                 "piece would lack its label. Set it to truncate, drop or error."
+            )
+        if self.format != "seq2seq" and (self.target_len or self.source_prefix or self.pack):
+            raise ConfigError(
+                "config.data.target_len, source_prefix and pack have no meaning with format="
+                f"{self.format!r}: they are of 'seq2seq'. Leave them out."
             )
         if self.frame == "document" and (self.labelled or self.format == "pairs"):
             raise ConfigError(

@@ -111,6 +111,63 @@ def test_texts_have_no_label(examples):
     np.testing.assert_array_equal(batch["input_ids"][0][1][:4], [CLS, 7, 8, SEP])
 
 
+PAIRS = [{"text": "ab", "label": "c"}, {"text": "c", "label": "de"}, {"text": "a", "label": ["b"]}]
+SEQ2SEQ = dict(format="seq2seq", columns="text", label="label")
+
+
+def test_a_target_is_a_sequence_of_its_own(examples):
+    dataset = examples(PAIRS, **SEQ2SEQ, target_len=4, source_prefix="d")
+    assert dataset.target == "seq2seq" and len(dataset.splits["train"]) == 3
+    batch = rows(dataset)
+    np.testing.assert_array_equal(batch["input_ids"][1], [CLS, 8, 7, SEP, PAD, PAD, PAD, PAD])
+    np.testing.assert_array_equal(batch["target_ids"][0], [CLS, 7, SEP, PAD])
+    np.testing.assert_array_equal(batch["target_segment_ids"][0], [1, 1, 1, 0])
+    np.testing.assert_array_equal(batch["target_positions"][1], [0, 1, 2, 3])
+    assert "labels" not in batch
+    assert all(array.dtype == np.int32 for array in batch.values())
+    without = examples(PAIRS, **SEQ2SEQ | dict(label=""))
+    assert not [name for name in rows(without) if "target" in name]
+
+
+def test_several_texts_are_one_source_or_each_a_target(examples):
+    dataset = examples([{"text": ["a", "b"], "label": ["c", "d"]}], **SEQ2SEQ)
+    batch = rows(dataset)
+    assert batch["input_ids"].shape == (2, 8) and dataset.counts["train"]["documents"] == 1
+    np.testing.assert_array_equal(batch["input_ids"][0], batch["input_ids"][1])
+    np.testing.assert_array_equal(batch["input_ids"][0, :4], [CLS, 5, 6, SEP])
+    np.testing.assert_array_equal(batch["target_ids"][:, 1], [7, 8])
+
+
+def test_pairs_share_a_row_as_segments_of_their_own(examples):
+    dataset = examples(PAIRS, **SEQ2SEQ, pack=True, target_len=7)
+    assert len(dataset.splits["train"]) == 2  # a third target would have no room in the first row
+    batch = rows(dataset)
+    np.testing.assert_array_equal(batch["input_ids"][0], [CLS, 5, 6, SEP, CLS, 7, SEP, PAD])
+    np.testing.assert_array_equal(batch["segment_ids"][0], [1, 1, 1, 1, 2, 2, 2, 0])
+    np.testing.assert_array_equal(batch["positions"][0], [0, 1, 2, 3, 0, 1, 2, 0])
+    np.testing.assert_array_equal(batch["target_ids"][0], [CLS, 7, SEP, CLS, 8, 9, SEP])
+    np.testing.assert_array_equal(batch["target_segment_ids"][0], [1, 1, 1, 2, 2, 2, 2])
+    np.testing.assert_array_equal(batch["target_segment_ids"][1], [1, 1, 1, 0, 0, 0, 0])
+
+
+def test_targets_are_cut_in_proportion_to_their_sources(examples):
+    """Rows of 16 and targets of 8: a quarter of one is enough where it is of the other."""
+    dataset = examples(PAIRS, **SEQ2SEQ, seq_len=16, target_len=8)
+    split = dataset.splits["train"]
+    assert split.widths(np.arange(3)).tolist() == [8, 8, 8]  # three or four of eight in the target
+    batch = data.cut(rows(dataset), 8)
+    assert batch["input_ids"].shape == (3, 8) and batch["target_ids"].shape == (3, 4)
+
+
+@pytest.mark.parametrize("long, kept", [("truncate", 2), ("drop", 1)])
+def test_a_target_that_is_too_long_is_cut_or_left_out_and_counted(examples, long, kept):
+    found = [{"text": "a", "label": "abcdefghij"}, {"text": "a", "label": "b"}]
+    dataset = examples(found, **SEQ2SEQ, long=long, target_len=5)
+    counts = dataset.counts["train"]
+    assert len(dataset.splits["train"]) == kept
+    assert counts["truncated_documents"] + counts["dropped_documents"] == 1
+
+
 def test_labels_can_be_left_out_to_predict(examples):
     dataset = examples([{"text": "ab"}, {"text": "c"}], label="", classes=("no", "yes"))
     assert dataset.labels == ("no", "yes") and "labels" not in rows(dataset)
@@ -256,6 +313,13 @@ def test_a_sentence_with_a_broken_line_is_left_out_and_named(prepare, tmp_path):
         (records(("a", "x")), dict(format="values"), "column 'label': 'x' is not a finite number"),
         (records(("a", None)), dict(format="values"), "column 'label': None is not a finite num"),
         (records(("a", ["O"])), dict(format="tags"), "column 'text': the value is str, not a list"),
+        (
+            records(("a", 3)),
+            SEQ2SEQ,
+            "column 'label': the value is int, not text or a list of texts",
+        ),
+        (records(("a", [])), SEQ2SEQ, "column 'label': the value is an empty list, not text or a"),
+        (records((["a", 1], "b")), SEQ2SEQ, "jsonl:1: column 'text': the value is int, not text"),
         (records((["a"], ["O", "O"])), dict(format="tags"), "jsonl:1: 1 words but 2 tags"),
         (records(([], [])), dict(format="tags"), "the value is an empty list, not"),
         (records(("abcdefghi", "x")), dict(long="error"), "jsonl:1: longer than config.data.seq_l"),
@@ -290,6 +354,11 @@ def test_a_label_that_only_validation_has(examples):
         (dict(columns=""), "needs 1 or 2 different columns"),
         (dict(columns="label"), "config.data.label='label' is one of config.data.columns"),
         (dict(long="split"), "config.data.long='split' has no meaning with format='classes'"),
+        (
+            dict(pack=True),
+            "target_len, source_prefix and pack have no meaning with format='classes'",
+        ),
+        (SEQ2SEQ | dict(long="split"), "config.data.long='split' has no meaning"),
         (dict(format="packed", columns="a,b"), "format='packed' needs 1 different columns"),
     ],
 )
