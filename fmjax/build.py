@@ -50,11 +50,12 @@ def check_rows(model: AnyModel, data: Mapping[str, Any]) -> None:
             f"config.data.seq_len={seq_len}{more} is longer than the {model.cfg.max_len} positions "
             "of the model: lower it, or train a model with a larger config.model.max_len."
         )
-    if data["format"] == "packed" and adapters.has_prompt(model):
+    if (data["format"] == "packed" or data.get("pack")) and adapters.has_prompt(model):
+        key, other = ("pack=True", "False") if data.get("pack") else ("format='packed'", "'padded'")
         raise ConfigError(
-            "config.adapter.name='prompt' puts its vectors before a row, but config.data.format="
-            "'packed' has several documents in one: set it to 'padded', or use 'prefix', which all "
-            "of them see."
+            "config.adapter.name='prompt' puts its vectors before a row, but config.data."
+            f"{key} has several documents in one: set it to {other}, or use 'prefix', which all of "
+            "them see."
         )
 
 

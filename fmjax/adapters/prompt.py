@@ -5,7 +5,7 @@
 Prompt tuning (Lester et al. 2021) trains the vectors themselves; P-tuning (Liu et al. 2021) what a
 small network makes of them: an `mlp` of two layers, or an `lstm` in both directions under one. They
 are seen like tokens, have the first positions, and are gone from the hidden states that the model
-gives.
+gives; an encoder–decoder's decoder sees them too.
 
 | name, at the table of the tokens | shape | at first |
 |---|---|---|
@@ -74,9 +74,21 @@ class Prompt(Adapter):
             y, vectors = here.run(*args, **options), self.vectors(here.leaf)
             front = jnp.broadcast_to(vectors[None], (len(y), *vectors.shape)).astype(y.dtype)
             return jnp.concatenate([front, y[:, self.length :]], axis=1)
-        if here.method != "encode":
+        # Whose decoder sees the prompt too, heads alone not; a scanned layer has the root's path.
+        decodes = getattr(here.module, "decodes", False)
+        changed = ("encode", "decode", "classify", "project") if decodes else ("encode",)
+        if here.method not in changed:
             return here.run(*args, **options)
-        hidden = here.run(**self._longer(here.arguments(*args, **options)))
+        given = here.arguments(*args, **options)
+        if here.method == "encode":
+            hidden = here.run(**self._longer(given))
+            return hidden if decodes else self._without(hidden)
+        if here.method == "decode":
+            return here.run(**given | self._front(given, source_segment_ids=0))
+        return here.run(**given | {"hidden": self._without(given["hidden"])})
+
+    def _without(self, hidden):
+        """The states of the tokens alone."""
         if self.whole == "prompt":
             return jnp.concatenate([hidden[:, :1], hidden[:, self.length + 1 :]], axis=1)
         return hidden[:, self.length :]
@@ -123,20 +135,26 @@ class Prompt(Adapter):
     def _longer(self, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `encode` with room for the prompt in front."""
 
-        def front(name, values):
-            return jnp.concatenate([values, given[name]], axis=1)
+        longer = given | self._front(
+            given,
+            input_ids=0,
+            segment_ids=0,
+            token_types=0,
+            positions=jnp.arange(self.length)[None],
+        )
+        longer["positions"] = longer["positions"].at[:, self.length :].add(self.length)
+        return longer
 
-        rows, length = given["input_ids"].shape[0], self.length
-        zeros = jnp.zeros((rows, length), given["positions"].dtype)
-        return given | {
-            "input_ids": front("input_ids", zeros),
-            # Part of what the row begins with, and absent from a row that is empty.
-            "segment_ids": front("segment_ids", zeros + given["segment_ids"][:, :1]),
-            "positions": front("positions", zeros + jnp.arange(length)[None])
-            .at[:, length:]
-            .add(length),
-            "token_types": front("token_types", zeros),
-        }
+    def _front(self, given: dict[str, Any], **values: Any) -> dict[str, jax.Array]:
+        """The arrays with their values in front; a segment is that which the row begins with, so
+        that an empty row has no prompt either."""
+
+        def front(name, value):
+            first = given[name][:, :1] if "segment" in name else jnp.zeros_like(given[name][:, :1])
+            added = jnp.broadcast_to(first, (len(first), self.length)) + value
+            return jnp.concatenate([added, given[name]], axis=1)
+
+        return {name: front(name, value) for name, value in values.items()}
 
     def _shapes(self, width: int) -> dict[str, tuple[int, int, bool]]:
         """{layer of the network: (inputs, outputs, is it the last)}."""

@@ -172,17 +172,21 @@ class Memory(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table of `rows` vectors; `table()` is the matrix itself, for tied output projections."""
+    """A table of `count` vectors; `table()` is the matrix itself, for tied output projections."""
 
-    rows: int
+    count: int
     features: int
     embedding_init: Callable = nn.initializers.normal(0.02)
 
     def setup(self):
-        shape = (self.rows, self.features)
+        shape = (self.count, self.features)
         self.embedding = self.param("embedding", self.embedding_init, shape, jnp.float32)
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        return self.rows(ids)
+
+    def rows(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        """The same, where what adapters put before a text has no place."""
         return _lookup(self.table(), ids, self.spec)
 
     def table(self) -> Float[Array, "V D"]:

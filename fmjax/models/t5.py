@@ -186,8 +186,14 @@ class Embed(nn.Module):
         self.decoder_distance = table(cfg.buckets, cfg.heads, cfg.width**-0.5)
 
     def __call__(self, input_ids, seeds):
-        x = layers.dropout(self.token(input_ids), self.cfg.dropout, seeds)
-        return x.astype(DTYPES[self.cfg.dtype])
+        return self._dropped(self.token(input_ids), seeds)
+
+    def target(self, input_ids, seeds):
+        """Of the tokens that the decoder is given."""
+        return self._dropped(self.token.rows(input_ids), seeds)
+
+    def _dropped(self, x, seeds):
+        return layers.dropout(x, self.cfg.dropout, seeds).astype(DTYPES[self.cfg.dtype])
 
     def bias(self, time: int, causal: bool) -> Float[Array, "N T T"]:
         """Of a row of `time` tokens. In a row the tokens of a segment are side by side, so that
@@ -298,7 +304,7 @@ class EncoderDecoder(trunk.Trunk):
             bias=self.embed.bias(input_ids.shape[1], causal=True),
             seeds=seeds,
         )
-        x = self.embed(input_ids, self._site(seeds, 1))
+        x = self.embed.target(input_ids, self._site(seeds, 1))
         x = self._run(x, shared, cfg.encoder_depth, cfg.depth)
         x = layers.dropout(self.norm(x), cfg.dropout, self._site(seeds, 3))
         return x * jnp.asarray(cfg.width**-0.5, x.dtype) if cfg.tied else x

@@ -6,7 +6,7 @@ import tiny
 
 from fmjax import trees
 from fmjax.errors import ConfigError
-from fmjax.models import bert, gpt2, llama
+from fmjax.models import bert, gpt2, llama, t5
 
 FAMILIES = {
     "bert": (bert, dict()),
@@ -21,6 +21,8 @@ FAMILIES = {
         | dict(theta=1e6, theta_window=1e4, embed_scale=True, logit_softcap=5.0),
     ),
 }
+FAMILIES["t5"] = t5, dict(encoder_depth=1, buckets=8, far=12)
+FAMILIES["t5-1.1"] = t5, dict(encoder_depth=2, gated=True, tied=False)
 CAUSAL = ("gpt2", "llama", "gemma3")
 
 
@@ -39,7 +41,10 @@ def logits(model, params, batch):
     @jax.jit
     def run(params, *arrays):
         bound = lambda *args, method: model.apply({"params": params}, *args, method=method)
-        return bound(bound(*arrays, method="encode"), method="logits")
+        hidden = bound(*arrays, method="encode")
+        if model.decodes:
+            hidden = bound(*arrays[:3], hidden, arrays[1], method="decode")
+        return bound(hidden, method="logits")
 
     return np.asarray(run(params, *arrays))
 
@@ -87,7 +92,7 @@ def test_what_comes_later_changes_nothing(family):
     assert (np.abs(one - two)[:, 5:].max(-1)[real] > 1e-3).all()
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert", *CAUSAL])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "t5", *CAUSAL])
 def test_padding_changes_nothing(family):
     model, params = build(family)
     batch = tiny.batch(4)
