@@ -1,8 +1,9 @@
 """Where arrays lie: one mesh, one table of rules, one program for any number of devices.
 
-The mesh has the axes `data` (batch), `fsdp` (batch, and parameters cut along one dimension) and
-`tensor` (heads and hidden units). Rules are ordered (regex over parameter names, PartitionSpec);
-the first full match wins. A stacked parameter gets its layer's spec behind an unsharded layer axis.
+The mesh has the axes `data` (batch), `fsdp` (batch, and parameters cut along one dimension),
+`expert` (batch, and which experts of a layer a device has) and `tensor` (heads and hidden units).
+Rules are ordered (regex over parameter names, PartitionSpec); the first full match wins. A stacked
+parameter gets its layer's spec behind an unsharded layer axis.
 """
 
 import collections
@@ -20,12 +21,14 @@ from jax.sharding import PartitionSpec as P
 from fmjax import trees
 from fmjax.errors import ConfigError
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH = P(("data", "fsdp", "expert"))
 WHOLE = P()
 RULES: tuple[tuple[str, P], ...] = (
     (r"embed/token/embedding", P("tensor", "fsdp")),
     (r"embed/\w+/embedding", P(None, "fsdp")),
+    (r"block_.*/experts/(up|gate)/kernel", P("expert", "fsdp", "tensor")),
+    (r"block_.*/experts/down/kernel", P("expert", "tensor", "fsdp")),
     # A quantised matrix is several arrays.
     (r".*/(query|key|value|up|gate)/kernel(/codes|/absmax)?", P("fsdp", "tensor")),
     (r".*/(out|down)/kernel(/codes|/absmax)?", P("tensor", "fsdp")),
@@ -37,12 +40,13 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, expert: int = 1) -> jax.sharding.Mesh:
     """A mesh over all devices; one axis may be -1 and takes what the others leave.
 
     Raises ConfigError naming the legal counts.
     """
-    sizes, devices = {"data": data, "fsdp": fsdp, "tensor": tensor}, jax.device_count()
+    sizes = dict(zip(AXES, (data, fsdp, expert, tensor), strict=True))
+    devices = jax.device_count()
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or devices % fixed or (not free and fixed != devices):
@@ -85,7 +89,7 @@ def table(mesh: jax.sharding.Mesh) -> str:
 
 def check_batch(mesh: jax.sharding.Mesh, batch_size: int, accumulate: int = 1) -> None:
     """Refuses a batch that the batch axes of the mesh do not divide, or the processes not."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = batch_ways(mesh)
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     owners = owners.reshape(ways, mesh.shape["tensor"])
     if (owners != owners[:, :1]).any():
@@ -97,9 +101,14 @@ def check_batch(mesh: jax.sharding.Mesh, batch_size: int, accumulate: int = 1) -
     if batch_size % (ways * accumulate):
         raise ConfigError(
             f"config.batch_size={batch_size} cannot be cut into {accumulate} microbatches "
-            f"(config.accumulate) over {ways} devices (config.mesh.data x config.mesh.fsdp): "
-            f"use a multiple of {ways * accumulate}."
+            f"(config.accumulate) over {ways} devices (config.mesh.data x config.mesh.fsdp x "
+            f"config.mesh.expert): use a multiple of {ways * accumulate}."
         )
+
+
+def batch_ways(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
+    """Over how many devices the rows of a batch are cut; 1 where no mesh is set."""
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH[0])
 
 
 def shardings(tree: Any, mesh: jax.sharding.Mesh, rules=RULES) -> Any:
@@ -164,17 +173,17 @@ def sum_rows(function: Callable[..., jax.Array], spec: P, *rows: jax.Array) -> j
     """`function(*rows)`, a sum over rows, laid as `spec` says: the gradient of a parameter.
 
     Each device sums over its own rows, a reduce-scatter along `fsdp` adds the devices up, and an
-    all-reduce along `data` only what a device keeps. The partitioner left alone all-reduces the
+    all-reduce along the others only what a device keeps. The partitioner left alone all-reduces the
     whole along both and then cuts it, which moves twice as much, and along `data` alone reduces the
     two gradients of a tied embedding each by itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] * mesh.shape["data"] == 1:
+    if batch_ways(mesh) == 1:
         return function(*rows)
     shape = jax.eval_shape(function, *rows).shape
     out = _over_fsdp(fitted(shape, spec, mesh))
     local = lambda *rows: _added_up(function(*rows), out)
-    return _by_device(local, in_specs=BATCH, out_specs=out)(*rows)
+    return by_device(local, in_specs=BATCH, out_specs=out)(*rows)
 
 
 def each_and_sums(
@@ -186,7 +195,7 @@ def each_and_sums(
     gradient the last may be; it comes out laid as `spec` says. What is () stays that.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] * mesh.shape["data"] == 1:
+    if batch_ways(mesh) == 1:
         return function(whole, *rows)
     out = _over_fsdp(fitted(whole.shape, spec, mesh))
 
@@ -196,7 +205,7 @@ def each_and_sums(
         return sums, each, jax.tree.map(lambda x: _added_up(x, out), total)
 
     specs = dict(in_specs=(P(), *[BATCH] * len(rows)), out_specs=(P(), BATCH, out))
-    return _by_device(local, **specs)(whole, *rows)
+    return by_device(local, **specs)(whole, *rows)
 
 
 def _over_fsdp(spec: P) -> P:
@@ -209,10 +218,10 @@ def _added_up(total: jax.Array, out: P) -> jax.Array:
         return jax.lax.psum(total, BATCH[0])
     cut = out.index("fsdp")
     part = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=cut, tiled=True)
-    return jax.lax.psum(part, "data")
+    return jax.lax.psum(part, tuple(axis for axis in BATCH[0] if axis != "fsdp"))
 
 
-def _by_device(function: Callable, **specs: Any) -> Callable:
+def by_device(function: Callable, **specs: Any) -> Callable:
     """`function` on each device's rows; `tensor` stays with the partitioner."""
     return jax.shard_map(function, axis_names=set(BATCH[0]), check_vma=False, **specs)
 

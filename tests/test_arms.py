@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tiny
 from common import ROOT
 from test_finetune import encoder, files, home, load  # noqa: F401
 
@@ -277,14 +278,7 @@ def test_devices_change_nothing(axes, way, home, encoder, monkeypatch):  # noqa:
     )
     found = []
     for sizes in ({}, axes):
-        every = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
-        count = every["data"] * every["fsdp"] * every["tensor"]
-        mesh = jax.make_mesh(
-            tuple(every.values()),
-            sharding.AXES,
-            devices=jax.devices()[:count],
-            axis_types=(jax.sharding.AxisType.Auto,) * 3,
-        )
+        mesh = tiny.mesh(**sizes)
         with jax.set_mesh(mesh):
             together = arms.prepare(config, mesh, lambda: None)
             from fmjax import begin

@@ -177,12 +177,12 @@ class Device:
 
 
 def mesh_of(owners):
-    """A mesh over devices of the processes `owners`, shaped (data, fsdp, tensor)."""
+    """A mesh over devices of the processes `owners`, shaped (data, fsdp, expert, tensor)."""
     return jax.sharding.Mesh(np.vectorize(Device)(np.array(owners)), sharding.AXES)
 
 
 def test_row13_layouts_that_do_not_fit_the_processes_are_refused(monkeypatch):
-    within, across = [[[0, 0]], [[1, 1]]], [[[0, 1]], [[0, 1]]]
+    within, across = [[[[0, 0]]], [[[1, 1]]]], [[[[0, 1]]], [[[0, 1]]]]
     sharding.check_batch(mesh_of(within), 8)
     with pytest.raises(ConfigError, match="config.mesh.tensor=2 joins devices of several proc"):
         sharding.check_batch(mesh_of(across), 8)
@@ -196,8 +196,10 @@ def test_row13_layouts_that_do_not_fit_the_processes_are_refused(monkeypatch):
 
 def test_the_devices_are_shown_unless_there_is_only_the_cpu():
     mesh = sharding.make_mesh(data=4, tensor=2)
-    assert sharding.table(mesh) == "devices     8 x cpu\nmesh        data 4 x fsdp 1 x tensor 2"
-    alone = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
+    assert sharding.table(mesh) == (
+        "devices     8 x cpu\nmesh        data 4 x fsdp 1 x expert 1 x tensor 2"
+    )
+    alone = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES)
     assert sharding.table(alone) == ""
 
 

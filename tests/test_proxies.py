@@ -23,9 +23,7 @@ MIB = 2**20
 
 
 def on_one_device(depth, **model):
-    devices = dict(devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    mesh = jax.make_mesh((1, 1, 1), sharding.AXES, **devices)
-    return tiny.make(mesh=mesh, depth=depth, dropout=0.1, attention_dropout=0.1, **model)
+    return tiny.make(mesh=tiny.mesh(), depth=depth, dropout=0.1, attention_dropout=0.1, **model)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots"])

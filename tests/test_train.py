@@ -110,11 +110,7 @@ def test_row42_scanned_and_unrolled_models_are_the_same(remat):
 )
 def test_row12_any_layout_gives_the_same_numbers(layout):
     """The mesh of the other tests is data=8; this compares with one device holding everything."""
-    one = sharding.jax.make_mesh(
-        (1, 1, 1), sharding.AXES, devices=jax.devices()[:1],
-        axis_types=(jax.sharding.AxisType.Auto,) * 3,
-    )  # fmt: skip
-    single = single_device(one)
+    single = single_device(tiny.mesh())
     mesh = sharding.make_mesh(**{"data": 1, **layout})
     with jax.set_mesh(mesh):
         made = tiny.make(mesh=mesh, dropout=0.1, attention_dropout=0.1)
@@ -215,18 +211,11 @@ def test_frozen_parameters_stay_and_hold_no_optimizer_memory():
 def compiled(groups, adapter=None, scan=True):
     """The compiler's analysis of a donated step of 12 layers."""
     made = tiny.make(
-        groups=groups, scan=scan, depth=12, width=512, mlp=2048, mesh=one_device(),
+        groups=groups, scan=scan, depth=12, width=512, mlp=2048, mesh=tiny.mesh(),
         losses={"mlm": {"rate": 0.15}}, adapter=adapter,
     )  # fmt: skip
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tiny.batch(64).items()}
     return jax.jit(made.raw_step, donate_argnums=0).lower(made.abstract, spec).compile()
-
-
-def one_device():
-    return jax.make_mesh(
-        (1, 1, 1), sharding.AXES, devices=jax.devices()[:1],
-        axis_types=(jax.sharding.AxisType.Auto,) * 3,
-    )  # fmt: skip
 
 
 EVERYTHING = ((".*", "train"),)

@@ -1,6 +1,7 @@
 """One tiny model and its batches, shared by tests so that programs are compiled once."""
 
 import functools
+import math
 from types import SimpleNamespace
 
 import jax
@@ -50,6 +51,15 @@ def batch(rows: int, seed: int = 0) -> dict[str, jax.Array]:
         "index": np.arange(rows) + 1000 * seed,
     }
     return {name: jnp.asarray(x, jnp.int32) for name, x in out.items()}
+
+
+def mesh(**sizes: int) -> jax.sharding.Mesh:
+    """Over the first devices, as many as the sizes of axes need: one where none are given."""
+    shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
+    types = (jax.sharding.AxisType.Auto,) * len(shape)
+    return jax.make_mesh(
+        shape, sharding.AXES, devices=jax.devices()[: math.prod(shape)], axis_types=types
+    )
 
 
 def make(

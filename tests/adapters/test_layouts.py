@@ -38,11 +38,7 @@ def flat(params):
 
 @functools.cache
 def single_device(kind):
-    one = jax.make_mesh(
-        (1, 1, 1), sharding.AXES, devices=jax.devices()[:1],
-        axis_types=(jax.sharding.AxisType.Auto,) * 3,
-    )  # fmt: skip
-    return two_steps(kind, one)
+    return two_steps(kind, tiny.mesh())
 
 
 @pytest.mark.parametrize(

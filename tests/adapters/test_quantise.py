@@ -106,10 +106,7 @@ def stepped(scheme, scan=True, layout=None):
     """(parameters, losses) after two steps."""
     mesh = sharding.make_mesh(**dict(layout or [("data", -1)]))
     if layout is None:
-        mesh = jax.make_mesh(
-            (1, 1, 1), sharding.AXES, devices=jax.devices()[:1],
-            axis_types=(jax.sharding.AxisType.Auto,) * 3,
-        )  # fmt: skip
+        mesh = tiny.mesh()
     with jax.set_mesh(mesh):
         run = made(scheme, scan=scan, mesh=mesh, dropout=0.0, attention_dropout=0.0)
         place = jax.sharding.NamedSharding(mesh, sharding.BATCH)
