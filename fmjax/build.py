@@ -8,7 +8,7 @@ import jax
 
 from fmjax import adapters, objectives
 from fmjax.errors import ConfigError
-from fmjax.models import AnyModel
+from fmjax.models import AnyModel, experts
 
 
 def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
@@ -60,9 +60,17 @@ def check_rows(model: AnyModel, data: Mapping[str, Any]) -> None:
 
 
 def apply(model: AnyModel) -> Callable:
-    """`apply(params, *arrays, method=…)`, what objectives call."""
+    """`apply(params, *arrays, method=…)`, what objectives call.
+
+    Beside the model's methods there is "encode_routed": (what "encode" gives, what the routers of
+    layers with experts say of it (`models.experts.Routing`) or None).
+    """
 
     def applied(params, *args, method):
+        if method == "encode_routed":
+            how = dict(method="encode", mutable=[experts.COLLECTION])
+            hidden, kept = model.apply({"params": params}, *args, **how)
+            return hidden, experts.report(model.cfg, kept.get(experts.COLLECTION, {}))
         return model.apply({"params": params}, *args, method=method)
 
     return applied

@@ -52,6 +52,9 @@ def _equation(equation: Any) -> int:
         if left.ndim == 1:  # a sum over rows, written as a product with ones
             return 0
         return 2 * math.prod(out.shape) * math.prod(left.shape[i] for i in contract)
+    if equation.primitive.name == "ragged_dot_general":  # each row meets one matrix
+        left, out = equation.invars[0].aval, equation.outvars[0].aval
+        return 2 * math.prod(left.shape) * out.shape[-1]
     inner = [_jaxpr(sub) for value in equation.params.values() for sub in _jaxprs(value)]
     if equation.primitive.name == "shard_map":
         # Shapes inside are one device's, and each device does as much.

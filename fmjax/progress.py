@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 
 # What people ask for first of a task, the last part of the metric's name.
-FALLING = ("loss", "perplexity", "nats", "bits_per_byte", "ece", "brier")  # less is better
+FALLING = (  # less is better
+    *("loss", "perplexity", "nats", "bits_per_byte", "ece", "brier"),
+    *("balance", "router_z", "dropped"),
+)
 SCORES = ("accuracy", "spearman", "pearson", "f1", "exact_match", "retrieval")
 
 WIDTH = 100  # of a plain line

@@ -127,6 +127,7 @@ def assemble(
             )
     model, assigned = grouped(build.model(config, vocab.size, labels), config.groups, *optimizers)
     _check_noise(config, model)
+    _check_balance(config, model)
     _check_prompt(config)
     split = functools.partial(groups.split, assigned=assigned)
     optimizer = optim.make(
@@ -154,6 +155,19 @@ def _check_noise(config: Any, model: AnyModel) -> None:
             "config.objectives.contrast with a single column of texts compares each with itself "
             "under another dropout (SimCSE), but config.model.dropout is 0: set it to 0.1, or give "
             "pairs, config.data.columns=a,b."
+        )
+
+
+def _check_balance(config: Any, model: AnyModel) -> None:
+    """Refuses to balance experts over parts of a batch, which is not to balance them over it."""
+    names = ("experts", "router_aux_loss", "router_z_loss")
+    experts, *factors = (getattr(model.cfg, name, 0) for name in names)
+    if experts and any(factors) and "clm" in config.objectives and config.accumulate > 1:
+        raise ConfigError(
+            f"config.accumulate={config.accumulate}: the losses of the routers "
+            "(config.model.router_aux_loss, config.model.router_z_loss) compare all tokens of a "
+            "batch, and a microbatch has fewer. Set it to 1, or both of them to 0; "
+            "config.model.remat=block saves memory, too."
         )
 
 

@@ -186,6 +186,8 @@ def test_adapters_of_matrices_pass_norms_of_queries_by():
         ),
         (dict(rope={"type": "linear", "facto": 2.0}), "rope.facto is not known.*factor"),
         (dict(norms="after"), "norms='after' is not known"),
+        (dict(experts=2, experts_per_token=3), "experts_per_token=3 is not a number from 1 to"),
+        (dict(experts=2, dense_layers=[4]), r"dense_layers=\(4,\) are not all .*depth=4"),
     ],
 )
 def test_decoders_that_cannot_be_are_refused(changes, match):

@@ -192,9 +192,10 @@ class Adapted:
         *args: Any,
         method: Any = None,
         adapter_ids: Int[Array, "B"] | None = None,
+        mutable: Any = False,
         **options: Any,
     ) -> Any:
-        """The model's `apply`, with the adapter.
+        """The model's `apply`, with the adapter; `mutable` as Linen's has it.
 
         A method's argument `seeds`, one per example, turns the adapter's dropout on too; a method
         that has none runs without.
@@ -227,7 +228,7 @@ class Adapted:
 
         with nn.intercept_methods(intercept):
             given = {**variables, "params": params}
-            return self.model.apply(given, *args, method=method, **options)
+            return self.model.apply(given, *args, method=method, mutable=mutable, **options)
 
     def _seeds(self, method, args, options):
         """The argument `seeds` of the method, where it has one and something is dropped."""

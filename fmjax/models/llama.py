@@ -12,6 +12,8 @@
 | Gemma 2 | … norms behind attention and MLP too, soft caps, every other layer with a window |
 | Gemma 3 | … norms of queries and keys, no caps; two bases of positions, five of six layers near |
 | OLMo 2 | norms behind attention and MLP only, and of whole queries and keys |
+| Mixtral | experts for the MLP (experts.py) |
+| Qwen 2 MoE, Qwen 3 MoE | … one of them for all tokens; norms of queries and keys |
 
 A token sees itself and what is before it in its own document: several documents can share a row, of
 which `segment_ids` say which is whose and `positions` restart at each. Letters: B batch, T time, D
@@ -28,7 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from fmjax import sharding, streams
 from fmjax.errors import ConfigError, did_you_mean
-from fmjax.models import layers, rope, trunk
+from fmjax.models import experts, layers, rope, trunk
 from fmjax.models.attention import attention, mask
 from fmjax.precision import DTYPES
 
@@ -68,6 +70,15 @@ class Config:
     theta: float = 10_000.0
     theta_window: float = 0.0  # of layers with a window; 0: as the others
     rope: tuple[tuple[str, Any], ...] = ()  # how positions are stretched: `models.rope`
+    experts: int = 0  # MLPs of a layer, of which each token takes a few; 0: one for all
+    experts_per_token: int = 2
+    experts_normed: bool = True  # whether the weights of those that a token takes sum to 1
+    expert_mlp: int = 0  # 0: as mlp
+    shared_mlp: int = 0  # of an expert that all tokens take, too; 0: none
+    dense_layers: tuple[int, ...] = ()  # which have one MLP all the same
+    capacity: float = 0.0  # of an expert, in fair shares of a row; 0: for all that choose it
+    router_aux_loss: float = 0.01  # factors in the loss of clm: of balance,
+    router_z_loss: float = 0.0  # and of the size of the router's logits
     dropout: float = 0.0
     attention_dropout: float = 0.0
     # How it is computed, which changes no number
@@ -127,6 +138,16 @@ def Model(variant: str = "llama2_7b", **overrides: Any) -> "Decoder":
             f"config.model.full_every={cfg.full_every} needs config.model.window: without one "
             "every layer sees all."
         )
+    if cfg.experts and not 0 < cfg.experts_per_token <= cfg.experts:
+        raise ConfigError(
+            f"config.model.experts_per_token={cfg.experts_per_token} is not a number from 1 to "
+            f"config.model.experts={cfg.experts}."
+        )
+    if cfg.dense_layers and not set(cfg.dense_layers) <= set(range(cfg.depth)):
+        raise ConfigError(
+            f"config.model.dense_layers={cfg.dense_layers} are not all numbers from 0 to below "
+            f"config.model.depth={cfg.depth}."
+        )
     rope.check(dict(cfg.rope))
     return Decoder(cfg)
 
@@ -142,7 +163,12 @@ class Block(nn.Module):
         cfg = self.cfg
         seeds = None if shared["seeds"] is None else streams.fold(shared["seeds"], layer["index"])
         site = lambda i: None if seeds is None else streams.fold(seeds, i)
-        mlp = layers.Mlp(cfg.mlp, cfg.activation, True, cfg.mlp_bias, DTYPES[cfg.dtype], name="mlp")
+        if self.kind == "experts":
+            routed = experts.Experts(cfg, name="mlp")
+            mlp = lambda h: routed(h, shared["segment_ids"] > 0)
+        else:
+            how = cfg.activation, True, cfg.mlp_bias, DTYPES[cfg.dtype]
+            mlp = layers.Mlp(cfg.mlp, *how, name="mlp")
 
         def residual(x, name, function, i):
             h = norm(cfg, f"{name}_norm")(x) if cfg.norms != "behind" else x
@@ -234,6 +260,12 @@ class Decoder(trunk.Trunk):
 
     causal = True
     heads = Heads
+
+    @property
+    def kinds(self) -> list[str]:
+        """A word for layers with experts, and one for those with a single MLP."""
+        dense = self.cfg.dense_layers if self.cfg.experts else range(self.cfg.depth)
+        return ["block" if i in dense else "experts" for i in range(self.cfg.depth)]
 
     def setup(self):
         self.embed = Embed(self.cfg)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from fmjax import losses, precision, sharding, streams, trees
 from fmjax.errors import ConfigError, did_you_mean
-from fmjax.models import TOKEN_HEADS, layers
+from fmjax.models import TOKEN_HEADS, experts, layers
 from fmjax.precision import DTYPES
 
 REMAT = {
@@ -137,7 +137,7 @@ class Trunk(nn.Module):
         for name, (first, last) in trees.stack_names(self.stacks).items():
             scanned = nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, experts.COLLECTION: 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
                 length=last - first + 1,

@@ -9,19 +9,19 @@ An objective module has one to six pure functions:
     each(outputs, labels) -> {metric: (N,)}            what its mean of that name is the mean of
     describe(outputs) -> [{…}, …]                      each example's outputs as a person reads them
 
-All but `loss_fn` are optional. `apply(params, *arrays, method=…)` runs a method of the model;
-`batch["seeds"]` is there while training and turns dropout on. Sums are divided only once, by the
-weight of the whole batch, so that padding, accumulation and the number of devices cannot change a
-number. Arguments are what `config.objectives.<name>` holds plus facts about the data (the
-vocabulary) that a function asks for by name; what it holds under `validation` are those of
-`prepare` in evaluation, where they differ, as for losses that compare. `score` and `describe` may
-ask for `names` (of the classes), `split` (the data) and `rows` (numbers of its rows, one for each
-of the outputs). A module also says what it needs: `TARGET`, what the labels of the data must mean
-(`fmjax.data.Dataset.target`); `heads(labels)`, the linear heads of the model; `SCORES`, the metrics
-of `score`; `WHOLE_BATCH`, that a row's loss depends on the others, which forbids accumulation;
-`VOCABULARY`, that the model needs its vocabulary head; `DECODES`, that it needs a decoder behind
-its encoder; `CAUSAL`, whether a token of the model may
-see only what is before it; `MASKS`, that the tokenizer needs a token for what is hidden.
+All but `loss_fn` are optional. `apply(params, *arrays, method=…)` runs a method of the model, or
+"encode_routed" (`fmjax.build.apply`); `batch["seeds"]` is there while training and turns dropout
+on. Sums are divided only once, by the weight of the whole batch, so that padding, accumulation and
+the number of devices cannot change a number. Arguments are what `config.objectives.<name>` holds
+plus facts about the data (the vocabulary) that a function asks for by name; what it holds under
+`validation` are those of `prepare` in evaluation, where they differ, as for losses that compare.
+`score` and `describe` may ask for `names` (of the classes), `split` (the data) and `rows` (numbers
+of its rows, one for each of the outputs). A module also says what it needs: `TARGET`, what the
+labels of the data must mean (`fmjax.data.Dataset.target`); `heads(labels)`, the linear heads of the
+model; `SCORES`, the metrics of `score`; `WHOLE_BATCH`, that a row's loss depends on the others,
+which forbids accumulation; `VOCABULARY`, that the model needs its vocabulary head; `DECODES`,
+that it needs a decoder behind its encoder; `CAUSAL`, whether a token of the model may see only what
+is before it; `MASKS`, that the tokenizer needs a token for what is hidden.
 """
 
 import functools
@@ -270,6 +270,8 @@ def _remembering(apply: Callable) -> Callable:
     results: dict[tuple, Any] = {}
 
     def remembered(params, *args, method):
+        if method == "encode":  # so that who asks for more of it shares the pass
+            return remembered(params, *args, method="encode_routed")[0]
         key = (method, id(params), *map(id, args))
         if key not in results:
             # The arguments are kept beside the result so that their ids stay theirs.

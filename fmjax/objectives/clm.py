@@ -30,12 +30,14 @@ def loss_fn(
     """Cross-entropy in nats a target, accuracy, and where the tokenizer's tokens are the text
     itself bits a byte.
 
-    `z_loss` and `smoothing` as in `fmjax.vocabulary`; with them "nats" is the cross-entropy, and
-    the loss has what they add.
+    `z_loss` and `smoothing` as in `fmjax.vocabulary`; with them, and with a model of experts,
+    "nats" is the cross-entropy, and the loss has what they add. Of a model of experts also what its
+    routers say (`models.experts.report`).
     """
     names = ("input_ids", "segment_ids", "positions", "token_types", "seeds")
-    hidden = apply(params, *(batch[name] for name in names), method="encode")
-    how = dict(vocab=vocab, z_loss=z_loss, smoothing=smoothing)
+    arrays = (batch[name] for name in names)
+    hidden, routing = apply(params, *arrays, method="encode_routed")
+    how = dict(vocab=vocab, z_loss=z_loss, smoothing=smoothing, routing=routing)
     return judged(apply, params, hidden, *targets(batch), **how)
 
 
@@ -49,13 +51,17 @@ def judged(
     vocab: Any,
     z_loss: float,
     smoothing: float,
+    routing: Any = None,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """The metrics of what the vocabulary makes of `hidden`, against the labels of weight 1."""
     how = dict(z_loss=z_loss, smoothing=smoothing)
     sums = vocabulary.of(apply, params, hidden, labels, weights, **how)
     weight = jnp.sum(weights)
     found = {"loss": (sums.loss, weight), "accuracy": (sums.right, weight)}
-    if z_loss or smoothing:
+    if routing:
+        found["loss"] = sums.loss + weight * routing.loss, weight
+        found |= routing.metrics
+    if z_loss or smoothing or routing:
         found["nats"] = sums.nats, weight
     if vocab.bytes is not None:
         sizes = jnp.asarray(vocab.bytes)[labels].astype(jnp.float32)

@@ -20,14 +20,17 @@ FAMILIES = {
         dict(norms="around", qk_norm="head", norm_offset=1.0, window=3, full_every=2)
         | dict(theta=1e6, theta_window=1e4, embed_scale=True, logit_softcap=5.0),
     ),
+    "mixtral": (llama, dict(experts=4, shared_mlp=16, dense_layers=(1,))),
 }
 FAMILIES["t5"] = t5, dict(encoder_depth=1, buckets=8, far=12)
 FAMILIES["t5-1.1"] = t5, dict(encoder_depth=2, gated=True, tied=False)
-CAUSAL = ("gpt2", "llama", "gemma3")
+# Tokens of a row compete for places, and so do its documents.
+LIMITED = {"limited": (llama, dict(experts=4, capacity=1.0))}
+CAUSAL = ("gpt2", "llama", "gemma3", "mixtral", *LIMITED)
 
 
 def build(family, **changes):
-    module, own = FAMILIES[family]
+    module, own = (FAMILIES | LIMITED)[family]
     model = module.Model("tiny", **{**tiny.SIZES, "dropout": 0.0, **own, **changes})
     model = model.clone(stacks=trees.runs(model.kinds))
     params = jax.jit(model.init)(jax.random.key(0), *model.example())["params"]

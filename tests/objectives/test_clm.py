@@ -26,9 +26,9 @@ def test_means_of_a_model_that_knows_no_token(extra):
     """All 8 logits are 0: log 8 nats a target, three bits; 1/8 of the mass each."""
 
     def apply(params, *args, method):
-        if method == "encode":
+        if method == "encode_routed":
             assert len(args) == 5
-            return jnp.zeros((2, 6, 4))
+            return jnp.zeros((2, 6, 4)), None
         return Vocabulary(jnp.zeros((8, 4)), True, P(), jnp.float32)
 
     batch = dict.fromkeys(("positions", "token_types", "seeds"), jnp.zeros((2, 6), jnp.int32))
