@@ -124,10 +124,12 @@ def _weights(model: Adapted) -> dict[str, str]:
 
 
 def _places(model: Any, names: Iterable[str]) -> dict[str, Place]:
-    """{our parameter: where transformers keeps it}, but for those that share a matrix."""
+    """{our parameter: where transformers keeps it}, but for those that share a matrix, or are
+    several."""
     located = writer.located(base(model))
     places = {name: located(name) for name in names}
-    return {name: place for name, place in places.items() if place and place.parts == 1}
+    alone = lambda place: place and place.parts == 1 and not place.each
+    return {name: place for name, place in places.items() if alone(place)}
 
 
 def _read_tensors(

@@ -44,12 +44,12 @@ __all__ = [
 ]
 
 # `model_type` of config.json -> the file in fmjax/models and in fmjax/convert
-_LLAMA = "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo2".split()
+_LLAMA = "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo2 mixtral qwen2_moe qwen3_moe"
 MODEL_TYPES = {
     **dict.fromkeys(("bert", "roberta", "distilbert", "modernbert"), "bert"),
     "gpt2": "gpt2",
     "t5": "t5",
-    **dict.fromkeys(_LLAMA, "llama"),
+    **dict.fromkeys(_LLAMA.split(), "llama"),
 }
 
 
@@ -109,17 +109,19 @@ def load(
     """
     folder = find(source)
     hf, family = _read_config(folder)
-    with files.open_folder(folder) as tensors:
-        keys = _canonical_keys(family, hf, tensors)
-        others = family.SHARED - _options(folder, hf, family).get("classes", {}).keys()
+    options = _options(folder, hf, family)
+    with files.open_folder(folder) as found_tensors:
+        keys = _canonical_keys(family, hf, found_tensors)
+        tensors = found_tensors.renamed(keys)
+        others = family.SHARED - options.get("classes", {}).keys()
 
         def located(name: str) -> Place | None:
             place = family.place(hf, name)
             of_another = name.startswith("head/") and name.split("/")[1] in others
-            left = re.fullmatch(leave, name)
-            if place is None or place.key not in keys or of_another or left:
+            if place is None or of_another or re.fullmatch(leave, name):
                 return None
-            return place._replace(key=keys[place.key])
+            place = place.sized(options)
+            return place if keys.keys() >= set(place.keys()) else None
 
         problems, missing, places, packed = [], {}, {}, {}
         for path, leaf in trees.flatten(like).items():
@@ -148,17 +150,17 @@ def load(
         if problems:
             raise CheckpointError(
                 f"{folder} does not fit the model:\n  " + _some(problems, "\n  ") + "\n"
-                f"Its options (config.model) are {json.dumps(_options(folder, hf, family))}."
+                f"Its options (config.model) are {json.dumps(options)}."
             )
         loaded = {path: _read(path, leaf, row, tensors) for path, (leaf, row) in places.items()}
         for path, (leaves, row) in packed.items():
             loaded |= _packed(path, leaves, row, tensors)
-        used = {place.key for _, row in places.values() for place in row}
-        used |= {place.key for _, row in packed.values() for place, _ in row}
+        used = {key for _, row in places.values() for place in row for key in place.keys()}
+        used |= {key for _, row in packed.values() for place, _ in row for key in place.keys()}
     if missing:
         loaded |= _initialise(initial, missing)
     kept = [name for path in missing for name in trees.names(path)]
-    unused = sorted(set(keys.values()) - used)
+    unused = sorted(key for name, key in keys.items() if name not in used)
     return trees.unflatten(loaded), Report(tuple(kept), tuple(unused))
 
 
@@ -219,8 +221,9 @@ def _problem(name: str, place: Place | None, shape: tuple[int, ...], tensors: Te
         return f"{name}: {shape} in the model, not in the files"
     if tensors.shape(place) != shape:
         return f"{name}: {shape} in the model, {tensors.shape(place)} in the files ({place.key})"
-    if tensors.dtype(place.key) not in files.FLOATS:
-        return f"{name}: {tensors.dtype(place.key)} in the files, not one of {files.FLOATS}"
+    for key in place.keys():
+        if tensors.dtype(key) not in files.FLOATS:
+            return f"{name}: {tensors.dtype(key)} in the files, not one of {files.FLOATS}"
     return ""
 
 

@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -20,20 +20,38 @@ REFUSED = "bin ckpt gguf h5 joblib msgpack npy npz onnx pb pickle pkl pt pth".sp
 
 
 class Place(NamedTuple):
-    """Where a parameter lies: in tensor `key`, or in block `part` of `parts` along its `axis`."""
+    """Where a parameter lies: in tensor `key`, or in block `part` of `parts` along its `axis`.
+
+    `each` and `heads` are numbers, or names of the options of the model that say them.
+    """
 
     key: str
     transposed: bool = False
     part: int = 0
     parts: int = 1
     axis: int = 0
+    each: str | int = 0  # tensors, with their numbers for {} in `key`, that ours has in one array
+    heads: str | int = 0  # within each of which the parts follow each other, if any
+
+    def sized(self, options: Mapping[str, Any]) -> "Place":
+        """With numbers in the place of names."""
+        number = lambda of: options[of] if isinstance(of, str) else of
+        return self._replace(each=number(self.each), heads=number(self.heads))
+
+    def keys(self) -> tuple[str, ...]:
+        """Of all the tensors, once it is `sized`."""
+        return tuple(self.key.format(i) for i in range(self.each)) if self.each else (self.key,)
 
 
 class Tensors:
     """The tensors of open files by key, read in the layout of our parameters."""
 
-    def __init__(self, handles: Mapping[str, safe_open]):
-        self._slices = {key: handle.get_slice(key) for key, handle in handles.items()}
+    def __init__(self, slices: Mapping[str, Any]):
+        self._slices = dict(slices)
+
+    def renamed(self, keys: Mapping[str, str]) -> "Tensors":
+        """Those of `keys`, {new name: key}."""
+        return Tensors({name: self._slices[key] for name, key in keys.items()})
 
     def keys(self) -> list[str]:
         return sorted(self._slices)
@@ -42,20 +60,35 @@ class Tensors:
         return self._slices[key].get_dtype()
 
     def shape(self, place: Place) -> tuple[int, ...]:
-        """The shape of what lies at `place`; a fused tensor that cannot be cut keeps its own."""
-        shape = list(self._slices[place.key].get_shape())
-        if place.axis < len(shape) and shape[place.axis] % place.parts == 0:
+        """The shape of what lies at `place`; a fused tensor that cannot be cut keeps its own, and
+        of several that differ the first that does counts."""
+        shapes = [list(self._slices[key].get_shape()) for key in place.keys()]
+        shape = next((other for other in shapes if other != shapes[0]), shapes[0])
+        if place.axis < len(shape) and shape[place.axis] % (place.parts * (place.heads or 1)) == 0:
             shape[place.axis] //= place.parts
-        return tuple(shape[::-1] if place.transposed else shape)
+        own = tuple(shape[::-1] if place.transposed else shape)
+        return (place.each, *own) if place.each else own
 
     def read(self, place: Place, index: tuple[slice, ...]) -> np.ndarray:
         """The part `index` (slices with explicit bounds) of what lies at `place`."""
-        tensor = self._slices[place.key]
+        if place.each:
+            keys = place.keys()[index[0]]
+            return np.stack([self._read(key, place, index[1:]) for key in keys])
+        return self._read(place.key, place, index)
+
+    def _read(self, key: str, place: Place, index: tuple[slice, ...]) -> np.ndarray:
+        tensor = self._slices[key]
         cut = list(index[::-1] if place.transposed else index)
-        first = place.part * (tensor.get_shape()[place.axis] // place.parts)
-        own = cut[place.axis]
-        cut[place.axis] = slice(own.start + first, own.stop + first)
-        piece = tensor[tuple(cut)]
+        own, size = cut[place.axis], tensor.get_shape()[place.axis]
+        if place.heads:  # read whole along the axis, the first, where the parts are strewn
+            assert place.axis == 0, f"{key}: heads along axis {place.axis}"
+            piece = tensor[(slice(0, size), *cut[1:])]
+            blocks = piece.reshape(place.heads, place.parts, -1, *piece.shape[1:])
+            piece = blocks[:, place.part].reshape(-1, *piece.shape[1:])[own]
+        else:
+            first = place.part * (size // place.parts)
+            cut[place.axis] = slice(own.start + first, own.stop + first)
+            piece = tensor[tuple(cut)]
         return piece.T if place.transposed else piece
 
     def equal(self, one: str, other: str) -> bool:
@@ -83,7 +116,7 @@ def open_folder(folder: Path) -> Iterator[Tensors]:
         held = {name: set(handle.keys()) for name, handle in opened.items()}
         if lost := [key for key, name in wanted.items() if key not in held[name]]:
             raise CheckpointError(f"{folder / INDEX} lists tensors that its files lack: {lost[:5]}")
-        yield Tensors({key: opened[name] for key, name in wanted.items()})
+        yield Tensors({key: opened[name].get_slice(key) for key, name in wanted.items()})
 
 
 def _locate(folder: Path) -> dict[str, str]:

@@ -1,9 +1,9 @@
-"""Where Hugging Face's Llama, Mistral, Qwen, Gemma and OLMo keep our parameters.
+"""Where Hugging Face's Llama, Mistral, Mixtral, Qwen, Gemma and OLMo keep our parameters.
 
 The table is read in both directions. Left is a module of `fmjax.models.llama`, right its name in a
-file that `transformers` wrote; `{}` is the layer number. Torch keeps a Linear's weight as (out,
-in), so kernels are transposed. What is multiplied with the activation is `up_proj` there and
-`gate` here.
+file that `transformers` wrote; `{}` is the layer number, `{{}}` that of an expert. Torch keeps a
+Linear's weight as (out, in), so kernels are transposed. What is multiplied with the activation is
+`up_proj` there and `gate` here.
 """
 
 import re
@@ -63,7 +63,25 @@ _AROUND = _BEHIND | {
     "block_{}/mlp_norm": f"{_LAYER}.pre_feedforward_layernorm",
 }
 _NORMS = {"olmo2": _BEHIND, "gemma2": _AROUND, "gemma3_text": _AROUND}
-TABLES = {kind: _COMMON | _NORMS.get(kind, _BEFORE) for kind in PREFIXES}
+_SPARSE = f"{_LAYER}.block_sparse_moe"
+_MIXTRAL = {
+    "block_{}/mlp/router": f"{_SPARSE}.gate",
+    "block_{}/mlp/experts/up": f"{_SPARSE}.experts.{{{{}}}}.w1",
+    "block_{}/mlp/experts/gate": f"{_SPARSE}.experts.{{{{}}}}.w3",
+    "block_{}/mlp/experts/down": f"{_SPARSE}.experts.{{{{}}}}.w2",
+}
+_QWEN = {
+    "block_{}/mlp/router": f"{_LAYER}.mlp.gate",
+    "block_{}/mlp/experts/up": f"{_LAYER}.mlp.experts.{{{{}}}}.gate_proj",
+    "block_{}/mlp/experts/gate": f"{_LAYER}.mlp.experts.{{{{}}}}.up_proj",
+    "block_{}/mlp/experts/down": f"{_LAYER}.mlp.experts.{{{{}}}}.down_proj",
+    "block_{}/mlp/shared/up": f"{_LAYER}.mlp.shared_expert.gate_proj",
+    "block_{}/mlp/shared/gate": f"{_LAYER}.mlp.shared_expert.up_proj",
+    "block_{}/mlp/shared/down": f"{_LAYER}.mlp.shared_expert.down_proj",
+    "block_{}/mlp/shared_gate": f"{_LAYER}.mlp.shared_expert_gate",
+}
+_EXPERTS = {"mixtral": _MIXTRAL, "qwen2_moe": _QWEN, "qwen3_moe": _QWEN}
+TABLES = {kind: _COMMON | _NORMS.get(kind, _BEFORE) | _EXPERTS.get(kind, {}) for kind in PREFIXES}
 SHARED = frozenset({"classify", "regress"})  # heads that have one name in files
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 BUFFERS = r".*\.rotary_emb\.inv_freq"  # constants in old files, no parameters
@@ -83,7 +101,8 @@ def place(hf: Mapping[str, Any], name: str) -> Place | None:
     if entry is None or leaf not in LEAVES:
         return None
     key = entry.format(int(layer[1])) if layer else entry
-    return Place(f"{key}.{LEAVES[leaf]}", leaf == "kernel")
+    each = "experts" if "/experts/" in module else 0
+    return Place(f"{key}.{LEAVES[leaf]}", leaf == "kernel", each=each)
 
 
 def canonical(model_type: str, key: str) -> str:

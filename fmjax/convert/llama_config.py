@@ -1,4 +1,4 @@
-"""config.json of Hugging Face's Llama, Mistral, Qwen, Gemma and OLMo against our options.
+"""config.json of Hugging Face's Llama, Mistral, Mixtral, Qwen, Gemma and OLMo against our options.
 
 The tables are read in both directions; names of parameters are in llama.py.
 """
@@ -20,6 +20,9 @@ PREFIXES = {
     "gemma2": "Gemma2",
     "gemma3_text": "Gemma3",
     "olmo2": "Olmo2",
+    "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2Moe",
+    "qwen3_moe": "Qwen3Moe",
 }
 # What of these transformers has no class for texts to be classified by.
 _UNCLASSIFIED = ("olmo2",)
@@ -33,6 +36,9 @@ CONSTANT: dict[str, dict[str, Any]] = {
     "gemma2": dict(norm_offset=1.0, embed_scale=True, norms="around"),
     "gemma3_text": dict(norm_offset=1.0, embed_scale=True, norms="around", qk_norm="head"),
     "olmo2": dict(norms="behind", qk_norm="whole"),
+    "mixtral": dict(experts_normed=True),
+    "qwen2_moe": {},
+    "qwen3_moe": dict(qk_norm="head"),
 }
 _SIZES: options.Table = {
     "vocab_size": ("vocab_size", 32000),
@@ -53,6 +59,11 @@ _QWEN = _SIZES | {
     "intermediate_size": ("mlp", 22016),
     "num_key_value_heads": ("kv_heads", 32),
     "max_position_embeddings": ("max_len", 32768),
+}
+_EXPERTS = _QWEN | {
+    "hidden_size": ("width", 2048),
+    "num_hidden_layers": ("depth", 24),
+    "norm_topk_prob": ("experts_normed", False),
 }
 _GEMMA = _SIZES | {
     "vocab_size": ("vocab_size", 256000),
@@ -102,11 +113,44 @@ OPTIONS: dict[str, options.Table] = {
         "attn_logit_softcapping": ("attention_softcap", None),
     },
     "olmo2": _SIZES | {"vocab_size": ("vocab_size", 50304), "rms_norm_eps": ("eps", 1e-5)},
+    "mixtral": _SIZES
+    | {
+        "intermediate_size": ("mlp", 14336),
+        "num_key_value_heads": ("kv_heads", 8),
+        "max_position_embeddings": ("max_len", 4096 * 32),
+        "rms_norm_eps": ("eps", 1e-5),
+        "sliding_window": ("window", None),
+        "num_local_experts": ("experts", 8),
+        "num_experts_per_tok": ("experts_per_token", 2),
+    },
+    "qwen2_moe": _EXPERTS
+    | {
+        "num_attention_heads": ("heads", 16),
+        "num_key_value_heads": ("kv_heads", 16),
+        "intermediate_size": ("mlp", 5632),
+        "moe_intermediate_size": ("expert_mlp", 1408),
+        "shared_expert_intermediate_size": ("shared_mlp", 5632),
+        "num_experts": ("experts", 60),
+        "num_experts_per_tok": ("experts_per_token", 4),
+        "qkv_bias": ("qkv_bias", True),
+    },
+    "qwen3_moe": _EXPERTS
+    | {
+        "num_key_value_heads": ("kv_heads", 4),
+        "intermediate_size": ("mlp", 6144),
+        "moe_intermediate_size": ("expert_mlp", 768),
+        "num_experts": ("experts", 128),
+        "num_experts_per_tok": ("experts_per_token", 8),
+    },
 }
 # Options of transformers that we have in one setting only; absent means that setting.
 FIXED: dict[str, dict[str, Any]] = {
     **dict.fromkeys(PREFIXES, {"quantization_config": None}),
-    **dict.fromkeys(("qwen2", "qwen3"), {"quantization_config": None, "use_sliding_window": False}),
+    **dict.fromkeys(
+        ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"),
+        {"quantization_config": None, "use_sliding_window": False},
+    ),
+    "mixtral": {"quantization_config": None, "router_jitter_noise": 0.0},
     **dict.fromkeys(
         ("gemma", "gemma2", "gemma3_text"),
         {"quantization_config": None, "use_bidirectional_attention": None},
@@ -115,6 +159,8 @@ FIXED: dict[str, dict[str, Any]] = {
 # Fields whose absence config.json has as null, and we as 0.
 NULLABLE = ("kv_heads", "head_size", "window", "logit_softcap", "attention_softcap")
 _FULL_EVERY = {"gemma2": 2, "gemma3_text": 6}
+_OWN_BIASES = ("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "qwen3_moe")
+_SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def architectures(model_type: str) -> tuple[tuple[str, frozenset[str]], ...]:
@@ -133,10 +179,14 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
     Raises ConfigError for an option that the model does not have.
     """
     kind = hf["model_type"]
+    if kind == "qwen3_moe" and "num_local_experts" in hf:  # as transformers 5 calls them
+        hf = {**hf, "num_experts": hf["num_local_experts"]}
     found = options.read(hf, OPTIONS[kind], FIXED[kind])
     found |= {field: found[field] or 0 for field in NULLABLE if field in found}
     found |= CONSTANT[kind] | _rope(hf, kind)
-    if kind in ("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2"):
+    if kind in _SPARSE:
+        found |= _routing(hf, found["depth"])
+    if kind in _OWN_BIASES:
         found |= dict.fromkeys(("qkv_bias", "out_bias"), bool(hf.get("attention_bias", False)))
     if kind in _FULL_EVERY:
         found["query_scale"] = float(hf.get("query_pre_attn_scalar", 256)) ** -0.5
@@ -147,6 +197,8 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def type_of(cfg: Any) -> str:
     """`model_type` of a `models.llama.Config`, the plainest that has its options."""
+    if cfg.experts:
+        return "qwen2_moe" if cfg.shared_mlp else "qwen3_moe" if cfg.qk_norm else "mixtral"
     if cfg.norms == "behind":
         return "olmo2"
     if cfg.norms == "around":
@@ -183,7 +235,11 @@ def hf_config(
     config |= {"num_key_value_heads": cfg.key_heads, "head_dim": cfg.size}
     needed = dict(norm_offset=0.0, embed_scale=False, norms="before", qk_norm="") | CONSTANT[kind]
     needed |= dict(dropout=0.0, window=0, full_every=0, theta_window=0.0, logit_softcap=0.0)
-    needed |= dict(attention_softcap=0.0, mlp_bias=False)
+    needed |= dict(attention_softcap=0.0, mlp_bias=False, experts=0, shared_mlp=0, capacity=0.0)
+    if kind in _SPARSE:
+        config |= _written_routing(cfg, kind)
+        needed |= dict(experts=cfg.experts)
+        needed |= dict(dense_layers=(), expert_mlp=0) if kind == "mixtral" else {}
     has = {field for field, _ in OPTIONS[kind].values()}
     if kind in _FULL_EVERY:
         has |= {"full_every", "theta_window"} if kind == "gemma3_text" else {"full_every"}
@@ -194,9 +250,11 @@ def hf_config(
         ]
     else:
         needed["query_scale"] = 0.0
-    if kind != "qwen2":
-        needed["out_bias"] = cfg.qkv_bias
-        config["attention_bias"] = cfg.qkv_bias
+    needed["out_bias"] = False
+    if kind in _OWN_BIASES:
+        needed["out_bias"] = config["attention_bias"] = cfg.qkv_bias
+    elif kind not in ("qwen2", "qwen2_moe"):
+        needed["qkv_bias"] = False
     for field, value in needed.items():
         if field not in has:
             options.require(kind, field, getattr(cfg, field), value)
@@ -227,12 +285,33 @@ def _full_every(hf: Mapping[str, Any], kind: str, depth: int) -> int:
     return every
 
 
+def _routing(hf: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """Which layers have no experts, and the losses with which transformers would train."""
+    step, alone = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or ()
+    dense = tuple(i for i in range(depth) if i in alone or (i + 1) % step)
+    factor = float(hf.get("router_aux_loss_coef", 0.001))
+    told = bool(hf.get("output_router_logits", False))
+    losses = {"router_aux_loss": factor if told else 0.0, "router_z_loss": 0.0}
+    return {"dense_layers": dense, **losses}
+
+
+def _written_routing(cfg: Any, kind: str) -> dict[str, Any]:
+    config = {
+        "output_router_logits": cfg.router_aux_loss > 0,
+        "router_aux_loss_coef": cfg.router_aux_loss,
+    }
+    if kind == "mixtral":
+        return config
+    sparse = {"decoder_sparse_step": 1, "mlp_only_layers": list(cfg.dense_layers)}
+    return config | sparse | {"moe_intermediate_size": cfg.expert_mlp or cfg.mlp}
+
+
 def _rope(hf: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Bases and stretching of positions, in the keys of transformers 4 or 5."""
     told = hf.get("rope_parameters") or {}
     local = kind == "gemma3_text"
     far = (told.get("full_attention") or {}) if local else told
-    base = 1_000_000.0 if local else 10_000.0
+    base = 1_000_000.0 if local or kind == "mixtral" else 10_000.0
     scaling = dict(hf.get("rope_scaling") or {}) | dict(far)
     found = {"theta": float(scaling.pop("rope_theta", None) or hf.get("rope_theta") or base)}
     if local:

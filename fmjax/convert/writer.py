@@ -59,27 +59,35 @@ def export(
     left_out = [name for name in where if _head(name) not in heads]
     config = family.hf_config(model.cfg, heads, special_ids(tokenizer_dir), labels)
 
-    tensors: dict[str, list[tuple[Place, str]]] = {}  # a fused tensor has several
+    # A fused tensor has several parameters; of one with experts each tensor has a part.
+    tensors: dict[str, list[tuple[Place, str, int | None]]] = {}
     for name in where.keys() - set(left_out):
         place = family.place(config, name)
         if place is None:
             raise ConfigError(f"The parameter {name!r} has no counterpart in transformers' {kind}.")
-        tensors.setdefault(place.key, []).append((place, name))
+        place = place.sized(vars(model.cfg))
+        for number, key in enumerate(place.keys()):
+            own = number if place.each else None
+            tensors.setdefault(key, []).append((place, name, own))
     tensors = {key: sorted(parts) for key, parts in sorted(tensors.items())}
 
     def value(key: str) -> np.ndarray:
         pieces = []
-        for place, name in tensors[key]:
+        for place, name, number in tensors[key]:
             path, layer = where[name]
-            piece = _to_host(stored[path] if layer is None else stored[path][layer])
+            index = tuple(i for i in (layer, number) if i is not None)
+            piece = _to_host(stored[path][index] if index else stored[path])
             pieces.append(piece.T if place.transposed else piece)
         # A non-contiguous array would be written in the order of its memory, not of its indices.
-        axis = tensors[key][0][0].axis
-        return np.ascontiguousarray(np.concatenate(pieces, axis) if len(pieces) > 1 else pieces[0])
+        return np.ascontiguousarray(_joined(tensors[key][0][0], pieces))
 
     def nbytes(key: str) -> int:
-        paths = [where[name] for _, name in tensors[key]]
-        return sum(stored[p].nbytes // (1 if i is None else len(stored[p])) for p, i in paths)
+        total = 0
+        for place, name, _ in tensors[key]:
+            path, layer = where[name]
+            layers = 1 if layer is None else len(stored[path])
+            total += stored[path].nbytes // (layers * (place.each or 1))
+        return total
 
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +97,14 @@ def export(
         # Last, so that a folder that can be opened is complete.
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return tuple(left_out)
+
+
+def _joined(place: Place, pieces: Sequence[np.ndarray]) -> np.ndarray:
+    """The tensor of all its parts."""
+    if not place.heads:
+        return np.concatenate(pieces, place.axis) if len(pieces) > 1 else pieces[0]
+    each = [piece.reshape(place.heads, -1, *piece.shape[1:]) for piece in pieces]
+    return np.stack(each, axis=1).reshape(-1, *pieces[0].shape[1:])
 
 
 def special_ids(tokenizer_dir: str | Path | None) -> dict[str, int]:

@@ -110,6 +110,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tiny": dict(depth=4, width=128, heads=4, kv_heads=2, mlp=344, max_len=1024, tied=True),
     "llama2_7b": {},
     "tinyllama_1b": dict(depth=22, width=2048, kv_heads=4, mlp=5632, max_len=2048),
+    "mixtral_8x7b": dict(mlp=14336, kv_heads=8, max_len=32768, theta=1e6, experts=8),
     "llama3_8b": _LLAMA3 | dict(mlp=14336),
     "llama3_1b": _LLAMA3 | dict(depth=16, width=2048, mlp=8192, tied=True),
 }

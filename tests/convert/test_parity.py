@@ -15,7 +15,7 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from fmjax import convert, trees
+from fmjax import build, convert, trees
 from fmjax.models import bert, gpt2, llama, t5
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -61,6 +61,8 @@ SCALED = dict(
 )
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=8, rope_theta=100.0)
 NEAR = dict(sliding_window=3, head_dim=12)
+ROUTED = dict(num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.1)
+EXPERTS = dict(num_experts=3, moe_intermediate_size=8)
 KINDS = ["sliding_attention", "full_attention"]
 FAMILIES |= {
     "llama": ("LlamaForCausalLM", LLAMA | dict(rope_parameters=SCALED)),
@@ -76,6 +78,15 @@ FAMILIES |= {
     "gemma2": ("Gemma2ForCausalLM", LLAMA | NEAR | dict(attn_logit_softcapping=2.0)),
     "gemma3": ("Gemma3ForCausalLM", LLAMA | NEAR | dict(num_hidden_layers=2, layer_types=KINDS)),
     "olmo2": ("Olmo2ForCausalLM", LLAMA),
+    "mixtral": ("MixtralForCausalLM", LLAMA | ROUTED | dict(num_local_experts=3, head_dim=6)),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        LLAMA | ROUTED | EXPERTS | dict(shared_expert_intermediate_size=12, mlp_only_layers=[1]),
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        LLAMA | ROUTED | EXPERTS | dict(head_dim=6, norm_topk_prob=True),
+    ),
 }
 T5 = dict(vocab_size=61, d_model=16, d_kv=6, d_ff=24, num_heads=2, num_layers=2, dropout_rate=0.0)
 T5 |= dict(
@@ -133,7 +144,7 @@ def reference(request, tmp_path_factory):
     with torch.no_grad():
         hidden = trunk_of(**trunk).last_hidden_state
     out.loss.backward()
-    gradients = {key: p.grad.numpy().copy() for key, p in model.named_parameters()}
+    gradients = {key: p.grad.numpy().copy() for key, p in as_files(model).items()}
     torch.optim.AdamW(
         model.parameters(), ADAMW["learning_rate"], (ADAMW["b1"], ADAMW["b2"]), ADAMW["eps"],
         ADAMW["weight_decay"],
@@ -151,10 +162,10 @@ def reference(request, tmp_path_factory):
         labels=jnp.asarray(labels),
         given=jnp.asarray(np.pad(np.where(labels < 0, 0, labels)[:, :-1], ((0, 0), (1, 0)))),
         hidden=hidden.numpy(),
-        logits=out[1].detach().numpy(),
+        logits=out.get("logits", out[1]).detach().numpy(),
         loss=out.loss.item(),
         gradients=gradients,
-        stepped={key: p.detach().numpy() for key, p in model.named_parameters()},
+        stepped={key: p.detach().numpy() for key, p in as_files(model).items()},
     )
 
 
@@ -167,8 +178,8 @@ def ours(request, reference):
     @compiled
     def everything(params):
         def loss_fn(params):
-            apply = lambda method, *args: model.apply({"params": params}, *args, method=method)
-            hidden = apply("encode", *reference.batch.values())
+            apply = lambda method, *args: build.apply(model)(params, *args, method=method)
+            hidden, routing = apply("encode_routed", *reference.batch.values())
             if model.decodes:
                 segments, places = (reference.batch[k] for k in ("segment_ids", "positions"))
                 every = jnp.ones_like(segments)
@@ -179,6 +190,7 @@ def ours(request, reference):
             ahead = int(reference.causal)  # which transformers takes from the labels
             time = logits.shape[1] - ahead
             loss = cross_entropy(logits[:, :time], reference.labels[:, ahead:])
+            loss += routing.loss if routing else 0
             if model.cfg.classes:
                 loss += cross_entropy(
                     apply("classify", hidden, reference.batch["segment_ids"], "nsp"),
@@ -194,6 +206,28 @@ def ours(request, reference):
     return SimpleNamespace(
         model=model, hidden=hidden, logits=logits, loss=loss, gradients=gradients, stepped=stepped
     )
+
+
+def as_files(model):
+    """{name in files: parameter}: those of experts, which are apart there. A part of a parameter
+    has the part of its gradient."""
+    named = {}
+    for key, whole in model.named_parameters():
+        if not (match := re.fullmatch(r"(.*\.experts)\.(gate_up|down)_proj", key)):
+            named[key] = whole
+            continue
+        kinds = {"gate_up": ["gate_proj", "up_proj"], "down": ["down_proj"]}[match[2]]
+        for e in range(len(whole)):
+            grads = None if whole.grad is None else whole.grad[e].chunk(len(kinds))
+            for i, part in enumerate(whole.detach()[e].chunk(len(kinds))):
+                part.grad = None if grads is None else grads[i]
+                named[f"{match[1]}.{e}.{kinds[i]}.weight"] = part
+    if model.config.model_type != "mixtral":
+        return named
+    names = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    for ours, theirs in names.items():
+        named = {key.replace(ours, theirs): value for key, value in named.items()}
+    return named
 
 
 def load(folder, scanned):
@@ -247,7 +281,7 @@ def test_logits_and_loss(reference, ours):
 
 def test_gradients(reference, ours, tmp_path):
     found = as_torch_names(ours.model, ours.gradients, tmp_path / "gradients")
-    assert all(np.any(gradient) for gradient in found.values())
+    assert not [key for key, gradient in found.items() if not np.any(gradient)]
     assert_close(found, reference.gradients, 1e-5)
 
 
@@ -295,9 +329,11 @@ def test_full_size_names_and_shapes_are_those_of_transformers(family, variant):
     config = tables.hf_config(model.cfg, heads, {})
     found = {}
     for name, leaf in trees.unstack(abstract(model)).items():
-        place = tables.place(config, name)
-        shape = leaf.shape[::-1] if place.transposed else leaf.shape
-        found.setdefault(place.key, {})[place.part] = (place, shape)
+        place = tables.place(config, name).sized(vars(model.cfg))
+        shape = leaf.shape[1:] if place.each else leaf.shape
+        shape = shape[::-1] if place.transposed else shape
+        for key in place.keys():
+            found.setdefault(key, {})[place.part] = (place, shape)
     joined = {}
     for key, parts in found.items():
         place, shape = parts[0]
@@ -311,7 +347,7 @@ def test_full_size_names_and_shapes_are_those_of_transformers(family, variant):
         theirs = model_class(model_class.config_class(**config))
         if "lm_head.weight" in joined:  # which transformers' T5 ties where no file says otherwise
             theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight)
-    assert joined == {key: tuple(p.shape) for key, p in theirs.named_parameters()}
+    assert joined == {key: tuple(p.shape) for key, p in as_files(theirs).items()}
 
 
 SENTENCES = ["A man is eating food.", "The girl carries a baby!", "Ünïcode — naïve café 漢字", "hi"]
