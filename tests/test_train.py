@@ -29,13 +29,13 @@ def loss_of(made, found):
 
 
 @functools.cache
-def plain():
-    return tiny.make(dropout=0.1, attention_dropout=0.1)
+def plain(family="bert"):
+    return tiny.make(family=family, dropout=0.1, attention_dropout=0.1)
 
 
 @functools.cache
-def after_two_steps():
-    made = plain()
+def after_two_steps(family="bert"):
+    made = plain(family)
     current, losses = made.state(), []
     for seed in (0, 1):
         current, found = made.step(current, tiny.batch(8, seed))
@@ -54,15 +54,15 @@ def test_loss_falls_and_starts_at_ln_v():
     assert int(current.step) == 30
 
 
-@pytest.mark.parametrize("parts", [2, 8])
-def test_row42_accumulation_is_the_large_batch(parts):
+@pytest.mark.parametrize("parts, family", tiny.by_family([2, 8], (8, "gpt2")))
+def test_row42_accumulation_is_the_large_batch(parts, family):
     """With dropout on and another number of targets in every microbatch."""
-    made = tiny.make(accumulate=parts, dropout=0.1, attention_dropout=0.1)
+    made = tiny.make(accumulate=parts, family=family, dropout=0.1, attention_dropout=0.1)
     current = made.state()
-    for seed, expected in zip((0, 1), after_two_steps()[1], strict=True):
+    for seed, expected in zip((0, 1), after_two_steps(family)[1], strict=True):
         current, found = made.step(current, tiny.batch(8, seed))
         assert loss_of(made, found) == pytest.approx(expected, abs=1e-6)
-    close(current.params, after_two_steps()[0].params)
+    close(current.params, after_two_steps(family)[0].params)
 
 
 def test_accumulation_does_no_work_twice():
@@ -83,8 +83,9 @@ def test_best_must_be_a_metric_that_evaluation_brings():
         train.check_best("validation/mlm/acuracy", metrics)
 
 
-def test_empty_rows_change_nothing():
-    made = tiny.make(dropout=0.1)
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_empty_rows_change_nothing(family):
+    made = tiny.make(family=family, dropout=0.1)
     full, more = tiny.batch(8), tiny.batch(16)
     padded = {name: jnp.concatenate([full[name], 0 * more[name][8:]]) for name in full}
     a, found_a = made.step(made.state(), full)
@@ -94,26 +95,55 @@ def test_empty_rows_change_nothing():
     assert int(found_a["tokens"]) == int(found_b["tokens"])
 
 
-@pytest.mark.parametrize("remat", ["none", "block", "dots"])
-def test_row42_scanned_and_unrolled_models_are_the_same(remat):
-    made = tiny.make(scan=remat != "none", remat=remat, dropout=0.1, attention_dropout=0.1)
+@pytest.mark.parametrize(
+    "remat, family",
+    tiny.by_family(["none", "block", "dots"], ("none", "gpt2"), ("none", "llama")),
+)
+def test_row42_scanned_and_unrolled_models_are_the_same(remat, family):
+    options = dict(family=family, dropout=0.1, attention_dropout=0.1)
+    made = tiny.make(scan=remat != "none", remat=remat, **options)
     current = made.state()
     assert ("block_00" in current.params) == (remat == "none")
     for seed in (0, 1):
         current, _ = made.step(current, tiny.batch(8, seed))
-    close(current.params, after_two_steps()[0].params)
+    close(current.params, after_two_steps(family)[0].params)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_less_is_kept_for_the_backward_pass_and_no_number_changes(family):
+    """By the compiler's count of temporaries, where layers are scanned: of unrolled ones a CPU's
+    compiler finds out that what is computed again is what it has, and keeps it."""
+    sizes = dict(family=family, depth=6, width=64, mlp=256, mesh=one_device())
+    taken, ends = [], []
+    for remat in ("none", "dots", "block"):
+        made = tiny.make(remat=remat, dropout=0.1, attention_dropout=0.1, **sizes)
+        step = jax.jit(made.raw_step).lower(made.abstract, tiny.batch(32)).compile()
+        taken.append(step.memory_analysis().temp_size_in_bytes)
+        ends.append(step(made.state(), tiny.batch(32)))
+    # What lies between: of a layer the products, and its input alone.
+    assert taken[0] > 1.2 * taken[1] > 1.2**2 * taken[2]
+    for state_, found in ends[1:]:
+        assert loss_of(made, found) == pytest.approx(loss_of(made, ends[0][1]), abs=1e-6)
+        norms = float(found["grad_norm"]), float(ends[0][1]["grad_norm"])
+        assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+        close(state_.params, ends[0][0].params)
+
+
+LAYOUTS = dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(tensor=4, fsdp=2)
+LAYOUTS = {"x".join(f"{axis}{n}" for axis, n in layout.items()): layout for layout in LAYOUTS}
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(data=1, tensor=4, fsdp=2)],
+    "layout, family",
+    tiny.by_family(LAYOUTS, ("data2xfsdp2xtensor2", "gpt2"), ("tensor4xfsdp2", "llama")),
 )
-def test_row12_any_layout_gives_the_same_numbers(layout):
-    """The mesh of the other tests is data=8; this compares with one device holding everything."""
-    single = single_device(tiny.mesh())
-    mesh = sharding.make_mesh(**{"data": 1, **layout})
+def test_row12_any_layout_gives_the_same_numbers(layout, family):
+    """The mesh of the other tests is data=8; this compares with one device holding everything. The
+    two heads of keys of a Llama are cut in four too."""
+    single = single_device(tiny.mesh(), family)
+    mesh = sharding.make_mesh(**{"data": 1, **LAYOUTS[layout]})
     with jax.set_mesh(mesh):
-        made = tiny.make(mesh=mesh, dropout=0.1, attention_dropout=0.1)
+        made = tiny.make(mesh=mesh, family=family, dropout=0.1, attention_dropout=0.1)
         current, losses = made.state(), []
         place = jax.sharding.NamedSharding(mesh, sharding.BATCH)
         for seed in (0, 1):
@@ -126,13 +156,13 @@ def test_row12_any_layout_gives_the_same_numbers(layout):
     ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
     kernels = [x for p, x in trees.flatten(current.params).items() if p.endswith("up/kernel")]
     kernels += [x for x in jax.tree.leaves(current.opt_state) if x.shape == kernels[0].shape]
-    assert len(kernels) == 3
+    assert len(kernels) == (5 if family == "llama" else 3)  # with the moments of its gates
     assert all(x.addressable_shards[0].data.size * ways == x.size for x in kernels)
 
 
 @functools.cache
-def single_device(mesh):
-    made = tiny.make(mesh=mesh, dropout=0.1, attention_dropout=0.1)
+def single_device(mesh, family):
+    made = tiny.make(mesh=mesh, family=family, dropout=0.1, attention_dropout=0.1)
     current, losses = made.state(), []
     for seed in (0, 1):
         current, found = made.step(current, tiny.batch(8, seed))
@@ -181,8 +211,9 @@ def test_row34_one_non_finite_gradient_under_a_finite_loss_is_caught(monkeypatch
     close(after.params, before.params, atol=0)
 
 
-def test_row37_a_batch_without_targets_has_loss_zero_and_no_nan():
-    made = tiny.make(changes={"weight_decay": 0.0})
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_row37_a_batch_without_targets_has_loss_zero_and_no_nan(family):
+    made = tiny.make(family=family, changes={"weight_decay": 0.0})
     before = made.state()
     empty = {name: 0 * x for name, x in tiny.batch(8).items()}
     after, found = made.step(before, empty)
@@ -190,9 +221,10 @@ def test_row37_a_batch_without_targets_has_loss_zero_and_no_nan():
     close(after.params, before.params, atol=0)
 
 
-def test_frozen_parameters_stay_and_hold_no_optimizer_memory():
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_frozen_parameters_stay_and_hold_no_optimizer_memory(family):
     groups = ((r"block_02/.*|head/.*", "train"), (r".*", "freeze"))
-    made = tiny.make(groups=groups)
+    made = tiny.make(groups=groups, family=family)
     assert made.model.stacks == (2, 1)
     before = made.state()
     after, _ = made.step(before, tiny.batch(8))
@@ -204,7 +236,7 @@ def test_frozen_parameters_stay_and_hold_no_optimizer_memory():
     trainable = trees.size(made.split(before.params)[0])
     assert trees.size(before.opt_state) - 2 * trainable < 10  # counters only
     # And the numbers are those of an unrolled model.
-    unrolled = tiny.make(groups=groups, scan=False)
+    unrolled = tiny.make(groups=groups, family=family, scan=False)
     close(unrolled.step(unrolled.state(), tiny.batch(8))[0].params, after.params)
 
 

@@ -7,17 +7,25 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fmjax import adapters, build, objectives, optim, setup, sharding, state
 from fmjax import groups as parameter_groups
-from fmjax.models import bert
+from fmjax.models import bert, gpt2, llama
 from fmjax.step import make_train_step
 
 V, T = 64, 16
 VOCAB = SimpleNamespace(
-    size=V, mask_id=4, special=np.arange(V) < 5, word_start=np.arange(V) % 3 > 0
+    size=V, mask_id=4, special=np.arange(V) < 5, word_start=np.arange(V) % 3 > 0, bytes=None
 )
 SIZES = dict(vocab_size=V, width=32, depth=3, heads=4, mlp=64, max_len=T)
+# {family: (its file, its own sizes, what it is trained to do)}: a test of what holds for any model
+# is asked of each of them.
+FAMILIES = {
+    "bert": (bert, {}, {"mlm": {"rate": 0.3}}),
+    "gpt2": (gpt2, {}, {"clm": {}}),
+    "llama": (llama, dict(kv_heads=2, tied=False), {"clm": {}}),
+}
 # Adam divides by the gradient's size: a gradient that is zero on paper (the key bias) is then
 # rounding noise of size lr. A large eps keeps noise small, so that parameters can be compared.
 OPTIM = dict(
@@ -62,6 +70,19 @@ def mesh(**sizes: int) -> jax.sharding.Mesh:
     )
 
 
+def by_family(kinds, *always):
+    """(kind, family) of all for pytest; of decoders `always` these, the others with slow tests."""
+    pairs = [(kind, family) for family in FAMILIES for kind in kinds]
+    quick = lambda pair: pair[1] == "bert" or pair in always
+    return [pytest.param(*x, marks=[] if quick(x) else pytest.mark.slow) for x in pairs]
+
+
+def model(family: str = "bert", **changes):
+    """A tiny one of the family."""
+    module, own, _ = FAMILIES[family]
+    return module.Model("tiny", **SIZES | own | changes)
+
+
 def make(
     groups=((".*", "train"),),
     accumulate=1,
@@ -71,17 +92,16 @@ def make(
     adapter=None,
     quantise=None,
     group_optim=None,
-    **model,
+    family="bert",
+    **sizes,
 ) -> SimpleNamespace:
     """Model, loss, optimizer, a fresh state and the jitted step, put together as `setup`
     does."""
     group_optim = group_optim or {}
-    net = adapters.wrap(
-        bert.Model("tiny", **{**SIZES, **model}), dict(adapter=adapter, quantise=quantise)
-    )
+    net = adapters.wrap(model(family, **sizes), dict(adapter=adapter, quantise=quantise))
     net, assigned = setup.grouped(net, groups, OPTIM | (changes or {}), group_optim)
     split = functools.partial(parameter_groups.split, assigned=assigned)
-    goals = objectives.build(losses or {"mlm": {"rate": 0.3}}, vocab=VOCAB, target="nsp")
+    goals = objectives.build(losses or FAMILIES[family][2], vocab=VOCAB, target="nsp")
     made = optim.make(
         split(state.abstract_params(net))[0],
         assigned,

@@ -360,7 +360,8 @@ def _modules(model: Any) -> dict[str, Module]:
     running, shared = [], set()
 
     def shape(x):
-        return x.shape if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) else ()
+        numbers = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
+        return x.shape if numbers else ()
 
     def record(call, args, options, context):
         if context.method_name not in ("__call__", "table", "attend"):

@@ -27,8 +27,11 @@ BATCH = tiny.batch(2)
 ARRAYS = [BATCH[name] for name in ("input_ids", "segment_ids", "positions", "token_types")]
 
 
-def made(kind, **options):
-    return tiny.make(TRAIN, adapter=KINDS[kind], **options)
+CASES = tiny.by_family(KINDS, ("ia3", "gpt2"), ("ia3", "llama"), ("parallel", "llama"))
+
+
+def made(kind, family="bert", **options):
+    return tiny.make(TRAIN, adapter=KINDS[kind], family=family, **options)
 
 
 def moved(params):
@@ -44,9 +47,9 @@ def program(model):
     return jax.jit(lambda params: model.apply({"params": params}, *ARRAYS, method="encode"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_outputs_are_the_bases_at_first_and_not_after(kind):
-    run = made(kind)
+@pytest.mark.parametrize("kind, family", CASES)
+def test_outputs_are_the_bases_at_first_and_not_after(kind, family):
+    run = made(kind, family)
     params = run.state().params
     base = merge.separate(params)[0]
     plain = program(adapters.base(run.model))(base)
@@ -54,9 +57,9 @@ def test_outputs_are_the_bases_at_first_and_not_after(kind):
     assert np.abs(program(run.model)(moved(params)) - plain).max() > 0.01
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_steps_move_all_of_the_adapter_and_nothing_else(kind):
-    run = made(kind)
+@pytest.mark.parametrize("kind, family", CASES)
+def test_two_steps_move_all_of_the_adapter_and_nothing_else(kind, family):
+    run = made(kind, family)
     current = run.state()
     before = trees.unstack(current.params)
     for seed in (0, 1):
@@ -68,12 +71,21 @@ def test_two_steps_move_all_of_the_adapter_and_nothing_else(kind):
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
-def test_any_layout_gives_the_same_numbers(kind, layout):
+EVERY = dict(data=2, fsdp=2, tensor=2)
+
+
+@pytest.mark.parametrize(
+    "layout, kind, family",
+    [
+        *((layout, kind, "bert") for layout in (dict(fsdp=8), EVERY) for kind in KINDS),
+        (EVERY, "houlsby", "llama"),
+    ],
+    ids=str,
+)
+def test_any_layout_gives_the_same_numbers(layout, kind, family):
     def two_steps(mesh):
         with jax.set_mesh(mesh):
-            run = made(kind, mesh=mesh, dropout=0.0, attention_dropout=0.0)
+            run = made(kind, family, mesh=mesh, dropout=0.0, attention_dropout=0.0)
             place = jax.sharding.NamedSharding(mesh, sharding.BATCH)
             current, losses = run.state(), []
             for seed in (0, 1):
@@ -125,8 +137,9 @@ class One(bert.nn.Module):
         return bert.layers.Linear(1, name="out")(x)
 
 
-def test_ia3_merges_into_the_weights():
-    run = made("ia3")
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_ia3_merges_into_the_weights(family):
+    run = made("ia3", family)
     params = moved(run.state().params)
     model, merged = adapters.merged(run.model, params)
     assert trees.unstack(merged).keys() == trees.unstack(state.abstract_params(model)).keys()

@@ -14,13 +14,12 @@ LORA = dict(name="lora", targets=((r"block_.*/(attn|mlp)/.*|embed/token", 4),), 
 KINDS = {"lora": dict(dropout=0.1), "dora": dict(dora=True, dropout=0.1)}
 
 
-def two_steps(kind, mesh, **model):
+def two_steps(kind, mesh, family="bert", **model):
     """(parameters, losses, the adapter's parameters before)."""
     with jax.set_mesh(mesh):
         adapter = LORA | KINDS[kind]
-        made = tiny.make(
-            TRAIN, mesh=mesh, adapter=adapter, dropout=0.1, attention_dropout=0.1, **model
-        )
+        model |= dict(family=family, dropout=0.1, attention_dropout=0.1)
+        made = tiny.make(TRAIN, mesh=mesh, adapter=adapter, **model)
         place = jax.sharding.NamedSharding(mesh, sharding.BATCH)
         current, losses = made.state(), []
         before = {name: x for name, x in flat(current.params).items() if "/lora_" in name}
@@ -37,23 +36,25 @@ def flat(params):
 
 
 @functools.cache
-def single_device(kind):
-    return two_steps(kind, tiny.mesh())
+def single_device(kind, family="bert"):
+    return two_steps(kind, tiny.mesh(), family)
 
 
 @pytest.mark.parametrize(
-    "layout, kind",
+    "layout, kind, family",
     [
-        (dict(fsdp=8), "lora"),
-        (dict(data=2, fsdp=2, tensor=2), "dora"),
-        pytest.param(dict(fsdp=8), "dora", marks=pytest.mark.slow),
-        pytest.param(dict(data=2, fsdp=2, tensor=2), "lora", marks=pytest.mark.slow),
+        (dict(fsdp=8), "lora", "bert"),
+        (dict(data=2, fsdp=2, tensor=2), "dora", "bert"),
+        (dict(fsdp=2, tensor=4), "lora", "llama"),
+        pytest.param(dict(fsdp=8), "dora", "bert", marks=pytest.mark.slow),
+        pytest.param(dict(data=2, fsdp=2, tensor=2), "lora", "bert", marks=pytest.mark.slow),
+        pytest.param(dict(data=2, fsdp=2, tensor=2), "dora", "gpt2", marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_any_layout_gives_the_same_numbers(layout, kind):
-    params, losses, _ = two_steps(kind, sharding.make_mesh(**{"data": 1, **layout}))
-    wanted, wanted_losses, _ = single_device(kind)
+def test_any_layout_gives_the_same_numbers(layout, kind, family):
+    params, losses, _ = two_steps(kind, sharding.make_mesh(**{"data": 1, **layout}), family)
+    wanted, wanted_losses, _ = single_device(kind, family)
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-6)
     for path, leaf in params.items():
         np.testing.assert_allclose(leaf, wanted[path], atol=1e-6, err_msg=path)

@@ -25,9 +25,9 @@ ARRAYS = [BATCH[name] for name in ("input_ids", "segment_ids", "positions", "tok
 SEEDS = streams.seeds(KEY, jnp.arange(2))
 
 
-def wrapped(targets=MIXED, model=None, **settings):
+def wrapped(targets=MIXED, family="bert", **settings):
     """Rows are (expression, rank); in as few stacks as can be."""
-    model = lora.wrap(model or bert.Model("tiny", **tiny.SIZES), targets=targets, **settings)
+    model = lora.wrap(tiny.model(family), targets=targets, **settings)
     return model.clone(stacks=trees.runs(model.kinds))
 
 
@@ -115,9 +115,13 @@ def test_the_identity_at_first_to_the_bit(dora):
     np.testing.assert_allclose(outputs(model, params), outputs(model.model, base), atol=2e-6)
 
 
-@pytest.mark.parametrize("targets", [ALL, MIXED], ids=["all", "ranks by layer"])
-def test_the_base_starts_as_without_an_adapter_and_stacking_changes_no_number(targets):
-    model = wrapped(targets)
+RANKS = {"all": ALL, "ranks by layer": MIXED}
+
+
+@pytest.mark.parametrize("ranks, family", tiny.by_family(RANKS))
+def test_the_base_starts_as_without_an_adapter_and_stacking_changes_no_number(ranks, family):
+    targets = RANKS[ranks]
+    model = wrapped(targets, family)
     assert model.stacks == ((3,) if targets is ALL else (1, 2))
     base = trees.unstack(fresh(model.model.clone(stacks=None)))
     one, other = (
@@ -233,15 +237,17 @@ def test_flax_modules_of_any_model_train_as_if_merged(dora):
     assert np.abs(y - at_first).max() > 0.1
 
 
-@pytest.mark.parametrize("settings", [{}, dict(dora=True)], ids=str)
-def test_merged_outputs_are_equal_and_cost_what_the_base_costs(settings):
-    model = wrapped(ALL, **settings)
+@pytest.mark.parametrize(
+    "dora, family", tiny.by_family([False, True], (False, "gpt2"), (True, "llama"))
+)
+def test_merged_outputs_are_equal_and_cost_what_the_base_costs(dora, family):
+    model = wrapped(ALL, family, dora=dora)
     params = moved(fresh(model))
     merged = merge.merge(model, params)
     expected = outputs(model, params)
     np.testing.assert_allclose(outputs(model.model, merged), expected, atol=1e-5)
     adapter = merge.separate(params)[1]
-    if settings:
+    if dora:
         with pytest.raises(ConfigError, match="cannot be taken out"):
             merge.unmerge(model, merged, adapter)
     else:
@@ -254,17 +260,25 @@ def test_merged_outputs_are_equal_and_cost_what_the_base_costs(settings):
         assert flops.count(encode(model.model), merged) == cost < flops.count(encode(model), params)
 
 
-def test_a_table_that_the_output_reads_is_not_merged():
-    model = wrapped(((r"embed/(token|position)", 2),))
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_table_that_the_output_reads_is_not_merged(family):
+    model = wrapped(((r"embed/(token|position)", 2),), family)
     sites = model.sites()
     assert sites["embed/token"].shared and not sites["embed/position"].shared
     with pytest.raises(ConfigError, match="embed/token is adapted where it is looked up"):
         merge.merge(model, fresh(model))
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_each_example_has_the_adapter_it_asks_for(dora):
-    model = wrapped((*MIXED, (r"embed/position", 2)), dora=dora)
+def test_a_table_beside_which_the_output_has_its_own_is_merged():
+    model = wrapped(((r"embed/token", 2),), "llama")
+    params = moved(fresh(model))
+    merged = merge.merge(model, params)
+    np.testing.assert_allclose(outputs(model.model, merged), outputs(model, params), atol=1e-5)
+
+
+@pytest.mark.parametrize("dora, family", [(False, "bert"), (True, "bert"), (True, "llama")])
+def test_each_example_has_the_adapter_it_asks_for(dora, family):
+    model = wrapped((*MIXED, (r"embed/token", 2)), family, dora=dora)
     first = moved(fresh(model))
     other = trees.map_names(lambda p, x: -2 * x if "/lora_" in p else x, first)
     both = merge.combine(first, [first, other])
@@ -288,9 +302,9 @@ def test_adapters_of_several_kinds_do_not_share_a_batch():
         )
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_pissa_starts_at_the_weights_with_their_principal_part_outside(dora):
-    model = wrapped(init="pissa", dora=dora)
+@pytest.mark.parametrize("dora, family", [(False, "bert"), (True, "bert"), (False, "gpt2")])
+def test_pissa_starts_at_the_weights_with_their_principal_part_outside(dora, family):
+    model = wrapped(family=family, init="pissa", dora=dora)
     start = fresh(model)
     params = initial.start(model, start)
     np.testing.assert_allclose(outputs(model, params), outputs(model, start), atol=1e-5)

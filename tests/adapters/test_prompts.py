@@ -23,10 +23,7 @@ KINDS = {
 }
 TRAIN = ((adapters.LEAVES, "train"), (".*", "freeze"))
 ROOM = dict(max_len=tiny.T + P)
-FAMILIES = {
-    "bert": ROOM,
-    "modern": dict(variant="modernbert_tiny", width=32, depth=3, heads=4, mlp=64, vocab_size=64),
-}
+FAMILIES = (*tiny.FAMILIES, "modern")
 
 
 def alone(rows=2):
@@ -38,7 +35,10 @@ def alone(rows=2):
 
 
 def model_of(family, **sizes):
-    return bert.Model(**dict(variant="tiny") | tiny.SIZES | FAMILIES[family] | sizes)
+    if family == "modern":
+        del (sizes_ := dict(tiny.SIZES))["max_len"]
+        return bert.Model("modernbert_tiny", **sizes_ | sizes)
+    return tiny.model(family, **ROOM | sizes)
 
 
 def fresh(model, seed=0):
@@ -86,9 +86,10 @@ def test_vectors_of_the_table_are_those_tokens(family):
     np.testing.assert_allclose(got[:, 1:][real[:, 1:]], wanted[:, P + 1 :][real[:, 1:]], atol=1e-5)
 
 
-def test_keys_and_values_of_tokens_are_those_tokens():
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_keys_and_values_of_tokens_are_those_tokens(family):
     """In a model of one layer, whose other tokens see nothing else of them."""
-    base = model_of("bert", depth=1)
+    base = model_of(family, depth=1)
     params, arrays, ids = fresh(base), alone(), np.array([7, 9, 11])
     longer, caught = in_front(arrays, ids), {}
 
@@ -108,8 +109,9 @@ def test_keys_and_values_of_tokens_are_those_tokens():
     np.testing.assert_allclose(got[real], np.asarray(wanted)[:, P:][real], atol=1e-5)
 
 
-def test_a_projected_prefix_is_a_plain_one():
-    base = model_of("bert").clone(stacks=(3,))
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_projected_prefix_is_a_plain_one(family):
+    base = model_of(family).clone(stacks=(3,))
     model = prefix.wrap(base, length=P, hidden=8)
     plain = prefix.wrap(base, length=P)
     params = moved(model.add(fresh(base), jax.random.key(1)))
@@ -122,14 +124,15 @@ def test_a_projected_prefix_is_a_plain_one():
         jnp.einsum("pe,leo->lpo", hidden, layers["prefix_kernel"]) + layers["prefix_bias"][:, None]
     )
     given = plain.add(adapters.merge.separate(params)[0], jax.random.key(1))
-    values = both.reshape(3, P, 2, 32).swapaxes(1, 2)
+    values = both.reshape(3, P, 2, -1).swapaxes(1, 2)
     given["blocks_00_02"]["attn"]["memory"]["prefix_values"] = values
     got, wanted = (encode(m, p, alone()) for m, p in ((model, params), (plain, given)))
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
-def test_all_documents_of_a_row_see_a_prefix():
-    base = model_of("bert")
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_all_documents_of_a_row_see_a_prefix(family):
+    base = model_of(family)
     batch = tiny.batch(2)
     arrays = [batch[n] for n in ("input_ids", "segment_ids", "positions", "token_types")]
     model = prefix.wrap(base, length=P)
@@ -147,13 +150,15 @@ def moved(params):
     return trees.map_names(lambda name, x: x + noise(x) if own(name) else x, params)
 
 
-def made(kind, **options):
-    return tiny.make(TRAIN, adapter=KINDS[kind], **ROOM, **options)
+def made(kind, family="bert", **options):
+    return tiny.make(TRAIN, adapter=KINDS[kind], family=family, **ROOM, **options)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_steps_move_all_of_it_and_nothing_else(kind):
-    run = made(kind)
+@pytest.mark.parametrize(
+    "kind, family", tiny.by_family(KINDS, ("prompt", "gpt2"), ("projected", "llama"))
+)
+def test_two_steps_move_all_of_it_and_nothing_else(kind, family):
+    run = made(kind, family)
     current = run.state()
     before = trees.unstack(current.params)
     for seed in (0, 1):
@@ -168,27 +173,36 @@ def test_two_steps_move_all_of_it_and_nothing_else(kind):
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, family", tiny.by_family(KINDS))
 @pytest.mark.parametrize("change", ["unrolled", "block"])
-def test_layouts_give_the_same_numbers(kind, change):
-    model = adapters.wrap(model_of("bert"), dict(adapter=KINDS[kind])).clone(stacks=(3,))
+def test_layouts_give_the_same_numbers(kind, family, change):
+    base = model_of(family, dropout=0.1)
+    model = adapters.wrap(base, dict(adapter=KINDS[kind])).clone(stacks=(3,))
     params = moved(fresh(model))
     wanted = encode(model, params, alone())
     if change == "unrolled":
         model, params = model.clone(stacks=None), trees.restack(params, None)
     else:
-        inner = bert.Model("tiny", **tiny.SIZES | ROOM, remat="block").clone(stacks=(3,))
+        inner = model_of(family, dropout=0.1, remat="block").clone(stacks=(3,))
         model = adapters.Adapted(inner, model.adapter)
     np.testing.assert_allclose(encode(model, params, alone()), wanted, atol=1e-5)
     seeds = streams.seeds(jax.random.key(1), jnp.arange(2))
     assert np.abs(encode(model, params, alone(), seeds) - wanted).max() > 0.05  # the model's own
 
 
-@pytest.mark.parametrize("kind", ["lstm", pytest.param("projected", marks=pytest.mark.slow)])
-def test_any_layout_of_devices_gives_the_same_numbers(kind):
+@pytest.mark.parametrize(
+    "kind, family",
+    [
+        ("lstm", "bert"),
+        ("prefix", "llama"),
+        pytest.param("projected", "bert", marks=pytest.mark.slow),
+        pytest.param("prompt", "gpt2", marks=pytest.mark.slow),
+    ],
+)
+def test_any_layout_of_devices_gives_the_same_numbers(kind, family):
     def two_steps(mesh):
         with jax.set_mesh(mesh):
-            run = made(kind, mesh=mesh, dropout=0.0, attention_dropout=0.0)
+            run = made(kind, family, mesh=mesh, dropout=0.0, attention_dropout=0.0)
             place = jax.sharding.NamedSharding(mesh, sharding.BATCH)
             current = run.state()
             for seed in (0, 1):

@@ -96,19 +96,19 @@ def test_nf4_is_nearer_than_even_steps():
     assert error(quantise.dense(quantise.pack_nf4(w))) < error(initial.int4(w))
 
 
-def made(scheme, **options):
+def made(scheme, family="bert", **options):
     how = dict(name=scheme, targets=MATRICES) if scheme else None
-    return tiny.make(TRAIN, adapter=LORA, quantise=how, **SIZES, **options)
+    return tiny.make(TRAIN, adapter=LORA, quantise=how, family=family, **SIZES, **options)
 
 
 @functools.cache
-def stepped(scheme, scan=True, layout=None):
+def stepped(scheme, family="bert", scan=True, layout=None):
     """(parameters, losses) after two steps."""
     mesh = sharding.make_mesh(**dict(layout or [("data", -1)]))
     if layout is None:
         mesh = tiny.mesh()
     with jax.set_mesh(mesh):
-        run = made(scheme, scan=scan, mesh=mesh, dropout=0.0, attention_dropout=0.0)
+        run = made(scheme, family, scan=scan, mesh=mesh, dropout=0.0, attention_dropout=0.0)
         place = jax.sharding.NamedSharding(mesh, sharding.BATCH)
         current, losses = run.state(), []
         for seed in (0, 1):
@@ -119,10 +119,17 @@ def stepped(scheme, scan=True, layout=None):
 
 
 @pytest.mark.parametrize(
-    "scheme", ["nf4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "fp8"))]
+    "scheme, family",
+    [
+        ("nf4", "bert"),
+        ("nf4", "llama"),
+        pytest.param("int8", "bert", marks=pytest.mark.slow),
+        pytest.param("int8", "gpt2", marks=pytest.mark.slow),
+        pytest.param("fp8", "bert", marks=pytest.mark.slow),
+    ],
 )
-def test_a_step_is_that_of_a_base_that_lost_what_quantising_loses(scheme):
-    run, whole = made(scheme, dropout=0.0), made(None, dropout=0.0)
+def test_a_step_is_that_of_a_base_that_lost_what_quantising_loses(scheme, family):
+    run, whole = made(scheme, family, dropout=0.0), made(None, family, dropout=0.0)
     start = run.state().params
     model, restored = quantise.restored(run.model, start)
     assert model == whole.model.clone(stacks=model.stacks)
@@ -143,16 +150,18 @@ LAYOUTS = (("data", 1), ("fsdp", 8)), (("data", 2), ("fsdp", 2), ("tensor", 2))
 
 
 @pytest.mark.parametrize(
-    "scheme, layout",
+    "scheme, layout, family",
     [
-        ("nf4", LAYOUTS[0]),
-        pytest.param("nf4", LAYOUTS[1], marks=pytest.mark.slow),
-        *(pytest.param("int8", layout, marks=pytest.mark.slow) for layout in LAYOUTS),
+        ("nf4", LAYOUTS[0], "bert"),
+        pytest.param("nf4", LAYOUTS[1], "bert", marks=pytest.mark.slow),
+        pytest.param("nf4", LAYOUTS[1], "llama", marks=pytest.mark.slow),
+        *(pytest.param("int8", layout, "bert", marks=pytest.mark.slow) for layout in LAYOUTS),
     ],
     ids=str,
 )
-def test_any_layout_gives_the_same_numbers(scheme, layout):
-    (params, losses), (wanted, wanted_losses) = stepped(scheme, layout=layout), stepped(scheme)
+def test_any_layout_gives_the_same_numbers(scheme, layout, family):
+    params, losses = stepped(scheme, family, layout=layout)
+    wanted, wanted_losses = stepped(scheme, family)
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-6)
     for name, leaf in params.items():
         np.testing.assert_allclose(
