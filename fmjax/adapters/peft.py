@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fmjax import adapters, rules, trees
-from fmjax.adapters import merge, peft_formats, quantise
+from fmjax.adapters import merge, peft_formats, peft_prompts, quantise
 from fmjax.adapters.peft_formats import FORMATS, UNUSED
+from fmjax.adapters.peft_matrices import Held, adapted
 from fmjax.adapters.wrapper import Adapted, base
 from fmjax.convert import writer
 from fmjax.convert.files import Place
@@ -41,26 +42,28 @@ def write(folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str 
     folder, kind = Path(folder), peft_formats.of(model)
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; write to a new folder.")
-    model, params = peft_formats.plain(model, params)
+    model, params = peft_prompts.plain(model, params)
     named = {name: np.asarray(leaf) for name, leaf in trees.unstack(params).items()}
-    weights = _weights(model)
-    places = _places(model, [*named, *weights.values()])
-    if lost := [path for path, weight in weights.items() if weight not in places]:
+    places = _places(model, named)
+    held = _held(places)
+    beside, paths = {}, ()
+    if kind in ("LORA", "IA3"):
+        beside, paths = adapted(model, held), model.sites()
+    there = {path for one in beside.values() for path in one.paths}
+    if lost := [path for path in paths if path not in there]:
         raise ConfigError(f"PEFT has no place for an adapter of {lost[0]}: no matrix of its own.")
-    module = lambda name: places[name].key.rpartition(".")[0]
     saving = [name for name in named if re.fullmatch(f"head/({heads})/.*", name)]
     if lost := [name for name in saving if name not in places]:
         raise ConfigError(f"transformers has no place for {lost[0]}, which the adapter needs.")
-    modules = {path: module(weight) for path, weight in weights.items()}
     own = sorted({name.split("/")[1] for name in saving})
-    tensors, config = FORMATS[kind].write(model, named, modules, own)
+    tensors, config = FORMATS[kind].write(model, named, beside, own)
     before = FORMATS[kind].before
     tensors = {key if key == "prompt_embeddings" else before + key: x for key, x in tensors.items()}
     for name in saving:
         tensors[before + places[name].key] = (
             named[name].T if places[name].transposed else named[name]
         )
-    saved = sorted({module(name) for name in saving})
+    saved = sorted({_module(places[name]) for name in saving})
     common = {
         "peft_type": kind,
         "base_model_name_or_path": None,
@@ -71,7 +74,9 @@ def write(folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    _write_json(folder / BASE, {"sha256": digest(params)} | _quantised(model.model))
+    parts = {module: one.ranks for module, one in beside.items() if len(one.weights) > 1}
+    described = {"sha256": digest(params)} | ({"parts": parts} if parts else {})
+    _write_json(folder / BASE, described | _quantised(model.model))
     # Last, so that a folder that can be opened is complete.
     _write_json(folder / CONFIG, common | config)
 
@@ -96,8 +101,9 @@ def read(folder: str | Path, model: Any, params: trees.Tree) -> tuple[Adapted, t
     config, named = _read_config(folder), trees.unstack(params)
     _check_base(folder, model, params)
     kind = FORMATS[config["peft_type"]]
-    heads, tensors, ours = _read_tensors(folder, kind.before, model, named)
-    settings, leaves = kind.read(folder, config, tensors, model, named, ours)
+    heads, tensors, held = _read_tensors(folder, kind.before, model, named)
+    held = _with_parts(folder, held)
+    settings, leaves = kind.read(folder, config, tensors, model, named, held)
     adapted = Adapted(model, settings)
     stacks = None if model.stacks is None else trees.runs(adapted.kinds)
     named = {name: jnp.asarray(leaf) for name, leaf in (named | heads | leaves).items()}
@@ -114,40 +120,62 @@ def digest(params: trees.Tree) -> str:
     return total.hexdigest()
 
 
-def _weights(model: Adapted) -> dict[str, str]:
-    """{adapted path: the weight that the adapter stands beside}, of what stands beside weights."""
-    sites = model.sites()
-    table = {path: getattr(site, "weight", "kernel") for path, site in sites.items()}
-    if peft_formats.of(model) not in ("LORA", "IA3"):
-        return {}
-    return {path: f"{path}/{weight}" for path, weight in table.items()}
-
-
-def _places(model: Any, names: Iterable[str]) -> dict[str, Place]:
-    """{our parameter: where transformers keeps it}, but for those that share a matrix, or are
-    several."""
+def _places(model: Any, named: Iterable[str]) -> dict[str, Place]:
+    """{our parameter: where transformers keeps it}; a quantised one as the whole that it was. Not
+    those that are several matrices there, or strewn over one."""
     located = writer.located(base(model))
+    names = [name.rpartition("/")[0] if name.endswith("/codes") else name for name in named]
     places = {name: located(name) for name in names}
-    alone = lambda place: place and place.parts == 1 and not place.each
-    return {name: place for name, place in places.items() if alone(place)}
+    whole = lambda place: place and not place.each and not place.heads
+    return {name: place for name, place in places.items() if whole(place)}
+
+
+def _module(place: Place) -> str:
+    return place.key.rpartition(".")[0]
+
+
+def _held(places: Mapping[str, Place]) -> dict[str, Held]:
+    """{module in transformers: what it holds}."""
+    parts: dict[str, dict[int, str]] = {}
+    for name, place in places.items():
+        if name.endswith(("/kernel", "/embedding")):
+            parts.setdefault(_module(place), {})[place.part] = name
+    return {
+        module: Held(
+            tuple(own[part] for part in sorted(own)),
+            own[0].endswith("/kernel") and not places[own[0]].transposed,
+        )
+        for module, own in parts.items()
+    }
+
+
+def _with_parts(folder: Path, held: Mapping[str, Held]) -> dict[str, Held]:
+    """`held`, with the ranks of parts that a folder of ours tells."""
+    if not (folder / BASE).is_file():
+        return dict(held)
+    try:
+        parts = read_json(folder / BASE).get("parts", {})
+        ranks = {module: tuple(map(int, parts[module])) for module in parts.keys() & held.keys()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / BASE} cannot be read: {error!r}") from error
+    if wrong := [m for m, own in ranks.items() if len(own) != len(held[m].weights) or min(own) < 0]:
+        raise CheckpointError(
+            f"{folder / BASE}: {wrong[0]} has {len(held[wrong[0]].weights)} parts."
+        )
+    return {name: one._replace(ranks=ranks.get(name)) for name, one in held.items()}
 
 
 def _read_tensors(
     folder: Path, before: str, model: Any, named: Mapping[str, jax.Array]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, str]]:
-    """(heads, the adapter's tensors by their name in transformers, {module: our weight})."""
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Held]]:
+    """(heads, the adapter's tensors by their name in transformers, {module: what it holds})."""
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
-    names = [name.rpartition("/")[0] if name.endswith("/codes") else name for name in named]
-    places = _places(model, names)
-    ours = {place.key: (name, place.transposed) for name, place in places.items()}
-    modules = {
-        place.key.rpartition(".")[0]: name
-        for name, place in places.items()
-        if name.endswith(("/kernel", "/embedding"))
-    }
+    places = _places(model, named)
+    whole = {name: place for name, place in places.items() if place.parts == 1}
+    ours = {place.key: (name, place.transposed) for name, place in whole.items()}
     heads, rest = {}, {}
     for key, value in tensors.items():
         bare = key.removeprefix(before)
@@ -164,7 +192,7 @@ def _read_tensors(
             rest[bare] = value
     if not rest:
         raise CheckpointError(f"{folder / WEIGHTS} holds no adapter.")
-    return heads, rest, modules
+    return heads, rest, _held(places)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """PEFT's format: the same logits in torch, both ways, and what is refused."""
 
+import dataclasses
+import functools
 import json
 import os
 
@@ -7,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file, save_file
 
 from fmjax import convert, state, trees
@@ -22,7 +25,8 @@ pytestmark = [
 ]
 SIZES = dict(vocab_size=61, width=16, depth=3, heads=2, mlp=24, max_len=20)
 IDS = np.random.default_rng(0).integers(5, 61, (2, 9))
-TARGETS = ((r"block_0[12]/attn/value", 2), (r"block_.*/(attn|mlp)/(query|value|up)", 3))
+FEW = r"block_0[12]/attn/(query|value)"  # of which GPT-2 has one matrix, with the keys
+TARGETS = ((FEW, 2), (r"block_.*/(attn|mlp)/(query|value|up)", 3))
 KINDS = {
     "lora": dict(targets=TARGETS, alpha=6),
     "rslora": dict(targets=TARGETS, alpha=6, scaling="rslora"),
@@ -32,9 +36,10 @@ KINDS = {
 }
 
 
-def model_and_base(seed=0):
+def model_and_base(family="bert", seed=0, **changes):
     """Weights five times their initialisation, for logits of order one."""
-    model = bert.Model("tiny", **SIZES)
+    kv_heads = dict(kv_heads=1) if family == "llama" else {}
+    model = tiny.model(family, **SIZES | kv_heads | changes)
     larger = lambda path, x: x if path.endswith("scale") else 5 * x
     return model, trees.map_names(larger, state.init_params(model, jax.random.key(seed)))
 
@@ -65,9 +70,19 @@ def reference(tmp_path_factory):
 
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("base")
-    convert.export(folder, *model_and_base())
-    load = lambda: transformers.BertForMaskedLM.from_pretrained(folder).eval()
+
+    @functools.cache
+    def written(family):
+        folder = tmp_path_factory.mktemp("base")
+        convert.export(folder, *model_and_base(family))
+        return folder
+
+    def load(family="bert", folder=None):
+        folder = folder or written(family)
+        (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+        model = getattr(transformers, name).from_pretrained(folder).eval()
+        model.config.pad_token_id = 0
+        return model
 
     def run(model):
         with torch.no_grad():
@@ -76,15 +91,18 @@ def reference(tmp_path_factory):
     return torch, reference_peft, load, run
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_torch_gives_the_same_logits_both_ways(kind, reference, tmp_path):
+@pytest.mark.parametrize(
+    "kind, family",
+    tiny.by_family(KINDS, ("lora", "gpt2"), ("dora", "gpt2"), ("ia3", "gpt2"), ("lora", "llama")),
+)
+def test_torch_gives_the_same_logits_both_ways(kind, family, reference, tmp_path):
     torch, reference_peft, load, run = reference
-    base_model, base = model_and_base()
+    base_model, base = model_and_base(family)
     wrap = ia3.wrap if kind == "ia3" else lora.wrap
     model = wrap(base_model, **KINDS[kind])
     params = moved(model.add(base, jax.random.key(2)))
     peft.write(tmp_path / "ours", model, params)
-    theirs = reference_peft.PeftModel.from_pretrained(load(), tmp_path / "ours")
+    theirs = reference_peft.PeftModel.from_pretrained(load(family), tmp_path / "ours")
     ours = logits(model, params)
     assert np.abs(ours - logits(base_model, base)).max() > 0.05
     np.testing.assert_allclose(run(theirs), ours, atol=1e-5)
@@ -97,6 +115,51 @@ def test_torch_gives_the_same_logits_both_ways(kind, reference, tmp_path):
     again, params = peft.read(tmp_path / "theirs", base_model, base)
     np.testing.assert_allclose(logits(again, params), run(theirs), atol=1e-5)
     assert np.abs(run(theirs) - ours).max() > 0.005
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_one_adapter_of_three_matrices_is_read_and_written(dora, reference, tmp_path):
+    """As PEFT makes it beside GPT-2's queries, keys and values, and trains it."""
+    torch, reference_peft, load, run = reference
+    how = dict(r=2, lora_alpha=6, target_modules=["c_attn"], use_dora=dora, fan_in_fan_out=True)
+    theirs = reference_peft.get_peft_model(load("gpt2"), reference_peft.LoraConfig(**how)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "theirs")
+    base_model, base = model_and_base("gpt2")
+    model, params = peft.read(tmp_path / "theirs", base_model, base)
+    assert np.abs(run(theirs) - logits(base_model, base)).max() > 0.05
+    np.testing.assert_allclose(logits(model, params), run(theirs), atol=1e-5)
+    peft.write(tmp_path / "ours", model, params)
+    ours = reference_peft.PeftModel.from_pretrained(load("gpt2"), tmp_path / "ours")
+    np.testing.assert_allclose(run(ours), run(theirs), atol=1e-5)
+
+
+def test_parts_of_a_matrix_are_taken_apart_again_and_have_one_scale(tmp_path):
+    base_model, base = model_and_base("gpt2")
+    targets = (("block_00/attn/key", 3), (".*/(query|value)", 2))
+    model = lora.wrap(base_model, targets=((".*/key", 0), *targets[1:]))
+    params = model.add(base, jax.random.key(2))  # where every B is zero
+    peft.write(tmp_path / "out", model, params)
+    again, read = peft.read(tmp_path / "out", base_model, base)
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    assert again.sites() == model.sites()
+    tensors = load_file(tmp_path / "out" / peft.WEIGHTS)
+    assert {x.shape for x in tensors.values()} == {(4, 16), (48, 4)}
+    damaged = json.loads((tmp_path / "out" / peft.BASE).read_text())
+    damaged["parts"] = dict.fromkeys(damaged["parts"], [2, 2])
+    (tmp_path / "out" / peft.BASE).write_text(json.dumps(damaged))
+    with pytest.raises(CheckpointError, match="c_attn has 3 parts"):
+        peft.read(tmp_path / "out", base_model, base)
+    several = lora.wrap(base_model, targets=targets)
+    with pytest.raises(ConfigError, match="one scale beside transformer.h.0.attn.c_attn"):
+        peft.write(tmp_path / "none", several, several.add(base, jax.random.key(2)))
+    inputs = ia3.wrap(base_model, targets=((".*/key", "input"),))
+    with pytest.raises(ConfigError, match="scales the input of all of transformer.h.0.attn.c_attn"):
+        peft.write(tmp_path / "none", inputs, inputs.add(base, jax.random.key(2)))
 
 
 def test_heads_go_with_the_adapter(reference, tmp_path):
@@ -136,7 +199,8 @@ def test_the_file_is_what_peft_documents(written):
     config = json.loads((folder / peft.CONFIG).read_text())
     value = "bert.encoder.layer.{}.attention.self.value"
     assert (config["r"], config["lora_alpha"]) == (3, 6)
-    assert config["rank_pattern"] == {value.format(1): 2, value.format(2): 2}
+    query = value.replace("value", "query")
+    assert config["rank_pattern"] == {x.format(i): 2 for x in (query, value) for i in (1, 2)}
     tensors = load_file(folder / peft.WEIGHTS)
     assert len(tensors) == 2 * 3 * 3
     leaves = params["block_01"]["attn"]["value"]
@@ -242,7 +306,7 @@ def classes(model, params):
         ones, positions = jnp.ones_like(IDS), jnp.tile(jnp.arange(IDS.shape[1]), (len(IDS), 1))
         apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
         hidden = apply(jnp.asarray(IDS), ones, positions, jnp.zeros_like(IDS), method="encode")
-        return apply(hidden, ones, "classify", "first", method="classify")
+        return apply(hidden, ones, "classify", method="classify")
 
     return np.asarray(jax.jit(run)(params))
 
@@ -255,35 +319,56 @@ def shaken(params):
     return trees.map_names(lambda path, x: move(x) if own(path) else x, params)
 
 
-@pytest.mark.parametrize("kind", PROMPTS)
-def test_prompts_give_the_same_logits_both_ways(kind, reference, tmp_path):
-    torch, reference_peft, _, run = reference
-    import transformers
-
-    base_model = bert.Model("tiny", **SIZES, **CLASSIFY)
-    larger = lambda path, x: x if path.endswith("scale") else 5 * x
-    base = trees.map_names(larger, state.init_params(base_model, jax.random.key(0)))
+@pytest.mark.parametrize("kind, family", tiny.by_family(PROMPTS, ("prompt", "gpt2")))
+def test_prompts_give_the_same_logits_both_ways(kind, family, reference, tmp_path):
+    _, reference_peft, load, run = reference
+    base_model, base = model_and_base(family, **CLASSIFY)
     convert.export(tmp_path / "base", base_model, base)
-    load = lambda: transformers.BertForSequenceClassification.from_pretrained(
-        tmp_path / "base"
-    ).eval()
-    np.testing.assert_allclose(run(load()), classes(base_model, base), atol=1e-5)
+    np.testing.assert_allclose(
+        run(load(folder=tmp_path / "base")), classes(base_model, base), atol=1e-5
+    )
 
     model = PROMPTS[kind](base_model)
+    if base_model.causal and kind not in ("prefix", "projected"):
+        settings = dataclasses.replace(model.adapter, whole="token")
+        model = dataclasses.replace(model, adapter=settings)
     params = shaken(model.add(base, jax.random.key(2)))
     params["head"]["classify"]["kernel"] *= 2
-    params["head"]["pooler"]["kernel"] *= 1.5
+    if family == "bert":
+        params["head"]["pooler"]["kernel"] *= 1.5
     peft.write(tmp_path / "ours", model, params, heads="classify|pooler")
-    theirs = reference_peft.PeftModel.from_pretrained(load(), tmp_path / "ours").eval()
+    theirs = reference_peft.PeftModel.from_pretrained(
+        load(folder=tmp_path / "base"), tmp_path / "ours"
+    ).eval()
     ours = classes(model, params)
     assert np.abs(ours - classes(base_model, base)).max() > 0.1
     np.testing.assert_allclose(run(theirs), ours, atol=2e-5)
 
     theirs.save_pretrained(tmp_path / "theirs")
     again, read = peft.read(tmp_path / "theirs", base_model, base)
-    # Of heads PEFT saves the classifier alone.
-    read["head"]["pooler"] = params["head"]["pooler"]
+    if family == "bert":  # of heads PEFT saves the classifier alone
+        read["head"]["pooler"] = params["head"]["pooler"]
     np.testing.assert_allclose(classes(again, read), run(theirs), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, family", [("prompt", "llama"), ("prefix", "gpt2"), ("projected", "llama")]
+)
+def test_what_writes_has_a_prompt_before_its_text(kind, family, reference, tmp_path):
+    """The task CAUSAL_LM, in which PEFT gives logits of the prompt too."""
+    _, reference_peft, load, run = reference
+    base_model, base = model_and_base(family)
+    model = prompt.wrap(base_model, length=4) if kind == "prompt" else PROMPTS[kind](base_model)
+    params = shaken(model.add(base, jax.random.key(2)))
+    peft.write(tmp_path / "ours", model, params)
+    assert json.loads((tmp_path / "ours" / peft.CONFIG).read_text())["task_type"] == "CAUSAL_LM"
+    theirs = reference_peft.PeftModel.from_pretrained(load(family), tmp_path / "ours").eval()
+    ours, found = logits(model, params), run(theirs)[:, -IDS.shape[1] :]
+    assert np.abs(ours - logits(base_model, base)).max() > 0.1
+    np.testing.assert_allclose(found, ours, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again, read = peft.read(tmp_path / "theirs", base_model, base)
+    np.testing.assert_allclose(logits(again, read), found, atol=1e-5)
 
 
 def test_what_peft_cannot_say_of_a_prompt_is_refused(tmp_path):
