@@ -67,6 +67,16 @@ def encoder(home):
     return home / "mlm"
 
 
+@pytest.fixture(scope="module")
+def decoder(home):
+    """A causal one, whose output is not its table and whose queries share keys."""
+    own = dict(name="llama", variant="tinyllama_1b", depth=2, width=32, heads=8, mlp=64, max_len=32)
+    words = [f"--config.model.{key}={value}" for key, value in own.items()]
+    words += [f"--config.data.train={home}/*.jsonl", "--config.tokenizer.vocab_size=300"]
+    train.run(load("clm.py:tiny", *words), home / "clm")
+    return home / "clm"
+
+
 def files(home):
     return [f"--config.data.train={home}/train.jsonl", f"--config.data.validation={home}/dev.jsonl"]
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_finetune import encoder, files, home, load  # noqa: F401
+from test_finetune import decoder, encoder, files, home, load  # noqa: F401
 
 from fmjax import data, flops, logs, setup, sharding, train
 from fmjax.errors import ConfigError
@@ -19,11 +19,18 @@ def config_of(home, encoder, groups, *words):  # noqa: F811
     return load("finetune.py", *words, "--config.total=12", "--config.optim.lr=3e-3")
 
 
-@pytest.mark.parametrize("groups", [LAST, pytest.param(HEAD, marks=pytest.mark.slow)])
-def test_losses_are_the_same_with_and_without(home, encoder, groups, tmp_path):  # noqa: F811
-    found = {}
+@pytest.mark.parametrize(
+    "groups, base",
+    [
+        (LAST, "encoder"),
+        pytest.param(HEAD, "encoder", marks=pytest.mark.slow),
+        pytest.param(LAST, "decoder", marks=pytest.mark.slow),
+    ],
+)
+def test_losses_are_the_same_with_and_without(home, request, groups, base, tmp_path):  # noqa: F811
+    base, found = request.getfixturevalue(base), {}
     for cached in (False, True):
-        config = config_of(home, encoder, groups, *STILL, f"--config.cache_prefix={cached}")
+        config = config_of(home, base, groups, *STILL, f"--config.cache_prefix={cached}")
         train.run(config, tmp_path / str(cached))
         rows, _ = logs.read(tmp_path / str(cached))
         keys = ("train/loss", "optim/grad_norm", "validation/loss", "validation/classify/accuracy")

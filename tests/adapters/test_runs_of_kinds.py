@@ -7,17 +7,18 @@ import jax
 import numpy as np
 import pytest
 from common import ROOT
-from test_finetune import encoder, files, home, load  # noqa: F401
+from test_finetune import decoder, encoder, files, home, load  # noqa: F401
 
 from fmjax import config as configs
 from fmjax import export, predict, pretrained, sharding, step_folders, train, trees
 from fmjax.adapters import peft
 from fmjax.errors import ConfigError
 
-FIRST = ["--config.objectives.classify.pool=first"]
+POOL = "--config.objectives.classify.pool="  # as the classes of transformers have it
 WHOLE = ["--config.adapter.whole=prompt", "--config.adapter.length=4"]
 KINDS = {
     "ia3": ("finetune_ia3.py", []),
+    "lora": ("finetune_lora.py", ["--config.adapter.rank=2", "--config.adapter.dora=True"]),
     "prompt": ("finetune_prompt.py", [*WHOLE, "--config.adapter.init=text"]),
     "lstm": ("finetune_prompt.py:kind=lstm", [*WHOLE, "--config.adapter.hidden=8"]),
     "prefix": ("finetune_prompt.py:kind=prefix", ["--config.adapter.length=4"]),
@@ -25,31 +26,33 @@ KINDS = {
 }
 
 
-def config_of(kind, home, encoder, *words):  # noqa: F811
+def config_of(kind, home, base, *words):  # noqa: F811
     file, own = KINDS[kind]
     own = [*own, "--config.adapter.text=a red fox"] if kind == "prompt" else own
-    given = [
-        *files(home),
-        f"--config.init={encoder}",
-        "--config.data.seq_len=24",
-        "--config.total=8",
-    ]
-    return load(file, *given, *FIRST, *own, *words)
+    given = [*files(home), f"--config.init={base}", "--config.data.seq_len=24", "--config.total=8"]
+    if base.name == "clm":
+        own = [POOL + "last", *(word for word in own if "adapter.whole" not in word)]
+    return load(file, *given, POOL + "first", *own, *words)
 
 
 def params_of(folder):
     return trees.unstack(pretrained.open_folder(str(folder), sharding.make_mesh()).params)
 
 
+ALWAYS = ("ia3", "encoder"), ("prompt", "encoder"), ("lora", "decoder")
+
+
 @pytest.mark.parametrize(
-    "kind",
+    "kind, base",
     [
-        kind if kind in ("ia3", "prompt") else pytest.param(kind, marks=pytest.mark.slow)
+        pytest.param(kind, base, marks=[] if (kind, base) in ALWAYS else pytest.mark.slow)
         for kind in KINDS
+        for base in ("encoder", "decoder")
     ],
 )
-def test_a_run_of_each_kind(kind, home, encoder, tmp_path, capsys):  # noqa: F811
-    run, config = tmp_path / "run", config_of(kind, home, encoder, "--config.keep=9")
+def test_a_run_of_each_kind(kind, base, home, request, tmp_path, capsys):  # noqa: F811
+    base = request.getfixturevalue(base)
+    run, config = tmp_path / "run", config_of(kind, home, base, "--config.keep=9")
     train.run(config, run)
 
     # Stopped half way it ends with the same bits.
@@ -95,7 +98,7 @@ def test_a_run_of_each_kind(kind, home, encoder, tmp_path, capsys):  # noqa: F81
     merging = configs.load(
         str(ROOT / "configs/export.py"), [*words[:1], f"--config.output={tmp_path}/b"]
     )
-    if kind == "ia3":
+    if kind in ("ia3", "lora"):
         export.run(merging, tmp_path)
         assert "KL(merged || unmerged)" in capsys.readouterr().out
     else:

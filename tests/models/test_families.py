@@ -84,6 +84,25 @@ def test_a_packed_document_has_the_logits_of_the_document_alone(family):
     assert np.abs(logits(model, params, leaking) - whole)[real].max() > 1e-2
 
 
+@pytest.mark.parametrize("family", ["bert", *CAUSAL])
+def test_what_lies_behind_a_layer_follows_from_its_states(family):
+    model, params = build(family)
+    model, params = model.clone(stacks=None), trees.restack(params, None)
+    batch = tiny.batch(2)
+    arrays = [batch[k] for k in ("segment_ids", "positions", "token_types")]
+
+    @jax.jit
+    def run(params, first):
+        encode = lambda model, x: model.apply({"params": params}, x, *arrays, method="encode")
+        return encode(model, first), encode(
+            model.clone(start=2), encode(model.clone(stop=2), first)
+        )
+
+    whole, parts = run(params, batch["input_ids"])
+    real = np.asarray(batch["segment_ids"]) > 0
+    np.testing.assert_allclose(parts[real], whole[real], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("family", CAUSAL)
 def test_what_comes_later_changes_nothing(family):
     model, params = build(family)
