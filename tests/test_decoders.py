@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -67,11 +68,27 @@ def test_less_is_better_of_what_measures_surprise():
     assert not "validation/clm/accuracy".endswith(FALLING)
 
 
+RUN = "clm.py:tiny", "total=4", "log_every=2", "save_every=2", "keep=9"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("clm") / "run"
-    train.run(load("clm.py:tiny", "total=4", "log_every=2"), where)
+    train.run(load(*RUN), where)
     return where
+
+
+def test_a_run_goes_on_with_the_same_bits(folder, tmp_path):
+    again = shutil.copytree(folder, tmp_path / "again")
+    shutil.rmtree(again / "checkpoints" / "4")
+    status = json.loads((again / "status.json").read_text()) | {"checkpoint": 2, "state": "running"}
+    (again / "status.json").write_text(json.dumps(status))
+    train.run(load(*RUN), again)
+    mesh = sharding.make_mesh()
+    one, other = (pretrained.open_folder(str(x), mesh).params for x in (folder, again))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    told = [json.loads((x / "ledger.json").read_text())["samples"] for x in (folder, again)]
+    assert told[0] == told[1]
 
 
 def test_samples_are_in_the_ledger(folder):

@@ -1,8 +1,11 @@
 import jax
 import numpy as np
 import pytest
+import tiny
+from common import ROOT
 
-from fmjax import groups, trees
+from fmjax import config as configs
+from fmjax import groups, state, trees
 from fmjax.errors import ConfigError
 
 NAMES = ["embed/token/embedding", "head/mlm/bias"] + [f"block_{i:02d}/up/kernel" for i in range(4)]
@@ -60,3 +63,27 @@ def test_split_and_merge_are_inverse():
     trainable, frozen = groups.split(values, assigned)
     assert list(trees.flatten(trainable)) == ["blocks_02_03/up/kernel", "head/mlm/bias"]
     jax.tree.map(np.testing.assert_array_equal, groups.merge(trainable, frozen), values)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_what_configs_train_of_each_family(family):
+    model = tiny.model(family, lm_head=False, classes={"classify": 3})
+    names = list(trees.unstack(state.abstract_params(model)))
+
+    def moving(file):
+        patterns = configs.load(f"{ROOT}/configs/{file}").groups
+        return set(groups.trained(groups.assign(names, patterns))) - heads
+
+    having = lambda *parts: {name for name in names if name.startswith(parts)} - heads
+    heads = {name for name in names if name.startswith("head/")}
+    biases = {name for name in names if name.endswith("/bias")} - heads
+    assert moving("finetune_head.py") == set()
+    assert moving("finetune_last.py:layers=2") == having("block_01/", "block_02/", "norm/")
+    norms = {name for name in names if name.rpartition("/")[0].endswith("norm")} - heads
+    assert moving("finetune_bitfit.py:classify,norms") == norms
+    assert moving("finetune_bitfit.py") == biases
+    # A Llama has none: where nothing else is asked for, that is refused.
+    if alone := (family == "llama"):
+        with pytest.raises(ConfigError, match="'.*/bias' .'train'. decides no parameter"):
+            groups.assign(names, ((".*/bias", "train"), (".*", "freeze")))
+    assert alone == (biases == set())
