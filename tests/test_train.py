@@ -113,7 +113,7 @@ def test_row42_scanned_and_unrolled_models_are_the_same(remat, family):
 def test_less_is_kept_for_the_backward_pass_and_no_number_changes(family):
     """By the compiler's count of temporaries, where layers are scanned: of unrolled ones a CPU's
     compiler finds out that what is computed again is what it has, and keeps it."""
-    sizes = dict(family=family, depth=6, width=64, mlp=256, mesh=one_device())
+    sizes = dict(family=family, depth=6, width=64, mlp=256, mesh=tiny.mesh())
     taken, ends = [], []
     for remat in ("none", "dots", "block"):
         made = tiny.make(remat=remat, dropout=0.1, attention_dropout=0.1, **sizes)
