@@ -44,7 +44,8 @@ __all__ = [
 ]
 
 # `model_type` of config.json -> the file in fmjax/models and in fmjax/convert
-_LLAMA = "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo2 mixtral qwen2_moe qwen3_moe"
+_LLAMA = "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo2 "
+_LLAMA += "mixtral qwen2_moe qwen3_moe olmo smollm3 bloom"
 MODEL_TYPES = {
     **dict.fromkeys(("bert", "roberta", "distilbert", "modernbert"), "bert"),
     "gpt2": "gpt2",

@@ -1,8 +1,9 @@
-"""Where Hugging Face's Llama, Mistral, Mixtral, Qwen, Gemma and OLMo keep our parameters.
+"""Where Hugging Face's Llama and its relatives keep our parameters.
 
 The table is read in both directions. Left is a module of `fmjax.models.llama`, right its name in a
 file that `transformers` wrote; `{}` is the layer number, `{{}}` that of an expert. Torch keeps a
-Linear's weight as (out, in), so kernels are transposed. What is multiplied with the activation is
+Linear's weight as (out, in), so kernels are transposed. BLOOM has queries, keys and values in one
+tensor, those of each head behind each other. What is multiplied with the activation is
 `up_proj` there and `gate` here.
 """
 
@@ -81,7 +82,25 @@ _QWEN = {
     "block_{}/mlp/shared_gate": f"{_LAYER}.mlp.shared_expert_gate",
 }
 _EXPERTS = {"mixtral": _MIXTRAL, "qwen2_moe": _QWEN, "qwen3_moe": _QWEN}
+_BLOOM_LAYER = "transformer.h.{}"
+_BLOOM = {
+    "embed/token": "transformer.word_embeddings",
+    "embed/norm": "transformer.word_embeddings_layernorm",
+    "block_{}/attn_norm": f"{_BLOOM_LAYER}.input_layernorm",
+    "block_{}/attn/query": f"{_BLOOM_LAYER}.self_attention.query_key_value",
+    "block_{}/attn/key": f"{_BLOOM_LAYER}.self_attention.query_key_value",
+    "block_{}/attn/value": f"{_BLOOM_LAYER}.self_attention.query_key_value",
+    "block_{}/attn/out": f"{_BLOOM_LAYER}.self_attention.dense",
+    "block_{}/mlp_norm": f"{_BLOOM_LAYER}.post_attention_layernorm",
+    "block_{}/mlp/up": f"{_BLOOM_LAYER}.mlp.dense_h_to_4h",
+    "block_{}/mlp/down": f"{_BLOOM_LAYER}.mlp.dense_4h_to_h",
+    "norm": "transformer.ln_f",
+    "head/classify": "score",
+    "head/regress": "score",
+}
+_PARTS = ("query", "key", "value")  # of BLOOM's tensor
 TABLES = {kind: _COMMON | _NORMS.get(kind, _BEFORE) | _EXPERTS.get(kind, {}) for kind in PREFIXES}
+TABLES["bloom"] = _BLOOM
 SHARED = frozenset({"classify", "regress"})  # heads that have one name in files
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 BUFFERS = r".*\.rotary_emb\.inv_freq"  # constants in old files, no parameters
@@ -89,8 +108,8 @@ BUFFERS = r".*\.rotary_emb\.inv_freq"  # constants in old files, no parameters
 
 def tied(hf: Mapping[str, Any]) -> dict[str, str]:
     """{tensor: the one that it repeats}; some files hold both."""
-    same = model_options(hf)["tied"]
-    return {"lm_head.weight": "model.embed_tokens.weight"} if same else {}
+    table = f"{TABLES[hf['model_type']]['embed/token']}.weight"
+    return {"lm_head.weight": table} if model_options(hf)["tied"] else {}
 
 
 def place(hf: Mapping[str, Any], name: str) -> Place | None:
@@ -102,9 +121,16 @@ def place(hf: Mapping[str, Any], name: str) -> Place | None:
         return None
     key = entry.format(int(layer[1])) if layer else entry
     each = "experts" if "/experts/" in module else 0
+    name = module.rpartition("/")[2]
+    if model_type == "bloom" and name in _PARTS:
+        part = _PARTS.index(name)
+        return Place(f"{key}.{LEAVES[leaf]}", leaf == "kernel", part, 3, heads="heads")
     return Place(f"{key}.{LEAVES[leaf]}", leaf == "kernel", each=each)
 
 
 def canonical(model_type: str, key: str) -> str:
     """A file's key as the tables have it: bare trunks get their prefix."""
+    if model_type == "bloom":
+        bare = re.match(r"(word_embeddings(_layernorm)?|h|ln_f)\.", key)
+        return f"transformer.{key}" if bare else key
     return f"model.{key}" if re.match(r"(embed_tokens|layers|norm)\.", key) else key

@@ -1,4 +1,4 @@
-"""config.json of Hugging Face's Llama, Mistral, Mixtral, Qwen, Gemma and OLMo against our options.
+"""config.json of Hugging Face's Llama and its relatives against our options.
 
 The tables are read in both directions; names of parameters are in llama.py.
 """
@@ -23,10 +23,19 @@ PREFIXES = {
     "mixtral": "Mixtral",
     "qwen2_moe": "Qwen2Moe",
     "qwen3_moe": "Qwen3Moe",
+    "olmo": "Olmo",
+    "smollm3": "SmolLM3",
+    "bloom": "Bloom",
 }
 # What of these transformers has no class for texts to be classified by.
 _UNCLASSIFIED = ("olmo2",)
-# Our options that make a member of the family what it is.
+# Our options where a member of the family says nothing of them, and those that make it what it is.
+_PLAIN = dict(
+    norm_offset=0.0, embed_scale=False, norms="before", qk_norm="", norm="rms", embed_norm=False,
+    dropout=0.0, window=0, full_every=0, theta_window=0.0, logit_softcap=0.0, query_scale=0.0,
+    attention_softcap=0.0, mlp_bias=False, gated=True, clip_qkv=0.0, nope_every=0, alibi=False,
+    experts=0, shared_mlp=0, capacity=0.0,
+)  # fmt: skip
 CONSTANT: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
@@ -39,6 +48,10 @@ CONSTANT: dict[str, dict[str, Any]] = {
     "mixtral": dict(experts_normed=True),
     "qwen2_moe": {},
     "qwen3_moe": dict(qk_norm="head"),
+    "olmo": dict(norm="plain", eps=1e-5),
+    "smollm3": {},
+    "bloom": dict(alibi=True, norm="layer", embed_norm=True, gated=False, activation="gelu_tanh")
+    | dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True),
 }
 _SIZES: options.Table = {
     "vocab_size": ("vocab_size", 32000),
@@ -113,6 +126,29 @@ OPTIONS: dict[str, options.Table] = {
         "attn_logit_softcapping": ("attention_softcap", None),
     },
     "olmo2": _SIZES | {"vocab_size": ("vocab_size", 50304), "rms_norm_eps": ("eps", 1e-5)},
+    "olmo": {key: value for key, value in _SIZES.items() if key != "rms_norm_eps"}
+    | {"vocab_size": ("vocab_size", 50304), "clip_qkv": ("clip_qkv", None)},
+    "smollm3": _SIZES
+    | {
+        "vocab_size": ("vocab_size", 128256),
+        "hidden_size": ("width", 2048),
+        "num_hidden_layers": ("depth", 36),
+        "num_attention_heads": ("heads", 16),
+        "num_key_value_heads": ("kv_heads", 4),
+        "max_position_embeddings": ("max_len", 32768),
+        "tie_word_embeddings": ("tied", True),
+        "mlp_bias": ("mlp_bias", False),
+    },
+    "bloom": {
+        "vocab_size": ("vocab_size", 250880),
+        "hidden_size": ("width", 64),
+        "n_layer": ("depth", 2),
+        "n_head": ("heads", 8),
+        "seq_length": ("max_len", 2048),
+        "layer_norm_epsilon": ("eps", 1e-5),
+        "attention_dropout": ("attention_dropout", 0.0),
+        "tie_word_embeddings": ("tied", True),
+    },
     "mixtral": _SIZES
     | {
         "intermediate_size": ("mlp", 14336),
@@ -147,19 +183,36 @@ OPTIONS: dict[str, options.Table] = {
 FIXED: dict[str, dict[str, Any]] = {
     **dict.fromkeys(PREFIXES, {"quantization_config": None}),
     **dict.fromkeys(
-        ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe"),
+        ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3"),
         {"quantization_config": None, "use_sliding_window": False},
     ),
     "mixtral": {"quantization_config": None, "router_jitter_noise": 0.0},
+    "bloom": {
+        "quantization_config": None,
+        "apply_residual_connection_post_layernorm": False,
+        "hidden_dropout": 0.0,
+    },
     **dict.fromkeys(
         ("gemma", "gemma2", "gemma3_text"),
         {"quantization_config": None, "use_bidirectional_attention": None},
     ),
 }
 # Fields whose absence config.json has as null, and we as 0.
-NULLABLE = ("kv_heads", "head_size", "window", "logit_softcap", "attention_softcap")
+NULLABLE = (*("kv_heads", "head_size", "window", "logit_softcap", "attention_softcap", "clip_qkv"),)
+# {model_type: {another name of a key: the name that we write}}.
+_ALIASES = {
+    "qwen3_moe": {"num_local_experts": "num_experts"},
+    "bloom": {
+        "n_embed": "hidden_size",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+    },
+}
 _FULL_EVERY = {"gemma2": 2, "gemma3_text": 6}
-_OWN_BIASES = ("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "qwen3_moe")
+_OWN_BIASES = (
+    *("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "qwen3_moe", "olmo", "smollm3"),
+)
+_BASES = {"gemma3_text": 1e6, "mixtral": 1e6, "smollm3": 2e6}  # of positions, where nothing is said
 _SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
@@ -179,11 +232,17 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
     Raises ConfigError for an option that the model does not have.
     """
     kind = hf["model_type"]
-    if kind == "qwen3_moe" and "num_local_experts" in hf:  # as transformers 5 calls them
-        hf = {**hf, "num_experts": hf["num_local_experts"]}
+    others = _ALIASES.get(kind, {}).items()
+    hf = {**hf, **{key: hf[other] for other, key in others if hf.get(other) is not None}}
     found = options.read(hf, OPTIONS[kind], FIXED[kind])
     found |= {field: found[field] or 0 for field in NULLABLE if field in found}
-    found |= CONSTANT[kind] | _rope(hf, kind)
+    found |= CONSTANT[kind]
+    if kind == "bloom":
+        found["mlp"] = 4 * found["width"]
+    else:
+        found |= _rope(hf, kind)
+    if kind == "smollm3":
+        found["nope_every"] = _nope_every(hf, found["depth"])
     if kind in _SPARSE:
         found |= _routing(hf, found["depth"])
     if kind in _OWN_BIASES:
@@ -199,6 +258,12 @@ def type_of(cfg: Any) -> str:
     """`model_type` of a `models.llama.Config`, the plainest that has its options."""
     if cfg.experts:
         return "qwen2_moe" if cfg.shared_mlp else "qwen3_moe" if cfg.qk_norm else "mixtral"
+    if cfg.alibi:
+        return "bloom"
+    if cfg.nope_every:
+        return "smollm3"
+    if cfg.norm == "plain":
+        return "olmo"
     if cfg.norms == "behind":
         return "olmo2"
     if cfg.norms == "around":
@@ -232,10 +297,17 @@ def hf_config(
         **options.written(cfg, OPTIONS[kind]),
     }
     config |= {key: None for key, (field, _) in OPTIONS[kind].items() if _is_null(cfg, field)}
-    config |= {"num_key_value_heads": cfg.key_heads, "head_dim": cfg.size}
-    needed = dict(norm_offset=0.0, embed_scale=False, norms="before", qk_norm="") | CONSTANT[kind]
-    needed |= dict(dropout=0.0, window=0, full_every=0, theta_window=0.0, logit_softcap=0.0)
-    needed |= dict(attention_softcap=0.0, mlp_bias=False, experts=0, shared_mlp=0, capacity=0.0)
+    needed = _PLAIN | CONSTANT[kind]
+    if kind == "bloom":
+        options.require(kind, "kv_heads", cfg.key_heads, cfg.heads)
+        options.require(kind, "head_size", cfg.size, cfg.width // cfg.heads)
+        options.require(kind, "mlp", cfg.mlp, 4 * cfg.width)
+    else:
+        config |= {"num_key_value_heads": cfg.key_heads, "head_dim": cfg.size}
+        config |= _written_rope(cfg, kind)
+    if kind == "smollm3":
+        needed["nope_every"] = config["no_rope_layer_interval"] = cfg.nope_every
+        config["no_rope_layers"] = _rotary(cfg.nope_every, cfg.depth)
     if kind in _SPARSE:
         config |= _written_routing(cfg, kind)
         needed |= dict(experts=cfg.experts)
@@ -248,17 +320,16 @@ def hf_config(
         config["layer_types"] = [
             "full_attention" if full else "sliding_attention" for full in cfg.full_layers
         ]
-    else:
-        needed["query_scale"] = 0.0
-    needed["out_bias"] = False
+        del needed["query_scale"]
+    needed.setdefault("out_bias", False)
     if kind in _OWN_BIASES:
         needed["out_bias"] = config["attention_bias"] = cfg.qkv_bias
-    elif kind not in ("qwen2", "qwen2_moe"):
-        needed["qkv_bias"] = False
+    else:
+        needed.setdefault("qkv_bias", False)
     for field, value in needed.items():
         if field not in has:
             options.require(kind, field, getattr(cfg, field), value)
-    return config | _written_rope(cfg, kind)
+    return config
 
 
 def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
@@ -283,6 +354,22 @@ def _full_every(hf: Mapping[str, Any], kind: str, depth: int) -> int:
                 "(config.model.full_every)."
             )
     return every
+
+
+def _nope_every(hf: Mapping[str, Any], depth: int) -> int:
+    """Every n-th layer of which has no positions; 0: none."""
+    told = hf.get("no_rope_layers") or _rotary(hf.get("no_rope_layer_interval", 4), depth)
+    every = [*told, 0].index(0) + 1 if 0 in told[:depth] else 0
+    if list(told[:depth]) != _rotary(every, depth):
+        raise ConfigError(
+            f"config.json has no_rope_layers={told}; fmjax has every n-th layer without positions "
+            "(config.model.nope_every)."
+        )
+    return every
+
+
+def _rotary(nope_every: int, depth: int) -> list[int]:
+    return [int(not nope_every or i % nope_every != 0) for i in range(1, depth + 1)]
 
 
 def _routing(hf: Mapping[str, Any], depth: int) -> dict[str, Any]:
@@ -311,7 +398,7 @@ def _rope(hf: Mapping[str, Any], kind: str) -> dict[str, Any]:
     told = hf.get("rope_parameters") or {}
     local = kind == "gemma3_text"
     far = (told.get("full_attention") or {}) if local else told
-    base = 1_000_000.0 if local or kind == "mixtral" else 10_000.0
+    base = _BASES.get(kind, 10_000.0)
     scaling = dict(hf.get("rope_scaling") or {}) | dict(far)
     found = {"theta": float(scaling.pop("rope_theta", None) or hf.get("rope_theta") or base)}
     if local:

@@ -1,4 +1,4 @@
-"""Causal decoders of the Llama family: RMS norms, rotary positions, gated MLPs.
+"""Causal decoders of the Llama family: RMS norms, rotary positions, gated MLPs, and what differs.
 
     embed -> block_00 … block_L -> norm -> heads: vocabulary, tied or not; linear
 
@@ -12,15 +12,19 @@
 | Gemma 2 | … norms behind attention and MLP too, soft caps, every other layer with a window |
 | Gemma 3 | … norms of queries and keys, no caps; two bases of positions, five of six layers near |
 | OLMo 2 | norms behind attention and MLP only, and of whole queries and keys |
+| OLMo | norms without parameters, clipped queries, keys and values |
+| SmolLM 3 | grouped keys and values, no positions in every fourth layer |
+| BLOOM | linear biases for positions (alibi.py), layer norms, also of the embedding; GELU, no gate; biases, tied |
 | Mixtral | experts for the MLP (experts.py) |
 | Qwen 2 MoE, Qwen 3 MoE | … one of them for all tokens; norms of queries and keys |
 
 A token sees itself and what is before it in its own document: several documents can share a row, of
 which `segment_ids` say which is whose and `positions` restart at each. Letters: B batch, T time, D
 width, N heads, K heads of keys and values, H head size, V vocabulary, L depth.
-"""
+"""  # noqa: E501  a row of a table is one line
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -30,10 +34,11 @@ from jaxtyping import Array, Float, Int
 
 from fmjax import sharding, streams
 from fmjax.errors import ConfigError, did_you_mean
-from fmjax.models import experts, layers, rope, trunk
+from fmjax.models import alibi, experts, layers, rope, trunk
 from fmjax.models.attention import attention, mask
 from fmjax.precision import DTYPES
 
+NORM = ("rms", "layer", "plain")
 NORMS = ("before", "behind", "around")
 QK_NORMS = ("", "head", "whole")
 
@@ -54,6 +59,8 @@ class Config:
     lm_head: bool = True  # whether tokens are predicted
     classes: tuple[tuple[str, int], ...] = ()  # linear heads: (name, outputs)
     activation: str = "silu"
+    gated: bool = True  # whether MLPs are
+    norm: str = "rms"  # or layer, with scales and biases; or plain, a layer norm without
     eps: float = 1e-5
     norms: str = "before"  # attention and MLP; or behind them, or around
     norm_offset: float = 0.0  # added to the scales of norms
@@ -61,7 +68,9 @@ class Config:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    clip_qkv: float = 0.0  # what no query, key and value is above or below; 0: none
     embed_scale: bool = False  # the embedding times √D
+    embed_norm: bool = False
     query_scale: float = 0.0  # of products of queries and keys; 0: 1/√H
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
@@ -70,6 +79,8 @@ class Config:
     theta: float = 10_000.0
     theta_window: float = 0.0  # of layers with a window; 0: as the others
     rope: tuple[tuple[str, Any], ...] = ()  # how positions are stretched: `models.rope`
+    nope_every: int = 0  # every n-th layer has no positions; 0: none
+    alibi: bool = False  # linear biases in the place of rotary positions
     experts: int = 0  # MLPs of a layer, of which each token takes a few; 0: one for all
     experts_per_token: int = 2
     experts_normed: bool = True  # whether the weights of those that a token takes sum to 1
@@ -111,6 +122,33 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama2_7b": {},
     "tinyllama_1b": dict(depth=22, width=2048, kv_heads=4, mlp=5632, max_len=2048),
     "mixtral_8x7b": dict(mlp=14336, kv_heads=8, max_len=32768, theta=1e6, experts=8),
+    "olmo_1b": dict(
+        vocab_size=50304,
+        depth=16,
+        width=2048,
+        heads=16,
+        mlp=8192,
+        max_len=2048,
+        tied=True,
+        norm="plain",
+    ),  # fmt: skip
+    "bloom_560m": dict(
+        vocab_size=250880,
+        depth=24,
+        width=1024,
+        heads=16,
+        mlp=4096,
+        max_len=2048,
+        tied=True,
+        alibi=True,
+        norm="layer",
+        embed_norm=True,
+        gated=False,
+        activation="gelu_tanh",
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+    ),  # fmt: skip
     "llama3_8b": _LLAMA3 | dict(mlp=14336),
     "llama3_1b": _LLAMA3 | dict(depth=16, width=2048, mlp=8192, tied=True),
 }
@@ -123,7 +161,7 @@ def Model(variant: str = "llama2_7b", **overrides: Any) -> "Decoder":
     """
     cfg = trunk.configured(Config, VARIANTS, variant, overrides)
     trunk.check_config(cfg, taken=("lm",))
-    for key, possible in (("norms", NORMS), ("qk_norm", QK_NORMS)):
+    for key, possible in (("norm", NORM), ("norms", NORMS), ("qk_norm", QK_NORMS)):
         if (value := getattr(cfg, key)) not in possible:
             raise ConfigError(
                 f"config.model.{key}={value!r} is not known." + did_you_mean(value, possible)
@@ -132,7 +170,7 @@ def Model(variant: str = "llama2_7b", **overrides: Any) -> "Decoder":
         raise ConfigError(
             f"config.model.kv_heads={cfg.kv_heads} does not divide config.model.heads={cfg.heads}."
         )
-    if cfg.size % 2:
+    if cfg.size % 2 and not cfg.alibi:
         raise ConfigError(f"config.model.head_size={cfg.size} is odd: rotary positions turn pairs.")
     if cfg.full_every and not cfg.window:
         raise ConfigError(
@@ -168,7 +206,7 @@ class Block(nn.Module):
             routed = experts.Experts(cfg, name="mlp")
             mlp = lambda h: routed(h, shared["segment_ids"] > 0)
         else:
-            how = cfg.activation, True, cfg.mlp_bias, DTYPES[cfg.dtype]
+            how = cfg.activation, cfg.gated, cfg.mlp_bias, DTYPES[cfg.dtype]
             mlp = layers.Mlp(cfg.mlp, *how, name="mlp")
 
         def residual(x, name, function, i):
@@ -186,8 +224,14 @@ class Block(nn.Module):
         return sharding.constrain_batch(x), None
 
 
-def norm(cfg: Config, name: str | None = None) -> nn.Module:
-    return layers.RmsNorm(cfg.eps, cfg.norm_offset, DTYPES[cfg.dtype], name=name)
+def norm(cfg: Config, name: str | None = None) -> Callable:
+    dtype = DTYPES[cfg.dtype]
+    if cfg.norm == "rms":
+        return layers.RmsNorm(cfg.eps, cfg.norm_offset, dtype, name=name)
+    if cfg.norm == "layer":
+        return layers.LayerNorm(cfg.eps, dtype=dtype, name=name)
+    ones = lambda x: jnp.ones(x.shape[-1], jnp.float32)
+    return lambda x: layers.layer_norm(x, ones(x), None, cfg.eps).astype(dtype)
 
 
 class Attention(nn.Module):
@@ -205,19 +249,28 @@ class Attention(nn.Module):
 
         def projected(name, heads):
             y = make(name, heads * size, cfg.qkv_bias)(x)
+            y = jnp.clip(y, -cfg.clip_qkv, cfg.clip_qkv) if cfg.clip_qkv else y
             normed = norms.get(name, lambda y: y)
             return split(normed(y)) if cfg.qk_norm == "whole" else normed(split(y))
 
         q = projected("query", cfg.heads)
         k, v = (projected(name, cfg.key_heads) for name in ("key", "value"))
-        table = jnp.where(layer["full"], shared["far"], shared["near"])
-        factor = jnp.where(layer["full"], *shared["factors"])
-        q, k = (rope.turned(y, shared["positions"], table, factor) for y in (q, k))
+        if not cfg.alibi:
+            table = jnp.where(layer["full"], shared["far"], shared["near"])
+            factor = jnp.where(layer["full"], *shared["factors"])
+            if cfg.nope_every:
+                table = jnp.where(layer["nope"], jnp.zeros_like(table), table)
+                factor = jnp.where(layer["nope"], jnp.ones_like(factor), factor)
+            q, k = (rope.turned(y, shared["positions"], table, factor) for y in (q, k))
         may_see = jnp.where(layer["full"], shared["all"], shared["window"])
         k, v, may_see = layers.Memory(name="memory")(k, v, may_see)
+        bias = None
+        if cfg.alibi:
+            bias = alibi.bias(cfg.heads, shared["positions"], k.shape[2] - time)
         out = attention(
             q, k, v, may_see,
             segment_ids=shared["segment_ids"],
+            bias=bias,
             causal=True,
             windowed=cfg.window > 0,
             scale=cfg.query_scale or None,
@@ -238,12 +291,16 @@ class Embed(nn.Module):
 
     def setup(self):
         self.token = layers.Embedding(self.cfg.vocab_size, self.cfg.width)
+        if self.cfg.embed_norm:
+            self.norm = norm(self.cfg)
 
     def __call__(self, input_ids, seeds):
         cfg = self.cfg
         x = self.token(input_ids)
         if cfg.embed_scale:
             x = x * jnp.asarray(cfg.width**0.5, DTYPES[cfg.dtype]).astype(x.dtype)
+        if cfg.embed_norm:
+            x = self.norm(x)
         return layers.dropout(x, cfg.dropout, seeds).astype(DTYPES[cfg.dtype])
 
 
@@ -309,6 +366,8 @@ class Decoder(trunk.Trunk):
         )
         index = np.arange(cfg.depth)
         layer = {"index": jnp.asarray(index), "full": jnp.asarray(cfg.full_layers)}
+        if cfg.nope_every:
+            layer["nope"] = jnp.asarray((index + 1) % cfg.nope_every == 0)
         x = self.run_layers(sharding.constrain_batch(x), layer, shared)
         return self.norm(x) if self.stop is None else x
 

@@ -16,7 +16,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fmjax import build, convert, trees
-from fmjax.models import bert, gpt2, llama, t5
+from fmjax.convert import llama_config
+from fmjax.models import bert, gpt2, llama, rope, t5
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
@@ -60,7 +61,10 @@ SCALED = dict(
     rope_theta=100.0,
 )
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=8, rope_theta=100.0)
+LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=100.0)
+DYNAMIC = dict(rope_type="dynamic", factor=4.0, rope_theta=100.0)
 NEAR = dict(sliding_window=3, head_dim=12)
+BLOOM = dict(vocab_size=61, hidden_size=16, n_layer=2, n_head=2, pad_token_id=0) | IDS
 ROUTED = dict(num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.1)
 EXPERTS = dict(num_experts=3, moe_intermediate_size=8)
 KINDS = ["sliding_attention", "full_attention"]
@@ -72,12 +76,20 @@ FAMILIES |= {
         | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True, rope_parameters=YARN),
     ),
     "mistral": ("MistralForCausalLM", LLAMA | dict(sliding_window=4, head_dim=6)),
-    "qwen2": ("Qwen2ForCausalLM", LLAMA),
+    "qwen2": ("Qwen2ForCausalLM", LLAMA | dict(rope_parameters=LINEAR)),
     "qwen3": ("Qwen3ForCausalLM", LLAMA | dict(head_dim=6)),
     "gemma": ("GemmaForCausalLM", LLAMA | dict(head_dim=12)),
     "gemma2": ("Gemma2ForCausalLM", LLAMA | NEAR | dict(attn_logit_softcapping=2.0)),
     "gemma3": ("Gemma3ForCausalLM", LLAMA | NEAR | dict(num_hidden_layers=2, layer_types=KINDS)),
-    "olmo2": ("Olmo2ForCausalLM", LLAMA),
+    # Rows are longer than what it was trained for.
+    "olmo2": (
+        "Olmo2ForCausalLM",
+        LLAMA | dict(rope_parameters=DYNAMIC, max_position_embeddings=8),
+    ),
+    "olmo": ("OlmoForCausalLM", LLAMA | dict(clip_qkv=0.5)),
+    "smollm3": ("SmolLM3ForCausalLM", LLAMA | dict(no_rope_layer_interval=2)),
+    "bloom": ("BloomForCausalLM", BLOOM),
+    "bloom-six": ("BloomForCausalLM", BLOOM | dict(hidden_size=24, n_head=6)),
     "mixtral": ("MixtralForCausalLM", LLAMA | ROUTED | dict(num_local_experts=3, head_dim=6)),
     "qwen2_moe": (
         "Qwen2MoeForCausalLM",
@@ -310,6 +322,24 @@ def test_round_trip_is_bit_equal_and_loads_in_transformers(reference, tmp_path):
     for key in options.keys() - {"dtype", "use_cache", "transformers_version"}:
         if not key.endswith("_token_id"):  # they come from the tokenizer, and here is none
             assert getattr(again.config, key) == options[key], key
+
+
+@pytest.mark.parametrize("max_len", [8, 16, 64])
+@pytest.mark.parametrize("scaling", [LINEAR, DYNAMIC, YARN, SCALED], ids=lambda x: x["rope_type"])
+def test_stretched_positions(scaling, max_len):
+    """Cosines and sines of a row of 16, within and beyond what the model was trained for."""
+    sizes = LLAMA | dict(rope_parameters=dict(scaling), max_position_embeddings=max_len)
+    if "original_max_position_embeddings" in scaling:
+        sizes["rope_parameters"]["original_max_position_embeddings"] = max_len
+    config = transformers.LlamaConfig(**sizes)
+    embedding = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    waves = embedding(torch.zeros(1), torch.arange(16)[None])
+    found = llama_config.model_options(config.to_dict())
+    size, theta = config.hidden_size // config.num_attention_heads, found["theta"]
+    table, factor = rope.frequencies(size, theta, dict(found["rope"]), 16, found["max_len"])
+    angles = np.arange(16)[:, None] * np.tile(table, 2)
+    for wave, ours in zip(waves, (np.cos(angles), np.sin(angles)), strict=True):
+        assert_close({"all": factor * ours}, {"all": wave[0].numpy()}, 1e-5)
 
 
 SHIPPED = [(family, variant) for family in (bert, gpt2, llama, t5) for variant in family.VARIANTS]

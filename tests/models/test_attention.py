@@ -5,6 +5,7 @@ import pytest
 
 from fmjax import streams
 from fmjax.errors import ConfigError
+from fmjax.models import alibi
 from fmjax.models.attention import attention, mask
 
 B, N, T, H = 2, 3, 8, 4
@@ -67,6 +68,15 @@ def test_a_bias_of_two_keys_by_hand():
     assert float(found) == pytest.approx(1 + 2 * p + 4 + p, abs=1e-6)
     by_hand = p * (1 - p) * (2 + 1)
     np.testing.assert_allclose(gradient, [[[by_hand, -by_hand]]], atol=1e-6)
+
+
+def test_slopes_and_biases_of_alibi_by_hand():
+    """Press et al. 2022, §3: 8 heads have 1/2, 1/4 …; the last two of 6 are 1st and 3rd of 8."""
+    np.testing.assert_allclose(alibi.slopes(8), 0.5 ** np.arange(1, 9))
+    np.testing.assert_allclose(alibi.slopes(6), [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8])
+    found = alibi.bias(2, jnp.array([[2, 3]]), before=2)  # slopes 1/16 and 1/256
+    np.testing.assert_allclose(found[0, 0], -np.array([[2, 1, 0, -1], [3, 2, 1, 0]]) / 16)
+    np.testing.assert_allclose(found[0, 1] * 16, found[0, 0])
 
 
 def test_row38_a_query_that_sees_nothing_gets_zeros_and_no_nan():

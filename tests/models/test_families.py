@@ -20,13 +20,18 @@ FAMILIES = {
         dict(norms="around", qk_norm="head", norm_offset=1.0, window=3, full_every=2)
         | dict(theta=1e6, theta_window=1e4, embed_scale=True, logit_softcap=5.0),
     ),
+    "smollm3": (llama, dict(nope_every=2)),
+    "bloom": (
+        llama,
+        dict(alibi=True, norm="layer", embed_norm=True, gated=False, qkv_bias=True, mlp_bias=True),
+    ),
     "mixtral": (llama, dict(experts=4, shared_mlp=16, dense_layers=(1,))),
 }
 FAMILIES["t5"] = t5, dict(encoder_depth=1, buckets=8, far=12)
 FAMILIES["t5-1.1"] = t5, dict(encoder_depth=2, gated=True, tied=False)
 # Tokens of a row compete for places, and so do its documents.
 LIMITED = {"limited": (llama, dict(experts=4, capacity=1.0))}
-CAUSAL = ("gpt2", "llama", "gemma3", "mixtral", *LIMITED)
+CAUSAL = ("gpt2", "llama", "gemma3", "bloom", "mixtral", *LIMITED)
 
 
 def build(family, **changes):
