@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from fmjax import adapters, objectives
+from fmjax.data.settings import ALONE
 from fmjax.errors import ConfigError
 from fmjax.models import AnyModel, experts
 
@@ -50,12 +51,14 @@ def check_rows(model: AnyModel, data: Mapping[str, Any]) -> None:
             f"config.data.seq_len={seq_len}{more} is longer than the {model.cfg.max_len} positions "
             "of the model: lower it, or train a model with a larger config.model.max_len."
         )
-    if (data["format"] == "packed" or data.get("pack")) and adapters.has_prompt(model):
-        key, other = ("pack=True", "False") if data.get("pack") else ("format='packed'", "'padded'")
+    pack = data.get("pack")
+    if (data["format"] in ALONE or pack) and adapters.has_prompt(model):
+        key = "pack=True" if pack else f"format={data['format']!r}"
         raise ConfigError(
             "config.adapter.name='prompt' puts its vectors before a row, but config.data."
-            f"{key} has several documents in one: set it to {other}, or use 'prefix', which all of "
-            "them see."
+            f"{key} has several documents in one: set it to "
+            f"{not pack if pack else ALONE[data['format']]!r}, or use 'prefix', which all of them "
+            "see."
         )
 
 

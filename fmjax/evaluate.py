@@ -16,23 +16,14 @@ from jax.experimental import multihost_utils
 from fmjax import build, data, logs, pretrained, processes, progress, sharding
 from fmjax import losses as array_losses
 from fmjax import objectives as losses
-from fmjax.data.settings import DataSettings, read
+from fmjax.data.settings import ALONE, DataSettings, read
 from fmjax.errors import ConfigError, DataError
 from fmjax.models import AnyModel
 
 FILE = "evaluation.jsonl"
 # A new source replaces all that names the run's; only these say how rows are made of documents.
-ROWS = (
-    "seq_len",
-    "target_len",
-    "source_prefix",
-    "pack",
-    "format",
-    "pair",
-    "long",
-    "frame",
-    "stride",
-)
+ROWS = ("seq_len", "target_len", "source_prefix", "pack", "format", "pair", "long", "frame")
+ROWS += ("template", "stride")
 ROWS += ("columns", "label", "cache", "workers")
 
 
@@ -86,8 +77,8 @@ class Measure:
         self, config: Any, opened: pretrained.Opened, mesh: jax.sharding.Mesh, alone: bool = False
     ):
         settings, self.goals, self.batch_size = settings_of(config, opened)
-        if alone and settings["format"] == "packed":
-            settings["format"] = "padded"
+        if alone:
+            settings["format"] = ALONE.get(settings["format"], settings["format"])
         sharding.check_batch(mesh, self.batch_size)
         build.check_rows(opened.model, settings)
         self.settings, self.limit = settings, config.limit

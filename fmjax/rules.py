@@ -237,10 +237,9 @@ SCHEDULES = ("linear", "cosine", "wsd", "rsqrt", "constant")
 MASKS = ("token", "word", "span")  # what masked language modelling chooses
 POOLS = ("", "first", "last", "mean")  # what stands for a whole sequence; "": as models have it
 # How documents become rows, or what kind of example a record is.
-FORMATS = (
-    *("packed", "padded", "pairs"),
-    *("classes", "values", "tags", "spans", "choices", "texts", "seq2seq"),
-)
+FORMATS = ("packed", "padded", "pairs", "chat", "chat_padded")
+FORMATS += ("classes", "values", "tags", "spans", "choices", "texts", "seq2seq")
+TEMPLATES = ("auto", "tokenizer", "plain", "alpaca")  # how conversations become one text
 
 DURATION_TEXT = re.compile(
     r"\s*(?P<number>\d+(_\d+)*(\.\d+)?(e\d\d?)?)\s*(?P<scale>[KkMmBbGgTt]?)\s*"
@@ -343,6 +342,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"adapter\.scaling", ("alpha/rank", "rslora")),
     (r"data\.name", ("pydocs", "text", "hub")),
     (r"data\.format", FORMATS),
+    (r"data\.template", TEMPLATES),
     (r"data\.columns", COLUMNS),
     (r"data\.classes", CLASSES),
     (r"data\.(stride|target_len)", _whole(0, 2**20)),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fmjax.data import cache, labelled, packing, pairs, settings, sources, store
+from fmjax.data import cache, chat, labelled, packing, pairs, settings, sources, store
 from fmjax.data import tokenizer as tokenizers
 from fmjax.data.batches import (
     Batches,
@@ -117,6 +117,9 @@ def prepare(
 def _rows(root: Path, source, words, data, log, poll) -> tuple[Path, str, dict]:
     """(home of the tokens, name of the folder with their rows, its index), made or found."""
     identity = {"version": VERSION, "source": source.identity, "tokenizer": words.digest}
+    write = chat.writer(words.folder, data, log) if data.chat else None
+    if write:
+        identity["chat"] = write.identity
     home = root / f"tokens-{cache.digest(identity)}"
     form = f"{data.format}-{data.seq_len}"
     if data.format != "pairs":
@@ -124,7 +127,7 @@ def _rows(root: Path, source, words, data, log, poll) -> tuple[Path, str, dict]:
     with cache.lock(root / f"{home.name}.lock", log, poll):
         index = cache.verified(home / form, log)
         if index is None:
-            shards = store.tokenise(home, source, words, data.workers, log, poll)
+            shards = store.tokenise(home, source, words, data.workers, log, poll, write)
             index = cache.build(
                 home / form, lambda folder: _pack(folder, home, shards, words, data, poll)
             )
@@ -164,7 +167,8 @@ def _pack(folder: Path, home: Path, shards: list[dict], words, data, poll) -> di
             seq_len=data.seq_len,
             long=data.long,
             frame=data.frame,
-            padded=data.format == "padded",
+            padded=data.format in settings.ALONE.values(),
+            chat=data.chat,
             poll=poll,
         )
     for split in store.SPLITS:
@@ -190,4 +194,6 @@ def _summary(counts: dict, data) -> str:
         for key, value in counts.items()
         if key.startswith(("truncated", "dropped", "empty")) and value
     ]
+    if "learnt_tokens" in counts:
+        text += f", {counts['learnt_tokens']:,} of the tokens are learnt"
     return ", ".join([text, *lost])

@@ -1,10 +1,10 @@
-"""Files to records: txt, jsonl, json (SQuAD), csv, tsv, conll, parquet; errors name the line.
+"""Files to records: txt, jsonl, json (an array, or SQuAD's), csv, tsv, conll, parquet.
 
-All but parquet may be gzipped. What is accepted: UTF-8 with or without a byte-order mark, lines
-that end in LF or CRLF, form feeds and U+2028 inside a line. What is a bad record: other encodings,
-NUL, a lone surrogate, a record beyond `MAX_RECORD_BYTES`, broken JSON or CSV, a value of another
-kind than its column needs. In tsv a quotation mark is a character like any other (as its
-registration with IANA says). Memory is bounded, whatever a file unpacks to.
+Errors name the line. All but parquet may be gzipped. What is accepted: UTF-8 with or without a
+byte-order mark, lines that end in LF or CRLF, form feeds and U+2028 inside a line. What is a bad
+record: other encodings, NUL, a lone surrogate, a record beyond `MAX_RECORD_BYTES`, broken JSON or
+CSV, a value of another kind than its column needs. In tsv a quotation mark is a character like any
+other (as its registration with IANA says). Memory is bounded, whatever a file unpacks to.
 """
 
 import glob
@@ -81,7 +81,7 @@ def _reader(path: Path, key: str):
         ".md": readers.txt,
         ".jsonl": readers.jsonl,
         ".ndjson": readers.jsonl,
-        ".json": readers.squad,
+        ".json": readers.whole_json,
         ".csv": readers.delimited,
         ".tsv": readers.delimited,
         ".conll": readers.conll,

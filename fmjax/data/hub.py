@@ -72,7 +72,7 @@ def _check_columns(features, settings: DataSettings, where: str) -> None:
                 + did_you_mean(column, features)
             )
         kind = getattr(features[column], "dtype", type(features[column]).__name__)
-        if wanted == "text" and kind not in ("string", "large_string"):
+        if wanted in ("text", "filled") and kind not in ("string", "large_string"):
             raise DataError(
                 f"{where}: column {column!r} ({settings.key_of(column)}) holds {kind}, not text. "
                 "One record of another type makes `datasets` change the whole column."

@@ -1,12 +1,14 @@
 """Rows of `seq_len` tokens: documents are cut into pieces, pieces packed, one segment a piece.
 
 A packed folder holds `train.tokens` [N, T] (the store's dtype) and `train.segments` [N, T]
-(1-based, 0 = padding; the smallest unsigned dtype). Each segment is [CLS] piece [SEP]; with
+(1-based, 0 = padding; the smallest unsigned dtype), of conversations also `train.targets` [N, T]
+(1 = learnt). Each segment is [CLS] piece [SEP]; with
 `frame="document"` it is a piece of <s> document </s>, which begins where the one before has ended.
 """
 
 import bisect
 import collections
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +32,8 @@ class PackedSplit:
         self._segments = np.memmap(
             folder / f"{split}.segments", segment_dtype(seq_len), "r", shape=shape
         )
+        file = folder / f"{split}.targets"
+        self._targets = np.memmap(file, np.uint8, "r", shape=shape) if file.exists() else None
 
     def __len__(self) -> int:
         return self._rows
@@ -41,14 +45,18 @@ class PackedSplit:
     def rows(
         self, index: np.ndarray, examples: np.ndarray | None = None, seed: int = 0
     ) -> dict[str, np.ndarray]:
-        """The rows `index` [n] as int32 [n, T], whatever `examples` and `seed` (pairs use them)."""
+        """The rows `index` [n] as int32 [n, T], whatever `examples` and `seed` (pairs use them); of
+        conversations with `loss_mask`, 1 where a token is learnt."""
         segments = self._segments[index].astype(np.int32)
-        return {
+        batch = {
             "input_ids": self._ids[index].astype(np.int32),
             "segment_ids": segments,
             "positions": positions(segments),
             "token_types": np.zeros_like(segments),
         }
+        if self._targets is not None:
+            batch["loss_mask"] = self._targets[index].astype(np.int32)
+        return batch
 
 
 def positions(segments: np.ndarray) -> np.ndarray:
@@ -69,36 +77,54 @@ def write(
     long: str,
     frame: str,
     padded: bool,
+    chat: bool = False,
     poll: Callable[[], None],
 ) -> dict:
     """Pack `count` shards into `folder`; returns the counts of each split.
 
-    `long` and `frame` as in `config.data`; `padded`: one piece a row.
+    `long` and `frame` as in `config.data`; `padded`: one piece a row; `chat`: of conversations,
+    which have all of their tokens.
     """
-    counts, around = {}, (vocab.first, vocab.last)
+    counts, around = {}, ((), ()) if chat else (vocab.first, vocab.last)
+    kind = store.Conversations if chat else store.Shard
     for split in store.SPLITS:
         total = collections.Counter(dict.fromkeys(COUNTS, 0))
-        with (
-            open(folder / f"{split}.tokens", "wb") as rows,
-            open(folder / f"{split}.segments", "wb") as marks,
-        ):
+        with contextlib.ExitStack() as files:
+            made = lambda name: files.enter_context(open(folder / name, "wb"))  # noqa: B023
+            rows, marks = made(f"{split}.tokens"), made(f"{split}.segments")
+            asked = made(f"{split}.targets") if chat else None
             # Shard by shard: bounded memory, sequential writing, and each has pieces enough to
             # pack tightly.
-            for shard in store.read(shards, count, split):
+            for shard in store.read(shards, count, split, kind):
                 poll()
                 if frame == "document":
                     shard, around = framed(shard, vocab), ((), ())
                 room = seq_len - sum(map(len, around))
                 shared = int(frame == "document")  # so that each token is predicted by one before
                 starts, lengths, lost = pieces(shard.documents, room, long, seq_len, shared)
-                tokens, segments = pack(
-                    shard.tokens, starts, lengths, seq_len, around, vocab.pad_id, padded
-                )
+                if chat:
+                    starts, lengths, lost = _taught(shard, starts, lengths, lost)
+                how = (starts, lengths, seq_len, around)
+                tokens, segments = pack(shard.tokens, *how, vocab.pad_id, padded)
                 rows.write(tokens)
                 marks.write(segments)
+                if asked:
+                    targets, _ = pack(shard.targets, *how, 0, padded)
+                    asked.write(targets)
+                    total.update(learnt_tokens=int(np.count_nonzero(targets)))
                 total.update(lost, rows=len(tokens), tokens=int(np.count_nonzero(segments)))
         counts[split] = dict(total)
     return counts
+
+
+def _taught(
+    shard: store.Conversations, starts: np.ndarray, lengths: np.ndarray, lost: dict[str, int]
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """The pieces without those of which nothing would be learnt: cut before any answer."""
+    learnt = np.concatenate([[0], np.cumsum(shard.targets, dtype=np.int64)])
+    kept = learnt[starts + lengths] > learnt[starts]
+    gone = {"dropped_documents": int((~kept).sum()), "dropped_tokens": int(lengths[~kept].sum())}
+    return starts[kept], lengths[kept], dict(collections.Counter(lost) + collections.Counter(gone))
 
 
 def framed(shard: store.Shard, vocab: Vocab) -> store.Shard:

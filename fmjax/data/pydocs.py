@@ -2,6 +2,7 @@
 
 As documents: one topic is one, and so are all docstrings of one file of the standard library.
 As examples: one docstring, and the package of the standard library that it stands in.
+As conversations: what a function does, and the first paragraph of its docstring.
 """
 
 import ast
@@ -9,6 +10,7 @@ import collections
 import functools
 import importlib
 import os
+import re
 import sys
 import sysconfig
 import types
@@ -38,7 +40,7 @@ EXAMPLES = 100  # docstrings that make a package a class
 def digest() -> str:
     """Changes whenever the texts may. Of the files: extracting the texts takes seconds."""
     state = xxhash.xxh3_128(sys.version.encode())
-    for path in _library_files():
+    for path in library_files():
         state.update(path.read_bytes())
     return state.hexdigest()
 
@@ -52,7 +54,7 @@ def texts() -> list[tuple[str, str]]:
         topics = {}
     found = [(f"pydoc topic {name}", text) for name, text in topics.items()]
     root = sysconfig.get_path("stdlib")
-    for path in _library_files():
+    for path in library_files():
         texts = "\n\n".join(_docstrings(path))
         found.append((f"docstrings of {path.relative_to(root)}", texts))
     found += [(f"docstrings of {name}", _c_docstrings(name)) for name in C_MODULES]
@@ -71,7 +73,7 @@ def examples() -> list[tuple[str, str, str]]:
     a text that stands in several left out of all; in the same order in every process."""
     root = sysconfig.get_path("stdlib")
     found = {}
-    for path in _library_files():
+    for path in library_files():
         parts = path.relative_to(root).parts
         for text in _docstrings(path):
             places = found.setdefault(text.strip(), [])
@@ -85,7 +87,26 @@ def examples() -> list[tuple[str, str, str]]:
     return [row for row in rows if counts[row[2]] >= EXAMPLES]
 
 
-def _library_files() -> list[Path]:
+@functools.cache
+def conversations() -> list[tuple[str, str, str]]:
+    """(where, question, answer) of each public function of the standard library; answers that stand
+    in several left out of all; in the same order in every process."""
+    root, found = sysconfig.get_path("stdlib"), {}
+    for path in library_files():
+        place = path.relative_to(root)
+        if any(re.match("_(?!_init__)", part) for part in place.parts):
+            continue
+        module = ".".join(place.with_suffix("").parts).removesuffix(".__init__")
+        for name, signature, text in _functions(_tree(path), module):
+            answer = " ".join(text.partition("\n\n")[0].split())
+            if len(answer) >= EXAMPLE_CHARACTERS:
+                question = f"What does {name}({signature}) do?"
+                found.setdefault(answer, []).append((f"{name} in {place}", question, answer))
+    return [rows[0] for rows in found.values() if len(rows) == 1]
+
+
+def library_files() -> list[Path]:
+    """Those of the standard library, without tests, in order."""
     files = []
     for folder, inner, names in os.walk(sysconfig.get_path("stdlib")):
         inner[:] = [name for name in inner if name not in SKIPPED_FOLDERS]  # prunes the walk
@@ -94,16 +115,33 @@ def _library_files() -> list[Path]:
 
 
 def _docstrings(path: Path) -> list[str]:
-    source = path.read_bytes()
+    return list(_of_tree(_tree(path)))
+
+
+def _tree(path: Path) -> ast.Module:
+    """The syntax tree of a file, empty where it has no docstrings or cannot be parsed."""
+    source, nothing = path.read_bytes(), ast.Module([], [])
     if b'"""' not in source and b"'''" not in source:  # parsing is the slow part
-        return []
+        return nothing
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's strings
         try:
-            tree = ast.parse(source)
+            return ast.parse(source)
         except (SyntaxError, ValueError):  # a template or a file for another Python
-            return []
-    return list(_of_tree(tree))
+            return nothing
+
+
+def _functions(node: ast.AST, name: str) -> Iterator[tuple[str, str, str]]:
+    """(dotted name, arguments, docstring) of the public functions in a module or a class."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        if child.name.startswith("_"):
+            continue
+        if isinstance(child, ast.ClassDef):
+            yield from _functions(child, f"{name}.{child.name}")
+        elif text := ast.get_docstring(child):
+            yield f"{name}.{child.name}", ast.unparse(child.args), text
 
 
 def _of_tree(node: ast.AST) -> Iterator[str]:

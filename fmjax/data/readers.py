@@ -22,7 +22,7 @@ PARQUET_ROWS = 16  # in memory at a time: a text that is stored once may stand i
 
 def txt(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
     columns = list(settings.schema)
-    if len(columns) != 1 or settings.labelled:
+    if len(columns) != 1 or settings.labelled or settings.chat:
         raise ConfigError(
             f"config.{key}: {path} has one text and no columns, but config.data.format="
             f"{settings.format!r} needs the columns {columns}: use jsonl, csv, tsv or parquet."
@@ -125,9 +125,10 @@ def delimited(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
         start = last.number + 1
 
 
-def squad(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
-    """The questions of SQuAD's articles, versions 1 and 2, with the columns `id`, `question`,
-    `context` and `answers`, which are empty where a question cannot be answered."""
+def whole_json(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
+    """The objects of an array; or the questions of SQuAD's articles, versions 1 and 2, with the
+    columns `id`, `question`, `context` and `answers`, which are empty where a question cannot be
+    answered."""
     with open(path, "rb") as raw:
         file = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
         content = file.read(MAX_JSON_BYTES + 1)
@@ -140,19 +141,23 @@ def squad(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
         )
     excerpt = content[:EXCERPT].decode(errors="replace")
     try:
-        found = list(_questions(json.loads(content.decode("utf-8-sig"))))
+        found = json.loads(content.decode("utf-8-sig"))
+        word = "record" if isinstance(found, list) else "question"
+        found = found if isinstance(found, list) else list(_questions(found))
     except (ValueError, RecursionError) as error:
         yield excerpt, 1, f"not JSON ({error})", size
         return
     except (KeyError, TypeError) as error:
         form = "{'data': [{'paragraphs': [{'context': …, 'qas': [{'question': …}]}]}]}"
-        wrong = f"not SQuAD's JSON, {form} ({error!r}); one record a line is jsonl"
+        wrong = f"no array, nor SQuAD's JSON, {form} ({error!r}); one record a line is jsonl"
         yield excerpt, 1, wrong, size
         return
-    for number, question in enumerate(found, 1):
-        fields, bad = values.read(question, settings.schema)
-        where = question.get("id") or f"question {number}"
-        yield str(question)[:EXCERPT] if bad else fields, where, bad, size * number // len(found)
+    for number, row in enumerate(found, 1):
+        bad = "" if isinstance(row, dict) else f"a JSON {type(row).__name__}, not an object"
+        fields, bad = ({}, bad) if bad else values.read(row, settings.schema)
+        named = row.get("id") if word == "question" else ""
+        where = named or f"{word} {number}"
+        yield str(row)[:EXCERPT] if bad else fields, where, bad, size * number // len(found)
 
 
 def _questions(found: dict) -> Iterator[dict]:
@@ -221,7 +226,7 @@ def parquet(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
         _check_columns(path, settings, file.schema_arrow.names)
         for column, wanted in settings.schema.items():
             kind = file.schema_arrow.field(column).type
-            if wanted == "text" and not _is_text(kind):
+            if wanted in ("text", "filled") and not _is_text(kind):
                 raise DataError(
                     f"{path}: column {column!r} ({settings.key_of(column)}) holds {kind}, not text."
                 )
@@ -241,7 +246,7 @@ def parquet(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
                 fields, bad = ({}, bad) if bad else values.read(found, settings.schema)
                 excerpt = str(next(iter(found.values())))[:EXCERPT]
                 yield excerpt if bad else fields, f"row {row}", bad, size * row // rows
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not readable as parquet ({error}); config.{key}") from error
 
 

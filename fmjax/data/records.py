@@ -1,7 +1,10 @@
 """What every source yields, and what the columns of a record must hold to be used."""
 
+import itertools
 import math
 from typing import Any, NamedTuple
+
+from fmjax.errors import quoted
 
 MAX_RECORD_BYTES = 1 << 24  # a long book is 4 MB
 EXCERPT = 1000  # characters of a bad record that quarantine keeps
@@ -16,7 +19,10 @@ KINDS = {
     "number": "a finite number",
     "labels": "a list of texts or whole numbers",
     "answers": "{'text': [...], 'answer_start': [...]}",
+    "filled": "text that is not empty",
+    "messages": "a list of {'role': ..., 'content': ...}",
 }
+ROLES = ("system", "user", "assistant")
 
 
 class Record(NamedTuple):
@@ -62,6 +68,10 @@ def _type(value: Any) -> str:
 def _value(value: Any, kind: str) -> tuple[Any, str]:
     if kind == "text":
         return value, fault(value)
+    if kind == "filled":
+        return value, fault(value) or ("" if value.strip() else "an empty text")
+    if kind == "messages":
+        return _messages(value)
     if kind in ("passage", "targets"):  # of several parts; or several, each for itself
         texts, bad = _value([value] if isinstance(value, str) else value, "texts")
         bad = bad.replace(KINDS["texts"], KINDS[kind])
@@ -102,3 +112,30 @@ def _answers(value: Any) -> tuple[Any, str]:
         return None, bad
     wrong = next(filter(None, map(fault, texts)), "")
     return list(zip(starts, texts, strict=True)), wrong
+
+
+def _messages(value: Any) -> tuple[Any, str]:
+    """The turns of a conversation as [{"role", "content"}, …], whichever way they are written."""
+    if isinstance(value, dict) and all(isinstance(value.get(x), list) for x in ("role", "content")):
+        pairs = itertools.zip_longest(value["role"], value["content"])
+        value = [{"role": role, "content": content} for role, content in pairs]
+    if not isinstance(value, list | tuple) or not value:
+        empty = "an empty list" if isinstance(value, list | tuple) else _type(value)
+        return None, f"the value is {empty}, not {KINDS['messages']}"
+    for number, message in enumerate(value, 1):
+        if bad := _message_fault(message):
+            return None, f"message {number}: {bad}"
+    if not any(message["role"] == "assistant" for message in value):
+        return None, "no message of the assistant, from which alone is learnt"
+    return [{key: message[key] for key in ("role", "content")} for message in value], ""
+
+
+def _message_fault(message: Any) -> str:
+    if not isinstance(message, dict):
+        return f"it is {_type(message)}, not {{'role': ..., 'content': ...}}"
+    for key in ("role", "content"):
+        if key not in message:
+            return f"it has no {key!r}, but {', '.join(map(repr, list(message)[:20]))}"
+    if message["role"] not in ROLES:
+        return f"the role {quoted(str(message['role']))} is none of {', '.join(ROLES)}"
+    return _value(message["content"], "filled")[1]

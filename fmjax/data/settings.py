@@ -20,6 +20,11 @@ LABELLED = {
     "texts": ((1, 2, 3), "text", ""),
     "seq2seq": ((1,), "passage", "targets"),
 }
+# What the columns of a conversation hold, by their number: all of its messages; what is asked and
+# what is answered; an instruction, its input, which may be empty, and the answer.
+CHAT = {1: ("messages",), 2: ("filled", "filled"), 3: ("filled", "text", "filled")}
+# {format with several documents a row: the same with one}.
+ALONE = {"packed": "padded", "chat": "chat_padded"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,7 @@ class DataSettings:
     stride: int = 64  # tokens that two windows of one long context share
     document: str = "blank_line"
     frame: str = "piece"  # what the tokenizer's tokens for begin and end stand around
+    template: str = "auto"  # of chat: the tokenizer's, where it has none "plain"; or see chat.py
     long: str = "split"
     on_bad_record: str = "raise"
     overlap: str = "keep"  # texts of `validation` that `train` has too; drop: not in training
@@ -76,7 +82,7 @@ class DataSettings:
         if self.name == "hub" and not self.path:
             raise ConfigError("data.name='hub' needs config.data.path: a dataset id or a folder.")
         names = self.column_names
-        numbers = LABELLED[self.format][0] if self.labelled else (1,)
+        numbers = LABELLED[self.format][0] if self.labelled else CHAT if self.chat else (1,)
         if len(names) not in numbers or len(set(names)) != len(names):
             raise ConfigError(
                 f"config.data.columns={self.columns!r}: format={self.format!r} needs "
@@ -84,17 +90,17 @@ class DataSettings:
             )
         if self.label in names:
             raise ConfigError(f"config.data.label={self.label!r} is one of config.data.columns.")
-        if self.labelled and self.format != "spans" and self.long == "split":
+        if (self.labelled or self.chat) and self.format != "spans" and self.long == "split":
             raise ConfigError(
                 f"config.data.long='split' has no meaning with format={self.format!r}, where a "
-                "piece would lack its label. Set it to truncate, drop or error."
+                "piece would lack its label or its question. Set it to truncate, drop or error."
             )
         if self.format != "seq2seq" and (self.target_len or self.source_prefix or self.pack):
             raise ConfigError(
                 "config.data.target_len, source_prefix and pack have no meaning with format="
                 f"{self.format!r}: they are of 'seq2seq'. Leave them out."
             )
-        if self.frame == "document" and (self.labelled or self.format == "pairs"):
+        if self.frame == "document" and (self.labelled or self.chat or self.format == "pairs"):
             raise ConfigError(
                 f"config.data.frame='document' has no meaning with format={self.format!r}, whose "
                 "rows are no documents. Leave it at 'piece'."
@@ -109,6 +115,11 @@ class DataSettings:
     def labelled(self) -> bool:
         """Whether a record is an example with a label, and not a document."""
         return self.format in LABELLED
+
+    @property
+    def chat(self) -> bool:
+        """Whether a record is a conversation, of which the assistant's words are learnt."""
+        return self.format in ("chat", "chat_padded")
 
     @property
     def unlabelled(self) -> bool:
@@ -130,6 +141,8 @@ class DataSettings:
     def schema(self) -> dict[str, str]:
         """{column: kind of its values}: what readers look for in a record."""
         names = self.column_names
+        if self.chat:
+            return dict(zip(names, CHAT[len(names)], strict=True))
         if not self.labelled:
             return dict.fromkeys(names, "text")
         _, kind, label = LABELLED[self.format]

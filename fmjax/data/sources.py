@@ -32,7 +32,7 @@ class Document(NamedTuple):
     where: str  # for messages: file:line or the like
     done: float  # the share of the source read so far, 0 to 1
     bad: str = ""
-    fields: dict[str, Any] | None = None  # {column: value}, of labelled formats
+    fields: dict[str, Any] | None = None  # {column: value}, of labelled formats and chat
 
 
 class Source(NamedTuple):
@@ -73,7 +73,7 @@ def _documents(settings: DataSettings, parts: Parts) -> Iterator[Document]:
             done = (number + record.done) / len(parts)
             if record.bad:
                 bad += 1
-                _check_bad(record, settings.on_bad_record, bad)
+                check_bad(record.where, record.bad, settings.on_bad_record, bad)
                 kept = record.excerpt if settings.on_bad_record == "quarantine" else ""
                 yield Document(kept, "bad", record.where, done, record.bad)
                 continue
@@ -86,7 +86,7 @@ def _documents(settings: DataSettings, parts: Parts) -> Iterator[Document]:
             if part == "train" and _hash(whole) in held:
                 yield Document("", "overlap", record.where, done)
                 continue
-            fields = record.fields if settings.labelled else None
+            fields = record.fields if settings.labelled or settings.chat else None
             yield Document(text, split, record.where, done, fields=fields)
             found |= split == part and bool(text.strip())
             taken += 1
@@ -122,18 +122,19 @@ def _hash(text: str) -> int:
 
 def _text_of(record: Record, settings: DataSettings) -> str:
     columns = (record.fields[column] for column in settings.column_names)
-    return "\n".join("\n".join(x) if isinstance(x, list) else x for x in columns)
+    texts = lambda x: (one["content"] if isinstance(one, dict) else one for one in x)
+    return "\n".join("\n".join(texts(x)) if isinstance(x, list) else x for x in columns)
 
 
-def _check_bad(record: Record, policy: str, count: int) -> None:
+def check_bad(where: str, bad: str, policy: str, count: int) -> None:
+    """Refuses a record that is `bad`, the `count`th of them, where `policy` does not let it be."""
     if policy == "raise":
         raise DataError(
-            f"{record.where}: {record.bad}. Correct it, or set config.data.on_bad_record to skip "
-            "or quarantine."
+            f"{where}: {bad}. Correct it, or set config.data.on_bad_record to skip or quarantine."
         )
     if count > MAX_BAD_RECORDS:
         raise DataError(
-            f"{record.where}: {record.bad}. This is bad record {count}, and a source with more "
+            f"{where}: {bad}. This is bad record {count}, and a source with more "
             f"than {MAX_BAD_RECORDS} is broken. See config.data.columns and the files."
         )
 
@@ -143,13 +144,19 @@ def _pydocs(settings: DataSettings, log) -> tuple[dict, Parts]:
     if settings.labelled and settings.format not in ("classes", "texts"):
         raise ConfigError(
             f"config.data.name='pydocs' has no {settings.format}, only documents, classes (the "
-            "package of a docstring) and texts. Set config.data.train to your own files."
+            "package of a docstring), texts and chat. Set config.data.train to your own files."
         )
 
     def records() -> Iterator[Record]:
-        rows = pydocs.examples() if settings.labelled else [(*x, "") for x in pydocs.texts()]
-        for i, (where, text, package) in enumerate(rows):
-            fields = dict.fromkeys(names, text) | ({label: package} if label else {})
+        if settings.chat:
+            rows = pydocs.conversations()
+        else:
+            rows = pydocs.examples() if settings.labelled else [(*x, "") for x in pydocs.texts()]
+        for i, (where, text, more) in enumerate(rows):
+            fields = dict.fromkeys(names, text) | ({label: more} if label else {})
+            if settings.chat:
+                asked = {"role": "user", "content": text}
+                fields = {names[0]: [asked, {"role": "assistant", "content": more}]}
             yield Record(fields, where, i / len(rows))
 
     if len(names) != 1:

@@ -44,6 +44,14 @@ class Shard(NamedTuple):
     sentences: np.ndarray
 
 
+class Conversations(NamedTuple):
+    """The same of chat.py; `targets` [tokens] are 1 for what is learnt."""
+
+    tokens: np.ndarray
+    documents: np.ndarray
+    targets: np.ndarray
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest of two dtypes that hold every id."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
@@ -56,8 +64,13 @@ def tokenise(
     workers: int,
     log: Callable[[str], None],
     poll: Callable[[], None],
+    write: Callable[..., dict] | None = None,
 ) -> list[dict]:
-    """Fill `folder` with shards, or find it filled; returns the index of each shard."""
+    """Fill `folder` with shards, or find it filled; returns the index of each shard.
+
+    `write`: what makes a shard (None: of texts), given its folder, those of the tokenizer, the size
+    of the vocabulary, and documents.
+    """
     cache.remove_leftovers(folder)
     whole = cache.verified(folder / "whole", log)
     if whole is not None:
@@ -66,7 +79,8 @@ def tokenise(
             return indices
     indices, tokens = [], 0
     with progress.part(log) as show:
-        for index, done in _make(folder, source, tokenizer, workers, log, poll):
+        made = _make(folder, source, tokenizer, workers, log, poll, write or _write_shard)
+        for index, done in made:
             indices.append(index)
             tokens += sum(index["tokens"].values())
             show(done, f"data: tokenised {tokens:,} tokens")
@@ -74,14 +88,14 @@ def tokenise(
     return indices
 
 
-def read(folder: Path, shards: int, split: str) -> Iterator[Shard]:
-    """The shards of one split, memory-mapped, in order."""
+def read(folder: Path, shards: int, split: str, kind: type = Shard) -> Iterator:
+    """The shards of one split, memory-mapped, in order; each a `kind`."""
     for i in range(shards):
-        names = [folder / f"{i:05d}" / f"{split}.{part}.npy" for part in Shard._fields]
-        yield Shard(*(np.load(name, mmap_mode="r") for name in names))
+        names = [folder / f"{i:05d}" / f"{split}.{part}.npy" for part in kind._fields]
+        yield kind(*(np.load(name, mmap_mode="r") for name in names))
 
 
-def _make(folder, source, tokenizer, workers, log, poll) -> Iterator[tuple[dict, float]]:
+def _make(folder, source, tokenizer, workers, log, poll, write) -> Iterator[tuple[dict, float]]:
     """(index, share of the source read) of every shard, in order; intact ones are kept."""
     chunks = enumerate(_chunks(source.documents(), SHARD_CHARACTERS))
     first = list(itertools.islice(chunks, IN_PROCESS_SHARDS + 1))
@@ -95,7 +109,7 @@ def _make(folder, source, tokenizer, workers, log, poll) -> Iterator[tuple[dict,
     if workers == 1:
         for shard, *job in jobs:
             poll()
-            index = cache.verified(shard, log) or _write_shard(shard, *job)
+            index = cache.verified(shard, log) or write(shard, *job)
             yield index, job[-1][-1].done
         return
 
@@ -106,7 +120,7 @@ def _make(folder, source, tokenizer, workers, log, poll) -> Iterator[tuple[dict,
         for shard, *job in jobs:
             poll()
             index = cache.verified(shard, log)
-            pending.append((index or _submit(pool, shard, *job), job[-1]))
+            pending.append((index or _submit(pool, write, shard, *job), job[-1]))
             if len(pending) > 2 * workers:  # bounds the texts held in memory
                 yield _finished(*pending.popleft())
         while pending:
@@ -118,7 +132,7 @@ def _make(folder, source, tokenizer, workers, log, poll) -> Iterator[tuple[dict,
 
 def _submit(pool: ProcessPoolExecutor, *job) -> Future:
     try:
-        return pool.submit(_write_shard, *job)
+        return pool.submit(*job)
     except Exception as error:  # what a pool raises whose processes are dying depends on the moment
         raise _died(job[-1]) from error
 
@@ -164,19 +178,31 @@ def _chunks(documents: Iterable[Document], size: int) -> Iterator[list[Document]
 def _write_shard(folder: Path, tokenizer: Path, vocab_size: int, chunk: list[Document]) -> dict:
     """Tokenise the documents of one shard; returns its index."""
     encode = encoder(tokenizer)
+    return build(folder, chunk, lambda documents: _tokenised(encode, documents, vocab_size))
+
+
+def build(
+    folder: Path,
+    chunk: list[Document],
+    tokenised: Callable[[list[Document]], tuple[Shard | Conversations, int, list[Document]]],
+) -> dict:
+    """Make the shard of a chunk; `tokenised` gives that of some documents, how many of them are
+    empty, and those that turn out to be bad."""
 
     def write(temporary: Path) -> dict:
         counts = {"documents": {}, "tokens": {}, "empty_documents": {}}
+        bad = write_bad(temporary, chunk)
         for split in SPLITS:
             documents = [document for document in chunk if document.split == split]
-            shard, empty = _tokenised(encode, documents, vocab_size)
-            for part, array in zip(Shard._fields, shard, strict=True):
+            shard, empty, more = tokenised(documents)
+            bad += write_bad(temporary, more)
+            for part, array in shard._asdict().items():
                 np.save(temporary / f"{split}.{part}.npy", array)
             counts["documents"][split] = len(shard.documents) - 1
             counts["tokens"][split] = len(shard.tokens)
             counts["empty_documents"][split] = empty
         counts[OVERLAP] = {"train": overlapping(chunk), "validation": 0}
-        return counts | {"bad_records": write_bad(temporary, chunk)}
+        return counts | {"bad_records": bad}
 
     return cache.build(folder, write)
 
@@ -197,7 +223,7 @@ def write_bad(folder: Path, documents: list[Document]) -> int:
     return len(bad)
 
 
-def _tokenised(encode, documents: list[Document], vocab_size: int) -> tuple[Shard, int]:
+def _tokenised(encode, documents: list[Document], vocab_size: int) -> tuple[Shard, int, list]:
     dtype = token_dtype(vocab_size)
     tokens, ends, starts = [np.zeros(0, dtype)], [0], []
     empty = 0
@@ -217,7 +243,7 @@ def _tokenised(encode, documents: list[Document], vocab_size: int) -> tuple[Shar
             ends.append(ends[-1] + len(ids))
             tokens.append(ids.astype(dtype))
     sentences = np.concatenate([*starts, [ends[-1]]]).astype(np.int64)
-    return Shard(np.concatenate(tokens), np.array(ends, np.int64), sentences), empty
+    return Shard(np.concatenate(tokens), np.array(ends, np.int64), sentences), empty, []
 
 
 def _encode(encode, documents: list[Document]) -> list:

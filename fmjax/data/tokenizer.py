@@ -27,6 +27,7 @@ SENTINELS = 100  # that a trained T5 tokenizer has
 TRAINING_CHARACTERS = 200_000_000
 MAX_VOCAB = 2**24  # ids; tables of this length are made before a model is
 MAX_ALPHABET = 1000  # characters, as in tokenizers' own trainer
+SUFFIXES = (".json", ".txt", ".model", ".jinja")  # of what a tokenizer is made of
 
 
 class Vocab(NamedTuple):
@@ -113,7 +114,7 @@ def _identity(settings: TokenizerSettings, source: Source) -> dict:
         return {"source": source.identity} | {key: getattr(settings, key) for key in keys}
     if os.path.isdir(os.path.expanduser(settings.name)):
         folder = snapshot.find(settings.name)
-        files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model"))
+        files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES)
         return {"files": {path.name: cache.file_digest(path) for path in files}}
     if settings.name.startswith((".", "/", "~")):
         raise ConfigError(f"config.tokenizer.name={quoted(settings.name)}: no such folder.")

@@ -2,7 +2,8 @@
 
 (GPT-2, Radford et al. 2019, §2.) The first token of each piece is no target, as nothing is before
 it: with `config.data.frame="document"` that is the one that begins a document, or the one that the
-piece before has ended with.
+piece before has ended with. Of conversations (`config.data.format="chat"`) only what the assistant
+says is a target: where a batch has a `loss_mask`, the tokens that it marks.
 """
 
 from collections.abc import Callable, Mapping
@@ -72,8 +73,10 @@ def judged(
 def targets(
     batch: Mapping[str, jax.Array],
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
-    """(the token behind each, 1.0 where that is of the same document)."""
+    """(the token behind each, 1.0 where that is of the same document, and one to learn)."""
     ahead = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
     segments = batch["segment_ids"]
     same = (ahead(segments) == segments) & (segments > 0)
+    if "loss_mask" in batch:
+        same &= ahead(batch["loss_mask"]) > 0
     return ahead(batch["input_ids"]), same.astype(jnp.float32)

@@ -134,8 +134,8 @@ def test_all_questions_of_a_context_are_in_one_split(prepare, tmp_path):
         ([question(7, (0, "a"))], {}, "column 'question': the value is int, not text"),
         ([{"question": "z", "answers": 3}], {}, "column 'answers': the value is not {'text'"),
         ([{"question": "z"}], {}, "no column 'answers'"),
-        ([{"answers": []}], {}, r"not SQuAD's JSON.*KeyError\('question'\)"),
-        (3, {}, "not SQuAD's JSON.*TypeError"),
+        ([{"answers": []}], {}, r"nor SQuAD's JSON.*KeyError\('question'\)"),
+        (3, {}, "no array, nor SQuAD's JSON.*TypeError"),
         ([question("z", (6, "f"))], dict(long="error"), "longer than config.data.seq_len"),
     ],
 )
@@ -150,7 +150,6 @@ def test_bad_questions_name_their_place(asked, qas, settings, said):
         (b"{", r"not JSON \("),
         (b"[" * 10**5, "not JSON"),
         (b"\xff", "not JSON.*utf-8"),
-        (b"[]", "SQuAD"),
     ],
 )
 def test_a_file_that_is_no_json(prepare, tmp_path, content, said):
@@ -159,9 +158,12 @@ def test_a_file_that_is_no_json(prepare, tmp_path, content, said):
         prepare(tmp_path / "a.json", **SPANS)
 
 
-def test_a_json_file_without_questions(asked):
+def test_a_json_file_without_questions(asked, prepare, tmp_path):
     with pytest.raises(DataError, match="the file holds no document"):
         asked([])
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(DataError, match="the file holds no document"):
+        prepare(tmp_path / "a.json", **SPANS)
 
 
 def test_a_bomb_is_refused(prepare, tmp_path):
