@@ -69,8 +69,9 @@ def resolved(config: Any) -> Any:
             "set --config.init to a run folder, a folder in Hugging Face format, or a hub id."
         )
     if config.init.startswith("runs/") and not os.path.isdir(config.init):
+        name = config.init.removeprefix("runs/").rpartition("-")[0] or "mlm"
         raise ConfigError(
-            f"config.init={config.init!r} does not exist. python run.py --config=configs/mlm.py "
+            f"config.init={config.init!r} does not exist. python run.py --config=configs/{name}.py "
             "makes the default one; or set --config.init to another run folder, a folder in "
             "Hugging Face format, or a hub id."
         )

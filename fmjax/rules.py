@@ -340,7 +340,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"adapter\.(alpha|scale)|max_kl", ABOVE_ZERO),
     (r"adapter\.activation", ("gelu", "gelu_tanh", "relu", "silu")),
     (r"adapter\.scaling", ("alpha/rank", "rslora")),
-    (r"data\.name", ("pydocs", "text", "hub")),
+    (r"data\.name", ("pydocs", "pycode", "text", "hub")),
     (r"data\.format", FORMATS),
     (r"data\.template", TEMPLATES),
     (r"data\.columns", COLUMNS),

@@ -70,6 +70,11 @@ class DataSettings:
                 "config.data.overlap='drop' needs config.data.validation: without it documents are "
                 "split by a hash of their text, so that none is in both."
             )
+        if self.name == "pycode" and self.train:
+            raise ConfigError(
+                "config.data.name='pycode' is the code of Python's library: leave "
+                "config.data.train empty, or set config.data.name to 'text'."
+            )
         if self.name == "text" and not self.train:
             raise ConfigError(
                 "data.name='text' needs files: set config.data.train to names or globs."

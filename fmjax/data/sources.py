@@ -1,4 +1,4 @@
-"""Where documents come from: `pydocs` (embedded), `text` (files), `hub` (`datasets`).
+"""Where documents come from: `pydocs`, `pycode` (embedded), `text` (files), `hub` (`datasets`).
 
 A source is read several times (to train a tokenizer, to tokenise, again when a killed preparation
 resumes), so `documents()` starts anew at each call and always gives the same documents in the same
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from fmjax import snapshot
-from fmjax.data import cache, files, hub, pydocs
+from fmjax.data import cache, files, hub, pycode, pydocs
 from fmjax.data.records import Record
 from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError, DataError
@@ -50,7 +50,7 @@ Parts = dict[str, Callable[[], Iterator[Record]]]
 
 def read(settings: DataSettings, log: Callable[[str], None]) -> Source:
     """The source that `settings` describes; nothing but digests is read yet."""
-    kinds = {"pydocs": _pydocs, "text": _text, "hub": _hub}
+    kinds = {"pydocs": _pydocs, "pycode": _pycode, "text": _text, "hub": _hub}
     identity, parts = kinds[settings.source](settings, log)
     keys = ("validation_fraction", "max_documents", "on_bad_record")
     identity |= {key: getattr(settings, key) for key in keys}
@@ -162,6 +162,21 @@ def _pydocs(settings: DataSettings, log) -> tuple[dict, Parts]:
     if len(names) != 1:
         raise ConfigError(f"config.data.columns={settings.columns!r}: pydocs has one column.")
     return {"pydocs": pydocs.digest(), "label": label}, {"train": records}
+
+
+def _pycode(settings: DataSettings, log) -> tuple[dict, Parts]:
+    if settings.labelled or settings.chat or len(settings.column_names) != 1:
+        raise ConfigError(
+            f"config.data.name='pycode' has documents in one column, but config.data.format="
+            f"{settings.format!r} and columns={settings.columns!r}."
+        )
+
+    def records() -> Iterator[Record]:
+        rows = pycode.texts()
+        for i, (where, text) in enumerate(rows):
+            yield Record({settings.column_names[0]: text}, where, i / len(rows))
+
+    return {"pycode": pycode.digest()}, {"train": records}
 
 
 def _text(settings: DataSettings, log) -> tuple[dict, Parts]:

@@ -2,13 +2,17 @@
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fmjax import data
+from fmjax.data import pycode
 from fmjax.data import pydocs as documentation
 from fmjax.errors import ConfigError, DataError
 
@@ -34,6 +38,30 @@ def test_the_texts_are_the_same_in_every_process():
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     here = hashlib.sha256(repr(documentation.texts()).encode()).hexdigest()
     assert output.stdout.strip() == here
+
+
+def test_pycode_is_the_code_of_modules(pydocs):
+    texts = pycode.texts()
+    assert len(texts) == len({text for _, text in texts}) > 400
+    assert sum(len(text) for _, text in texts) > 8_000_000
+    assert ("code of textwrap.py", Path(textwrap.__file__).read_text()) in texts
+    named = " ".join(where for where, _ in texts)
+    assert not re.search(r"/tests?/|idlelib|__pycache__|_sysconfigdata|site-packages", named)
+    counts = pydocs(name="pycode", max_documents=20, validation_fraction=0).counts["train"]
+    assert counts["documents"] == 20
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        (dict(format="classes", long="drop"), "'pycode' has documents in one column.*'classes'"),
+        (dict(format="chat", long="drop"), "'pycode' has documents in one column.*'chat'"),
+        (dict(train="a.txt"), "leave config.data.train empty"),
+    ],
+)
+def test_pycode_is_nothing_else(pydocs, how, said):
+    with pytest.raises(ConfigError, match=said):
+        pydocs(name="pycode", **how)
 
 
 def test_a_second_start_reads_the_cache_without_heavy_imports(pydocs):
@@ -94,7 +122,7 @@ def test_what_was_prepared_is_logged(prepare):
     "settings, message",
     [
         ({"seqlen": 3}, r"Unknown key config\.data\.seqlen\. Did you mean 'seq_len'"),
-        ({"name": "txt"}, r"config\.data\.name='txt'.*Possible: hub, pydocs, text"),
+        ({"name": "txt"}, r"config\.data\.name='txt'.*Possible: hub, pycode, pydocs, text"),
         ({"format": "pair"}, r"config\.data\.format='pair'.*'pairs'"),
         ({"long": "cut"}, r"config\.data\.long='cut'.*drop, error, split, truncate"),
         ({"seq_len": 4}, r"config\.data\.seq_len=4 must be a number from 8"),
