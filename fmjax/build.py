@@ -1,5 +1,6 @@
 """From a config to its model, and how objectives call one."""
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
         classes=heads,
     )
     objectives.check_model(config.objectives.to_dict(), built)
+    if objectives.need_prefix(config.objectives):
+        built = built.clone(cfg=dataclasses.replace(built.cfg, prefix=True))
     built = adapters.wrap(built, config.to_dict())
     check_rows(built, config.data.to_dict())
     return built

@@ -68,6 +68,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     if heads := ", ".join(sorted({name.rpartition("/")[0] for name in left_out})):
         print(f"left out, as transformers has no class with them beside the rest: {heads}")
     (architecture,) = json.loads((output / "config.json").read_text())["architectures"]
+    if getattr(opened.model.cfg, "prefix", False):
+        print("the model reads a prompt in both directions, but with transformers only forwards")
     print(f"to load: transformers.{architecture}.from_pretrained({str(output)!r})")
 
 

@@ -115,13 +115,15 @@ def _written(
     tokens: int,
 ) -> Int[Array, "B T"]:
     """The rows with all behind the first `known` tokens drawn, one after the other, of the first
-    `tokens` of the vocabulary: a model may have rows that no token stands for."""
+    `tokens` of the vocabulary: a model may have rows that no token stands for. What is known is a
+    prefix to models that were trained with one."""
     ones = jnp.ones_like(rows)
     positions = jnp.broadcast_to(jnp.arange(rows.shape[1])[None], rows.shape)
+    prefix = (positions < known).astype(rows.dtype)
 
     def one(t, rows):
         # What is behind is not seen, whatever stands there.
-        hidden = apply(params, rows, ones, positions, jnp.zeros_like(rows), method="encode")
+        hidden = apply(params, rows, ones, positions, prefix, method="encode")
         logits = apply(params, hidden[:, t - 1], method="logits")[:, :tokens]
         return rows.at[:, t].set(_drawn(logits, jax.random.fold_in(key, t), temperature, top_k))
 

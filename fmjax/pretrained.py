@@ -92,7 +92,8 @@ def described(source: str) -> tuple[str, dict[str, Any]]:
         name, options = _described(checkpoint.load_meta(source), source)
     else:
         name, options = convert.describe(convert.find(source))
-    return name, {k: v for k, v in options.items() if k not in ("classes", "lm_head", "dtype")}
+    own = ("classes", "lm_head", "prefix", "dtype")  # what follows from a config's objectives
+    return name, {key: value for key, value in options.items() if key not in own}
 
 
 def identity(model: AnyModel) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fmjax import (
     data,
     evaluate,
     fill_mask,
+    generate,
     losses,
     pretrained,
     sharding,
@@ -41,6 +42,11 @@ def load(name, *words):
             "mlm.py:tiny",
             ["model.name=gpt2", "model.variant=tiny"],
             "mlm needs .*all of a text.*bert",
+        ),
+        (
+            "clm.py:tiny",
+            ["model.name=bert", "model.variant=tiny", "objectives={'prefix_lm': {}}"],
+            "prefix_lm needs .*before them",
         ),
         ("clm.py:tiny", ["samples.length=5000"], r"config.samples.length=5000.*32 positions"),
         ("mlm.py:tiny", ["ledger=('samples',)"], "config.samples to have prompt.*none of them"),
@@ -95,6 +101,28 @@ def test_samples_are_in_the_ledger(folder):
     kept = json.loads((folder / "ledger.json").read_text())
     assert len(kept["samples"]) == kept["samples_of"]["count"] == 3
     assert all(isinstance(text, str) for text in kept["samples"])
+
+
+def test_a_run_of_prefixes_reads_a_prompt_in_both_directions(tmp_path):
+    words = ["total=2", "objectives={'prefix_lm': {'weight': 1.0}}", "ledger=()"]
+    train.run(load("clm.py:tiny", *words), tmp_path)
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        assert pretrained.open_folder(str(tmp_path), mesh).model.cfg.prefix
+    assert "prefix" not in pretrained.described(str(tmp_path))[1]
+
+
+def test_what_is_known_is_a_prefix():
+    """Of a model that says the type of the last token: 1 behind the prompt, then 0."""
+
+    def apply(params, *arrays, method):
+        if method == "encode":
+            return jax.nn.one_hot(arrays[3], 4)
+        return arrays[0]
+
+    rows = jnp.array([[3, 3, 3, 0, 0, 0]])
+    written = generate._written(apply, None, rows, jax.random.key(0), 3, 0.0, None, 4)
+    assert written.tolist() == [[3, 3, 3, 1, 0, 0]]
 
 
 def test_other_data_are_measured_in_the_same_frame(folder, tmp_path):

@@ -27,16 +27,17 @@ def mask(
     positions: Int[Array, "B T"],
     window: int | None = None,
     causal: bool = False,
+    prefix: Bool[Array, "B T"] | None = None,
 ) -> Bool[Array, "B 1 T T"]:
     """Who may see whom: same segment, not padding, at most `window` positions apart, and if
-    `causal` none that is behind."""
+    `causal` none that is behind but those of the `prefix` (Raffel et al. 2020, §3.2.1)."""
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     same &= segment_ids[:, None, :] > 0
     before = positions[:, :, None] - positions[:, None, :]
     if window is not None:
         same &= jnp.abs(before) <= window
     if causal:
-        same &= before >= 0
+        same &= (before >= 0) if prefix is None else (before >= 0) | prefix[:, None, :]
     return same[:, None]
 
 
@@ -50,6 +51,7 @@ def attention(
     bias: Float[Array, "N T S"] | Float[Array, "B N T S"] | None = None,
     windowed: bool = False,
     causal: bool = False,
+    prefix: bool = False,
     scale: float | None = None,
     softcap: float = 0.0,
     dropout: float = 0.0,
@@ -65,8 +67,8 @@ def attention(
 
     `implementation`: "xla" runs anywhere; "cudnn" is NVIDIA's fused kernel (float16/bfloat16);
     "tpu" is the Pallas flash kernel, which reads `segment_ids` and `causal` instead of the mask and
-    so refuses `windowed`; "auto" takes the fused kernel of the device where it applies.
-    Probabilities can be dropped out, and a bias added, only by "xla".
+    so refuses `windowed` and `prefix`; "auto" takes the fused kernel of the device where it
+    applies. Probabilities can be dropped out, and a bias added, only by "xla".
 
     Raises ConfigError when a kernel is asked for by name and cannot serve the request.
     """
@@ -91,6 +93,7 @@ def attention(
         ),
         "tpu": _first(
             (windowed, "it has no local window"),
+            (prefix, "it shows nothing that is behind, as config.objectives.prefix_lm needs"),
             (softcap > 0, "it has no soft cap (config.model.attention_softcap)"),
             (bias is not None, "it adds no bias to the products"),
             (k.shape[2] != q.shape[2], "it takes no keys beside those of the tokens"),

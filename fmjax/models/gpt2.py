@@ -34,6 +34,7 @@ class Config:
     biases: bool = True  # of linear maps and norms
     lm_head: bool = True  # whether tokens are predicted
     classes: tuple[tuple[str, int], ...] = ()  # linear heads: (name, outputs)
+    prefix: bool = False  # whether tokens of type 1 are seen by all of their document
     dropout: float = 0.1
     attention_dropout: float = 0.1
     activation: str = "gelu_tanh"
@@ -107,6 +108,7 @@ class Attention(nn.Module):
             q, k, v, may_see,
             segment_ids=segment_ids,
             causal=True,
+            prefix=cfg.prefix,
             dropout=cfg.attention_dropout,
             seeds=seeds,
             # Initialisation runs one short row, which no kernel takes.
@@ -156,15 +158,16 @@ class Decoder(trunk.Trunk):
         token_types: Int[Array, "B T"],
         seeds: streams.Seeds | None = None,
     ) -> Float[Array, "B T D"]:
-        """Hidden states of the last layer that runs; `token_types` are not used. `seeds` turn
-        dropout on."""
+        """Hidden states of the last layer that runs; `token_types` are not used but for prefixes.
+        `seeds` turn dropout on."""
         cfg = self.cfg
         if self.start:
             x = input_ids.astype(DTYPES[cfg.dtype])
         else:
             site = None if seeds is None else streams.fold(seeds, cfg.depth)
             x = self.embed(input_ids, positions, site)
-        shared = (segment_ids, mask(segment_ids, positions, causal=True), seeds)
+        prefix = token_types == 1 if cfg.prefix else None
+        shared = (segment_ids, mask(segment_ids, positions, causal=True, prefix=prefix), seeds)
         layer = {"index": jnp.asarray(np.arange(cfg.depth))}
         x = self.run_layers(sharding.constrain_batch(x), layer, shared)
         return self.norm(x) if self.stop is None else x

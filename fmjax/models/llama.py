@@ -58,6 +58,7 @@ class Config:
     tied: bool = False  # whether the output is the token embedding
     lm_head: bool = True  # whether tokens are predicted
     classes: tuple[tuple[str, int], ...] = ()  # linear heads: (name, outputs)
+    prefix: bool = False  # whether tokens of type 1 are seen by all of their document
     activation: str = "silu"
     gated: bool = True  # whether MLPs are
     norm: str = "rms"  # or layer, with scales and biases; or plain, a layer norm without
@@ -272,6 +273,7 @@ class Attention(nn.Module):
             segment_ids=shared["segment_ids"],
             bias=bias,
             causal=True,
+            prefix=cfg.prefix,
             windowed=cfg.window > 0,
             scale=cfg.query_scale or None,
             softcap=cfg.attention_softcap,
@@ -339,16 +341,17 @@ class Decoder(trunk.Trunk):
         token_types: Int[Array, "B T"],
         seeds: streams.Seeds | None = None,
     ) -> Float[Array, "B T D"]:
-        """Hidden states of the last layer that runs; `token_types` are not used. `seeds` turn
-        dropout on."""
+        """Hidden states of the last layer that runs; `token_types` are not used but for prefixes.
+        `seeds` turn dropout on."""
         cfg, time = self.cfg, input_ids.shape[1]
         if self.start:
             x = input_ids.astype(DTYPES[cfg.dtype])
         else:
             site = None if seeds is None else streams.fold(seeds, cfg.depth)
             x = self.embed(input_ids, site)
-        seen = mask(segment_ids, positions, causal=True)
-        window = mask(segment_ids, positions, cfg.window - 1, causal=True) if cfg.window else seen
+        sees = dict(causal=True, prefix=token_types == 1 if cfg.prefix else None)
+        seen = mask(segment_ids, positions, **sees)
+        window = mask(segment_ids, positions, cfg.window - 1, **sees) if cfg.window else seen
         how = dict(cfg.rope), time, cfg.max_len
         far, factor = rope.frequencies(cfg.size, cfg.theta, *how)
         near, near_factor = far, factor

@@ -21,7 +21,8 @@ labels of the data must mean (`fmjax.data.Dataset.target`); `heads(labels)`, the
 model; `SCORES`, the metrics of `score`; `WHOLE_BATCH`, that a row's loss depends on the others,
 which forbids accumulation; `VOCABULARY`, that the model needs its vocabulary head; `DECODES`,
 that it needs a decoder behind its encoder; `CAUSAL`, whether a token of the model may see only what
-is before it; `MASKS`, that the tokenizer needs a token for what is hidden.
+is before it; `PREFIX`, that those of type 1 are seen by all of their document (`Config.prefix` of
+decoders); `MASKS`, that the tokenizer needs a token for what is hidden.
 """
 
 import functools
@@ -82,6 +83,12 @@ def need_vocabulary(objectives: Iterable[str]) -> bool:
     """Whether one of the objectives predicts tokens."""
     modules = (importlib.import_module(f"fmjax.objectives.{name}") for name in objectives)
     return any(getattr(module, "VOCABULARY", False) for module in modules)
+
+
+def need_prefix(objectives: Iterable[str]) -> bool:
+    """Whether one of the objectives shows tokens to those before them."""
+    modules = (importlib.import_module(f"fmjax.objectives.{name}") for name in objectives)
+    return any(getattr(module, "PREFIX", False) for module in modules)
 
 
 def check_model(objectives: Mapping[str, Mapping[str, Any]], model: AnyModel) -> None:

@@ -111,6 +111,27 @@ def test_window():
     assert may_see[1, 4].tolist() == [False] * 3 + [True] * 3 + [False] * 2
 
 
+def test_a_prefix_is_seen_by_all_of_its_document_and_a_window_still_holds():
+    """Documents of three tokens, of which two are the first one's prefix; and one of eight."""
+    _, _, _, segment_ids, positions = inputs()
+    prefix = jnp.asarray([[1, 1, 0, 0, 0, 0, 0, 0], [1] * 4 + [0] * 4]) == 1
+    may_see = np.asarray(mask(segment_ids, positions, causal=True, prefix=prefix))[:, 0].astype(int)
+    assert may_see[0, :6, :6].tolist() == [
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 1, 1, 1],
+    ]
+    near = np.asarray(mask(segment_ids, positions, 1, True, prefix))[1, 0].astype(int)
+    assert near[[0, 3, 4]].tolist() == [
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 0, 0],
+        [0, 0, 0, 1, 1, 0, 0, 0],
+    ]
+
+
 def test_dropout_keeps_the_mean_and_its_gradient_uses_the_same_mask():
     q, k, v, segment_ids, positions = inputs()
     may_see = mask(segment_ids, positions)
@@ -157,6 +178,8 @@ def test_a_kernel_asked_for_by_name_says_why_it_cannot_serve():
     for kernel in ("cudnn", "tpu"):
         with pytest.raises(ConfigError, match=f"{kernel}.*adds no bias"):
             attention(half, half, half, may_see, **how, implementation=kernel)
+    with pytest.raises(ConfigError, match="it shows nothing that is behind"):
+        attention(q, k, v, may_see, segment_ids=segment_ids, prefix=True, implementation="tpu")
     with pytest.raises(ConfigError, match="Possible: auto, cudnn, tpu, xla"):
         attention(q, k, v, may_see, segment_ids=segment_ids, implementation="flash")
 

@@ -119,6 +119,28 @@ def test_what_comes_later_changes_nothing(family):
     assert (np.abs(one - two)[:, 5:].max(-1)[real] > 1e-3).all()
 
 
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_prefix_sees_itself_in_both_directions_and_nothing_behind_it(family):
+    """Six tokens of prefix, two behind: within gemma3's window of three tokens, and of its layers
+    every other sees all."""
+    model, params = build(family, prefix=True)
+    types = jnp.tile((jnp.arange(tiny.T) < 6).astype(jnp.int32)[None], (2, 1))
+    ones = jnp.ones_like(types)
+    place = jnp.tile(jnp.arange(tiny.T)[None], (2, 1))
+    batch = tiny.batch(2) | dict(segment_ids=ones, positions=place, token_types=types)
+    change = lambda at: {**batch, "input_ids": batch["input_ids"].at[:, at].add(1)}
+    base = logits(model, params, batch)
+    behind = logits(model, params, change(7))
+    np.testing.assert_array_equal(base[:, :7], behind[:, :7])
+    assert (np.abs(base - behind)[:, 7:].max(-1) > 1e-4).all()
+    within = logits(model, params, change(5))
+    assert (np.abs(base - within).max(-1) > 1e-4).all()
+    # Where nothing is a prefix it is the model without.
+    causal = dict(batch, token_types=jnp.zeros_like(types))
+    plain, _ = build(family)
+    np.testing.assert_array_equal(logits(model, params, causal), logits(plain, params, batch))
+
+
 @pytest.mark.parametrize("family", ["bert", "modernbert", "t5", *CAUSAL])
 def test_padding_changes_nothing(family):
     model, params = build(family)
