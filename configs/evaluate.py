@@ -28,7 +28,9 @@ def get_config():
     config.batch_size = placeholder(int)
     config.precision = placeholder(str)
     config.data = {key: placeholder(type(value)) for key, value in mlm.data.items()}
-    config.data.frame = config.data.template = placeholder(str)
+    config.data.frame = placeholder(str)
+    config.data.room = placeholder(int)
+    config.data.template = placeholder(str)
     del config.data.skip, config.data.examples  # concern training alone
     config.objectives = placeholder(ConfigDict)
     config.mesh = mlm.mesh

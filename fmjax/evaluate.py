@@ -23,7 +23,7 @@ from fmjax.models import AnyModel
 FILE = "evaluation.jsonl"
 # A new source replaces all that names the run's; only these say how rows are made of documents.
 ROWS = ("seq_len", "target_len", "source_prefix", "pack", "format", "pair", "long", "frame")
-ROWS += ("template", "stride")
+ROWS += ("room", "template", "stride")
 ROWS += ("columns", "label", "cache", "workers")
 
 

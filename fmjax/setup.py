@@ -61,7 +61,8 @@ def setup(config: Any, mesh: jax.sharding.Mesh, poll: Callable[[], None] = lambd
     config = pretrained.resolved(config)
     size = config.tokenizer.vocab_size if config.tokenizer.name == "train" else 8
     none = np.zeros(size, bool)
-    stand_in = data.Vocab(size, 0, 1, (2,), (3,), none, none, sentinels=range(size))
+    marks = dict(sentinels=range(size), fim=(4, 5, 6))
+    stand_in = data.Vocab(size, 0, 1, (2,), (3,), none, none, **marks)
     labels = tuple(config.data.classes) or ("one", "other")
     # An upper bound of the steps in the unit of the run's length, next to nothing in the others, so
     # that no duration looks longer than the run.
@@ -115,6 +116,11 @@ def assemble(
         raise ConfigError(
             "config.data.label is empty, so that there is nothing to train on: name the column of "
             f"the labels of config.data.format={settings.format}."
+        )
+    if settings.room < (needed := losses.room(config.objectives)):
+        raise ConfigError(
+            f"config.objectives adds {needed} tokens to a document, but config.data.room="
+            f"{settings.room} leaves no room for them behind each: set it to {needed}."
         )
     objectives = losses.build(config.objectives.to_dict(), target=settings.target, vocab=vocab)
     optimizers = config.optim.to_dict(), config.group_optim.to_dict()

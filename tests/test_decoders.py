@@ -48,6 +48,11 @@ def load(name, *words):
             ["model.name=bert", "model.variant=tiny", "objectives={'prefix_lm': {}}"],
             "prefix_lm needs .*before them",
         ),
+        (
+            "clm.py:tiny",
+            ["tokenizer.special=fim", "objectives={'fim': {}}"],
+            "adds 3 tokens to a document, but config.data.room=0.*set it to 3",
+        ),
         ("clm.py:tiny", ["samples.length=5000"], r"config.samples.length=5000.*32 positions"),
         ("mlm.py:tiny", ["ledger=('samples',)"], "config.samples to have prompt.*none of them"),
         (

@@ -124,6 +124,7 @@ def _rows(root: Path, source, words, data, log, poll) -> tuple[Path, str, dict]:
     form = f"{data.format}-{data.seq_len}"
     if data.format != "pairs":
         form += f"-{data.long}" + f"-{data.frame}" * (data.frame != "piece")
+        form += f"-room{data.room}" if data.room else ""
     with cache.lock(root / f"{home.name}.lock", log, poll):
         index = cache.verified(home / form, log)
         if index is None:
@@ -167,6 +168,7 @@ def _pack(folder: Path, home: Path, shards: list[dict], words, data, poll) -> di
             seq_len=data.seq_len,
             long=data.long,
             frame=data.frame,
+            space=data.room,
             padded=data.format in settings.ALONE.values(),
             chat=data.chat,
             poll=poll,

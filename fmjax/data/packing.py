@@ -77,13 +77,14 @@ def write(
     long: str,
     frame: str,
     padded: bool,
+    space: int = 0,
     chat: bool = False,
     poll: Callable[[], None],
 ) -> dict:
     """Pack `count` shards into `folder`; returns the counts of each split.
 
-    `long` and `frame` as in `config.data`; `padded`: one piece a row; `chat`: of conversations,
-    which have all of their tokens.
+    `long` and `frame` as in `config.data`; `padded`: one piece a row; `space`: columns left free
+    behind each; `chat`: of conversations, which have all of their tokens.
     """
     counts, around = {}, ((), ()) if chat else (vocab.first, vocab.last)
     kind = store.Conversations if chat else store.Shard
@@ -99,17 +100,17 @@ def write(
                 poll()
                 if frame == "document":
                     shard, around = framed(shard, vocab), ((), ())
-                room = seq_len - sum(map(len, around))
+                room = seq_len - sum(map(len, around)) - space
                 shared = int(frame == "document")  # so that each token is predicted by one before
                 starts, lengths, lost = pieces(shard.documents, room, long, seq_len, shared)
                 if chat:
                     starts, lengths, lost = _taught(shard, starts, lengths, lost)
                 how = (starts, lengths, seq_len, around)
-                tokens, segments = pack(shard.tokens, *how, vocab.pad_id, padded)
+                tokens, segments = pack(shard.tokens, *how, vocab.pad_id, padded, space)
                 rows.write(tokens)
                 marks.write(segments)
                 if asked:
-                    targets, _ = pack(shard.targets, *how, 0, padded)
+                    targets, _ = pack(shard.targets, *how, 0, padded, space)
                     asked.write(targets)
                     total.update(learnt_tokens=int(np.count_nonzero(targets)))
                 total.update(lost, rows=len(tokens), tokens=int(np.count_nonzero(segments)))
@@ -235,16 +236,17 @@ def pack(
     around: tuple[tuple[int, ...], tuple[int, ...]],
     pad_id: int,
     padded: bool = False,
+    space: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [N, T], segments [N, T]) of the pieces tokens[starts:starts + lengths], with the
-    tokens (before, behind) `around` each."""
+    tokens (before, behind) `around` each and `space` columns of padding behind."""
     before, behind = around
     widths = lengths + len(before) + len(behind)
-    rows = np.arange(len(widths)) if padded else best_fit_decreasing(widths, seq_len)
+    rows = np.arange(len(widths)) if padded else best_fit_decreasing(widths + space, seq_len)
     order = np.argsort(rows, kind="stable")
     rows, starts, lengths, widths = rows[order], starts[order], lengths[order], widths[order]
     per_row = np.bincount(rows) if len(rows) else np.zeros(0, np.int64)
-    earlier = np.cumsum(widths) - widths
+    earlier = np.cumsum(widths + space) - widths - space
     column = earlier - np.repeat(earlier[np.cumsum(per_row) - per_row], per_row)
     target = rows * seq_len + column  # flat position of each piece's first token
 

@@ -47,6 +47,7 @@ class DataSettings:
     stride: int = 64  # tokens that two windows of one long context share
     document: str = "blank_line"
     frame: str = "piece"  # what the tokenizer's tokens for begin and end stand around
+    room: int = 0  # tokens left free behind each piece, for what an objective adds to it
     template: str = "auto"  # of chat: the tokenizer's, where it has none "plain"; or see chat.py
     long: str = "split"
     on_bad_record: str = "raise"
@@ -104,6 +105,11 @@ class DataSettings:
             raise ConfigError(
                 "config.data.target_len, source_prefix and pack have no meaning with format="
                 f"{self.format!r}: they are of 'seq2seq'. Leave them out."
+            )
+        if self.room and (self.labelled or self.format == "pairs"):
+            raise ConfigError(
+                f"config.data.room={self.room} has no meaning with format={self.format!r}, whose "
+                "rows are no documents. Leave it at 0."
             )
         if self.frame == "document" and (self.labelled or self.chat or self.format == "pairs"):
             raise ConfigError(

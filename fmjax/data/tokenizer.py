@@ -22,6 +22,15 @@ SPECIAL = {
     "gpt": {f"{name}_token": "<|endoftext|>" for name in "unk bos eos".split()},
     "t5": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
 }
+SPECIAL["fim"] = SPECIAL["gpt"]
+# Before, between and behind where a middle is filled in, as families call them; the first is ours.
+FIM = (
+    ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),  # Qwen 2.5 Coder, CodeGemma
+    ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),  # StarCoder
+    ("<fim-prefix>", "<fim-middle>", "<fim-suffix>"),  # SantaCoder
+    ("▁<PRE>", "▁<MID>", "▁<SUF>"),  # Code Llama
+    ("<｜fim▁begin｜>", "<｜fim▁end｜>", "<｜fim▁hole｜>"),  # DeepSeek Coder
+)
 SENTINELS = 100  # that a trained T5 tokenizer has
 # A vocabulary does not get better by reading more; minutes at most.
 TRAINING_CHARACTERS = 200_000_000
@@ -42,6 +51,7 @@ class Vocab(NamedTuple):
     word_start: np.ndarray  # True where a token begins a word
     sentinels: tuple[int, ...] = ()  # that can stand for spans: <extra_id_0>, <extra_id_1>, …
     bytes: np.ndarray | None = None  # int [V], of the text that each stands for; None: unknown
+    fim: tuple[int, int, int] | None = None  # what marks prefix, middle, suffix (objectives/fim.py)
 
 
 class Prepared(NamedTuple):
@@ -69,8 +79,8 @@ def prepare(
     with np.load(home / "vocab.npz") as stored:
         tables = {name: stored[name] for name in stored.files}
     ids = index["vocab"]
-    several = {name: tuple(ids[name]) for name in ("first", "last", "sentinels")}
-    vocab = Vocab(**ids | several, **tables)
+    several = ("first", "last", "sentinels", "fim")
+    vocab = Vocab(**ids | {name: ids[name] and tuple(ids[name]) for name in several}, **tables)
     return Prepared(vocab, home / "files", index["files"]["files/tokenizer.json"][1])
 
 
@@ -136,7 +146,7 @@ def _write(folder: Path, settings: TokenizerSettings, source: Source, log) -> di
     found = vocab._asdict()
     tables = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
     np.savez(folder / "vocab.npz", **tables)
-    ids = ("size", "pad_id", "mask_id", "first", "last", "sentinels")
+    ids = ("size", "pad_id", "mask_id", "first", "last", "sentinels", "fim")
     return {"vocab": {name: found[name] for name in ids}}
 
 
@@ -182,11 +192,12 @@ def _train(settings: TokenizerSettings, source: Source):
     )
 
     named = dict(SPECIAL[settings.special])
-    if settings.special == "gpt" and settings.kind != "bpe":  # bytes are all known
+    if settings.special in ("gpt", "fim") and settings.kind != "bpe":  # bytes are all known
         named["unk_token"] = "<|unknown|>"
-    special, unknown = list(dict.fromkeys(named.values())), named["unk_token"]
-    sentinels = [f"<extra_id_{i}>" for i in range(SENTINELS)] * (settings.special == "t5")
-    special += sentinels
+    more = list(FIM[0]) if settings.special == "fim" else []
+    if settings.special == "t5":
+        more = [f"<extra_id_{i}>" for i in range(SENTINELS)]
+    special, unknown = [*dict.fromkeys(named.values()), *more], named["unk_token"]
     known = {
         "special_tokens": [*special],
         "vocab_size": settings.vocab_size,
@@ -249,9 +260,8 @@ def _train(settings: TokenizerSettings, source: Source):
             pair="$A </s> $B </s>",
             special_tokens=[("</s>", tokenizer.token_to_id("</s>"))],
         )
-    return _transformers().PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, additional_special_tokens=sentinels or None, **named
-    )
+    named["extra_special_tokens"] = more
+    return _transformers().PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
 
 
 def _training_texts(source: Source) -> Iterator[str]:
@@ -319,6 +329,7 @@ def _vocab(tokenizer, settings: TokenizerSettings) -> Vocab:
     numbered = (vocab.get(f"<extra_id_{i}>") for i in itertools.count())
     sentinels = tuple(itertools.takewhile(lambda i: i is not None, numbered))
     special[list(sentinels)] = True
+    fim = next((marks for marks in FIM if all(mark in vocab for mark in marks)), ())
     return Vocab(
         size=size,
         pad_id=tokenizer.pad_token_id or 0,
@@ -329,6 +340,7 @@ def _vocab(tokenizer, settings: TokenizerSettings) -> Vocab:
         sentinels=sentinels,
         word_start=word_start | special,
         bytes=sizes if weighs else None,
+        fim=tuple(vocab[mark] for mark in fim) or None,
     )
 
 

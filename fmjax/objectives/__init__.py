@@ -22,7 +22,8 @@ model; `SCORES`, the metrics of `score`; `WHOLE_BATCH`, that a row's loss depend
 which forbids accumulation; `VOCABULARY`, that the model needs its vocabulary head; `DECODES`,
 that it needs a decoder behind its encoder; `CAUSAL`, whether a token of the model may see only what
 is before it; `PREFIX`, that those of type 1 are seen by all of their document (`Config.prefix` of
-decoders); `MASKS`, that the tokenizer needs a token for what is hidden.
+decoders); `MASKS`, that the tokenizer needs a token for what is hidden; `FIM`, those that mark a
+middle to fill in; `ROOM`, how many tokens it adds to a document.
 """
 
 import functools
@@ -91,6 +92,12 @@ def need_prefix(objectives: Iterable[str]) -> bool:
     return any(getattr(module, "PREFIX", False) for module in modules)
 
 
+def room(objectives: Iterable[str]) -> int:
+    """How many tokens the objectives add to a document at most."""
+    modules = (importlib.import_module(f"fmjax.objectives.{name}") for name in objectives)
+    return sum(getattr(module, "ROOM", 0) for module in modules)
+
+
 def check_model(objectives: Mapping[str, Mapping[str, Any]], model: AnyModel) -> None:
     """Refuses what the model cannot learn: whether its tokens see only what is before them, and
     whether a decoder follows its encoder. Raises ConfigError."""
@@ -140,6 +147,12 @@ def _bind(name: str, args: dict[str, Any], target: str, facts: Mapping[str, Any]
         raise ConfigError(
             f"config.objectives.{name} needs a tokenizer with a mask token: set "
             "config.tokenizer.name to a BERT-like one or to 'train', or config.objectives to clm."
+        )
+    if getattr(module, "FIM", False) and facts["vocab"].fim is None:
+        raise ConfigError(
+            f"config.objectives.{name} needs a tokenizer with tokens that mark a prefix, a middle "
+            "and a suffix: set config.tokenizer.name to one of a model for code, or to 'train' "
+            "with config.tokenizer.special=fim."
         )
     weight, differs = args.pop("weight", 1.0), args.pop("validation", {})
     functions = {key: getattr(module, key) for key in FUNCTIONS if hasattr(module, key)}

@@ -32,6 +32,20 @@ def test_padded_puts_one_piece_in_a_row(prepare):
     ]
 
 
+def test_room_is_left_behind_each_piece(prepare):
+    """Rows of 11: of each piece three columns more, and 11 - 2 - 3 tokens at most."""
+    split = prepare("abcdefg\n\nd", seq_len=11, room=3).splits["train"]
+    rows = split.rows(np.arange(len(split)))
+    assert rows["input_ids"].tolist() == [
+        [CLS, A, B, C, D, 9, 10, SEP, PAD, PAD, PAD],
+        [CLS, 11, SEP, PAD, PAD, PAD, PAD, PAD, PAD, PAD, PAD],
+        [CLS, D, SEP, PAD, PAD, PAD, PAD, PAD, PAD, PAD, PAD],
+    ]
+    assert prepare("ab\n\nd", seq_len=13, room=3).splits["train"].rows(np.array([0]))[
+        "segment_ids"
+    ].tolist() == [[1] * 4 + [0] * 3 + [2] * 3 + [0] * 3]
+
+
 def test_best_fit_decreasing_by_hand():
     # 6 and 4 fill row 0; 5, 3 and 2 fill row 1: longest first, each where the least room is left.
     assert packing.best_fit_decreasing(np.array([2, 3, 4, 5, 6]), 10).tolist() == [1, 1, 0, 1, 0]
