@@ -37,7 +37,7 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
         classes=heads,
     )
     objectives.check_model(config.objectives.to_dict(), built)
-    if objectives.need_prefix(config.objectives):
+    if objectives.need_prefix(config.objectives.to_dict()):
         built = built.clone(cfg=dataclasses.replace(built.cfg, prefix=True))
     built = adapters.wrap(built, config.to_dict())
     check_rows(built, config.data.to_dict())

@@ -41,9 +41,10 @@ def texts(opened: pretrained.Opened, how: Mapping[str, Any], seed: int) -> list[
     row[: len(ids)] = ids
     rows = np.tile(row, (how["count"], 1))
     model = opened.model
+    prefix = opened.config is not None and "prefix_lm" in opened.config.objectives
     drawn = len(ids), how["temperature"], how["top_k"], min(len(words), model.cfg.vocab_size)
     out = evaluate.on_host(
-        _written(build.apply(model), opened.params, rows, jax.random.key(seed), *drawn)
+        _written(build.apply(model), opened.params, rows, jax.random.key(seed), *drawn, prefix)
     )
     _, last = tokenizers.around(words)
     found = []
@@ -103,7 +104,7 @@ def _trained(opened: pretrained.Opened) -> int | None:
     return opened.config.data.seq_len if opened.config else None
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7, 8))
 def _written(
     apply: Any,
     params: Any,
@@ -113,17 +114,18 @@ def _written(
     temperature: float,
     top_k: int | None,
     tokens: int,
+    prefix: bool = False,
 ) -> Int[Array, "B T"]:
     """The rows with all behind the first `known` tokens drawn, one after the other, of the first
-    `tokens` of the vocabulary: a model may have rows that no token stands for. What is known is a
-    prefix to models that were trained with one."""
+    `tokens` of the vocabulary: a model may have rows that no token stands for. With `prefix` what
+    is known is read in both directions."""
     ones = jnp.ones_like(rows)
     positions = jnp.broadcast_to(jnp.arange(rows.shape[1])[None], rows.shape)
-    prefix = (positions < known).astype(rows.dtype)
+    types = (positions < known if prefix else positions < 0).astype(rows.dtype)
 
     def one(t, rows):
         # What is behind is not seen, whatever stands there.
-        hidden = apply(params, rows, ones, positions, prefix, method="encode")
+        hidden = apply(params, rows, ones, positions, types, method="encode")
         logits = apply(params, hidden[:, t - 1], method="logits")[:, :tokens]
         return rows.at[:, t].set(_drawn(logits, jax.random.fold_in(key, t), temperature, top_k))
 

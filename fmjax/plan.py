@@ -110,7 +110,8 @@ def _batch(run: Any, batch: Mapping[str, np.ndarray]) -> None:
     tokenizer = load_tokenizer(run.dataset.tokenizer_dir)
     batch = {name: jnp.asarray(x) for name, x in batch.items()}  # of several processes, this one's
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.config.seed), 1), 0)
-    prepared = objectives.prepare(run.objectives, batch, rng, train=True)
+    _, phases = objectives.phases(run.objectives)
+    prepared = objectives.prepare(phases[0], batch, rng, True, jnp.int32(0))
     real = np.asarray(batch["segment_ids"][0]) > 0
     print("\nfirst row of the first batch")
     print(tokenizer.decode(np.asarray(batch["input_ids"][0])[real]))

@@ -6,6 +6,7 @@ machine to the last bit. What was computed together with other arms, or with a c
 but for the order of floating-point sums. Nothing of the run is changed.
 """
 
+import bisect
 import contextlib
 import json
 import math
@@ -120,16 +121,19 @@ def examples(run: Run, state: TrainState, batch: Mapping[str, jax.Array]) -> lis
     """Of each example of the batch its place in the order, its loss by each objective, the text,
     and of masked words the text as the model sees it and what it should say."""
     apply = build.apply(run.model)
-    alone = [objective for objective in run.objectives if not objective.whole_batch]
+    cuts, phases = losses.phases(run.objectives)
+    learnt = phases[bisect.bisect_right(cuts, int(state.step))]
+    alone = [objective for objective in learnt if not objective.whole_batch]
 
     def of_row(row):
         part = {name: x[None] for name, x in row.items()}
         rng = jax.random.fold_in(state.rng, state.step)
-        return losses.metrics(alone, apply, state.params, part, rng, train=True)
+        return losses.metrics(alone, apply, state.params, part, rng, True, state.step)
 
     each = jax.device_get(jax.jit(lambda batch: jax.lax.map(of_row, batch))(batch)) if alone else {}
     rng = jax.random.fold_in(state.rng, state.step)
-    seen = jax.device_get(losses.prepare(run.objectives, batch, rng, train=True))
+    seen = losses.prepare(learnt, batch, rng, True, state.step)
+    seen = jax.device_get(seen)
     batch = jax.device_get(batch)
     tokenizer, found = load_tokenizer(run.dataset.tokenizer_dir), []
     for row, index in enumerate(batch["index"]):

@@ -144,6 +144,10 @@ def _is_real(value: Any, low: float = 0.0, high: float = math.inf) -> bool:
     return number and math.isfinite(value) and low <= value <= high
 
 
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
+
+
 def _is_shares(value: Any) -> bool:
     numbers = isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_real, value))
     return numbers and sum(value) <= 1
@@ -273,6 +277,14 @@ LEDGER = Check(
 )
 REGEX = Check(is_regex, "a regular expression")
 DURATION = Check(_is_period, "a duration: 1500, '1500 steps', '3 epochs', '10M tokens' or '10%'")
+DURATIONS = Check(
+    lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_is_period, v)),
+    f"two of {DURATION.words}",
+)
+RATES = Check(
+    lambda v: all(_is_real(x, 0.0, 1.0) for x in (v if _is_pair(v) else [v])),
+    "a number between 0 and 1, or two of them: the first and the last",
+)
 LENGTH = Check(
     _is_length,
     "a duration above 0: 1500, '1500 steps', '3 epochs', '10M tokens' or '2T flops'",
@@ -282,6 +294,13 @@ LENGTH = Check(
 RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("total", LENGTH),
     (r"(log|eval|save)_every|.*\.(warmup|cooldown|delay)", DURATION),
+    (r"objectives\.[^.]+\.(start|stop)", DURATION),
+    (r"objectives\.mlm\.over", DURATIONS),
+    (r"objectives\.mlm\.rate", RATES),
+    (
+        r"objectives\.[^.]+\.(validation\.)?prefix",
+        Check(lambda v: isinstance(v, bool), "a boolean"),
+    ),
     (
         r"batch_size|accumulate|keep|top_k|max_skipped|objectives\.mlm\.(validation\.)?span_max",
         POSITIVE,

@@ -122,7 +122,10 @@ def assemble(
             f"config.objectives adds {needed} tokens to a document, but config.data.room="
             f"{settings.room} leaves no room for them behind each: set it to {needed}."
         )
-    objectives = losses.build(config.objectives.to_dict(), target=settings.target, vocab=vocab)
+    objectives = losses.build(
+        config.objectives.to_dict(), target=settings.target, vocab=vocab, steps=steps
+    )
+    losses.check_phases(objectives, total)
     optimizers = config.optim.to_dict(), config.group_optim.to_dict()
     for objective in objectives:
         if objective.whole_batch and config.accumulate > 1:

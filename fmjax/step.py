@@ -58,15 +58,46 @@ def make_train_step(
 def make_gradient(
     apply: Callable, objectives: list[losses.Objective], split: Callable, accumulate: int = 1
 ) -> Callable[[TrainState, Batch], tuple[tuple[jax.Array, losses.Metrics], Any]]:
-    """`gradient(state, batch) -> ((loss, sums), gradients)` over the trainable part only."""
+    """`gradient(state, batch) -> ((loss, sums), gradients)` over the trainable part only.
 
+    Of objectives that are learnt one after the other the step decides which: one program has all.
+    """
+    cuts, phases = losses.phases(objectives)
+    each = [_gradient(apply, learnt, split, accumulate) for learnt in phases]
+    if not cuts:
+        return each[0]
+
+    def gradient(state, batch):
+        told = {}
+        for phase in each:
+            told |= jax.eval_shape(phase, state, batch)[0][1]
+        none = {
+            name: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), x) for name, x in told.items()
+        }
+
+        def of(phase):
+            def run(state, batch):
+                (loss, sums), grads = phase(state, batch)
+                return (loss, none | sums), grads
+
+            return run
+
+        place = jnp.searchsorted(jnp.asarray(cuts), state.step, side="right")
+        return jax.lax.switch(place, [of(phase) for phase in each], state, batch)
+
+    return gradient
+
+
+def _gradient(
+    apply: Callable, objectives: list[losses.Objective], split: Callable, accumulate: int
+) -> Callable[[TrainState, Batch], tuple[tuple[jax.Array, losses.Metrics], Any]]:
     def gradient(state, batch):
         rng = jax.random.fold_in(state.rng, state.step)
         trainable, frozen = split(state.params)
 
         def forward(trainable, part):
             params = groups.merge(trainable, frozen)
-            return losses.metrics(objectives, apply, params, part, rng, train=True)
+            return losses.metrics(objectives, apply, params, part, rng, True, state.step)
 
         def loss_fn(trainable, part, weights):
             found = forward(trainable, part)

@@ -14,6 +14,8 @@ from fmjax.step import make_train_step
 
 FULL = [
     "clm.py",
+    "clm_code.py",
+    "instruct.py",
     "mlm.py",
     "mlm.py:bert_base",
     "nsp.py",
@@ -56,7 +58,10 @@ def test_every_config_is_in_this_list():
 def test_full_size_step_has_the_right_shapes(name, monkeypatch):
     """The whole step is traced at full size: state in, state out, nothing allocated."""
     own = ["init=", "model.name=bert", "model.variant=base", "tokenizer.name=train"]
-    words = [f"--config.{word}" for word in own] if name.startswith("finetune") else []
+    if name == "instruct.py":
+        own = ["init=", "model.name=gpt2", "model.variant=tiny", "tokenizer.name=train"]
+    tuned = name.startswith(("finetune", "instruct"))
+    words = [f"--config.{word}" for word in own] if tuned else []
     if name.endswith(("kind=prompt", "mlp", "lstm")):  # which start from a trained table
         words.append("--config.adapter.init=normal")
     made = config.load(str(ROOT / "configs" / name), words)
@@ -75,9 +80,12 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
             dtype = np.float32 if "regress" in name else np.int32
             shape = (len(index), *{"tag": [length], "span": [2]}.get(name.split(":")[-1], []))
             labels = np.zeros(shape, dtype)
-            return rows | ({"labels": labels} if "lm.py" not in name else {})
+            if name == "instruct.py":
+                rows["loss_mask"] = rows["segment_ids"]
+            return rows | ({"labels": labels} if name.startswith(("nsp", "finetune")) else {})
 
-    vocab = Vocab(size, 0, 4, (2,), (3,), np.arange(size) < 5, np.ones(size, bool))
+    special, all_words = np.arange(size) < 5, np.ones(size, bool)
+    vocab = Vocab(size, 0, 4, (2,), (3,), special, all_words, fim=(5, 6, 7))
     fake = SimpleNamespace(
         vocab=vocab, splits={"train": Rows()}, tokenizer_dir=ROOT, labels=("a", "b", "c")
     )
@@ -102,6 +110,7 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
     [
         "clm.py:tiny",
         "nsp.py:nsp,variant=tiny",
+        pytest.param("clm_code.py:tiny", marks=pytest.mark.slow),
         pytest.param("nsp.py:sop,variant=tiny", marks=pytest.mark.slow),
     ],
 )

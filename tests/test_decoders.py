@@ -27,6 +27,7 @@ from fmjax import config as configs
 from fmjax.data import packing
 from fmjax.errors import ConfigError
 from fmjax.models import llama
+from fmjax.objectives import clm
 from fmjax.progress import FALLING
 
 
@@ -102,6 +103,24 @@ def test_a_run_goes_on_with_the_same_bits(folder, tmp_path):
     assert told[0] == told[1]
 
 
+def test_a_decoder_is_tuned_on_conversations(folder, tmp_path):
+    """Targets are the answers' tokens alone, of which the data tell how many there are."""
+    rows = [{"a": f"What is {i} and {i}?", "b": f"It is {2 * i}."} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["data.columns=a,b", f"init={folder}", "total=2", "ledger=()", "log_every=1"]
+    words += ["data.seq_len=64", "batch_size=8", f"data.train={tmp_path / 'a.jsonl'}"]
+    config = load("instruct.py", *words, "data.validation_fraction=0.3")
+    train.run(config, tmp_path / "run")
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        opened = pretrained.open_folder(str(tmp_path / "run"), mesh)
+        words = [f"folder={tmp_path / 'run'}", "batch_size=8"]
+        measure = evaluate.Measure(load("evaluate.py", *words), opened, mesh)
+        assert measure.split.seq_len == 64 and measure.dataset.format.startswith("chat-64-drop")
+        _, weights = clm.targets(measure.split.rows(np.arange(len(measure.split))))
+        assert float(weights.sum()) == measure.dataset.counts["validation"]["learnt_tokens"]
+
+
 def test_samples_are_in_the_ledger(folder):
     kept = json.loads((folder / "ledger.json").read_text())
     assert len(kept["samples"]) == kept["samples_of"]["count"] == 3
@@ -117,7 +136,7 @@ def test_a_run_of_prefixes_reads_a_prompt_in_both_directions(tmp_path):
     assert "prefix" not in pretrained.described(str(tmp_path))[1]
 
 
-def test_what_is_known_is_a_prefix():
+def test_what_is_known_is_a_prefix_to_who_learnt_with_one():
     """Of a model that says the type of the last token: 1 behind the prompt, then 0."""
 
     def apply(params, *arrays, method):
@@ -126,8 +145,10 @@ def test_what_is_known_is_a_prefix():
         return arrays[0]
 
     rows = jnp.array([[3, 3, 3, 0, 0, 0]])
-    written = generate._written(apply, None, rows, jax.random.key(0), 3, 0.0, None, 4)
+    written = generate._written(apply, None, rows, jax.random.key(0), 3, 0.0, None, 4, True)
     assert written.tolist() == [[3, 3, 3, 1, 0, 0]]
+    written = generate._written(apply, None, rows, jax.random.key(0), 3, 0.0, None, 4)
+    assert written.tolist() == [[3, 3, 3, 0, 0, 0]]
 
 
 def test_other_data_are_measured_in_the_same_frame(folder, tmp_path):

@@ -22,8 +22,14 @@ model; `SCORES`, the metrics of `score`; `WHOLE_BATCH`, that a row's loss depend
 which forbids accumulation; `VOCABULARY`, that the model needs its vocabulary head; `DECODES`,
 that it needs a decoder behind its encoder; `CAUSAL`, whether a token of the model may see only what
 is before it; `PREFIX`, that those of type 1 are seen by all of their document (`Config.prefix` of
-decoders); `MASKS`, that the tokenizer needs a token for what is hidden; `FIM`, those that mark a
-middle to fill in; `ROOM`, how many tokens it adds to a document.
+decoders, which an argument `prefix` asks for too); `MASKS`, that the tokenizer needs a token for
+what is hidden; `FIM`, those that mark a middle to fill in; `ROOM`, how many tokens it adds to a
+document; `DURATIONS`, arguments that are several of them, which it is given in steps. A `prepare`
+that asks for `step` is given that of the run, and None in evaluation.
+
+What an objective holds as `start` and `stop`, durations, says between which steps it is learnt.
+Those that are learnt at once share a forward pass, but for those that read a decoder's documents in
+both directions (`prefix`), which have their own, with their own corruption.
 """
 
 import functools
@@ -58,17 +64,25 @@ class Objective(NamedTuple):
     scores: tuple[str, ...] = ()  # names of what `score` gives
     whole_batch: bool = False  # whether the loss of an example depends on the others
     prepare_validation: Callable | None = None
+    start: int = 0  # the first step that it is learnt in
+    stop: int | None = None  # the first that it is not any more
+    apart: bool = False  # whether it needs a forward pass without the others
 
 
 def build(
-    objectives: Mapping[str, Mapping[str, Any]], *, target: str, **facts: Any
+    objectives: Mapping[str, Mapping[str, Any]],
+    *,
+    target: str,
+    steps: Callable[[Any], int] | None = None,
+    **facts: Any,
 ) -> list[Objective]:
-    """Imports each named objective and binds its arguments; `target`: what the data's labels are.
+    """Imports each named objective and binds its arguments; `target`: what the data's labels are;
+    `steps` turns durations into steps, where there is a run.
 
     Raises ConfigError for an argument that the objective does not take, and where the labels of the
     data mean something else than it says.
     """
-    return [_bind(name, dict(args), target, facts) for name, args in objectives.items()]
+    return [_bind(name, dict(args), target, steps, facts) for name, args in objectives.items()]
 
 
 def heads(objectives: Iterable[str], labels: Sequence[str]) -> dict[str, int]:
@@ -86,10 +100,13 @@ def need_vocabulary(objectives: Iterable[str]) -> bool:
     return any(getattr(module, "VOCABULARY", False) for module in modules)
 
 
-def need_prefix(objectives: Iterable[str]) -> bool:
-    """Whether one of the objectives shows tokens to those before them."""
-    modules = (importlib.import_module(f"fmjax.objectives.{name}") for name in objectives)
-    return any(getattr(module, "PREFIX", False) for module in modules)
+def need_prefix(objectives: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether one of the objectives shows a decoder's tokens to those before them."""
+    return any(
+        args.get("prefix")
+        or getattr(importlib.import_module(f"fmjax.objectives.{name}"), "PREFIX", 0)
+        for name, args in objectives.items()
+    )
 
 
 def room(objectives: Iterable[str]) -> int:
@@ -113,6 +130,13 @@ def check_model(objectives: Mapping[str, Mapping[str, Any]], model: AnyModel) ->
                 "place."
             )
         wanted = getattr(module, "CAUSAL", None)
+        if args.get("prefix"):
+            if not model.causal:
+                raise ConfigError(
+                    f"config.objectives.{name}.prefix=True lets a decoder read in both directions, "
+                    "but the model of config.model.name does so always: leave it out."
+                )
+            continue
         if wanted is not None and wanted != model.causal:
             raise ConfigError(
                 f"config.objectives.{name} needs a model whose tokens see "
@@ -140,7 +164,13 @@ def check_target(objective: str, needs: str, target: str) -> None:
     )
 
 
-def _bind(name: str, args: dict[str, Any], target: str, facts: Mapping[str, Any]) -> Objective:
+def _bind(
+    name: str,
+    args: dict[str, Any],
+    target: str,
+    steps: Callable[[Any], int] | None,
+    facts: Mapping[str, Any],
+) -> Objective:
     module = importlib.import_module(f"fmjax.objectives.{name}")
     check_target(name, getattr(module, "TARGET", ""), target)
     if getattr(module, "MASKS", False) and facts["vocab"].mask_id is None:
@@ -155,14 +185,20 @@ def _bind(name: str, args: dict[str, Any], target: str, facts: Mapping[str, Any]
             "with config.tokenizer.special=fim."
         )
     weight, differs = args.pop("weight", 1.0), args.pop("validation", {})
+    start, stop = _between(name, args.pop("start", 0), args.pop("stop", None), steps)
+    for arg in getattr(module, "DURATIONS", ()):
+        if arg in args:
+            args[arg] = tuple(map(steps, args[arg])) if steps else ()
     functions = {key: getattr(module, key) for key in FUNCTIONS if hasattr(module, key)}
     takes = {key: _asks_for(function) for key, function in functions.items()}
-    possible = {arg for names in takes.values() for arg in names} - set(ABOUT_SPLITS)
+    possible = {arg for names in takes.values() for arg in names} - {*ABOUT_SPLITS, "step"}
     for arg in args:
         if arg not in possible or arg in facts:
             raise ConfigError(
                 f"config.objectives.{name}.{arg} is not known."
-                + did_you_mean(arg, (possible - set(facts)) | {"weight", "validation"})
+                + did_you_mean(
+                    arg, (possible - set(facts)) | {"weight", "validation", "start", "stop"}
+                )
             )
     if wrong := set(differs) - set(takes.get("prepare", ())) | set(differs) & set(facts):
         raise ConfigError(
@@ -190,11 +226,58 @@ def _bind(name: str, args: dict[str, Any], target: str, facts: Mapping[str, Any]
         getattr(module, "SCORES", ()),
         getattr(module, "WHOLE_BATCH", False),
         bound.get("prepare_validation"),
+        start,
+        stop,
+        bool(args.get("prefix")),
     )
 
 
+def _between(name: str, start: Any, stop: Any, steps: Callable | None) -> tuple[int, int | None]:
+    """The steps from which and before which an objective is learnt; always where nobody counts."""
+    if steps is None:
+        return 0, None
+    first, end = steps(start), None if stop is None else steps(stop)
+    if end is not None and end <= first:
+        raise ConfigError(
+            f"config.objectives.{name}.stop={stop!r} is not behind its start={start!r}: it would "
+            "never be learnt."
+        )
+    return first, end
+
+
+def phases(objectives: list[Objective]) -> tuple[list[int], list[list[Objective]]]:
+    """(the steps at which others are learnt, those before the first, …, from the last on).
+
+    Raises ConfigError for steps in which nothing is.
+    """
+    cuts = {o.start for o in objectives} | {o.stop for o in objectives if o.stop is not None}
+    cuts = sorted(cuts - {0})
+    learnt = [
+        [o for o in objectives if o.start <= first and (o.stop is None or first < o.stop)]
+        for first in (0, *cuts)
+    ]
+    return cuts, learnt
+
+
+def check_phases(objectives: list[Objective], total: int) -> None:
+    """Refuses a run of `total` steps in some of which nothing is learnt. Raises ConfigError."""
+    cuts, learnt = phases(objectives)
+    for first, last, active in zip((0, *cuts), (*cuts, total), learnt, strict=True):
+        if not active and first < min(last, total):
+            raise ConfigError(
+                f"config.objectives: none of {', '.join(o.name for o in objectives)} is learnt "
+                f"from step {first} to {min(last, total)}: see their start and stop."
+            )
+
+
+def _passes(objectives: list[Objective]) -> list[list[Objective]]:
+    """Those that share a forward pass."""
+    together = [o for o in objectives if not o.apart], [o for o in objectives if o.apart]
+    return [group for group in together if group]
+
+
 def told(function: Callable, *arrays: Any, **facts: Any) -> Any:
-    """`function(*arrays)`, a `score` or `describe`, with those of the facts that it asks for."""
+    """`function(*arrays)` with those of the facts that it asks for."""
     return function(*arrays, **{key: facts[key] for key in _asks_for(function) if key in facts})
 
 
@@ -210,14 +293,18 @@ def metrics(
     batch: Mapping[str, jax.Array],
     rng: jax.Array,
     train: bool,
+    step: jax.Array | None = None,
 ) -> Metrics:
     """All objectives' (sum, weight) metrics as "<objective>/<metric>", on one shared forward pass.
 
     Corruptions are applied in order; objectives that then ask for the same method of the same
     arrays share its result.
     """
-    batch = prepare(objectives, batch, rng, train)
-    return _metrics(objectives, _remembering(apply), params, batch)
+    found = {}
+    for group in _passes(objectives):
+        seen = prepare(group, batch, rng, train, step)
+        found |= _metrics(group, _remembering(apply), params, seen)
+    return found
 
 
 def evaluation(
@@ -228,9 +315,12 @@ def evaluation(
     rng: jax.Array,
 ) -> tuple[Metrics, dict[str, dict[str, jax.Array]]]:
     """(metrics, {objective: its outputs}) without dropout, on one shared forward pass."""
-    batch, shared = prepare(objectives, batch, rng, train=False), _remembering(apply)
-    told = {o.name: o.outputs(shared, params, batch) for o in objectives if o.outputs}
-    return _metrics(objectives, shared, params, batch), told
+    found, told = {}, {}
+    for group in _passes(objectives):
+        seen, shared = prepare(group, batch, rng, train=False), _remembering(apply)
+        told |= {o.name: o.outputs(shared, params, seen) for o in group if o.outputs}
+        found |= _metrics(group, shared, params, seen)
+    return found, told
 
 
 def outputs_of(
@@ -250,7 +340,11 @@ def _metrics(objectives, apply, params, batch) -> Metrics:
 
 
 def prepare(
-    objectives: list[Objective], batch: Mapping[str, jax.Array], rng: jax.Array, train: bool
+    objectives: list[Objective],
+    batch: Mapping[str, jax.Array],
+    rng: jax.Array,
+    train: bool,
+    step: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """The batch as the model sees it: every objective's corruption, and `seeds` for dropout."""
     seeds = streams.seeds(rng, batch["index"])
@@ -258,7 +352,8 @@ def prepare(
     for objective in objectives:
         corrupt = objective.prepare if train else objective.prepare_validation
         if corrupt:
-            batch = corrupt(batch, streams.named(seeds, objective.name))
+            seed = streams.named(seeds, objective.name)
+            batch = told(corrupt, batch, seed, **({"step": step} if train else {}))
     batch["seeds"] = streams.named(seeds, "dropout") if train else None
     return batch
 
@@ -281,8 +376,11 @@ def loss(
 def mean(found: Mapping[str, Any], objectives: list[Objective]) -> dict[str, float]:
     """Printable means of (sum, weight) metrics on the host, with "loss" the total that is
     minimised."""
+    resting = tuple(f"{o.name}/" for o in objectives if o.start or o.stop is not None)
+    found = {name: x for name, x in found.items() if x[1] or not name.startswith(resting)}
     means = {name: float(s) / float(w) if w else float("nan") for name, (s, w) in found.items()}
-    parts = [(o.weight, means.get(f"{o.name}/loss", float("nan"))) for o in objectives]
+    learnt = [o for o in objectives if f"{o.name}/" not in resting or f"{o.name}/loss" in found]
+    parts = [(o.weight, means.get(f"{o.name}/loss", float("nan"))) for o in learnt]
     return {"loss": sum(weight * value for weight, value in parts), **means}
 
 

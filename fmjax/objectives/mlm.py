@@ -18,6 +18,7 @@ from fmjax.errors import ConfigError, did_you_mean
 
 MASKS = VOCABULARY = True
 CAUSAL = False
+DURATIONS = ("over",)
 
 
 def prepare(
@@ -25,7 +26,10 @@ def prepare(
     seeds: streams.Seeds,
     *,
     vocab: Any,
-    rate: float = 0.15,
+    rate: float | tuple[float, float] = 0.15,
+    over: tuple[int, int] | tuple[()] = (),
+    prefix: bool = False,
+    step: jax.Array | None = None,
     mask: str = "token",
     replace: tuple[float, float] = (0.8, 0.1),
     span_stop: float = 0.2,
@@ -37,7 +41,11 @@ def prepare(
         batch: `input_ids`, `segment_ids` (B, T).
         seeds: one per example.
         vocab: `fmjax.data.Vocab`: size, mask_id, special and word_start tables (V,).
-        rate: share of a row's real tokens to choose, rounded, at least one.
+        rate: share of a row's real tokens to choose, rounded, at least one; or the first and the
+            last of such shares (Ankner et al. 2024), of which evaluation has the last.
+        over: steps between which the share goes from one to the other in a line; (): none.
+        prefix: of a decoder, that it reads all of a document in both directions.
+        step: of the run; None: behind it.
         mask: choose single tokens, whole words, or spans of whole words.
         replace: shares of the chosen that become [MASK] and a random token.
         span_stop, span_max: spans have geometric lengths in words, stopping with probability
@@ -46,8 +54,8 @@ def prepare(
 
     Returns:
         The batch with corrupted `input_ids` and `mlm_positions`, `mlm_labels`, `mlm_weights` (B,
-        K), K = ⌈rate · T⌉. Words and spans are never cut, so a row may end up with fewer targets
-        than its share: "mask_rate" tells.
+        K), K = ⌈rate · T⌉ of the larger rate. Words and spans are never cut, so a row may end up
+        with fewer targets than its share: "mask_rate" tells.
     """
     if mask not in rules.MASKS:
         raise ConfigError(
@@ -55,7 +63,8 @@ def prepare(
         )
     ids = batch["input_ids"]
     time = ids.shape[1]
-    most = math.ceil(rate * time)
+    most = math.ceil((max(rate) if isinstance(rate, tuple) else rate) * time)
+    rate = _now(rate, over, step)
     eligible = (batch["segment_ids"] > 0) & ~jnp.asarray(vocab.special)[ids]
     count = jnp.round(rate * jnp.sum(eligible, axis=1)).astype(jnp.int32)
     count = jnp.clip(count, jnp.minimum(1, jnp.sum(eligible, axis=1)), most)
@@ -78,6 +87,8 @@ def prepare(
     new = jnp.where(fate < replace[0] + replace[1], other.astype(ids.dtype), labels)
     new = jnp.where(fate < replace[0], jnp.asarray(vocab.mask_id, ids.dtype), new)
     rows = jnp.arange(ids.shape[0])[:, None]
+    if prefix:
+        batch = {**batch, "token_types": (batch["segment_ids"] > 0).astype(ids.dtype)}
     return {
         **batch,
         "input_ids": ids.at[rows, positions].set(jnp.where(chosen, new, labels)),
@@ -113,6 +124,23 @@ def loss_fn(
         "accuracy": (jnp.sum(right * weights), weight),
         "mask_rate": (weight, tokens),
     }
+
+
+def _now(
+    rate: float | tuple[float, float], over: tuple[int, int] | tuple[()], step: jax.Array | None
+) -> float | jax.Array:
+    """The share at a step of the run."""
+    if not isinstance(rate, tuple):
+        return rate
+    if step is None:
+        return rate[1]
+    if not over or over[1] <= over[0]:
+        raise ConfigError(
+            f"config.objectives.mlm.rate={rate} goes from one share to the other: say between "
+            "which steps, config.objectives.mlm.over=('0%', '100%')."
+        )
+    done = jnp.clip((step - over[0]) / (over[1] - over[0]), 0, 1)
+    return rate[0] + (rate[1] - rate[0]) * done
 
 
 def _units(

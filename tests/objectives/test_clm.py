@@ -21,6 +21,14 @@ def test_the_last_token_of_a_document_predicts_nothing():
     assert (labels[weights > 0] == jnp.array([6, 7, 6, 7, 7, 7, 7, 7])).all()
 
 
+def test_of_a_conversation_what_is_marked_is_a_target():
+    """The fourth token, behind which a document ends, is predicted by the third of its own only."""
+    mask = jnp.array([[0, 1, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1]])
+    batch = {"input_ids": IDS, "segment_ids": SEGMENTS, "loss_mask": mask}
+    _, weights = clm.targets(batch)
+    assert weights.tolist() == [[1, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0]]
+
+
 @pytest.mark.parametrize("extra", [{}, dict(z_loss=0.1)])
 def test_means_of_a_model_that_knows_no_token(extra):
     """All 8 logits are 0: log 8 nats a target, three bits; 1/8 of the mass each."""
