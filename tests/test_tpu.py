@@ -26,14 +26,18 @@ pytestmark = [
     ),
 ]
 GIB = 2**30
-MEMORY = {"v5e:4x4": 16 * GIB, "v5p:2x2x2": 95 * GIB}  # per chip: cloud.google.com/tpu/docs
+MEMORY = {
+    "v5e:4x4": 16 * GIB,
+    "v5e:4x8": 16 * GIB,
+    "v5p:2x2x2": 95 * GIB,
+}  # per chip: cloud.google.com/tpu/docs
 # What libtpu calls the last pass before it writes collectives as the algorithms of its network.
 PARTITIONED = "after_reduce-scatter-reassociate"
 FLASH = dict(attention="tpu", attention_dropout=0.0)
 PHASE_1 = dict(seq_len=128)  # as published, with dropout of attention probabilities
 PHASE_2 = dict(seq_len=512) | FLASH
 GPT2 = dict(name="gpt2", seq_len=1024, batch_size=32, remat="block") | FLASH
-LLAMA = dict(name="llama", seq_len=2048, batch_size=16, remat="block") | FLASH
+LLAMA = dict(name="llama", seq_len=2048, batch_size=32, remat="block") | FLASH
 SIZES = dict(bert=30522, gpt2=50257, llama=128256)  # of the vocabularies
 # Of what must be sent. Before libtpu moves it out of a loop, a decoder's table of tokens is brought
 # together for each piece of the vocabulary's loss.
@@ -70,7 +74,7 @@ def compiler(monkeypatch):
         ("large", "v5p:2x2x2", dict(fsdp=8), PHASE_1),
         ("xl", "v5e:4x4", dict(fsdp=16), GPT2),
         ("xl", "v5p:2x2x2", dict(data=2, fsdp=4), GPT2),
-        ("llama3_8b", "v5e:4x4", dict(fsdp=16), LLAMA),
+        ("llama3_8b", "v5e:4x8", dict(fsdp=32), LLAMA),
         ("llama3_8b", "v5p:2x2x2", dict(fsdp=8), LLAMA),
     ],
     ids=lambda x: "".join(f"{k}{v}" for k, v in x.items()) if isinstance(x, dict) else x,
