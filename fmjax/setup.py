@@ -171,7 +171,7 @@ def _check_balance(config: Any, model: AnyModel) -> None:
     """Refuses to balance experts over parts of a batch, which is not to balance them over it."""
     names = ("experts", "router_aux_loss", "router_z_loss")
     experts, *factors = (getattr(model.cfg, name, 0) for name in names)
-    if experts and any(factors) and "clm" in config.objectives and config.accumulate > 1:
+    if experts and any(factors) and config.accumulate > 1:
         raise ConfigError(
             f"config.accumulate={config.accumulate}: the losses of the routers "
             "(config.model.router_aux_loss, config.model.router_z_loss) compare all tokens of a "

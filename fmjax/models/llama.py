@@ -120,6 +120,10 @@ _LLAMA3 = dict(vocab_size=128256, kv_heads=8, theta=500_000.0, max_len=8192)
 VARIANTS: dict[str, dict[str, Any]] = {
     # Ours: the smallest that learns to write within minutes on a CPU.
     "tiny": dict(depth=4, width=128, heads=4, kv_heads=2, mlp=344, max_len=1024, tied=True),
+    # The same with eight MLPs of half the size for one, of which a token takes two.
+    "tiny_experts": dict(
+        depth=4, width=128, heads=4, kv_heads=2, mlp=172, max_len=1024, tied=True, experts=8
+    ),
     "llama2_7b": {},
     "tinyllama_1b": dict(depth=22, width=2048, kv_heads=4, mlp=5632, max_len=2048),
     "mixtral_8x7b": dict(mlp=14336, kv_heads=8, max_len=32768, theta=1e6, experts=8),

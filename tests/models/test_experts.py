@@ -10,7 +10,8 @@ import pytest
 import tiny
 from common import ROOT
 
-from fmjax import build, config, objectives, setup, sharding, trees
+from fmjax import build, config, flops, objectives, setup, sharding, streams, trees
+from fmjax.adapters import lora
 from fmjax.errors import ConfigError
 from fmjax.models import dispatch, experts, llama
 
@@ -172,6 +173,35 @@ def test_any_layout_gives_the_same_numbers(layout, capacity):
 @pytest.mark.parametrize("changes", [dict(scan=False, remat="dots"), dict(remat="block")])
 def test_how_layers_run_changes_nothing(changes):
     assert_alike(learnt(model(**changes), tiny.mesh()), on_one_device(0.0))
+
+
+def test_an_adapter_leaves_the_sums_alone():
+    """LoRA starts as the identity, also where it drops inputs out."""
+    targets = ((r"block_.*/attn/.*", None),)
+    wrapped = lora.wrap(model(), targets=targets, rank=2, alpha=2.0, dropout=0.5)
+    adapted = wrapped, wrapped.add(params(), jax.random.key(1))
+    both = {"plain": (model(), params()), "lora": adapted}
+    batch = tiny.batch(2)
+    seeds = streams.seeds(jax.random.key(0), batch["index"])
+    names = ("input_ids", "segment_ids", "positions", "token_types")
+
+    def balance(made, stored):
+        arrays = *(batch[name] for name in names), seeds
+        return build.apply(made)(stored, *arrays, method="encode_routed")[1].metrics["balance"]
+
+    found = {name: jax.jit(functools.partial(balance, m))(p) for name, (m, p) in both.items()}
+    assert found["plain"] == found["lora"]
+
+
+def test_products_of_ragged_groups_are_counted():
+    """Each of the B T K choices meets three matrices of D x F."""
+    real = jnp.ones((B, T), bool)
+
+    def way(x, logits, *kernels):
+        weights, chosen, _ = experts.route(logits, K, True)
+        return dispatch.dropless(x, weights, chosen, real, *kernels, **HOW)[0]
+
+    assert flops.count(way, *inputs()) == 2 * B * T * K * 3 * D * F
 
 
 def test_experts_lie_along_their_axis():
