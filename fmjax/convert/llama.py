@@ -122,7 +122,7 @@ def place(hf: Mapping[str, Any], name: str) -> Place | None:
     key = entry.format(int(layer[1])) if layer else entry
     each = "experts" if "/experts/" in module else 0
     name = module.rpartition("/")[2]
-    if model_type == "bloom" and name in _PARTS:
+    if hf["model_type"] == "bloom" and name in _PARTS:
         part = _PARTS.index(name)
         return Place(f"{key}.{LEAVES[leaf]}", leaf == "kernel", part, 3, heads="heads")
     return Place(f"{key}.{LEAVES[leaf]}", leaf == "kernel", each=each)
