@@ -81,6 +81,7 @@ def with_data(config: Any, mesh: jax.sharding.Mesh, dataset: Any) -> Run:
     size = sizes(config, dataset.splits["train"])
     make = functools.partial(assemble, config, mesh, dataset.vocab, dataset.labels, **size)
     run = make(flops=1)._replace(dataset=dataset)
+    losses.check_phases(run.objectives, run.total)
     if rules.duration(config.total)[1] != "flop":
         return run
     return make(flops=flops.of_step(run, batch_spec(run)))._replace(dataset=dataset)
@@ -125,7 +126,6 @@ def assemble(
     objectives = losses.build(
         config.objectives.to_dict(), target=settings.target, vocab=vocab, steps=steps
     )
-    losses.check_phases(objectives, total)
     optimizers = config.optim.to_dict(), config.group_optim.to_dict()
     for objective in objectives:
         if objective.whole_batch and config.accumulate > 1:

@@ -117,7 +117,8 @@ def test_a_decoder_is_tuned_on_conversations(folder, tmp_path):
         words = [f"folder={tmp_path / 'run'}", "batch_size=8"]
         measure = evaluate.Measure(load("evaluate.py", *words), opened, mesh)
         assert measure.split.seq_len == 64 and measure.dataset.format.startswith("chat-64-drop")
-        _, weights = clm.targets(measure.split.rows(np.arange(len(measure.split))))
+        rows = measure.split.rows(np.arange(len(measure.split)))
+        _, weights = clm.targets({name: jnp.asarray(array) for name, array in rows.items()})
         assert float(weights.sum()) == measure.dataset.counts["validation"]["learnt_tokens"]
 
 

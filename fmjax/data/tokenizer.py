@@ -70,7 +70,7 @@ def prepare(
     poll: Callable[[], None],
 ) -> Prepared:
     """Load or train the tokenizer, or reuse the one that the cache has."""
-    identity = {"version": 4, **_identity(settings, source)}
+    identity = {"version": 5, **_identity(settings, source)}
     home = root / f"tokenizer-{cache.digest(identity)}"
     with cache.lock(root / f"{home.name}.lock", log, poll):
         index = cache.verified(home, log)

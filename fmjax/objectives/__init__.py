@@ -185,7 +185,8 @@ def _bind(
             "with config.tokenizer.special=fim."
         )
     weight, differs = args.pop("weight", 1.0), args.pop("validation", {})
-    start, stop = _between(name, args.pop("start", 0), args.pop("stop", None), steps)
+    ends = args.pop("start", 0), args.pop("stop", None)
+    start, stop = (x if x is None else steps(x) for x in ends) if steps else (0, None)
     for arg in getattr(module, "DURATIONS", ()):
         if arg in args:
             args[arg] = tuple(map(steps, args[arg])) if steps else ()
@@ -232,24 +233,8 @@ def _bind(
     )
 
 
-def _between(name: str, start: Any, stop: Any, steps: Callable | None) -> tuple[int, int | None]:
-    """The steps from which and before which an objective is learnt; always where nobody counts."""
-    if steps is None:
-        return 0, None
-    first, end = steps(start), None if stop is None else steps(stop)
-    if end is not None and end <= first:
-        raise ConfigError(
-            f"config.objectives.{name}.stop={stop!r} is not behind its start={start!r}: it would "
-            "never be learnt."
-        )
-    return first, end
-
-
 def phases(objectives: list[Objective]) -> tuple[list[int], list[list[Objective]]]:
-    """(the steps at which others are learnt, those before the first, …, from the last on).
-
-    Raises ConfigError for steps in which nothing is.
-    """
+    """(the steps at which others are learnt, those before the first, …, from the last on)."""
     cuts = {o.start for o in objectives} | {o.stop for o in objectives if o.stop is not None}
     cuts = sorted(cuts - {0})
     learnt = [
@@ -260,7 +245,14 @@ def phases(objectives: list[Objective]) -> tuple[list[int], list[list[Objective]
 
 
 def check_phases(objectives: list[Objective], total: int) -> None:
-    """Refuses a run of `total` steps in some of which nothing is learnt. Raises ConfigError."""
+    """Refuses an objective that is never learnt, and a run of `total` steps that in some of them
+    learns nothing. Raises ConfigError."""
+    for one in objectives:
+        if one.stop is not None and one.stop <= one.start:
+            raise ConfigError(
+                f"config.objectives.{one.name} is never learnt: its stop, step {one.stop}, is not "
+                f"behind its start, step {one.start}."
+            )
     cuts, learnt = phases(objectives)
     for first, last, active in zip((0, *cuts), (*cuts, total), learnt, strict=True):
         if not active and first < min(last, total):

@@ -48,8 +48,9 @@ def test_a_run_has_something_to_learn_in_each_step():
     objectives.check_phases(goals, 4)
     with pytest.raises(ConfigError, match="none of clm, prefix_lm is learnt from step 4 to 5"):
         objectives.check_phases(goals, 5)
-    with pytest.raises(ConfigError, match="clm.stop=3 is not behind its start=3"):
-        objectives.build({"clm": {"start": 3, "stop": 3}}, **STEPS)
+    never = objectives.build({"clm": {"start": 3, "stop": 3}, "prefix_lm": {}}, **STEPS)
+    with pytest.raises(ConfigError, match="clm is never learnt: its stop, step 3, is not behind"):
+        objectives.check_phases(never, 5)
 
 
 def test_the_share_of_masked_tokens_goes_in_a_line():
