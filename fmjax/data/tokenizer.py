@@ -80,7 +80,8 @@ def prepare(
         tables = {name: stored[name] for name in stored.files}
     ids = index["vocab"]
     several = ("first", "last", "sentinels", "fim")
-    vocab = Vocab(**ids | {name: ids[name] and tuple(ids[name]) for name in several}, **tables)
+    given = {name: tuple(ids[name]) for name in several if ids[name] is not None}
+    vocab = Vocab(**ids | given, **tables)
     return Prepared(vocab, home / "files", index["files"]["files/tokenizer.json"][1])
 
 
