@@ -46,6 +46,7 @@ def test_every_config_is_in_this_list():
         "export.py",
         "fill_mask.py",
         "generate.py",
+        "llama2c.py",
         "predict.py",
         "probe.py",
         "replay.py",

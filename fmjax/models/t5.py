@@ -201,7 +201,7 @@ class Embed(nn.Module):
         place = np.arange(time)
         found = bucket(place - place[:, None], not causal, self.cfg.buckets, self.cfg.far)
         table = self.decoder_distance if causal else self.encoder_distance
-        return jnp.moveaxis(table(jnp.asarray(found)), -1, 0)
+        return jnp.moveaxis(table.table()[jnp.asarray(found)], -1, 0)
 
 
 def bucket(distance: np.ndarray, both: bool, buckets: int, far: int) -> np.ndarray:
