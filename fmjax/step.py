@@ -37,11 +37,12 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, trainable, loss=loss)
         spike = spikes.spiked(opt_state)  # which keeps the optimizer itself; it remembers the spike
-        moved = optax.apply_updates(trainable, updates)
+        moved = _where(finite & ~spike, optax.apply_updates(trainable, updates), trainable)
+        moved = jax.lax.optimization_barrier(moved)  # else its first elements are made apart
         state = state.replace(
             step=state.step + 1,
-            params=groups.merge(_where(finite & ~spike, moved, trainable), frozen),
-            opt_state=_where(finite, opt_state, state.opt_state),
+            params=groups.merge(moved, frozen),
+            opt_state=_where(finite & _written(moved), opt_state, state.opt_state),
         )
         return state, {
             "sums": sums,
@@ -129,6 +130,20 @@ def _accumulated(gradient: Callable, batch: Mapping[str, jax.Array], parts: int)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
     add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)
     return jax.lax.scan(add, zero, micro)[0]
+
+
+def _written(params: Any) -> jax.Array:
+    """True; on a CPU known only once `params` are there.
+
+    What waits for it may be written over what the parameters are made of. Without it XLA:CPU cannot
+    tell which comes first, and copies the state of the optimizer at each step.
+    """
+
+    def there(params):
+        first = [x[(0,) * x.ndim] for x in jax.tree.leaves(params)]
+        return jnp.all(jnp.isfinite(jnp.stack(first)))
+
+    return jax.lax.platform_dependent(params, cpu=there, default=lambda _: jnp.bool_(True))
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:
