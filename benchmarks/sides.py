@@ -1,4 +1,4 @@
-"""The two sides of a comparison: one BERT with the same weights, in transformers + torch and here.
+"""The two sides of a comparison: one model with the same weights, in transformers + torch and here.
 
 A side has `step(arrays) -> loss`, one update, and `loss(arrays)`, without dropout or update. Torch
 runs fused AdamW and SDPA attention; dropout, weights and arithmetic are the same on both. It is
@@ -7,7 +7,8 @@ imported where it is needed, so that the memory of our side alone is ours.
 
 import argparse
 import functools
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from fmjax import (
     sharding,
     state,
 )
-from fmjax.models import bert
+from fmjax.models import bert, gpt2
 from fmjax.step import make_train_step
 
 OPTIM = dict(
@@ -54,13 +55,14 @@ class Side(NamedTuple):
     loss: Callable[[dict[str, np.ndarray]], float]
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
+def arguments(
+    description: str, sizes: Sequence[str] = ("tiny", "mini", "small", "medium", "base", "large")
+) -> argparse.ArgumentParser:
     """The flags that all comparisons of a training step have."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    sizes = ["tiny", "mini", "small", "medium", "base", "large"]
-    parser.add_argument("--variant", default="mini", choices=sizes)
+    parser.add_argument("--variant", default=sizes[1], choices=sizes)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
@@ -90,6 +92,28 @@ def peer(flags: argparse.Namespace, folder: str, kind: str = "BertForMaskedLM") 
     )
     torch.manual_seed(0)
     model = getattr(transformers, kind)(config)
+    model.save_pretrained(folder)
+    return model
+
+
+def decoder(flags: argparse.Namespace, folder: str) -> Any:
+    """A GPT-2 of the size `flags.variant`, initialised and saved in `folder`."""
+    import torch
+    import transformers
+
+    sizes = gpt2.Config(**gpt2.VARIANTS[flags.variant])
+    config = transformers.GPT2Config(
+        n_embd=sizes.width,
+        n_layer=sizes.depth,
+        n_head=sizes.heads,
+        n_inner=sizes.mlp,
+        n_positions=max(1024, flags.seq),
+        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), flags.dropout),
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
     model.save_pretrained(folder)
     return model
 
@@ -142,7 +166,8 @@ def ours(
     parameters under head/ that the folder lacks, `options` of the model.
     """
     how = {"dtype": flags.precision, "remat": flags.remat}
-    model = bert.Model(**convert.describe(folder)[1] | how | options)
+    family, described = convert.describe(folder)
+    model = importlib.import_module(f"fmjax.models.{family}").Model(**described | how | options)
     net, assigned = setup.grouped(
         adapters.wrap(model, dict(adapter=adapter, quantise=quantise)), patterns, OPTIM, {}
     )
@@ -165,7 +190,8 @@ def ours(
         packings=adapters.packings(net),
         initial=fresh,
     )
-    params["head"].update(heads or {})
+    if heads:
+        params["head"].update(heads)
     holder = {"state": state.create(abstract, net, made.tx, split, 0, params)}
     goals = [objectives.Objective(name, 1.0, None, loss_fn)]
     train_step = make_train_step(build.apply(net), goals, made.tx, split)

@@ -64,7 +64,6 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
         own = ["init=", "model.name=gpt2", "model.variant=tiny", "tokenizer.name=train"]
     tuned = name.startswith(("finetune", "instruct"))
     words = [f"--config.{word}" for word in own] if tuned else []
-    words = [f"--config.{word}" for word in own] if name.startswith("finetune") else []
     if name == "shakespeare.py":  # whose 12 rows cannot be cut over the 8 devices of tests
         words = ["--config.batch_size=16", "--config.data.train=input.txt"]
     if name.endswith(("kind=prompt", "mlp", "lstm")):  # which start from a trained table
