@@ -14,12 +14,14 @@ TASKS = {
     "translate": dict(seq_len=128),
     "summarise": dict(seq_len=512, target_len=128),
 }
+VARIANTS = ("small", "tiny")
 
 
 def get_config(arg=None):
     arg = parse_arg(arg, task="translate", variant="small", runlocal=False)
-    if arg.task not in TASKS:
-        raise ConfigError(f"unknown task {arg.task!r}.{did_you_mean(arg.task, TASKS)}")
+    for key, possible in (("task", TASKS), ("variant", VARIANTS)):
+        if arg[key] not in possible:
+            raise ConfigError(f"unknown {key} {arg[key]!r}.{did_you_mean(arg[key], possible)}")
     mlm = runpy.run_path(str(Path(__file__).with_name("mlm.py")))["get_config"]
     config = mlm(f"{arg.variant},runlocal={arg.runlocal}")
     config.data.update(format="seq2seq", long="truncate", columns="source", label="target")

@@ -185,6 +185,22 @@ def _is_targets(value: Any) -> bool:
     )
 
 
+def _is_denoisers(value: Any) -> bool:
+    return (
+        isinstance(value, tuple | list)
+        and bool(value)
+        and all(
+            isinstance(pair, tuple | list)
+            and len(pair) == 2
+            and _is_real(pair[0])
+            and not 0 < pair[0] < 1
+            and _is_real(pair[1], 0.0, 1.0)
+            and 0 < pair[1] < 1
+            for pair in value
+        )
+    )
+
+
 def _is_arms(value: Any) -> bool:
     rows = isinstance(value, tuple) and all(
         isinstance(row, tuple)
@@ -249,6 +265,12 @@ DURATION_TEXT = re.compile(
     r"\s*(?P<number>\d+(_\d+)*(\.\d+)?(e\d\d?)?)\s*(?P<scale>[KkMmBbGgTt]?)\s*"
     r"(?P<unit>steps?|epochs?|tokens?|flops?|%)\s*"
 )
+BOOLEAN = Check(lambda v: isinstance(v, bool), "a boolean")
+DENOISERS = Check(
+    _is_denoisers,
+    "(mean length of a span, share of the tokens) pairs: lengths from 1, or 0 for the end of a "
+    "document, shares above 0 and below 1",
+)
 POSITIVE = Check(lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1")
 COUNT = Check(lambda v: _is_whole(v) and v >= 0, "a whole number of at least 0")
 AXIS = Check(lambda v: _is_whole(v) and (v >= 1 or v == -1), "at least 1, or -1: all that remain")
@@ -297,10 +319,8 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"objectives\.[^.]+\.(start|stop)", DURATION),
     (r"objectives\.mlm\.over", DURATIONS),
     (r"objectives\.mlm\.rate", RATES),
-    (
-        r"objectives\.[^.]+\.(validation\.)?prefix",
-        Check(lambda v: isinstance(v, bool), "a boolean"),
-    ),
+    (r"objectives\.[^.]+\.(validation\.)?prefix|data\.pack", BOOLEAN),
+    (r"objectives\.span_corruption\.(validation\.)?denoisers", DENOISERS),
     (
         r"batch_size|accumulate|keep|top_k|max_skipped|objectives\.mlm\.(validation\.)?span_max",
         POSITIVE,

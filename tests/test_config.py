@@ -442,7 +442,8 @@ CHECKS = [rule for _, rule in rules.RULES if isinstance(rule, rules.Check)]
 def test_no_check_accepts_or_stumbles_over_nonsense(rule, value):
     nothing = rule in (rules.RANGES, rules.CLASSES, rules.ARMS, rules.LEDGER) and value == ()
     any_name = rule is rules.COLUMNS and value == "("
-    assert bool(rule.accepts(value)) == (nothing or any_name)
+    either = rule is rules.BOOLEAN and isinstance(value, bool)
+    assert bool(rule.accepts(value)) == (nothing or any_name or either)
 
 
 @pytest.mark.parametrize("value", [3, (), [], "x"])

@@ -16,6 +16,10 @@ FULL = [
     "clm.py",
     "clm_code.py",
     "instruct.py",
+    "seq2seq.py",
+    "seq2seq.py:summarise",
+    "span_corruption.py",
+    "span_corruption.py:ul2",
     "mlm.py",
     "mlm.py:bert_base",
     "nsp.py",
@@ -66,6 +70,8 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
     words = [f"--config.{word}" for word in own] if tuned else []
     if name == "shakespeare.py":  # whose 12 rows cannot be cut over the 8 devices of tests
         words = ["--config.batch_size=16", "--config.data.train=input.txt"]
+    if name.startswith("seq2seq"):
+        words = ["--config.data.train=pairs.jsonl"]
     if name.endswith(("kind=prompt", "mlp", "lstm")):  # which start from a trained table
         words.append("--config.adapter.init=normal")
     made = config.load(str(ROOT / "configs" / name), words)
@@ -86,10 +92,13 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
             labels = np.zeros(shape, dtype)
             if name == "instruct.py":
                 rows["loss_mask"] = rows["segment_ids"]
+            if name.startswith("seq2seq"):
+                for key in ("ids", "segment_ids", "positions"):
+                    rows[f"target_{key}"] = rows["positions"]
             return rows | ({"labels": labels} if name.startswith(("nsp", "finetune")) else {})
 
     special, all_words = np.arange(size) < 5, np.ones(size, bool)
-    vocab = Vocab(size, 0, 4, (2,), (3,), special, all_words, fim=(5, 6, 7))
+    vocab = Vocab(size, 0, 4, (2,), (3,), special, all_words, range(100), fim=(5, 6, 7))
     fake = SimpleNamespace(
         vocab=vocab, splits={"train": Rows()}, tokenizer_dir=ROOT, labels=("a", "b", "c")
     )

@@ -11,12 +11,19 @@ import pytest
 
 from fmjax import adapters, build, objectives, optim, setup, sharding, state
 from fmjax import groups as parameter_groups
-from fmjax.models import bert, gpt2, llama
+from fmjax.models import bert, gpt2, llama, t5
 from fmjax.step import make_train_step
 
 V, T = 64, 16
 VOCAB = SimpleNamespace(
-    size=V, mask_id=4, special=np.arange(V) < 5, word_start=np.arange(V) % 3 > 0, bytes=None
+    size=V,
+    pad_id=0,
+    mask_id=4,
+    last=(3,),
+    special=np.arange(V) < 5,
+    word_start=np.arange(V) % 3 > 0,
+    sentinels=tuple(range(V - 1, V - 9, -1)),
+    bytes=None,
 )
 SIZES = dict(vocab_size=V, width=32, depth=3, heads=4, mlp=64, max_len=T)
 # {family: (its file, its own sizes, what it is trained to do)}: a test of what holds for any model
@@ -25,6 +32,11 @@ FAMILIES = {
     "bert": (bert, {}, {"mlm": {"rate": 0.3}}),
     "gpt2": (gpt2, {}, {"clm": {}}),
     "llama": (llama, dict(kv_heads=2, tied=False), {"clm": {}}),
+    "t5": (
+        t5,
+        dict(encoder_depth=1, head_size=8, buckets=8, far=12),
+        {"span_corruption": {"denoisers": ((3.0, 0.3),)}},
+    ),
 }
 # Adam divides by the gradient's size: a gradient that is zero on paper (the key bias) is then
 # rounding noise of size lr. A large eps keeps noise small, so that parameters can be compared.

@@ -167,12 +167,12 @@ def wrap(
     return around(model, Lora(rows, dropout, scaling == "rslora", dora, init))
 
 
-def _with_path(module, leaves, finish, call, x, out_dtype=None):
+def _with_path(module, leaves, finish, call, x, out_dtype=None, **options):
     """The output of an adapted module, rounded to its dtype once, after the sum."""
     if isinstance(module, layers.Linear):
         y = finish(call(x, jnp.float32), low_rank.linear(x, leaves, module.dtype))
         return y.astype(module.dtype if out_dtype is None else out_dtype)
-    base = call(x)
+    base = call(x, **options)
     if isinstance(module, layers.Embedding | nn.Embed):
         path = low_rank.lookup(x, leaves)
     elif isinstance(module, nn.Conv):

@@ -90,6 +90,11 @@ def read_prefix(folder, config, tensors, model, named, held):
 
 
 def _virtual(model: Adapted, length: int, heads: list[str]) -> dict[str, Any]:
+    if model.decodes:
+        raise ConfigError(
+            "PEFT puts prompts before an encoder–decoder in a form of its own, which fmjax does "
+            "not have: keep the run's folder, or train another adapter."
+        )
     cfg, tasks = base(model).cfg, {TASKS[head] for head in heads if head in TASKS}
     if not tasks and model.causal and cfg.lm_head:
         tasks = {"CAUSAL_LM"}

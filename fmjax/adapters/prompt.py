@@ -71,6 +71,8 @@ class Prompt(Adapter):
 
     def call(self, site: Any, here: Call, *args: Any, **options: Any) -> Any:
         if site is not None:
+            if options.get("bare"):
+                return here.run(*args, **options)
             y, vectors = here.run(*args, **options), self.vectors(here.leaf)
             front = jnp.broadcast_to(vectors[None], (len(y), *vectors.shape)).astype(y.dtype)
             return jnp.concatenate([front, y[:, self.length :]], axis=1)

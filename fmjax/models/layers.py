@@ -166,7 +166,7 @@ class Memory(nn.Module):
         self,
         k: Float[Array, "B K T H"],
         v: Float[Array, "B K T H"],
-        may_see: Bool[Array, "B 1 T T"],
+        may_see: Bool[Array, "B 1 S T"],
     ) -> tuple[Any, Any, Any]:
         return k, v, may_see
 
@@ -182,11 +182,8 @@ class Embedding(nn.Module):
         shape = (self.count, self.features)
         self.embedding = self.param("embedding", self.embedding_init, shape, jnp.float32)
 
-    def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        return self.rows(ids)
-
-    def rows(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-        """The same, where what adapters put before a text has no place."""
+    def __call__(self, ids: Int[Array, "*B"], bare: bool = False) -> Float[Array, "*B D"]:
+        """The rows; where they are `bare`, without what adapters put before a text."""
         return _lookup(self.table(), ids, self.spec)
 
     def table(self) -> Float[Array, "V D"]:

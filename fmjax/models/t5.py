@@ -190,7 +190,7 @@ class Embed(nn.Module):
 
     def target(self, input_ids, seeds):
         """Of the tokens that the decoder is given."""
-        return self._dropped(self.token.rows(input_ids), seeds)
+        return self._dropped(self.token(input_ids, bare=True), seeds)
 
     def _dropped(self, x, seeds):
         return layers.dropout(x, self.cfg.dropout, seeds).astype(DTYPES[self.cfg.dtype])

@@ -20,8 +20,6 @@ from fmjax.errors import ConfigError
 from fmjax.objectives import seq2seq
 
 VOCABULARY = DECODES = True
-# UL2's, as (mean length of a span, share of the tokens); of length 0: from somewhere to the end.
-UL2 = ((3.0, 0.15), (8.0, 0.15), (3.0, 0.5), (8.0, 0.5), (64.0, 0.15), (64.0, 0.5), (0.0, 0.25))
 SHORTEST = 8  # tokens of a document that is cut at one place
 
 
@@ -57,7 +55,7 @@ def prepare(
             one. Of length 0 goes the end of each document, twice the share at most and as much as
             that on average. S is what the largest of them can need.
 
-    Raises ConfigError for a denoiser that cannot be, and for a tokenizer with too few sentinels.
+    Raises ConfigError for a tokenizer with too few sentinels.
     """
     ids, segments = batch["input_ids"], batch["segment_ids"]
     time = ids.shape[1]
@@ -87,11 +85,6 @@ def prepare(
 
 def _room(time: int, mean: float, rate: float) -> tuple[int, int]:
     """(spans, length of the targets) that a row of `time` tokens can need."""
-    if not (mean == 0 or mean >= 1) or not 0 < rate < 1:
-        raise ConfigError(
-            f"config.objectives.span_corruption.denoisers has ({mean}, {rate}): the mean length of "
-            "a span is from 1, or 0 for the end of a document, and the share between 0 and 1."
-        )
     if not mean:
         documents = time // SHORTEST
         return 1, min(math.ceil(2 * rate * time), time) + 2 * documents

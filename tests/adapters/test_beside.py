@@ -44,7 +44,14 @@ def moved(params):
 
 @functools.cache
 def program(model):
-    return jax.jit(lambda params: model.apply({"params": params}, *ARRAYS, method="encode"))
+    def states(params):
+        apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
+        hidden = apply(*ARRAYS, method="encode")
+        if not model.decodes:
+            return hidden
+        return apply(*ARRAYS[:3], hidden, ARRAYS[1], method="decode")
+
+    return jax.jit(states)
 
 
 @pytest.mark.parametrize("kind, family", CASES)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import streams
+from fmjax import rules, streams
 from fmjax.errors import ConfigError
 from fmjax.objectives import seq2seq, span_corruption
 
@@ -20,6 +20,7 @@ VOCAB = SimpleNamespace(
     sentinels=SENTINELS,
 )
 SHORT = ((3.0, 0.15),)
+UL2 = ((3.0, 0.15), (8.0, 0.15), (3.0, 0.5), (8.0, 0.5), (64.0, 0.15), (64.0, 0.5), (0.0, 0.25))
 
 
 def rows(*documents, time=64):
@@ -63,7 +64,7 @@ def filled(source, target):
     return [x for token in source for x in spans.get(token, [token])]
 
 
-@pytest.mark.parametrize("denoisers", [SHORT, ((3.0, 0.5),), ((0.0, 0.25),), span_corruption.UL2])
+@pytest.mark.parametrize("denoisers", [SHORT, ((3.0, 0.5),), ((0.0, 0.25),), UL2])
 def test_source_and_target_together_are_the_text_and_nothing_else(denoisers):
     batch = rows((64,), (30, 20), (9,), (3, 40), (2, 2, 2), (), (8, 8, 8, 8, 8, 8, 8, 8))
     found = corrupted(batch, denoisers)
@@ -125,19 +126,18 @@ def test_another_row_changes_nothing():
         np.testing.assert_array_equal(whole[name][:1], alone[name])
 
 
-@pytest.mark.parametrize(
-    "denoisers, message",
-    [
-        (((3.0, 1.5),), "the share between 0 and 1"),
-        (((0.5, 0.2),), "the mean length of a span is from 1"),
-        (((1.0, 0.9),), "up to 60 spans of a row of 64 tokens, but the tokenizer has 20 sentinels"),
-    ],
-)
-def test_what_cannot_be_is_refused(denoisers, message):
+def test_more_spans_than_sentinels_are_refused():
     few = SimpleNamespace(**{**vars(VOCAB), "sentinels": SENTINELS[:20]})
     seeds = streams.seeds(jax.random.key(0), jnp.arange(1))
-    with pytest.raises(ConfigError, match=message):
-        span_corruption.prepare(rows((64,)), seeds, vocab=few, denoisers=denoisers)
+    said = "up to 60 spans of a row of 64 tokens, but the tokenizer has 20 sentinels"
+    with pytest.raises(ConfigError, match=said):
+        span_corruption.prepare(rows((64,)), seeds, vocab=few, denoisers=((1.0, 0.9),))
+
+
+@pytest.mark.parametrize("pair", [(3.0, 1.5), (0.5, 0.2), (3.0,), (-1, 0.5), ("a", 0.5), (3, 0)])
+def test_a_denoiser_that_cannot_be_is_refused(pair):
+    with pytest.raises(ConfigError, match="denoisers: got .*mean length of a span"):
+        rules.check({"objectives": {"span_corruption": {"denoisers": (pair,)}}})
 
 
 def test_a_target_is_predicted_from_what_is_before_it():

@@ -1,0 +1,39 @@
+"""Span-corruption pretraining of a small T5 from nothing (Raffel et al. 2020, §3.1.4).
+
+    python run.py --config=configs/span_corruption.py
+    python run.py --config=configs/span_corruption.py:ul2    # a mixture of denoisers (Tay et al. 2022)
+
+Differs from configs/mlm.py in the model, the objective, and in the tokens: pieces of bytes, with
+one that ends a text and a hundred that stand for what is gone.
+"""
+
+import runpy
+from pathlib import Path
+
+from fmjax.config import parse_arg
+from fmjax.errors import ConfigError, did_you_mean
+
+# (mean length of a span, share of the tokens); of length 0: from somewhere to the end.
+DENOISERS = {
+    "t5": ((3.0, 0.15),),
+    "ul2": (
+        *((3.0, 0.15), (8.0, 0.15), (64.0, 0.15)),
+        *((3.0, 0.5), (8.0, 0.5), (64.0, 0.5)),
+        (0.0, 0.25),
+    ),
+}
+VARIANTS = ("small", "tiny")
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, denoisers="t5", variant="small", runlocal=False)
+    for key, possible in (("denoisers", DENOISERS), ("variant", VARIANTS)):
+        if arg[key] not in possible:
+            raise ConfigError(f"unknown {key} {arg[key]!r}.{did_you_mean(arg[key], possible)}")
+    mlm = runpy.run_path(str(Path(__file__).with_name("mlm.py")))["get_config"]
+    config = mlm(f"{arg.variant},runlocal={arg.runlocal}")
+    config.tokenizer.update(kind="bpe", special="t5", lowercase=False)
+    config.model.update(name="t5", variant="tiny")
+    config.objectives = dict(span_corruption=dict(weight=1.0, denoisers=DENOISERS[arg.denoisers]))
+    config.optim.args.eps = 1e-8
+    return config
