@@ -1,7 +1,7 @@
 """Span-corruption pretraining of a small T5 from nothing (Raffel et al. 2020, §3.1.4).
 
     python run.py --config=configs/span_corruption.py
-    python run.py --config=configs/span_corruption.py:ul2    # a mixture of denoisers (Tay et al. 2022)
+    python run.py --config=configs/span_corruption.py:ul2    # in several ways (Tay et al. 2022)
 
 Differs from configs/mlm.py in the model, the objective, and in the tokens: pieces of bytes, with
 one that ends a text and a hundred that stand for what is gone.

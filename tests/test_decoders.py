@@ -2,12 +2,16 @@
 
 import importlib
 import json
+import re
 import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from common import ROOT
 
 from fmjax import (
@@ -265,3 +269,18 @@ def test_adapters_of_matrices_pass_norms_of_queries_by():
 def test_decoders_that_cannot_be_are_refused(changes, match):
     with pytest.raises(ConfigError, match=match):
         llama.Model("tiny", **changes)
+
+
+def test_the_model_of_the_readme_trains_with_an_adapter(monkeypatch):
+    """And is one file: what it says there, as it stands there."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    made = types.ModuleType("fmjax.models.parallel")
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    exec(compile(code, "parallel.py", "exec"), vars(made))
+    monkeypatch.setitem(tiny.FAMILIES, "parallel", (made, {}, {"clm": {}}))
+    adapter = dict(name="lora", targets=((r".*/(query|up)", 2),), rank=2, alpha=4.0)
+    groups = ((r".*/lora_.", "train"), (".*", "freeze"))
+    run = tiny.make(groups, adapter=adapter, family="parallel")
+    state, found = run.step(run.state(), tiny.batch(8))
+    assert float(found["grad_norm"]) > 0 and run.model.stacks == (3,)

@@ -122,9 +122,11 @@ def digest(params: trees.Tree) -> str:
 
 def _places(model: Any, named: Iterable[str]) -> dict[str, Place]:
     """{our parameter: where transformers keeps it}; a quantised one as the whole that it was. Not
-    those that are several matrices there, or strewn over one."""
+    those that are several matrices there, or strewn over one, nor an encoder–decoder's table of
+    tokens, of which transformers looks rows up in copies."""
     located = writer.located(base(model))
     names = [name.rpartition("/")[0] if name.endswith("/codes") else name for name in named]
+    names = [name for name in names if not (model.decodes and name == "embed/token/embedding")]
     places = {name: located(name) for name in names}
     whole = lambda place: place and not place.each and not place.heads
     return {name: place for name, place in places.items() if whole(place)}

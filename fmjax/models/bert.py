@@ -229,6 +229,7 @@ class Heads(trunk.Heads):
 class Encoder(trunk.Trunk):
     """The trunk and its heads."""
 
+    block = Block
     heads = Heads
 
     @property
@@ -238,7 +239,7 @@ class Encoder(trunk.Trunk):
     def setup(self):
         cfg = self.cfg
         self.embed = Embed(cfg)
-        self.make_layers(Block)
+        self.make_layers()
         if cfg.modern:
             self.norm = layers.LayerNorm(cfg.eps, False, DTYPES[cfg.dtype])
         self.head = self.heads(cfg)

@@ -140,13 +140,14 @@ class Embed(nn.Module):
 class Decoder(trunk.Trunk):
     """The trunk and its heads."""
 
+    block = Block
     causal = True
     endless = False
     heads = trunk.CausalHeads
 
     def setup(self):
         self.embed = Embed(self.cfg)
-        self.make_layers(Block)
+        self.make_layers()
         self.norm = layers.LayerNorm(self.cfg.eps, self.cfg.biases, DTYPES[self.cfg.dtype])
         self.head = self.heads(self.cfg)
 

@@ -322,6 +322,7 @@ class Heads(trunk.CausalHeads):
 class Decoder(trunk.Trunk):
     """The trunk and its heads."""
 
+    block = Block
     causal = True
     heads = Heads
 
@@ -333,7 +334,7 @@ class Decoder(trunk.Trunk):
 
     def setup(self):
         self.embed = Embed(self.cfg)
-        self.make_layers(Block)
+        self.make_layers()
         self.norm = norm(self.cfg)
         self.head = self.heads(self.cfg)
 

@@ -236,6 +236,7 @@ class Heads(trunk.Heads):
 class EncoderDecoder(trunk.Trunk):
     """The two trunks and the heads."""
 
+    block = Block
     decodes = True
     heads = Heads
 
@@ -251,7 +252,7 @@ class EncoderDecoder(trunk.Trunk):
     def setup(self):
         cfg = self.cfg
         self.embed = Embed(cfg)
-        self.make_layers(Block)
+        self.make_layers()
         self.encoder_norm = layers.RmsNorm(cfg.eps, 0.0, DTYPES[cfg.dtype])
         self.norm = layers.RmsNorm(cfg.eps, 0.0, DTYPES[cfg.dtype])
         self.head = self.heads(cfg)

@@ -5,7 +5,7 @@ what each is told, and what comes behind.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -108,6 +108,7 @@ class Trunk(nn.Module):
     stop: int | None = None  # None: all, and the norm behind them
     causal = False  # whether a token sees only what is before it
     decodes = False  # whether a decoder follows the encoder
+    block: ClassVar[type[nn.Module]]  # of one layer
     endless = True  # whether it can be run on positions that no training text had
     heads = Heads  # its linear ones
 
@@ -125,9 +126,9 @@ class Trunk(nn.Module):
         """The smallest arguments of `__call__`, for initialisation."""
         return (jnp.zeros((1, 8), jnp.int32),) * 4
 
-    def make_layers(self, block: type[nn.Module]) -> None:
+    def make_layers(self) -> None:
         """Makes the layers, `block(cfg, kind)` each; for `setup`."""
-        cfg = self.cfg
+        cfg, block = self.cfg, self.block
         if cfg.remat != "none":
             block = nn.remat(block, policy=REMAT[cfg.remat], prevent_cse=self.stacks is None)
         if self.stacks is None:

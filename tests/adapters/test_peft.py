@@ -97,9 +97,13 @@ def reference(tmp_path_factory):
     return torch, reference_peft, load, run
 
 
+WRITTEN = tiny.by_family(
+    KINDS, ("lora", "gpt2"), ("dora", "gpt2"), ("ia3", "gpt2"), ("lora", "llama"), ("lora", "t5")
+)
+
+
 @pytest.mark.parametrize(
-    "kind, family",
-    tiny.by_family(KINDS, ("lora", "gpt2"), ("dora", "gpt2"), ("ia3", "gpt2"), ("lora", "llama")),
+    "kind, family", [case for case in WRITTEN if case.values != ("embedding", "t5")]
 )
 def test_torch_gives_the_same_logits_both_ways(kind, family, reference, tmp_path):
     torch, reference_peft, load, run = reference
@@ -325,6 +329,13 @@ def shaken(params):
     move = lambda x: x + 0.5 * rng.standard_normal(x.shape).astype(np.float32)
     own = lambda path: "/prompt_" in path or "/prefix_" in path
     return trees.map_names(lambda path, x: move(x) if own(path) else x, params)
+
+
+def test_an_adapter_of_a_table_that_has_copies_is_not_written(tmp_path):
+    base_model, base = model_and_base("t5")
+    model = lora.wrap(base_model, **KINDS["embedding"])
+    with pytest.raises(ConfigError, match="no place for an adapter of embed/token"):
+        peft.write(tmp_path / "out", model, model.add(base, jax.random.key(2)))
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
