@@ -52,6 +52,7 @@ def attention(
     windowed: bool = False,
     causal: bool = False,
     prefix: bool = False,
+    cross: bool = False,
     scale: float | None = None,
     softcap: float = 0.0,
     dropout: float = 0.0,
@@ -67,8 +68,9 @@ def attention(
 
     `implementation`: "xla" runs anywhere; "cudnn" is NVIDIA's fused kernel (float16/bfloat16);
     "tpu" is the Pallas flash kernel, which reads `segment_ids` and `causal` instead of the mask and
-    so refuses `windowed` and `prefix`; "auto" takes the fused kernel of the device where it
-    applies. Probabilities can be dropped out, and a bias added, only by "xla".
+    so refuses `windowed`, `prefix` and `cross` (keys of another sequence); "auto" takes the fused
+    kernel of the device where it applies. Probabilities can be dropped out, and a bias added, only
+    by "xla".
 
     Raises ConfigError when a kernel is asked for by name and cannot serve the request.
     """
@@ -94,6 +96,7 @@ def attention(
         "tpu": _first(
             (windowed, "it has no local window"),
             (prefix, "it shows nothing that is behind, as config.objectives.prefix_lm needs"),
+            (cross, "it takes no target beside a source"),
             (softcap > 0, "it has no soft cap (config.model.attention_softcap)"),
             (bias is not None, "it adds no bias to the products"),
             (k.shape[2] != q.shape[2], "it takes no keys beside those of the tokens"),

@@ -161,8 +161,7 @@ class Attention(nn.Module):
             q, k, v, may_see,
             segment_ids=shared["segment_ids"],
             causal=self.causal,
-            # The mask of a target and its source is not that of one sequence.
-            windowed=bias is None,
+            cross=bias is None,
             bias=bias,
             scale=1.0,
             dropout=cfg.attention_dropout,

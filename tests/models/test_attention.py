@@ -180,6 +180,8 @@ def test_a_kernel_asked_for_by_name_says_why_it_cannot_serve():
             attention(half, half, half, may_see, **how, implementation=kernel)
     with pytest.raises(ConfigError, match="it shows nothing that is behind"):
         attention(q, k, v, may_see, segment_ids=segment_ids, prefix=True, implementation="tpu")
+    with pytest.raises(ConfigError, match="no target beside a source"):
+        attention(q, k, v, may_see, segment_ids=segment_ids, cross=True, implementation="tpu")
     with pytest.raises(ConfigError, match="Possible: auto, cudnn, tpu, xla"):
         attention(q, k, v, may_see, segment_ids=segment_ids, implementation="flash")
 
