@@ -27,10 +27,13 @@ def get_config(arg=None):
     config.data.update(format="seq2seq", long="truncate", columns="source", label="target")
     config.data.update(target_len=0, source_prefix="", pack=True)
     config.data.update(TASKS[arg.task])
-    config.tokenizer.update(kind="unigram", special="t5", lowercase=False, vocab_size=8192)
+    config.tokenizer.update(kind="unigram", special="t5", lowercase=False)
     config.model.update(name="t5", variant="tiny")
     config.objectives = dict(seq2seq=dict(weight=1.0))
-    config.total = "10 epochs"
-    config.optim.update(lr=3e-3, clip=1.0, weight_decay=0.1)
-    config.optim.args.update(b2=0.98, eps=1e-8)
+    config.total, config.batch_size = "8 epochs", 8
+    config.optim.args.eps = 1e-8
+    with config.ignore_type():
+        config.eval_every = config.save_every = "1 epoch"
+    if arg.runlocal:
+        config.total = "10 steps"
     return config

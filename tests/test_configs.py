@@ -46,6 +46,7 @@ FULL += [
 def test_every_config_is_in_this_list():
     known = {name.partition(":")[0] for name in FULL} | {
         "compare.py",
+        "compare_decoder.py",
         "embed.py",
         "evaluate.py",
         "export.py",
