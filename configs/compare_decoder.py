@@ -1,7 +1,7 @@
 """A ladder of what to train of a decoder, to tell classes apart: configs/compare.py from a GPT-2.
 
-    python run.py --config=configs/clm.py                        # once: the decoder
-    python run.py --config=configs/compare_decoder.py --sweep    # which package a docstring is of
+python run.py --config=configs/clm.py                        # once: the decoder
+python run.py --config=configs/compare_decoder.py --sweep    # which package a docstring is of
 """
 
 import runpy

@@ -30,10 +30,10 @@ def get_config(arg=None):
     config.tokenizer.update(kind="unigram", special="t5", lowercase=False)
     config.model.update(name="t5", variant="tiny")
     config.objectives = dict(seq2seq=dict(weight=1.0))
-    config.total, config.batch_size = "8 epochs", 8
     config.optim.args.eps = 1e-8
-    with config.ignore_type():
-        config.eval_every = config.save_every = "1 epoch"
-    if arg.runlocal:
-        config.total = "10 steps"
+    config.batch_size = 8
+    if arg.variant == "small" and not arg.runlocal:
+        config.total = "8 epochs"
+        with config.ignore_type():
+            config.eval_every = config.save_every = "1 epoch"
     return config

@@ -112,12 +112,16 @@ def _batch(run: Any, batch: Mapping[str, np.ndarray]) -> None:
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.config.seed), 1), 0)
     _, phases = objectives.phases(run.objectives)
     prepared = objectives.prepare(phases[0], batch, rng, True, jnp.int32(0))
-    real = np.asarray(batch["segment_ids"][0]) > 0
-    print("\nfirst row of the first batch")
-    print(tokenizer.decode(np.asarray(batch["input_ids"][0])[real]))
+
+    def text(arrays: Mapping[str, jax.Array], ids: str = "input_ids", own: str = "segment_ids"):
+        return tokenizer.decode(np.asarray(arrays[ids][0])[np.asarray(arrays[own][0]) > 0])
+
+    print(f"\nfirst row of the first batch\n{text(batch)}")
+    if text(prepared) != text(batch):
+        print(f"\nas the model sees it\n{text(prepared)}")
+    if "target_ids" in prepared:
+        print(f"\ntarget\n{text(prepared, 'target_ids', 'target_segment_ids')}")
     if "mlm_labels" in prepared:
-        print("\nas the model sees it")
-        print(tokenizer.decode(np.asarray(prepared["input_ids"][0])[real]))
         kept = np.asarray(prepared["mlm_weights"][0]) > 0
         order = np.argsort(np.asarray(prepared["mlm_positions"][0])[kept])
         labels = np.asarray(prepared["mlm_labels"][0])[kept][order]
