@@ -7,6 +7,8 @@
 import runpy
 from pathlib import Path
 
+from ml_collections.config_dict import placeholder
+
 from fmjax.config import parse_arg
 from fmjax.errors import ConfigError, did_you_mean
 
@@ -28,7 +30,7 @@ def get_config(arg=None):
     config.data.update(target_len=0, source_prefix="", pack=True)
     config.data.update(TASKS[arg.task])
     config.tokenizer.update(kind="unigram", special="t5", lowercase=False)
-    config.model.update(name="t5", variant="tiny")
+    config.model.update(name="t5", variant="tiny", encoder_depth=placeholder(int))
     config.objectives = dict(seq2seq=dict(weight=1.0))
     config.optim.args.eps = 1e-8
     config.batch_size = 8

@@ -10,6 +10,8 @@ one that ends a text and a hundred that stand for what is gone.
 import runpy
 from pathlib import Path
 
+from ml_collections.config_dict import placeholder
+
 from fmjax.config import parse_arg
 from fmjax.errors import ConfigError, did_you_mean
 
@@ -33,7 +35,7 @@ def get_config(arg=None):
     mlm = runpy.run_path(str(Path(__file__).with_name("mlm.py")))["get_config"]
     config = mlm(f"{arg.variant},runlocal={arg.runlocal}")
     config.tokenizer.update(kind="bpe", special="t5", lowercase=False)
-    config.model.update(name="t5", variant="tiny")
+    config.model.update(name="t5", variant="tiny", encoder_depth=placeholder(int))
     config.objectives = dict(span_corruption=dict(weight=1.0, denoisers=DENOISERS[arg.denoisers]))
     config.optim.args.eps = 1e-8
     return config

@@ -124,6 +124,7 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
     [
         "clm.py:tiny",
         "nsp.py:nsp,variant=tiny",
+        "span_corruption.py:variant=tiny",
         pytest.param("clm_code.py:tiny", marks=pytest.mark.slow),
         pytest.param("nsp.py:sop,variant=tiny", marks=pytest.mark.slow),
     ],

@@ -31,7 +31,7 @@ class Config:
     vocab_size: int = 32128
     width: int = 512
     depth: int = 12  # layers of the encoder and of the decoder together
-    encoder_depth: int = 6
+    encoder_depth: int = 0  # of these the encoder's; 0: half
     heads: int = 8
     head_size: int = 64
     mlp: int = 2048
@@ -54,12 +54,12 @@ class Config:
 
 
 _GATED = dict(activation="gelu_tanh", gated=True, tied=False)  # T5 1.1 and Flan-T5
-_SMALL = dict(depth=16, encoder_depth=8, heads=6, mlp=1024)
-_BASE = dict(depth=24, encoder_depth=12, width=768, heads=12)
-_LARGE = dict(depth=48, encoder_depth=24, width=1024, heads=16)
+_SMALL = dict(depth=16, heads=6, mlp=1024)
+_BASE = dict(depth=24, width=768, heads=12)
+_LARGE = dict(depth=48, width=1024, heads=16)
 VARIANTS: dict[str, dict[str, Any]] = {
     # Ours: the smallest that learns to translate within minutes on a CPU.
-    "tiny": dict(depth=6, encoder_depth=3, width=128, heads=4, head_size=32, mlp=512)
+    "tiny": dict(depth=6, width=128, heads=4, head_size=32, mlp=512)
     | dict(dropout=0.0, attention_dropout=0.0),
     "small": {},
     "base": _BASE | dict(mlp=3072),
@@ -78,6 +78,7 @@ def Model(variant: str = "small", **overrides: Any) -> "EncoderDecoder":
     Raises ConfigError for an unknown variant, field or inconsistent size.
     """
     cfg = trunk.configured(Config, VARIANTS, variant, overrides)
+    cfg = dataclasses.replace(cfg, encoder_depth=cfg.encoder_depth or cfg.depth // 2)
     trunk.check_config(cfg, taken=("lm",))
     if not 0 < cfg.encoder_depth < cfg.depth:
         raise ConfigError(
