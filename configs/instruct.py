@@ -56,7 +56,7 @@ def get_config(arg=None):
 
 
 def get_expected():
-    of_all = dict(seeds=(0, 1, 2), budget=30, source="one seed on two cores, 2026-11-22")
+    of_all = dict(seeds=(0, 1, 2), budget=30, source="three seeds on two cores, 2026-11-22")
     return [
         dict(metric="validation/loss", value=3.87, tolerance=0.1, **of_all),
         dict(metric="validation/clm/accuracy", value=0.31, tolerance=0.02, **of_all),

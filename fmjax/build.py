@@ -12,6 +12,8 @@ from fmjax.data.settings import ALONE
 from fmjax.errors import ConfigError
 from fmjax.models import AnyModel, experts
 
+DOCUMENTS = ("packed", "padded", "chat", "chat_padded")  # formats whose tokens have one type
+
 
 def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
     """The model of a config, sized for a vocabulary, with the heads that its objectives need for
@@ -38,6 +40,12 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
     )
     objectives.check_model(config.objectives.to_dict(), built)
     if objectives.need_prefix(config.objectives.to_dict()):
+        if config.data.format not in DOCUMENTS:
+            raise ConfigError(
+                f"config.data.format={config.data.format!r} has texts of two types, but objectives "
+                "that read a decoder's documents in both directions mark what they show by types: "
+                f"set it to {' or '.join(map(repr, DOCUMENTS))}."
+            )
         built = built.clone(cfg=dataclasses.replace(built.cfg, prefix=True))
     built = adapters.wrap(built, config.to_dict())
     check_rows(built, config.data.to_dict())
@@ -47,7 +55,12 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
 def check_rows(model: AnyModel, data: Mapping[str, Any]) -> None:
     """Refuses rows of `data` (`config.data`) that the model has no positions for, and several
     documents in one where a prompt is before the first alone."""
-    taken, seq_len = adapters.positions(model), max(data["seq_len"], data.get("target_len", 0))
+    taken, seq_len, target_len = adapters.positions(model), data["seq_len"], data.get("target_len")
+    if (target_len or 0) > model.cfg.max_len:
+        raise ConfigError(
+            f"config.data.target_len={target_len} is longer than the {model.cfg.max_len} positions "
+            "of the model: lower it, or train a model with a larger config.model.max_len."
+        )
     if seq_len + taken > model.cfg.max_len:
         more = f", with {taken} of config.adapter.length before it," if taken else ""
         raise ConfigError(

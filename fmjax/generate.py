@@ -72,6 +72,11 @@ def prompt_ids(
     Raises ConfigError for a model that does not write, a prompt of nothing that no token begins,
     and one that leaves no room for `how["length"]` more.
     """
+    if model.decodes:
+        raise ConfigError(
+            "the model is an encoder–decoder, which this task does not write with: give the run to "
+            "configs/export.py, and its folder to transformers, which does."
+        )
     if not model.causal:
         raise ConfigError(
             "the model is an encoder, which fills gaps (configs/fill_mask.py) but does not go on "

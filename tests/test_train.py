@@ -271,7 +271,7 @@ def test_what_is_frozen_takes_no_memory_by_the_compilers_count():
     temporary = lambda *args: compiled(*args).memory_analysis().temp_size_in_bytes
     everything = temporary(EVERYTHING)
     assert temporary(HEAD) < 0.06 * everything
-    assert temporary(LAST_TWO) < 0.25 * everything
+    assert temporary(LAST_TWO) < 0.27 * everything  # two of twelve layers, and the vocabulary
     adapter = dict(name="lora", targets=(("block_.*/(attn|mlp)/.*", None),))
     gradients = 4 * 12 * (4 * 512 * 512 + 2 * 512 * 2048)
     assert temporary(ADAPTER, adapter) <= everything - gradients

@@ -19,6 +19,7 @@ VOCAB = SimpleNamespace(
     size=V,
     pad_id=0,
     mask_id=4,
+    first=(2,),
     last=(3,),
     special=np.arange(V) < 5,
     word_start=np.arange(V) % 3 > 0,

@@ -139,7 +139,8 @@ def matrix(named: Mapping[str, Any], name: str) -> Any:
     if name in named:
         return named[name]
     start = f"{name}/"
-    return dense({n.removeprefix(start): x for n, x in named.items() if n.startswith(start)})
+    own = {n.removeprefix(start): x for n, x in named.items() if n.startswith(start)}
+    return dense(jax.tree.map(jnp.asarray, own))
 
 
 def _whole(spec: P, weight: Packed) -> jax.Array:

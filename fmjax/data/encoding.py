@@ -34,10 +34,13 @@ class Reader:
 
     def _template(self, words: Prepared) -> None:
         """A tokenizer that puts nothing around a text gets BERT's [CLS] a [SEP] b [SEP], or of
-        these what it has."""
+        these what it has; so does one that does not end a text, where targets are to end."""
         from tokenizers import processors
 
-        if self._encode.num_special_tokens_to_add(is_pair=False):
+        ends = tuple(self._encode.encode("a").ids)[-len(words.vocab.last) :] == words.vocab.last
+        if self._encode.num_special_tokens_to_add(is_pair=False) and (
+            ends or self.settings.format != "seq2seq"
+        ):
             return
         named = {self._encode.id_to_token(i): i for i in words.vocab.first + words.vocab.last}
         first, last = (

@@ -161,7 +161,10 @@ def _pydocs(settings: DataSettings, log) -> tuple[dict, Parts]:
 
     if len(names) != 1:
         raise ConfigError(f"config.data.columns={settings.columns!r}: pydocs has one column.")
-    return {"pydocs": pydocs.digest(), "label": label}, {"train": records}
+    identity = {"pydocs": pydocs.digest(), "label": label}
+    if settings.labelled or settings.chat:  # other texts, of which a tokenizer learns others
+        identity["rows"] = "conversations" if settings.chat else "examples"
+    return identity, {"train": records}
 
 
 def _pycode(settings: DataSettings, log) -> tuple[dict, Parts]:
@@ -186,7 +189,11 @@ def _text(settings: DataSettings, log) -> tuple[dict, Parts]:
             found = files.expand(getattr(settings, part), f"data.{part}")
             parts[part] = functools.partial(files.records, found, settings, f"data.{part}")
             digests[part] = [[path.suffixes, cache.file_digest(path)] for path in found]
-    return {"text": digests, "schema": settings.schema, "document": settings.document}, parts
+    return {
+        "text": digests,
+        "schema": list(settings.schema.items()),
+        "document": settings.document,
+    }, parts
 
 
 def _hub(settings: DataSettings, log) -> tuple[dict, Parts]:
@@ -204,7 +211,11 @@ def _hub(settings: DataSettings, log) -> tuple[dict, Parts]:
     splits = {"train": settings.train or "train"}
     if settings.validation:
         splits["validation"] = settings.validation
-    identity |= {"splits": splits, "subset": settings.subset, "schema": settings.schema}
+    identity |= {
+        "splits": splits,
+        "subset": settings.subset,
+        "schema": list(settings.schema.items()),
+    }
     return identity, {
         part: functools.partial(hub.records, settings, name) for part, name in splits.items()
     }

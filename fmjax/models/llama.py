@@ -182,6 +182,16 @@ def Model(variant: str = "llama2_7b", **overrides: Any) -> "Decoder":
             f"config.model.full_every={cfg.full_every} needs config.model.window: without one "
             "every layer sees all."
         )
+    if cfg.experts and (cfg.mlp_bias or not getattr(cfg, "gated", True)):
+        raise ConfigError(
+            f"config.model.experts={cfg.experts} are gated and have no biases: leave "
+            "config.model.mlp_bias and config.model.gated out."
+        )
+    if cfg.dense_layers and not cfg.experts:
+        raise ConfigError(
+            f"config.model.dense_layers={cfg.dense_layers} needs config.model.experts: without "
+            "them every layer is dense."
+        )
     if cfg.experts and not 0 < cfg.experts_per_token <= cfg.experts:
         raise ConfigError(
             f"config.model.experts_per_token={cfg.experts_per_token} is not a number from 1 to "

@@ -85,7 +85,9 @@ def Model(variant: str = "small", **overrides: Any) -> "EncoderDecoder":
             f"config.model.encoder_depth={cfg.encoder_depth} of config.model.depth={cfg.depth} "
             f"layers: the encoder needs one at least, and so does the decoder."
         )
-    if cfg.buckets % 4:
+    if cfg.head_size < 1:
+        raise ConfigError(f"config.model.head_size={cfg.head_size}: T5 has a size of its own.")
+    if cfg.buckets < 4 or cfg.buckets % 4:
         raise ConfigError(
             f"config.model.buckets={cfg.buckets}: a multiple of 4, as half of them are of one "
             "direction, and half of these of single distances."

@@ -29,7 +29,7 @@ that asks for `step` is given that of the run, and None in evaluation.
 
 What an objective holds as `start` and `stop`, durations, says between which steps it is learnt.
 Those that are learnt at once share a forward pass, but for those that read a decoder's documents in
-both directions (`prefix`), which have their own, with their own corruption.
+both directions (`PREFIX`, `prefix`), each of which has its own, with its own corruption.
 """
 
 import functools
@@ -229,7 +229,7 @@ def _bind(
         bound.get("prepare_validation"),
         start,
         stop,
-        bool(args.get("prefix")),
+        bool(args.get("prefix")) or getattr(module, "PREFIX", False),
     )
 
 
@@ -264,8 +264,8 @@ def check_phases(objectives: list[Objective], total: int) -> None:
 
 def _passes(objectives: list[Objective]) -> list[list[Objective]]:
     """Those that share a forward pass."""
-    together = [o for o in objectives if not o.apart], [o for o in objectives if o.apart]
-    return [group for group in together if group]
+    together = [o for o in objectives if not o.apart]
+    return [together] * bool(together) + [[o] for o in objectives if o.apart]
 
 
 def told(function: Callable, *arrays: Any, **facts: Any) -> Any:
@@ -285,7 +285,7 @@ def metrics(
     batch: Mapping[str, jax.Array],
     rng: jax.Array,
     train: bool,
-    step: jax.Array | None = None,
+    step: jax.Array | int | None = None,
 ) -> Metrics:
     """All objectives' (sum, weight) metrics as "<objective>/<metric>", on one shared forward pass.
 
@@ -336,7 +336,7 @@ def prepare(
     batch: Mapping[str, jax.Array],
     rng: jax.Array,
     train: bool,
-    step: jax.Array | None = None,
+    step: jax.Array | int | None = None,
 ) -> dict[str, jax.Array]:
     """The batch as the model sees it: every objective's corruption, and `seeds` for dropout."""
     seeds = streams.seeds(rng, batch["index"])
@@ -367,7 +367,7 @@ def loss(
 
 def mean(found: Mapping[str, Any], objectives: list[Objective]) -> dict[str, float]:
     """Printable means of (sum, weight) metrics on the host, with "loss" the total that is
-    minimised."""
+    minimised; in evaluation, which measures all of them at any step, that of all."""
     resting = tuple(f"{o.name}/" for o in objectives if o.start or o.stop is not None)
     found = {name: x for name, x in found.items() if x[1] or not name.startswith(resting)}
     means = {name: float(s) / float(w) if w else float("nan") for name, (s, w) in found.items()}

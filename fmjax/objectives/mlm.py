@@ -29,7 +29,7 @@ def prepare(
     rate: float | tuple[float, float] = 0.15,
     over: tuple[int, int] | tuple[()] = (),
     prefix: bool = False,
-    step: jax.Array | None = None,
+    step: jax.Array | int | None = None,
     mask: str = "token",
     replace: tuple[float, float] = (0.8, 0.1),
     span_stop: float = 0.2,
@@ -127,7 +127,9 @@ def loss_fn(
 
 
 def _now(
-    rate: float | tuple[float, float], over: tuple[int, int] | tuple[()], step: jax.Array | None
+    rate: float | tuple[float, float],
+    over: tuple[int, int] | tuple[()],
+    step: jax.Array | int | None,
 ) -> float | jax.Array:
     """The share at a step of the run."""
     if not isinstance(rate, tuple):

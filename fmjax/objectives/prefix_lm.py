@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fmjax import streams
-from fmjax.objectives import clm
+from fmjax.objectives import clm, documents
 
 VOCABULARY = CAUSAL = PREFIX = True
 
@@ -26,10 +26,7 @@ def prepare(
     segments, time = batch["segment_ids"], batch["segment_ids"].shape[1]
     draws = streams.uniform(streams.named(seeds, "cut"), (time,))
     chosen = streams.bernoulli(streams.named(seeds, "rate"), rate, (1,))
-    place = jnp.arange(time)[None]
-    ends = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (0, 1)), constant_values=True)
-    last = jax.lax.cummin(jnp.where(ends, place, time), axis=1, reverse=True)
-    length = last - place + batch["positions"] + 1  # of the token's document
+    length = documents.last(segments) - documents.begin(segments) + 1  # of the token's document
     draw = jnp.take_along_axis(draws, jnp.maximum(segments - 1, 0), axis=1)
     cut = 1 + jnp.floor(draw * (length - 1)).astype(jnp.int32)  # 1 … length - 1
     prefix = (segments > 0) & (batch["positions"] < cut) & chosen

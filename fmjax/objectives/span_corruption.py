@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from fmjax import streams
 from fmjax.errors import ConfigError
-from fmjax.objectives import seq2seq
+from fmjax.objectives import documents, seq2seq
 
 VOCABULARY = DECODES = True
 SHORTEST = 8  # tokens of a document that is cut at one place
@@ -50,7 +51,7 @@ def prepare(
     Args:
         batch: `input_ids`, `segment_ids`, `positions` (B, T).
         seeds: one per example.
-        vocab: `fmjax.data.Vocab`: sentinels, last, special and pad_id.
+        vocab: `fmjax.data.Vocab`: size, sentinels, first, last and pad_id.
         denoisers: (mean length of a span, share of the tokens that goes), of which each row draws
             one. Of length 0 goes the end of each document, twice the share at most and as much as
             that on average. S is what the largest of them can need.
@@ -68,7 +69,16 @@ def prepare(
             "sentinels: use a shorter config.data.seq_len, longer spans, or a tokenizer with more "
             "(config.tokenizer.special='t5' trains one with 100)."
         )
-    eligible = (segments > 0) & ~jnp.asarray(vocab.special)[ids]
+    if wrong := [name for name in ("target_ids", "loss_mask") if name in batch]:
+        form = "pairs of source and target" if wrong == ["target_ids"] else "conversations"
+        raise ConfigError(
+            f"config.objectives.span_corruption takes documents apart, but config.data.format has "
+            f"{form}: set it to packed or padded, or config.objectives to "
+            f"{'seq2seq' if wrong == ['target_ids'] else 'clm'}."
+        )
+    # All of a text can go; what begins and ends it stays.
+    kept = np.isin(np.arange(vocab.size), [*vocab.first, *vocab.last, *vocab.sentinels])
+    eligible = (segments > 0) & ~jnp.asarray(kept)[ids]
     drawn = streams.uniform(streams.named(seeds, "denoiser"), (1,))[:, 0]
     drawn = (drawn * len(denoisers)).astype(jnp.int32)
     mean, rate = (jnp.asarray(x, jnp.float32)[drawn] for x in zip(*denoisers, strict=True))
@@ -86,8 +96,8 @@ def prepare(
 def _room(time: int, mean: float, rate: float) -> tuple[int, int]:
     """(spans, length of the targets) that a row of `time` tokens can need."""
     if not mean:
-        documents = time // SHORTEST
-        return 1, min(math.ceil(2 * rate * time), time) + 2 * documents
+        each = time // SHORTEST  # documents, of which one token goes at least
+        return 1, min(math.ceil(2 * rate * time) + each, time) + 2 * each
     tokens = round(time * rate) + 1
     spans = max(round(tokens / mean), 1) + 1
     return spans, tokens + 2 * spans
@@ -116,9 +126,9 @@ def _spans(
     place = jnp.cumsum(eligible, axis=1) - 1
     passed = jnp.sum(place[:, :, None] >= ends[:, None], axis=2)
     gone = eligible & (passed % 2 == 1) & (noise > 0)[:, None]
-    first = gone & ~jnp.pad(gone[:, :-1], ((0, 0), (1, 0)))
-    last_begin = jax.lax.cummax(jnp.where(first, jnp.arange(time)[None], 0), axis=1)
-    return gone & (jnp.take_along_axis(segments, last_begin, axis=1) == segments)
+    begun = jnp.take_along_axis(ends, jnp.maximum(passed - 1, 0), axis=1)
+    first = jax.lax.cummax(jnp.where(gone & (place == begun), jnp.arange(time)[None], 0), axis=1)
+    return gone & (jnp.take_along_axis(segments, first, axis=1) == segments)
 
 
 def _composed(
@@ -143,8 +153,8 @@ def _ends(
     rate: Float[Array, "B"],
 ) -> Bool[Array, "B T"]:
     """What is behind a random place in each document of `SHORTEST` tokens or more."""
-    behind = _behind(eligible, segments)
-    begin = _begin(segments)
+    behind = documents.behind(eligible, segments)
+    begin = documents.begin(segments)
     of_document = lambda x: jnp.take_along_axis(x, begin, axis=1)
     length = of_document(behind + eligible)
     draw = of_document(streams.uniform(streams.named(seeds, "ends"), segments.shape[1:]))
@@ -162,16 +172,16 @@ def _taken_out(
     """The arrays of a batch without what is `gone`, and of targets of `width` tokens with it."""
     before = jnp.pad(gone[:, :-1], ((0, 0), (1, 0)))
     column = jnp.arange(ids.shape[1])[None]
-    first = gone & (~before | (_begin(segments) == column))
+    first = gone & (~before | (documents.begin(segments) == column))
     count = jnp.cumsum(first, axis=1)
-    span = count - jnp.take_along_axis(count - first, _begin(segments), axis=1) - 1
+    span = count - jnp.take_along_axis(count - first, documents.begin(segments), axis=1) - 1
     sentinel = jnp.asarray(vocab.sentinels, ids.dtype)[jnp.maximum(span, 0)]
 
     stays = (segments > 0) & (~gone | first)
     source = [(stays, jnp.cumsum(stays, axis=1) - 1, jnp.where(first, sentinel, ids))]
     # Of each span its sentinel and its tokens; behind the last of a document what ends a text.
     end = vocab.last[:1]
-    last = gone & (_behind(gone, segments) == 0)
+    last = gone & (documents.behind(gone, segments) == 0)
     slots = gone.astype(jnp.int32) + first + last * len(end)
     at = jnp.cumsum(slots, axis=1) - slots + first
     target = [(first, at - 1, sentinel), (gone, at, ids)]
@@ -187,24 +197,10 @@ def _taken_out(
             place = jnp.where(wanted, place, length)
             made = made.at[rows, place].set(values, mode="drop")
             owner = owner.at[rows, place].set(segments, mode="drop")
-        places = jnp.arange(length)[None] - _begin(owner)
+        places = jnp.arange(length)[None] - documents.begin(owner)
         return made, owner, jnp.where(owner > 0, places, 0).astype(segments.dtype)
 
     names = ("ids", "segment_ids", "positions")
     targets = zip(names, arrays(target, width), strict=True)
     made = dict(zip(("input_ids", *names[1:]), arrays(source, ids.shape[1]), strict=True))
     return made | {f"target_{name}": array for name, array in targets}
-
-
-def _begin(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The first column of the document of each token."""
-    begins = segments != jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
-    return jax.lax.cummax(jnp.where(begins, jnp.arange(segments.shape[1])[None], 0), axis=1)
-
-
-def _behind(chosen: Bool[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """How many chosen tokens of its document stand behind each token."""
-    column = jnp.arange(segments.shape[1])
-    later = (column[None] > column[:, None])[None]
-    later &= segments[:, :, None] == segments[:, None, :]
-    return jnp.sum(later & chosen[:, None, :], axis=2)

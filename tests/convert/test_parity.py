@@ -181,7 +181,9 @@ def reference(request, tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="module", params=["scanned", "unrolled"])
+@pytest.fixture(
+    scope="module", params=["scanned", pytest.param("unrolled", marks=pytest.mark.slow)]
+)
 def ours(request, reference):
     """The same from fmjax, the layers scanned or one by one."""
     model, params = load(reference.folder, scanned=request.param == "scanned")

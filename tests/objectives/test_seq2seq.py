@@ -16,7 +16,7 @@ VOCAB = SimpleNamespace(
     size=V,
     pad_id=0,
     last=(END,),
-    special=np.isin(np.arange(V), [0, END, *SENTINELS]),
+    first=(),
     sentinels=SENTINELS,
 )
 SHORT = ((3.0, 0.15),)
@@ -64,9 +64,13 @@ def filled(source, target):
     return [x for token in source for x in spans.get(token, [token])]
 
 
-@pytest.mark.parametrize("denoisers", [SHORT, ((3.0, 0.5),), ((0.0, 0.25),), UL2])
+@pytest.mark.parametrize(
+    "denoisers",
+    [SHORT, ((3.0, 0.5),), ((64.0, 0.5),), ((0.0, 0.25),), ((0.0, 0.02),), UL2],
+    ids=lambda x: str(x[:1]),
+)
 def test_source_and_target_together_are_the_text_and_nothing_else(denoisers):
-    batch = rows((64,), (30, 20), (9,), (3, 40), (2, 2, 2), (), (8, 8, 8, 8, 8, 8, 8, 8))
+    batch = rows((64,), (30, 20), (9,), (3, 40), (2, 2, 2), (), (8,) * 8, (6,) * 10, (9,) * 7)
     found = corrupted(batch, denoisers)
     texts = documents(np.asarray(batch["input_ids"]), np.asarray(batch["segment_ids"]))
     sources = documents(found["input_ids"], found["segment_ids"])
@@ -138,6 +142,14 @@ def test_more_spans_than_sentinels_are_refused():
 def test_a_denoiser_that_cannot_be_is_refused(pair):
     with pytest.raises(ConfigError, match="denoisers: got .*mean length of a span"):
         rules.check({"objectives": {"span_corruption": {"denoisers": (pair,)}}})
+
+
+@pytest.mark.parametrize(
+    "name, said", [("target_ids", "pairs of.*seq2seq"), ("loss_mask", "conversations.*clm")]
+)
+def test_what_says_its_targets_itself_is_refused(name, said):
+    with pytest.raises(ConfigError, match=said):
+        corrupted(rows((64,)) | {name: jnp.ones((1, 64), jnp.int32)})
 
 
 def test_a_target_is_predicted_from_what_is_before_it():
