@@ -30,7 +30,7 @@ def get_config(arg=None):
 def get_expected(arg=None):
     if arg is not None:
         return []
-    of_all = dict(seeds=(0, 1, 2), budget=40, source="one seed on two cores, 2026-11-22")
+    of_all = dict(seeds=(0,), budget=20, source="one seed on two cores, 2026-11-22")
     return [
         dict(metric="validation/loss", value=4.05, tolerance=0.15, **of_all),
         dict(metric="validation/fim/accuracy", value=0.28, tolerance=0.02, **of_all),

@@ -27,3 +27,15 @@ def get_config(arg=None):
     config = _file("compare")["get_config"](arg)
     config.init = f"runs/clm-{digest(_file('clm')['get_config']())}"
     return config
+
+
+def get_expected(arg=None):
+    if arg is not None:
+        return []
+    rows = (("full", 0.6, 0.2), ("lora", 0.5, 0.2), ("head", 0.4, 0.2))
+    of_all = dict(seeds=(0, 1, 2), budget=30, source="three seeds on two cores, 2026-11-22")
+    metric = "validation/classify/accuracy"
+    return [
+        dict(metric=metric, group=group, value=value, tolerance=tolerance, **of_all)
+        for group, value, tolerance in rows
+    ]

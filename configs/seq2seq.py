@@ -39,3 +39,12 @@ def get_config(arg=None):
         with config.ignore_type():
             config.eval_every = config.save_every = "1 epoch"
     return config
+
+
+def get_expected(arg=None):
+    if arg is not None:
+        return []
+    given = ("data.train", "data.validation", "data.columns", "data.label")
+    source = "one seed on two cores, 2026-11-22: Multi30k, English to German"
+    of_all = dict(seeds=(0,), budget=30, source=source, given=given)
+    return [dict(metric="validation/loss", value=2.6, tolerance=0.3, **of_all)]
