@@ -85,6 +85,14 @@ def test_padded_puts_one_conversation_in_a_row(conversations):
     assert batch["loss_mask"].tolist() == [[0] * 6 + [1, 1] + [0] * 8] * 3
 
 
+def test_columns_in_another_order_are_another_conversation(conversations):
+    row = {"ask": "a", "say": "b"}
+    one, other = (conversations([row], columns=columns) for columns in ("ask,say", "say,ask"))
+    swapped = conversations([{"ask": "b", "say": "a"}], columns="ask,say")
+    np.testing.assert_array_equal(rows(other)["input_ids"], rows(swapped)["input_ids"])
+    assert (rows(one)["input_ids"] != rows(other)["input_ids"]).any()
+
+
 def test_questions_and_answers_in_columns(conversations):
     row = {"ask": "b", "more": "", "say": "c"}
     batch = rows(conversations([row], columns="ask,say"))
