@@ -136,7 +136,6 @@ class Prompt(Adapter):
 
     def _longer(self, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `encode` with room for the prompt in front."""
-
         longer = given | self._front(
             given,
             input_ids=0,
