@@ -5,6 +5,10 @@
 
 Differs from configs/mlm.py in the model, the objective, and in the tokens: pieces of bytes, with
 one that ends a text and a hundred that stand for what is gone.
+
+Three seeds, as the arms of one program, in seven minutes on two cores beside tests (Python 3.11,
+2026-11-22): 5.192 ± 0.015 nats a target of held-out documentation, 29.1 ± 0.1 % right, sentinels
+and what ends a text among them.
 """
 
 import runpy
@@ -45,4 +49,4 @@ def get_expected(arg=None):
     if arg is not None:
         return []
     of_all = dict(seeds=(0, 1, 2), budget=20, source="three seeds on two cores, 2026-11-22")
-    return [dict(metric="validation/loss", value=5.0, tolerance=1.0, **of_all)]
+    return [dict(metric="validation/loss", value=5.19, tolerance=0.15, **of_all)]
