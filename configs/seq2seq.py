@@ -6,10 +6,10 @@
 Several pairs share a row and do not see each other; a source that is a list is joined, of a list of
 targets each is one of its own. `configs/seq2seq.py:summarise` has longer sources. On Multi30k
 (29,000 pairs, English to German) from nothing, one seed, two cores beside tests, nine minutes
-(Python 3.11, 2026-11-22): 2.614 nats a token of the 1,014 pairs of its validation. That is far from
-what such a task allows: 1.9 M parameters, and a table of tokens that learns slowly, of which
+(Python 3.11, 2026-11-22): 2.614 nats a token of the 1,014 pairs of its validation, 49.7 % right. The
+model has 1.9 M parameters, and a table of tokens that learns slowly, of which
 configs/span_corruption.py says more. A run writes no translations here yet: configs/export.py gives
-it to transformers, which does.
+it to transformers.
 """
 
 import runpy
