@@ -17,6 +17,7 @@ import importlib.util
 import multiprocessing
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -152,6 +153,7 @@ def _nanogpt(model: Any, flags: argparse.Namespace) -> Any:
         raise SystemExit("nanoGPT has no LoRA: leave --nanogpt out")
     spec = importlib.util.spec_from_file_location("nanogpt", Path(flags.nanogpt, "model.py"))
     module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt"] = module  # where torch.compile looks for its classes
     spec.loader.exec_module(module)
     cfg = model.config
     sizes = dict(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from fmjax import adapters, objectives
+from fmjax import adapters, needs
 from fmjax.data.settings import ALONE
 from fmjax.errors import ConfigError
 from fmjax.models import AnyModel, experts
@@ -25,7 +25,7 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
     """
     fields = {key: value for key, value in config.model.to_dict().items() if value is not None}
     name, wanted = fields.pop("name"), fields.pop("vocab_size", None)
-    heads = fields.pop("classes", {}) | objectives.heads(config.objectives, labels)
+    heads = fields.pop("classes", {}) | needs.heads(config.objectives, labels)
     if wanted and wanted < vocab_size:
         raise ConfigError(
             f"config.model.vocab_size={wanted} is smaller than the tokenizer's {vocab_size}: its "
@@ -35,11 +35,11 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
         **fields,
         vocab_size=wanted or vocab_size,
         dtype=config.precision,
-        lm_head=objectives.need_vocabulary(config.objectives),
+        lm_head=needs.vocabulary(config.objectives),
         classes=heads,
     )
-    objectives.check_model(config.objectives.to_dict(), built)
-    if objectives.need_prefix(config.objectives.to_dict()):
+    needs.check_model(config.objectives.to_dict(), built)
+    if needs.prefix(config.objectives.to_dict()):
         if config.data.format not in DOCUMENTS:
             raise ConfigError(
                 f"config.data.format={config.data.format!r} has texts of two types, but objectives "

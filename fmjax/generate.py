@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from fmjax import adapters, build, evaluate, pretrained, processes
 from fmjax.data import tokenizer as tokenizers
+from fmjax.data import vocabulary
 from fmjax.errors import ConfigError
 
 
@@ -46,7 +47,7 @@ def texts(opened: pretrained.Opened, how: Mapping[str, Any], seed: int) -> list[
     out = evaluate.on_host(
         _written(build.apply(model), opened.params, rows, jax.random.key(seed), *drawn, prefix)
     )
-    _, last = tokenizers.around(words)
+    _, last = vocabulary.around(words)
     found = []
     for new in out[:, len(ids) :].tolist():
         end = new.index(last[0]) if last and last[0] in new else len(new)
@@ -87,7 +88,7 @@ def prompt_ids(
             f"the tokenizer has {len(words):,} tokens, the model {model.cfg.vocab_size:,}: they do "
             "not belong together."
         )
-    first, _ = tokenizers.around(words)
+    first, _ = vocabulary.around(words)
     ids = [*first, *words(how["prompt"], add_special_tokens=False)["input_ids"]]
     if not ids:
         raise ConfigError(

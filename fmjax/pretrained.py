@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fmjax import adapters, build, checkpoint, convert, groups, objectives, rules, state, trees
+from fmjax import adapters, build, checkpoint, convert, groups, needs, rules, state, trees
 from fmjax import config as configs
 from fmjax.adapters import quantise
-from fmjax.data.tokenizer import MAX_VOCAB
 from fmjax.data.tokenizer import load as load_tokenizer
+from fmjax.data.vocabulary import MAX_VOCAB
 from fmjax.errors import CheckpointError, ConfigError
 from fmjax.models import AnyModel
 
@@ -229,7 +229,7 @@ def check_head(config: Any, labels: Sequence[str]) -> None:
     else:
         source = convert.find(config.init)
         has, names = convert.describe(source)[1].get("classes", {}), convert.labels(source)
-    wanted = objectives.heads(config.objectives, labels)
+    wanted = needs.heads(config.objectives, labels)
     for head in wanted.keys() & has.keys():
         same = names == tuple(labels) or not (names and labels) or config.data.classes
         if has[head] == wanted[head] and same:

@@ -14,6 +14,7 @@ from fmjax import (
     data,
     flops,
     groups,
+    needs,
     optim,
     pretrained,
     rules,
@@ -118,7 +119,7 @@ def assemble(
             "config.data.label is empty, so that there is nothing to train on: name the column of "
             f"the labels of config.data.format={settings.format}."
         )
-    if settings.room < (needed := losses.room(config.objectives)):
+    if settings.room < (needed := needs.room(config.objectives)):
         raise ConfigError(
             f"config.objectives adds {needed} tokens to a document, but config.data.room="
             f"{settings.room} leaves no room for them behind each: set it to {needed}."

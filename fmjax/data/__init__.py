@@ -21,7 +21,7 @@ from fmjax.data.batches import (
     examples,
     fingerprint,
 )
-from fmjax.data.tokenizer import Vocab
+from fmjax.data.vocabulary import Vocab
 from fmjax.errors import ConfigError, DataError
 
 __all__ = [

@@ -25,7 +25,8 @@ from fmjax.data import cache, spans, store
 from fmjax.data.encoding import NONE, Example, Reader
 from fmjax.data.settings import DataSettings
 from fmjax.data.sources import Document, Source
-from fmjax.data.tokenizer import Prepared, Vocab
+from fmjax.data.tokenizer import Prepared
+from fmjax.data.vocabulary import Vocab
 from fmjax.errors import DataError, did_you_mean
 
 VERSION = 5  # of what a folder holds; raise it when the same records give other files

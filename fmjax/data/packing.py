@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fmjax.data import store
-from fmjax.data.tokenizer import Vocab
+from fmjax.data.vocabulary import Vocab
 from fmjax.errors import DataError
 
 COUNTS = ("rows", "tokens", "truncated_tokens", "dropped_documents", "dropped_tokens")

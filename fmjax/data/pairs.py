@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from fmjax.data import order, packing, store
-from fmjax.data.tokenizer import Vocab
+from fmjax.data.vocabulary import Vocab
 
 SPECIAL = 3  # [CLS] A [SEP] B [SEP]
 

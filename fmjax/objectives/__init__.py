@@ -35,15 +35,14 @@ both directions (`PREFIX`, `prefix`), each of which has its own, with its own co
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fmjax import streams
+from fmjax import needs, streams
 from fmjax.errors import ConfigError, did_you_mean
-from fmjax.models import AnyModel
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 FUNCTIONS = ("prepare", "loss_fn", "outputs", "score", "each", "describe")
@@ -85,85 +84,6 @@ def build(
     return [_bind(name, dict(args), target, steps, facts) for name, args in objectives.items()]
 
 
-def heads(objectives: Iterable[str], labels: Sequence[str]) -> dict[str, int]:
-    """{name: outputs} of the linear heads that the objectives need; `labels` names the classes."""
-    found = {}
-    for name in objectives:
-        module = importlib.import_module(f"fmjax.objectives.{name}")
-        found |= module.heads(labels) if hasattr(module, "heads") else {}
-    return found
-
-
-def need_vocabulary(objectives: Iterable[str]) -> bool:
-    """Whether one of the objectives predicts tokens."""
-    modules = (importlib.import_module(f"fmjax.objectives.{name}") for name in objectives)
-    return any(getattr(module, "VOCABULARY", False) for module in modules)
-
-
-def need_prefix(objectives: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether one of the objectives shows a decoder's tokens to those before them."""
-    return any(
-        args.get("prefix")
-        or getattr(importlib.import_module(f"fmjax.objectives.{name}"), "PREFIX", 0)
-        for name, args in objectives.items()
-    )
-
-
-def room(objectives: Iterable[str]) -> int:
-    """How many tokens the objectives add to a document at most."""
-    modules = (importlib.import_module(f"fmjax.objectives.{name}") for name in objectives)
-    return sum(getattr(module, "ROOM", 0) for module in modules)
-
-
-def check_model(objectives: Mapping[str, Mapping[str, Any]], model: AnyModel) -> None:
-    """Refuses what the model cannot learn: whether its tokens see only what is before them, and
-    whether a decoder follows its encoder. Raises ConfigError."""
-    for name, args in objectives.items():
-        module = importlib.import_module(f"fmjax.objectives.{name}")
-        decodes = getattr(module, "DECODES", False)
-        if decodes != model.decodes and (decodes or getattr(module, "VOCABULARY", False)):
-            raise ConfigError(
-                f"config.objectives.{name} needs a model "
-                f"{'with' if decodes else 'without'} a decoder behind its encoder, which that of "
-                f"config.model.name is not: use "
-                f"{'t5, or clm or mlm' if decodes else 'bert, gpt2 or llama, or seq2seq'} in its "
-                "place."
-            )
-        wanted = getattr(module, "CAUSAL", None)
-        if args.get("prefix"):
-            if not model.causal:
-                raise ConfigError(
-                    f"config.objectives.{name}.prefix=True lets a decoder read in both directions, "
-                    "but the model of config.model.name does so always: leave it out."
-                )
-            continue
-        if wanted is not None and wanted != model.causal:
-            raise ConfigError(
-                f"config.objectives.{name} needs a model whose tokens see "
-                f"{'only what is before them' if wanted else 'all of a text'}, which that of "
-                f"config.model.name does not: use "
-                f"{'gpt2 or llama, or mlm' if wanted else 'bert, or clm'} in its place."
-            )
-        if model.causal and args.get("pool") == "first":
-            raise ConfigError(
-                f"config.objectives.{name}.pool='first' is a token that sees itself alone in a "
-                "causal model: set it to 'last' or 'mean'."
-            )
-
-
-def check_target(objective: str, needs: str, target: str) -> None:
-    """Refuses labels that mean something else than the objective says."""
-    if needs in ("", target):
-        return
-    made = f"made for {target!r}" if target else "without labels"
-    pairs = needs in ("nsp", "sop")
-    form = f"pairs and config.data.pair={needs}" if pairs else needs
-    raise ConfigError(
-        f"config.objectives.{objective} cannot use these data, which are {made}: set "
-        f"config.data.format={form}."
-    )
-
-
 def _bind(
     name: str,
     args: dict[str, Any],
@@ -172,7 +92,7 @@ def _bind(
     facts: Mapping[str, Any],
 ) -> Objective:
     module = importlib.import_module(f"fmjax.objectives.{name}")
-    check_target(name, getattr(module, "TARGET", ""), target)
+    needs.check_target(name, getattr(module, "TARGET", ""), target)
     if getattr(module, "MASKS", False) and facts["vocab"].mask_id is None:
         raise ConfigError(
             f"config.objectives.{name} needs a tokenizer with a mask token: set "

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fmjax import data, objectives
-from fmjax.data import tokenizer
+from fmjax.data import tokenizer, vocabulary
 from fmjax.errors import ConfigError
 
 # Words enough for a few merges, in 60 documents.
@@ -134,7 +134,7 @@ def test_row48_roberta_names_are_as_good(prepare, tmp_path):
 def test_word_starts_by_the_convention_of_the_model(letters, prepare):
     def begins(model, decoder=None):
         state = {"model": model, "pre_tokenizer": None, "decoder": decoder}
-        return [tokenizer._word_start(state)(token) for token in ("##x", "Ġx", "▁x", "x", ",")]
+        return [vocabulary._word_start(state)(token) for token in ("##x", "Ġx", "▁x", "x", ",")]
 
     assert begins({"continuing_subword_prefix": "##"}) == [False, True, True, True, True]
     assert begins({}, {"type": "ByteLevel"}) == [False, True, False, False, False]

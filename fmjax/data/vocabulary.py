@@ -1,0 +1,115 @@
+"""What training needs to know of a tokenizer: its ids, and what they stand for."""
+
+import itertools
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from fmjax.errors import ConfigError
+
+# Before, between and behind where a middle is filled in, as families call them; the first is ours.
+FIM = (
+    ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),  # Qwen 2.5 Coder, CodeGemma
+    ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),  # StarCoder
+    ("<fim-prefix>", "<fim-middle>", "<fim-suffix>"),  # SantaCoder
+    ("▁<PRE>", "▁<MID>", "▁<SUF>"),  # Code Llama
+    ("<｜fim▁begin｜>", "<｜fim▁end｜>", "<｜fim▁hole｜>"),  # DeepSeek Coder
+)
+MAX_VOCAB = 2**24  # ids; tables of this length are made before a model is
+
+
+class Vocab(NamedTuple):
+    """What training needs to know of a tokenizer. `special` and `word_start` are bool [V]."""
+
+    size: int
+    pad_id: int  # 0 where there is none: padding is known by its segment
+    mask_id: int | None
+    first: tuple[int, ...]  # what stands before a text: [CLS], or <s>, or nothing
+    last: tuple[int, ...]  # and behind it: [SEP], or </s>
+    special: np.ndarray
+    word_start: np.ndarray  # True where a token begins a word
+    sentinels: tuple[int, ...] = ()  # that can stand for spans: <extra_id_0>, <extra_id_1>, …
+    bytes: np.ndarray | None = None  # int [V], of the text that each stands for; None: unknown
+    fim: tuple[int, int, int] | None = None  # what marks prefix, middle, suffix (objectives/fim.py)
+
+
+def of(tokenizer, name: str) -> Vocab:
+    """The vocabulary of a transformers tokenizer; `name` is what it was asked for by.
+
+    Raises ConfigError for one of nothing, or of too many ids.
+    """
+    vocab = tokenizer.get_vocab()
+    size = max(vocab.values(), default=-1) + 1
+    if not 0 < size <= MAX_VOCAB:
+        raise ConfigError(f"The tokenizer {name!r} has {size:,} ids, the limit is {MAX_VOCAB:,}.")
+    special = np.zeros(size, bool)
+    special[list(tokenizer.all_special_ids)] = True
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    begins, weighs = _word_start(state), _bytes(state)
+    word_start, sizes = np.ones(size, bool), np.zeros(size, np.int32)
+    for token, i in vocab.items():
+        word_start[i] = begins(token)
+        sizes[i] = weighs(token) if weighs and not special[i] else 0
+    first, last = around(tokenizer)
+    numbered = (vocab.get(f"<extra_id_{i}>") for i in itertools.count())
+    sentinels = tuple(itertools.takewhile(lambda i: i is not None, numbered))
+    special[list(sentinels)] = True
+    fim = next((marks for marks in FIM if all(mark in vocab for mark in marks)), ())
+    return Vocab(
+        size=size,
+        pad_id=tokenizer.pad_token_id or 0,
+        mask_id=tokenizer.mask_token_id,
+        first=first,
+        last=last,
+        special=special,
+        sentinels=sentinels,
+        word_start=word_start | special,
+        bytes=sizes if weighs else None,
+        fim=tuple(vocab[mark] for mark in fim) or None,
+    )
+
+
+def around(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the tokenizer puts before and behind a text; where it leaves them open, its own tokens
+    for that."""
+    whole = tokenizer("a")["input_ids"]
+    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
+    starts = range(len(whole) - len(inner) + 1)
+    at = next(i for i in starts if whole[i : i + len(inner)] == inner)
+    first, last = whole[:at], whole[at + len(inner) :]
+    if not first and not last:
+        first = _one_of(tokenizer.cls_token_id, tokenizer.bos_token_id)
+    last = last or _one_of(tokenizer.sep_token_id, tokenizer.eos_token_id)
+    return tuple(first), tuple(last)
+
+
+def _one_of(*ids: int | None) -> list[int]:
+    """The first that there is."""
+    return [i for i in ids if i is not None][:1]
+
+
+def _bytes(state: dict) -> Callable[[str], int] | None:
+    """How many bytes of text a token stands for, where tokens are the text itself."""
+    if state["normalizer"] not in (None, {"type": "Sequence", "normalizers": []}):
+        return None
+    if (state["pre_tokenizer"] or {}).get("type") == "Split":  # of characters
+        return lambda token: len(token.encode())
+    if '"ByteLevel"' in json.dumps(state["decoder"]):
+        return len  # each byte is a character of its own
+    return None
+
+
+def _word_start(state: dict) -> Callable[[str], bool]:
+    """Whether a token begins a word, by the convention of the model: "##x", "Ġx" or "▁x"."""
+    model, steps = state["model"], json.dumps([state["pre_tokenizer"], state["decoder"]])
+    prefix = model.get("continuing_subword_prefix")
+    if prefix:
+        return lambda token: not token.startswith(prefix)
+    if '"ByteLevel"' in steps:
+        return lambda token: token.startswith(("Ġ", "Ċ", "ĉ"))
+    if '"Metaspace"' in steps or "▁" in steps:
+        return lambda token: token.startswith("▁")
+    # Words end, not begin, with a mark (CLIP): every token counts as a word.
+    return lambda token: True
