@@ -6,10 +6,10 @@
 Several pairs share a row and do not see each other; a source that is a list is joined, of a list of
 targets each is one of its own. `configs/seq2seq.py:summarise` has longer sources. On Multi30k
 (29,000 pairs, English to German) from nothing, one seed, two cores beside tests, nine minutes
-(Python 3.11, 2026-11-22): 2.614 nats a token of the 1,014 pairs of its validation, 49.7 % right. The
-model has 1.9 M parameters, and a table of tokens that learns slowly, of which
-configs/span_corruption.py says more. A run writes no translations here yet: configs/export.py gives
-it to transformers.
+(Python 3.11, 2026-11-22): 1.927 nats a token of the 1,014 pairs of its validation, 61.0 % right;
+the model has 1.9 M parameters. With a rate of 3e-3 for its tables too (configs/span_corruption.py
+says why they have their own) it came to 2.614. A run writes no translations here yet:
+configs/export.py gives it to transformers.
 """
 
 import runpy
@@ -41,6 +41,10 @@ def get_config(arg=None):
     config.model.update(name="t5", variant="tiny", encoder_depth=placeholder(int))
     config.objectives = dict(seq2seq=dict(weight=1.0))
     config.optim.args.eps = 1e-8
+    config.optim.lr = 1e-3
+    # The table's elements are of deviation 1, as T5 has it: Adam's steps must be as much larger.
+    config.groups = (("embed/.*", "embed"), (".*", "train"))
+    config.group_optim = dict(embed=dict(lr=1e-2))
     config.batch_size = 8
     if arg.variant == "small" and not arg.runlocal:
         config.total = "8 epochs"
@@ -55,4 +59,4 @@ def get_expected(arg=None):
     given = ("data.train", "data.validation", "data.columns", "data.label")
     source = "one seed on two cores, 2026-11-22: Multi30k, English to German"
     of_all = dict(seeds=(0,), budget=30, source=source, given=given)
-    return [dict(metric="validation/loss", value=2.6, tolerance=0.3, **of_all)]
+    return [dict(metric="validation/loss", value=1.93, tolerance=0.1, **of_all)]

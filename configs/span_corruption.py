@@ -7,11 +7,10 @@ Differs from configs/mlm.py in the model, the objective, and in the tokens: piec
 one that ends a text and a hundred that stand for what is gone.
 
 Three seeds, as the arms of one program, in seven minutes on two cores beside tests (Python 3.11,
-2026-11-22): 5.192 ± 0.015 nats a target of held-out documentation, 29.1 ± 0.1 % right. Most of what
+2026-11-22): 4.875 ± 0.004 nats a target of held-out documentation, 30.5 ± 0.1 % right. Most of what
 is right are sentinels and ends, which it has after 100 steps: in so few it learns little of the
-text. What holds it back is the table of tokens, whose elements are large (of deviation 1, as T5 has
-it) for Adam's steps: one seed with `groups=(("embed/.*", "embed"), (".*", "train"))`, there a rate
-of 1e-2 and 1e-3 elsewhere, came to 5.173 in 400 steps.
+text. Tables have a rate of their own, as their elements are large (of deviation 1, as T5 has it)
+for Adam's steps: with 3e-3 for all, three seeds came to 5.192 ± 0.015.
 """
 
 import runpy
@@ -45,6 +44,10 @@ def get_config(arg=None):
     config.model.update(name="t5", variant="tiny", encoder_depth=placeholder(int))
     config.objectives = dict(span_corruption=dict(weight=1.0, denoisers=DENOISERS[arg.denoisers]))
     config.optim.args.eps = 1e-8
+    config.optim.lr = 1e-3
+    # The table's elements are of deviation 1, as T5 has it: Adam's steps must be as much larger.
+    config.groups = (("embed/.*", "embed"), (".*", "train"))
+    config.group_optim = dict(embed=dict(lr=1e-2))
     return config
 
 
@@ -52,4 +55,4 @@ def get_expected(arg=None):
     if arg is not None:
         return []
     of_all = dict(seeds=(0, 1, 2), budget=20, source="three seeds on two cores, 2026-11-22")
-    return [dict(metric="validation/loss", value=5.19, tolerance=0.15, **of_all)]
+    return [dict(metric="validation/loss", value=4.88, tolerance=0.15, **of_all)]

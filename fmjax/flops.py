@@ -2,7 +2,7 @@
 
 The compiler's own count takes the body of a `scan` once; this one multiplies by its length, and
 needs no compilation. Element-wise work is not counted, as in every published model-FLOPs
-utilisation.
+utilisation, nor are the products that attention's backward pass makes again (`precision.AGAIN`).
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
-from fmjax import build
+from fmjax import build, precision
 from fmjax.step import make_train_step
 
 
@@ -46,6 +46,8 @@ def _jaxpr(jaxpr: Any) -> int:
 
 
 def _equation(equation: Any) -> int:
+    if precision.AGAIN in str(equation.source_info.name_stack):
+        return 0
     if equation.primitive.name == "dot_general":
         (contract, _), _ = equation.params["dimension_numbers"]
         left, out = equation.invars[0].aval, equation.outvars[0].aval

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from fmjax import sharding
 
+AGAIN = "made_again"  # scope of what a backward pass makes again of the forward one
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 

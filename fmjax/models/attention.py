@@ -154,16 +154,18 @@ def _scores(q, k, how):
     return scores.reshape(*q.shape[:3], k.shape[2]) * jnp.float32(how.scale)
 
 
-def _probabilities(q, k, bias, mask, how):
-    scores = _scores(q, k, how)
+def _capped(scores, bias, mask, how):
+    """[B, N, T, S], what the softmax is taken of."""
     if how.softcap:
         scores = how.softcap * jnp.tanh(scores / how.softcap)
     if bias is not None:
         scores += bias.astype(jnp.float32).reshape(-1, *scores.shape[1:])  # (1 or B, N, T, S)
-    scores = jnp.where(mask, scores, jnp.float32(-1e30))
-    scores = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    return jnp.where(mask, scores, jnp.float32(-1e30))
+
+
+def _divided(weights, mask, total):
     # Rows that see nothing have a uniform softmax; the mask makes them zero instead.
-    return jnp.where(mask, scores / jnp.sum(scores, axis=-1, keepdims=True), jnp.float32(0))
+    return jnp.where(mask, weights / total, jnp.float32(0))
 
 
 def _drop(p, keep, rate):
@@ -171,16 +173,27 @@ def _drop(p, keep, rate):
 
 
 def _xla_forward(q, k, v, bias, mask, keep, how):
-    p = _probabilities(q, k, bias, mask, how)
+    """Keeps two numbers a row of the softmax, which the backward pass makes again: what grows with
+    the square of the length is kept by no layer (Dao et al. 2022, §3.1)."""
+    scores = _capped(_scores(q, k, how), bias, mask, how)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    p = _divided(weights, mask, total)
     seen = _grouped(_drop(p, keep, how.rate).astype(q.dtype), k.shape[1])
     out = precision.matmul(seen, v).reshape(q.shape)
-    return out.astype(q.dtype), (q, k, v, bias, keep, p.astype(q.dtype))
+    return out.astype(q.dtype), (q, k, v, bias, mask, keep, top, total)
 
 
 def _xla_backward(how, residuals, g):
-    q, k, v, bias, keep, p = residuals
+    q, k, v, bias, mask, keep, top, total = residuals
+    # Else the compiler finds the same softmax in the forward pass, and keeps it.
+    q, k, g = jax.lax.optimization_barrier((q, k, g))
     dtype, heads = q.dtype, k.shape[1]
-    p, g = p.astype(jnp.float32), _grouped(g.astype(dtype), heads)
+    with jax.named_scope(precision.AGAIN):
+        scores = _scores(q, k, how)
+    p = _divided(jnp.exp(_capped(scores, bias, mask, how) - top), mask, total)
+    g = _grouped(g.astype(dtype), heads)
     seen = _grouped(_drop(p, keep, how.rate).astype(dtype), heads)
     dv = precision.matmul(precision.transposed(seen), g)
     dp = _drop(precision.matmul_transposed(g, v).reshape(p.shape), keep, how.rate)
@@ -190,7 +203,7 @@ def _xla_backward(how, residuals, g):
         dbias = (ds if bias.ndim == 4 else jnp.sum(ds, axis=0)).astype(bias.dtype)
     ds = ds * jnp.float32(how.scale)
     if how.softcap:
-        ds = ds * (1 - jnp.square(jnp.tanh(_scores(q, k, how) / how.softcap)))
+        ds = ds * (1 - jnp.square(jnp.tanh(scores / how.softcap)))
     ds = _grouped(ds.astype(dtype), heads)
     dq = precision.matmul(ds, k).reshape(q.shape)
     dk = precision.matmul(precision.transposed(ds), _grouped(q, heads))
