@@ -8,8 +8,10 @@ targets each is one of its own. `configs/seq2seq.py:summarise` has longer source
 (29,000 pairs, English to German) from nothing, one seed, two cores beside tests, nine minutes
 (Python 3.11, 2026-11-22): 1.927 nats a token of the 1,014 pairs of its validation, 61.0 % right;
 the model has 1.9 M parameters. With a rate of 3e-3 for its tables too (configs/span_corruption.py
-says why they have their own) it came to 2.614. A run writes no translations here yet:
-configs/export.py gives it to transformers.
+says why they have their own) it came to 2.614. On SciTLDR, `:summarise`, one seed, twelve minutes
+beside tests: 5.265 nats a token of its validation after four of the eight epochs, and 5.451 after
+all, as the 1,992 papers are few. A run writes no translations here yet: configs/export.py gives it
+to transformers.
 """
 
 import runpy
