@@ -3,8 +3,10 @@
     python run.py --config=configs/generate.py --config.folder=runs/clm-1a2b3c4d \\
         --config.prompt="Return the"
 
-The folder is a run's, one in Hugging Face format, or a hub id (id@commit), of a decoder.
-`temperature=0` takes the most probable token each time; `top_k` draws from so many.
+The folder is a run's, one in Hugging Face format, or a hub id (id@commit), of a decoder, or of an
+encoder–decoder, for which the prompt is the source. `temperature=0` takes the most probable token
+each time; what else is set cuts what is drawn from, in the order it has here (fmjax/sampling.py).
+One text is shown while it is written.
 """
 
 import runpy
@@ -26,6 +28,15 @@ def get_config():
     config.length = 100  # tokens at most, beside the prompt
     config.temperature = 0.8
     config.top_k = placeholder(int)  # the most probable to draw from; None: all
+    config.top_p = 1.0  # the fewest most probable that are so probable together
+    config.min_p = 0.0  # those at least this share as probable as the most probable
+    config.repetition_penalty = 1.0  # above 1: tokens that the text has get less probable
+    config.beams = (
+        1  # above 1: the likeliest text, found among so many; with temperature=0, count=1
+    )
+    config.length_penalty = 1.0  # of beams: above 0 for longer texts
+    config.stop = ()  # texts that end what is written, and are not part of it
+    config.long = "error"  # prompts that leave no room for length; or cut, reading only their end
     config.seed = 0
     config.precision = placeholder(str)  # None: as the run was trained, else float32
     config.mesh = mlm.mesh

@@ -10,8 +10,7 @@ targets each is one of its own. `configs/seq2seq.py:summarise` has longer source
 the model has 1.9 M parameters. With a rate of 3e-3 for its tables too (configs/span_corruption.py
 says why they have their own) it came to 2.614. On SciTLDR, `:summarise`, one seed, twelve minutes
 beside tests: 5.265 nats a token of its validation after four of the eight epochs, and 5.451 after
-all, as the 1,992 papers are few. A run writes no translations here yet: configs/export.py gives it
-to transformers.
+all, as the 1,992 papers are few. configs/generate.py writes what the run makes of a source.
 """
 
 import runpy

@@ -61,7 +61,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         "objectives": measure.goals,
         "metrics": metrics,
     }
-    _append(Path(opened.source if opened.config else workdir) / FILE, record)
+    append(Path(opened.source if opened.config else workdir) / FILE, record)
 
 
 class Measure:
@@ -319,7 +319,8 @@ def _show(text: str) -> None:
         print(text)
 
 
-def _append(path: Path, record: Mapping[str, Any]) -> None:
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds a line to a file of results, and says so."""
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:

@@ -1,60 +1,48 @@
-"""Text that a model goes on with."""
+"""Text that a model writes, behind a prompt or, of an encoder–decoder, about a source."""
 
-import functools
+import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
-from fmjax import adapters, build, evaluate, pretrained, processes
+from fmjax import adapters, beams, pretrained, processes
 from fmjax.data import tokenizer as tokenizers
 from fmjax.data import vocabulary
+from fmjax.decoding import Writer
 from fmjax.errors import ConfigError
+from fmjax.sampling import Sampling
+
+EVERY = 8  # tokens between looks at what is written, where somebody waits for it
+LONG = ("error", "cut")  # what to do with a prompt that leaves no room: refuse, or keep its end
 
 
 def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
-    """The task: prints `config.count` continuations of `config.prompt`, each drawn by itself.
+    """The task: prints `config.count` continuations of `config.prompt`, each drawn by itself; a
+    single one while it is written.
 
     The folder is a run's, one in Hugging Face format, or a hub id.
     """
     with processes.start(config) as mesh:
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
+        author, how = Author(opened), config.to_dict()
+        author.ids(how)
         if dry_run:
-            words = tokenizers.load(opened.tokenizer)
-            prompt_ids(opened.model, words, config.to_dict(), _trained(opened))
             return
-        found = texts(opened, config.to_dict(), config.seed)
-    if jax.process_index() == 0:
-        print(f"\n{opened}\n")
-        print(shown(config.prompt, found))
-
-
-def texts(opened: pretrained.Opened, how: Mapping[str, Any], seed: int) -> list[str]:
-    """`how["count"]` continuations of `how["prompt"]`, each up to its end or of `how["length"]`
-    tokens."""
-    words = tokenizers.load(opened.tokenizer)
-    ids = prompt_ids(opened.model, words, how, _trained(opened))
-    row = np.zeros(len(ids) + how["length"], np.int32)
-    row[: len(ids)] = ids
-    rows = np.tile(row, (how["count"], 1))
-    model = opened.model
-    prefix = opened.config is not None and "prefix_lm" in opened.config.objectives
-    drawn = len(ids), how["temperature"], how["top_k"], min(len(words), model.cfg.vocab_size)
-    out = evaluate.on_host(
-        _written(build.apply(model), opened.params, rows, jax.random.key(seed), *drawn, prefix)
-    )
-    _, last = vocabulary.around(words)
-    found = []
-    for new in out[:, len(ids) :].tolist():
-        end = new.index(last[0]) if last and last[0] in new else len(new)
-        # Together with the prompt: alone, a first token may lose the space before it.
-        before, whole = words.decode(ids), words.decode([*ids, *new[:end]])
-        found.append(whole.removeprefix(before))
-    return found
+        first = jax.process_index() == 0
+        if first:
+            print(f"\n{opened}\n")
+        if config.count > 1:
+            found = author.texts(how, config.seed)
+            if first:
+                print(shown(author.before(how["prompt"]), found))
+            return
+        show = lambda text: print(text, end="", flush=True) if first else None
+        show(author.before(how["prompt"]))
+        author.texts(how, config.seed, show)
+        show("\n")
 
 
 def shown(prompt: str, texts: Sequence[str]) -> str:
@@ -62,91 +50,185 @@ def shown(prompt: str, texts: Sequence[str]) -> str:
     return "\n---\n".join(prompt + text for text in texts)
 
 
-def prompt_ids(
-    model: Any, words: Any, how: Mapping[str, Any], trained: int | None, of: str = "config"
-) -> list[int]:
-    """The tokens of `how["prompt"]`, behind those that begin a document.
+def texts(opened: pretrained.Opened, how: Mapping[str, Any], seed: int) -> list[str]:
+    """As `Author.texts`."""
+    return Author(opened).texts(how, seed)
 
-    `trained` is how long the rows of training were, None where nobody knows; `of` what the keys of
-    `how` are keys of.
 
-    Raises ConfigError for a model that does not write, a prompt of nothing that no token begins,
-    and one that leaves no room for `how["length"]` more.
-    """
-    if model.decodes:
-        raise ConfigError(
-            "the model is an encoder–decoder, which this task does not write with: give the run to "
-            "configs/export.py, and its folder to transformers, which does."
+class Author:
+    """A model that lies in a folder, with its tokenizer: text to text. Besides what ends its texts
+    the tokens `stop` do."""
+
+    def __init__(self, opened: pretrained.Opened, stop: Sequence[int] = ()):
+        check_model(opened.model)
+        self.opened, self.model = opened, opened.model
+        self.words = tokenizers.load(opened.tokenizer)
+        check_tokens(self.model, self.words)
+        self.first, self.last = vocabulary.around(self.words)
+        goals = opened.config.objectives if opened.config else ()
+        self.writer = Writer(
+            self.model,
+            opened.params,
+            stop=(*self.last[:1], *stop),
+            tokens=min(len(self.words), self.model.cfg.vocab_size),
+            prefix="prefix_lm" in goals,
+            first=self.words.pad_token_id or 0,
         )
-    if not model.causal:
+
+    def ids(self, how: Mapping[str, Any]) -> list[int]:
+        """The tokens of `how["prompt"]` (`prompt_ids`)."""
+        data = self.opened.config.data if self.opened.config else {}
+        source_prefix = data.get("source_prefix") or ""
+        return prompt_ids(self.model, self.words, how, data.get("seq_len"), before=source_prefix)
+
+    def before(self, prompt: str) -> str:
+        """What a reader is shown in front of what is written: of a source nothing."""
+        return "" if self.model.decodes else prompt
+
+    def texts(
+        self, how: Mapping[str, Any], seed: int, show: Callable[[str], None] | None = None
+    ) -> list[str]:
+        """`how["count"]` continuations of `how["prompt"]` (`behind`)."""
+        return self.behind(self.ids(how), how, seed, show)
+
+    def behind(
+        self,
+        ids: Sequence[int],
+        how: Mapping[str, Any],
+        seed: int,
+        show: Callable[[str], None] | None = None,
+    ) -> list[str]:
+        """`how["count"]` texts behind the tokens, each up to its end, to one of the texts
+        `how["stop"]`, or of `how["length"]` tokens. `show` is given the first as it grows."""
+        stop = tuple(how.get("stop", ()))
+        if how.get("beams", 1) > 1:
+            return [self._likeliest(ids, how, show)]
+        names = [field.name for field in dataclasses.fields(Sampling)]
+        sampling = Sampling(**{name: how[name] for name in names if name in how})
+        text = lambda row: cut(self.text(ids, row), stop)
+        printed = 0
+
+        def told(rows: np.ndarray) -> list[bool]:
+            nonlocal printed
+            found = [text(row) for row in rows.tolist()]
+            if show:
+                grown = settled(found[0][0], stop)
+                show(grown[printed:])
+                printed = max(printed, len(grown))
+            return [over for _, over in found]
+
+        given = dict(told=told, every=EVERY) if show or stop else {}
+        rows = self.writer([ids] * how["count"], how["length"], sampling, seed, **given)
+        found = [text(row)[0] for row in rows]
+        if show:
+            show(found[0][printed:])
+        return found
+
+    def _likeliest(self, ids, how, show) -> str:
+        """What beam search finds behind the tokens."""
+        taken = dict(temperature=0, top_k=None, count=1, repetition_penalty=1, stop=())
+        for key, value in taken.items():
+            if how.get(key, value) != value:
+                raise ConfigError(
+                    f"config.{key}={how[key]!r} does not go with config.beams={how['beams']}, "
+                    f"which finds the likeliest text: set it to {value!r}, or config.beams to 1."
+                )
+        kind = beams.Beams(how["beams"], how.get("length_penalty", 1.0))
+        ((row, _),) = beams.search(self.writer, [list(ids)], how["length"], kind)
+        found = self.text(ids, row)
+        if show:
+            show(found)
+        return found
+
+    def text(self, ids: Sequence[int], row: Sequence[int]) -> str:
+        """The text of the tokens `row` behind `ids`, without what ends it."""
+        row = [i for i in row if i >= 0]
+        if row and row[-1] in self.writer.facts.stop:
+            row = row[:-1]
+        if self.model.decodes:
+            return self.words.decode(row, skip_special_tokens=True)
+        # Together with the prompt: alone, a first token may lose the space before it.
+        before = self.words.decode(ids)
+        return self.words.decode([*ids, *row]).removeprefix(before)
+
+
+def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """(the text before the first of `stop`, whether there is one)."""
+    found = [at for one in stop if (at := text.find(one)) >= 0]
+    return (text[: min(found)], True) if found else (text, False)
+
+
+def settled(text: str, stop: Sequence[str]) -> str:
+    """The part of a growing text that more tokens will not take back: no half of a character, nor
+    the beginning of what would end it."""
+    text = text.rstrip("\ufffd")
+    starts = (n for one in stop for n in range(len(one) - 1, 0, -1) if text.endswith(one[:n]))
+    return text[: len(text) - max(starts, default=0)]
+
+
+def check_model(model: Any) -> None:
+    """Raises ConfigError for a model that does not write."""
+    if not model.causal and not model.decodes:
         raise ConfigError(
             "the model is an encoder, which fills gaps (configs/fill_mask.py) but does not go on "
             "with a text: give config.folder of a decoder, as configs/clm.py trains one."
         )
+
+
+def check_tokens(model: Any, words: Any) -> None:
+    """Raises ConfigError for a tokenizer with tokens that the model does not have."""
     if len(words) > model.cfg.vocab_size:
         raise ConfigError(
             f"the tokenizer has {len(words):,} tokens, the model {model.cfg.vocab_size:,}: they do "
             "not belong together."
         )
-    first, _ = vocabulary.around(words)
-    ids = [*first, *words(how["prompt"], add_special_tokens=False)["input_ids"]]
+
+
+def room(model: Any, trained: int | None) -> int:
+    """How many tokens the model reads and writes at most; `trained` is how long the rows of its
+    training were, None where nobody knows."""
+    places = model.cfg.max_len - adapters.positions(model)
+    if trained is not None and not adapters.base(model).endless:
+        return min(places, trained)
+    return places
+
+
+def prompt_ids(
+    model: Any,
+    words: Any,
+    how: Mapping[str, Any],
+    trained: int | None,
+    of: str = "config",
+    before: str = "",
+) -> list[int]:
+    """The tokens of `how["prompt"]`, behind those that begin a document; of a source, with the text
+    `before` and those that end it too.
+
+    `trained` is how long the rows of training were, None where nobody knows; `of` what the keys of
+    `how` are keys of. With `how["long"]` "cut" only the end of a long prompt is read.
+
+    Raises ConfigError for a model that does not write, a prompt of nothing that no token begins,
+    and one that leaves no room for `how["length"]` more.
+    """
+    check_model(model)
+    check_tokens(model, words)
+    first, last = vocabulary.around(words)
+    ids = list(words(before + how["prompt"], add_special_tokens=False)["input_ids"])
+    last = list(last) if model.decodes else []
+    places = room(model, trained)
+    written = 0 if model.decodes else how["length"]
+    around = len(first) + len(last) + written
+    if how.get("long") == "cut" and len(ids) + around > places > around:
+        ids = ids[len(ids) + around - places :]
+    ids = [*first, *ids, *last]
     if not ids:
         raise ConfigError(
             f"{of}.prompt is empty, and the tokenizer has no token that begins a text: give one."
         )
-    room = model.cfg.max_len - adapters.positions(model)
-    if trained is not None and not adapters.base(model).endless:
-        room = min(room, trained)
-    if len(ids) + how["length"] > room:
+    if len(ids) + written > places or how["length"] > model.cfg.max_len:
         raise ConfigError(
             f"{of}.prompt has {len(ids)} tokens and {of}.length={how['length']}, but the model has "
-            f"{room} positions that were trained: make one of them shorter."
+            f"{places} positions that were trained: make one of them shorter"
+            + (f", or set {of}.long='cut' to read only the end of it." if "long" in how else ".")
         )
     return ids
-
-
-def _trained(opened: pretrained.Opened) -> int | None:
-    """How long the rows were that the model was trained on."""
-    return opened.config.data.seq_len if opened.config else None
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7, 8))
-def _written(
-    apply: Any,
-    params: Any,
-    rows: Int[Array, "B T"],
-    key: jax.Array,
-    known: int,
-    temperature: float,
-    top_k: int | None,
-    tokens: int,
-    prefix: bool = False,
-) -> Int[Array, "B T"]:
-    """The rows with all behind the first `known` tokens drawn, one after the other, of the first
-    `tokens` of the vocabulary: a model may have rows that no token stands for. With `prefix` what
-    is known is read in both directions."""
-    ones = jnp.ones_like(rows)
-    positions = jnp.broadcast_to(jnp.arange(rows.shape[1])[None], rows.shape)
-    types = (positions < known if prefix else positions < 0).astype(rows.dtype)
-
-    def one(t, rows):
-        # What is behind is not seen, whatever stands there.
-        hidden = apply(params, rows, ones, positions, types, method="encode")
-        logits = apply(params, hidden[:, t - 1], method="logits")[:, :tokens]
-        return rows.at[:, t].set(_drawn(logits, jax.random.fold_in(key, t), temperature, top_k))
-
-    return jax.lax.fori_loop(known, rows.shape[1], one, rows)
-
-
-def _drawn(
-    logits: Float[Array, "B V"], key: jax.Array, temperature: float, top_k: int | None
-) -> Int[Array, "B"]:
-    """A token of each row: at temperature 0 the likeliest, else one of the `top_k` (None: all)."""
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if top_k:
-        least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    # A stream a row: what a row says does not depend on how many there are.
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits)))
-    return jax.vmap(jax.random.categorical)(keys, logits / temperature).astype(jnp.int32)

@@ -248,7 +248,7 @@ def _whole(low: int, high: int) -> Check:
 # Dicts whose keys are the user's choice: the command line replaces them whole.
 OPEN = ("objectives", "group_optim", "optim.args", "args", "pretraining")
 DICTS = (
-    r"data|pretraining(\.data)?|tokenizer|model|adapter|quantise|mesh|distributed|optim|objectives(\.[^.]+(\.validation)?)?|group_optim(\.[^.]+)?"
+    r"data|benchmark|pretraining(\.data)?|tokenizer|model|adapter|quantise|mesh|distributed|optim|objectives(\.[^.]+(\.validation)?)?|group_optim(\.[^.]+)?"
     r"|((optim|group_optim\.[^.]+)\.)?args"
 )
 # In what the arms of one program may differ.
@@ -307,6 +307,12 @@ RATES = Check(
     lambda v: all(_is_real(x, 0.0, 1.0) for x in (v if _is_pair(v) else [v])),
     "a number between 0 and 1, or two of them: the first and the last",
 )
+SHOTS = Check(
+    lambda v: isinstance(v, tuple) and v and all(_is_whole(x) and x >= 0 for x in v),
+    "numbers of examples, (0, 1, 4)",
+)
+SHARE = Check(lambda v: _is_real(v, 0.0, 1.0) and v > 0, "a number above 0 and at most 1")
+STOPS = Check(lambda v: _is_texts(v) and "" not in v, "texts of at least a character")
 LENGTH = Check(
     _is_length,
     "a duration above 0: 1500, '1500 steps', '3 epochs', '10M tokens' or '2T flops'",
@@ -333,7 +339,8 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"model\.(experts|expert_mlp|shared_mlp)", _whole(0, 2**24)),
     (r"model\.experts_per_token", POSITIVE),
     (r"model\.(capacity|router_(aux|z)_loss|clip_qkv)", NON_NEGATIVE),
-    (r"distributed\.num_processes", POSITIVE),
+    (r"distributed\.num_processes|beams", POSITIVE),
+    ("length_penalty", NON_NEGATIVE),
     (r"distributed\.coordinator", ADDRESS),
     (r"distributed\.(timeout|heartbeat)_sec", _whole(10, 86400)),
     (
@@ -359,6 +366,15 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"(samples\.)?(count|length)", _whole(1, 2**20)),
     (r"samples\.top_k", POSITIVE),
     (r"(samples\.)?temperature", NON_NEGATIVE),
+    ("shots", SHOTS),
+    ("score", ("token", "word")),
+    (r"benchmark\.name", ("blimp", "lambada", "hellaswag", "choices")),
+    (r"benchmark\.limit", COUNT),
+    ("top_p", SHARE),
+    ("min_p", PROBABILITY),
+    ("repetition_penalty", ABOVE_ZERO),
+    ("stop", STOPS),
+    ("long", ("error", "cut")),
     ("groups", Check(lambda v: isinstance(v, tuple) and v, "(regular expression, group) pairs")),
     ("precision", ("float32", "bfloat16")),
     ("split", ("train", "validation")),
@@ -382,7 +398,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"adapter\.scaling", ("alpha/rank", "rslora")),
     (r"data\.name", ("pydocs", "pycode", "text", "hub")),
     (r"data\.format", FORMATS),
-    (r"data\.template", TEMPLATES),
+    (r"(data\.)?template", TEMPLATES),
     (r"data\.columns", COLUMNS),
     (r"data\.classes", CLASSES),
     (r"data\.(stride|room|target_len)", _whole(0, 2**20)),

@@ -45,13 +45,16 @@ FULL += [
 
 def test_every_config_is_in_this_list():
     known = {name.partition(":")[0] for name in FULL} | {
+        "chat.py",
         "compare.py",
         "compare_decoder.py",
         "embed.py",
         "evaluate.py",
         "export.py",
+        "fewshot.py",
         "fill_mask.py",
         "generate.py",
+        "harness.py",
         "llama2c.py",
         "predict.py",
         "probe.py",

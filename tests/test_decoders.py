@@ -18,7 +18,6 @@ from fmjax import (
     data,
     evaluate,
     fill_mask,
-    generate,
     losses,
     pretrained,
     sharding,
@@ -137,21 +136,6 @@ def test_a_run_of_prefixes_reads_a_prompt_in_both_directions(tmp_path):
     with jax.set_mesh(mesh):
         assert pretrained.open_folder(str(tmp_path), mesh).model.cfg.prefix
     assert "prefix" not in pretrained.described(str(tmp_path))[1]
-
-
-def test_what_is_known_is_a_prefix_to_who_learnt_with_one():
-    """Of a model that says the type of the last token: 1 behind the prompt, then 0."""
-
-    def apply(params, *arrays, method):
-        if method == "encode":
-            return jax.nn.one_hot(arrays[3], 4)
-        return arrays[0]
-
-    rows = jnp.array([[3, 3, 3, 0, 0, 0]])
-    written = generate._written(apply, None, rows, jax.random.key(0), 3, 0.0, None, 4, True)
-    assert written.tolist() == [[3, 3, 3, 1, 0, 0]]
-    written = generate._written(apply, None, rows, jax.random.key(0), 3, 0.0, None, 4)
-    assert written.tolist() == [[3, 3, 3, 0, 0, 0]]
 
 
 def test_other_data_are_measured_in_the_same_frame(folder, tmp_path):

@@ -3,7 +3,6 @@
 import os
 
 import jax
-import numpy as np
 import pytest
 from common import ROOT
 
@@ -11,6 +10,7 @@ from fmjax import config as configs
 from fmjax import generate, pretrained, sharding, train
 from fmjax.data import tokenizer as tokenizers
 from fmjax.errors import ConfigError
+from fmjax.likelihood import Scorer
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -66,14 +66,58 @@ def test_what_is_drawn_follows_from_the_seed_and_the_row(opened):
     assert said(opened, temperature=1.0, top_k=1) == said(opened, temperature=0.0)
 
 
-def test_draws_are_as_probable_as_the_model_says():
-    logits = np.log(np.array([[0.5, 0.25, 0.125, 0.125]], np.float32)).repeat(4000, 0)
-    drawn = generate._drawn(jax.numpy.asarray(logits), jax.random.key(0), 1.0, None)
-    shares = np.bincount(np.asarray(drawn), minlength=4) / 4000
-    np.testing.assert_allclose(shares, [0.5, 0.25, 0.125, 0.125], atol=0.03)
-    two = generate._drawn(jax.numpy.asarray(logits), jax.random.key(0), 0.5, 2)
-    shares = np.bincount(np.asarray(two), minlength=4) / 4000
-    np.testing.assert_allclose(shares, [0.8, 0.2, 0, 0], atol=0.03)  # squares of the first two
+def test_a_text_ends_at_a_token_that_ends_texts_and_not_behind_it(opened):
+    free = generate.Author(opened)
+    ids = free.ids(dict(prompt="The", length=12))
+    (row,) = free.writer([ids], 12, generate.Sampling(temperature=0))
+    ends = free.writer.facts._replace(stop=(row[4],))
+    free.writer.facts = ends
+    at = row.index(row[4])
+    assert free.writer([ids], 12, generate.Sampling(temperature=0)) == [row[: at + 1]]
+
+
+def test_texts_that_end_what_is_written_may_be_parts_of_tokens(opened):
+    whole = said(opened, count=1, length=16)[0]
+    middle = whole[5:8]
+    at = whole.find(middle)
+    shown = []
+    author = generate.Author(opened)
+    how = dict(prompt="The function", count=1, length=16, temperature=0.0, stop=(middle, "\0"))
+    assert author.texts(how, 0, shown.append) == [whole[:at]] == ["".join(shown)]
+    how["stop"] = ("\0",)
+    shown.clear()
+    assert author.texts(how, 0, shown.append) == [whole] == ["".join(shown)]
+
+
+def test_beams_find_a_text_that_is_as_likely_or_likelier(opened):
+    how = dict(temperature=0.0, count=1, length=6, length_penalty=0.0)
+    author = generate.Author(opened)
+    ids = author.ids(dict(prompt="The function", length=6))
+    nats = {}
+    for count in (1, 5):
+        (text,) = said(opened, **how, beams=count)
+        said_ids = author.words("The function" + text)["input_ids"][len(ids) :]
+        nats[count] = Scorer(opened.model, opened.params)([(ids, said_ids)])[0].nats
+    assert nats[5] <= nats[1] + 1e-4
+    with pytest.raises(ConfigError, match="config.count=2 does not go with config.beams=5"):
+        said(opened, **how | dict(count=2), beams=5)
+
+
+def test_what_could_still_be_a_stop_or_half_a_character_is_not_shown():
+    assert generate.settled("abc##", ("###",)) == "abc"
+    assert generate.settled("abc#x", ("###",)) == "abc#x"
+    assert generate.settled("ab\ufffd", ()) == "ab"
+    assert generate.cut("a b c b", (" c", "b")) == ("a ", True)
+
+
+def test_a_prompt_without_room_is_refused_or_cut_to_its_end(opened):
+    author = generate.Author(opened)
+    room = opened.config.data.seq_len
+    long = " ".join(["word"] * 500) + " end"
+    with pytest.raises(ConfigError, match="config.long='cut'"):
+        author.ids(dict(prompt=long, length=8, long="error"))
+    ids = author.ids(dict(prompt=long, length=8, long="cut"))
+    assert len(ids) == room - 8 and author.words.decode(ids).endswith(" end")
 
 
 def test_what_cannot_be_written_is_refused(opened):

@@ -82,6 +82,8 @@ class Prompt(Adapter):
         if here.method not in changed:
             return here.run(*args, **options)
         given = here.arguments(*args, **options)
+        if given.get("more"):  # the prompt was in front of the first tokens
+            return here.run(**given | {"positions": given["positions"] + self.length})
         if here.method == "encode":
             hidden = here.run(**self._longer(given))
             return hidden if decodes else self._without(hidden)

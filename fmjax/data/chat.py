@@ -103,7 +103,15 @@ def writer(folder: Path, settings: DataSettings, log: Callable[[str], None]) -> 
     Raises ConfigError for a template that cannot be used: it fails, or no special token of the
     tokenizer ends what an assistant says, so that nothing would teach a model to end.
     """
-    words, name = tokenizers.load(folder), settings.template
+    words = tokenizers.load(folder)
+    name, template, _ = fitting(folder, words, settings.template, "config.data.template")
+    log(f"data: conversations have the template {name!r}")
+    return Writer(template, settings, [name, template, words.special_tokens_map])
+
+
+def fitting(folder: Path, words: Any, name: str, key: str) -> tuple[str, str, "Reader"]:
+    """(its name, the template, what reads by it) for the tokenizer `words` in `folder`, where the
+    config has `name` under `key`. Raises ConfigError as `writer` does."""
     own = words.chat_template
     if isinstance(own, dict):  # several, of which this is the one for conversations
         own = own.get("default")
@@ -111,19 +119,19 @@ def writer(folder: Path, settings: DataSettings, log: Callable[[str], None]) -> 
         name = "tokenizer" if own else "plain"
     if name == "tokenizer" and not own:
         raise ConfigError(
-            "config.data.template='tokenizer', but the tokenizer has no chat template: set it to "
+            f"{key}='tokenizer', but the tokenizer has no chat template: set it to "
             f"{' or '.join(map(repr, TEMPLATES))}, or to 'auto'."
         )
     template = own if name == "tokenizer" else TEMPLATES[name]
+    reader = Reader(folder, template)
     try:
-        Reader(folder, template).tokens(PROBE)
+        reader.tokens(PROBE)
     except Unfit as error:
         raise ConfigError(
-            f"config.data.template={name!r} cannot be used with this tokenizer: {error}. Set it to "
+            f"{key}={name!r} cannot be used with this tokenizer: {error}. Set it to "
             f"{' or '.join(map(repr, TEMPLATES))}."
         ) from error
-    log(f"data: conversations have the template {name!r}")
-    return Writer(template, settings, [name, template, words.special_tokens_map])
+    return name, template, reader
 
 
 def messages(document: Document, settings: DataSettings) -> list[dict[str, str]]:
@@ -151,15 +159,29 @@ class Reader:
 
     def tokens(self, messages: list[dict[str, str]]) -> tuple[np.ndarray, np.ndarray]:
         """(ids [n], bool [n]: which are learnt) of a conversation. Raises Unfit."""
-        for number, message in enumerate(messages, 1):
-            if found := self._special.search(message["content"]):
-                raise Unfit(f"message {number} holds {quoted(found[0])}, a special token")
+        self._refuse_special(messages)
         text, spans = self.spans(messages)
         ids, begins = self._tokenised(text, [start for start, _ in spans])
         learnt = np.zeros(len(ids), bool)
         for start, end in spans:
             learnt |= (begins >= start) & (begins < end)
         return ids, learnt
+
+    def opening(self, messages: list[dict[str, str]]) -> list[int]:
+        """The tokens that an answer to the messages comes behind. Raises Unfit."""
+        self._refuse_special(messages)
+        text = self._rendered(messages, add_generation_prompt=True)
+        return self._encode.encode(text, add_special_tokens=False).ids
+
+    def end(self) -> int:
+        """The token that ends an answer."""
+        ids, learnt = self.tokens(PROBE)
+        return int(ids[learnt][-1])
+
+    def _refuse_special(self, messages):
+        for number, message in enumerate(messages, 1):
+            if found := self._special.search(message["content"]):
+                raise Unfit(f"message {number} holds {quoted(found[0])}, a special token")
 
     def spans(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
         """(text, (first character, last + 1) of each of the assistant's turns). Raises Unfit."""

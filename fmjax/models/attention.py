@@ -27,13 +27,16 @@ def mask(
     positions: Int[Array, "B T"],
     window: int | None = None,
     causal: bool = False,
-    prefix: Bool[Array, "B T"] | None = None,
-) -> Bool[Array, "B 1 T T"]:
+    prefix: Bool[Array, "B S"] | None = None,
+    keys: tuple[Int[Array, "B S"], Int[Array, "B S"]] | None = None,
+) -> Bool[Array, "B 1 T S"]:
     """Who may see whom: same segment, not padding, at most `window` positions apart, and if
-    `causal` none that is behind but those of the `prefix` (Raffel et al. 2020, §3.2.1)."""
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    same &= segment_ids[:, None, :] > 0
-    before = positions[:, :, None] - positions[:, None, :]
+    `causal` none that is behind but those of the `prefix` (Raffel et al. 2020, §3.2.1). `keys` are
+    segments and positions of what is seen, where they are not those of who sees."""
+    others, theirs = keys or (segment_ids, positions)
+    same = segment_ids[:, :, None] == others[:, None, :]
+    same &= others[:, None, :] > 0
+    before = positions[:, :, None] - theirs[:, None, :]
     if window is not None:
         same &= jnp.abs(before) <= window
     if causal:

@@ -132,8 +132,8 @@ class Embed(nn.Module):
         self.token = layers.Embedding(self.cfg.vocab_size, self.cfg.width)
         self.position = layers.Embedding(self.cfg.max_len, self.cfg.width)
 
-    def __call__(self, input_ids, positions, seeds):
-        x = self.token(input_ids) + self.position(positions)
+    def __call__(self, input_ids, positions, seeds, bare=False):
+        x = self.token(input_ids, bare=bare) + self.position(positions)
         return layers.dropout(x, self.cfg.dropout, seeds).astype(DTYPES[self.cfg.dtype])
 
 
@@ -147,6 +147,7 @@ class Decoder(trunk.Trunk):
 
     def setup(self):
         self.embed = Embed(self.cfg)
+        self.seen = layers.Seen()
         self.make_layers()
         self.norm = layers.LayerNorm(self.cfg.eps, self.cfg.biases, DTYPES[self.cfg.dtype])
         self.head = self.heads(self.cfg)
@@ -158,17 +159,21 @@ class Decoder(trunk.Trunk):
         positions: Int[Array, "B T"],
         token_types: Int[Array, "B T"],
         seeds: streams.Seeds | None = None,
+        more: bool = False,
     ) -> Float[Array, "B T D"]:
         """Hidden states of the last layer that runs; `token_types` are not used but for prefixes.
-        `seeds` turn dropout on."""
+        `seeds` turn dropout on; `more` says that the tokens go on with those of the calls before
+        (`layers.CACHE`)."""
         cfg = self.cfg
         if self.start:
             x = input_ids.astype(DTYPES[cfg.dtype])
         else:
             site = None if seeds is None else streams.fold(seeds, cfg.depth)
-            x = self.embed(input_ids, positions, site)
-        prefix = token_types == 1 if cfg.prefix else None
-        shared = (segment_ids, mask(segment_ids, positions, causal=True, prefix=prefix), seeds)
+            x = self.embed(input_ids, positions, site, more)
+        segments, places, types = self.seen(segment_ids, positions, token_types)
+        sees = dict(causal=True, prefix=types == 1 if cfg.prefix else None)
+        sees |= dict(keys=(segments, places))
+        shared = (segment_ids, mask(segment_ids, positions, **sees), seeds)
         layer = {"index": jnp.asarray(np.arange(cfg.depth))}
         x = self.run_layers(sharding.constrain_batch(x), layer, shared)
         return self.norm(x) if self.stop is None else x

@@ -158,17 +158,67 @@ class RmsNorm(nn.Module):
         return rms_norm(x, scale, self.eps, self.offset).astype(self.dtype)
 
 
+CACHE = "cache"  # collection of what was seen before, for text that is written token by token
+
+
 class Memory(nn.Module):
     """What attention looks at: keys, values, and who may see which. As given; adapters add to
-    it."""
+    it.
+
+    Where the collection `CACHE` is mutable they are kept there, and from the second call on those
+    given are written behind the kept, all of which come back; what is `fixed` stays as the first
+    call had it.
+    """
+
+    fixed: bool = False
 
     def __call__(
         self,
         k: Float[Array, "B K T H"],
         v: Float[Array, "B K T H"],
-        may_see: Bool[Array, "B 1 S T"],
+        may_see: Bool[Array, "B 1 R S"],
     ) -> tuple[Any, Any, Any]:
+        if self.is_mutable_collection(CACHE):
+            if not self.fixed:
+                k, v = remembered(self, (k, v), axis=2)
+            elif not self.full():
+                self.put_variable(CACHE, "rows", (k, v))
         return k, v, may_see
+
+    def full(self) -> bool:
+        """Whether something is kept."""
+        return self.has_variable(CACHE, "rows")
+
+    def kept(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of the calls before."""
+        return self.get_variable(CACHE, "rows")
+
+
+class Seen(nn.Module):
+    """Which tokens attention looks at: arrays (B, T) that say something of each. As given, or with
+    those before them, as `Memory` keeps keys."""
+
+    def __call__(self, *arrays: Int[Array, "B T"]) -> tuple[Int[Array, "B S"], ...]:
+        if not self.is_mutable_collection(CACHE):
+            return arrays
+        return remembered(self, arrays, axis=1)
+
+
+def remembered(module: nn.Module, new: tuple[jax.Array, ...], axis: int) -> tuple[Any, ...]:
+    """`new` behind what the module's cache has along the axis: `rows`, of which `used` are.
+
+    The first call makes the cache as long as it is; whoever calls again has made it longer.
+    """
+    if not module.has_variable(CACHE, "rows"):
+        module.put_variable(CACHE, "rows", new)
+        module.put_variable(CACHE, "used", jnp.int32(new[0].shape[axis]))
+        return new
+    rows, used = (module.get_variable(CACHE, name) for name in ("rows", "used"))
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=used, axis=axis)
+    rows = tuple(write(old, x.astype(old.dtype)) for old, x in zip(rows, new, strict=True))
+    module.put_variable(CACHE, "rows", rows)
+    module.put_variable(CACHE, "used", used + new[0].shape[axis])
+    return rows
 
 
 class Embedding(nn.Module):

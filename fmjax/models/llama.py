@@ -281,7 +281,8 @@ class Attention(nn.Module):
         k, v, may_see = layers.Memory(name="memory")(k, v, may_see)
         bias = None
         if cfg.alibi:
-            bias = alibi.bias(cfg.heads, shared["positions"], k.shape[2] - time)
+            before = k.shape[2] - shared["keys"].shape[1]
+            bias = alibi.bias(cfg.heads, shared["positions"], shared["keys"], before)
         out = attention(
             q, k, v, may_see,
             segment_ids=shared["segment_ids"],
@@ -310,9 +311,9 @@ class Embed(nn.Module):
         if self.cfg.embed_norm:
             self.norm = norm(self.cfg)
 
-    def __call__(self, input_ids, seeds):
+    def __call__(self, input_ids, seeds, bare=False):
         cfg = self.cfg
-        x = self.token(input_ids)
+        x = self.token(input_ids, bare=bare)
         if cfg.embed_scale:
             x = x * jnp.asarray(cfg.width**0.5, DTYPES[cfg.dtype]).astype(x.dtype)
         if cfg.embed_norm:
@@ -344,6 +345,7 @@ class Decoder(trunk.Trunk):
 
     def setup(self):
         self.embed = Embed(self.cfg)
+        self.seen = layers.Seen()
         self.make_layers()
         self.norm = norm(self.cfg)
         self.head = self.heads(self.cfg)
@@ -355,19 +357,25 @@ class Decoder(trunk.Trunk):
         positions: Int[Array, "B T"],
         token_types: Int[Array, "B T"],
         seeds: streams.Seeds | None = None,
+        more: bool = False,
     ) -> Float[Array, "B T D"]:
         """Hidden states of the last layer that runs; `token_types` are not used but for prefixes.
-        `seeds` turn dropout on."""
-        cfg, time = self.cfg, input_ids.shape[1]
+        `seeds` turn dropout on; `more` says that the tokens go on with those of the calls before
+        (`layers.CACHE`)."""
+        cfg = self.cfg
         if self.start:
             x = input_ids.astype(DTYPES[cfg.dtype])
         else:
             site = None if seeds is None else streams.fold(seeds, cfg.depth)
-            x = self.embed(input_ids, site)
-        sees = dict(causal=True, prefix=token_types == 1 if cfg.prefix else None)
+            x = self.embed(input_ids, site, more)
+        segments, places, types = self.seen(segment_ids, positions, token_types)
+        sees = dict(causal=True, prefix=types == 1 if cfg.prefix else None)
+        sees |= dict(keys=(segments, places))
         seen = mask(segment_ids, positions, **sees)
         window = mask(segment_ids, positions, cfg.window - 1, **sees) if cfg.window else seen
-        how = dict(cfg.rope), time, cfg.max_len
+        # What is written behind a text does not turn what is kept of it.
+        length = input_ids.shape[1] if segments is segment_ids else cfg.max_len
+        how = dict(cfg.rope), length, cfg.max_len
         far, factor = rope.frequencies(cfg.size, cfg.theta, *how)
         near, near_factor = far, factor
         if cfg.theta_window:
@@ -375,6 +383,7 @@ class Decoder(trunk.Trunk):
         shared = dict(
             segment_ids=segment_ids,
             positions=positions,
+            keys=places,
             all=seen,
             window=window,
             far=jnp.asarray(far, jnp.float32),

@@ -156,10 +156,14 @@ class Attention(nn.Module):
             return heads.swapaxes(1, 2)
 
         q = projected("query", x, width * cfg.head_size)
-        k, v = projected("key", source), projected("value", source)
-        k, v, may_see = layers.Memory(name="memory")(k, v, may_see)
+        memory = layers.Memory(fixed=bias is None, name="memory")
+        if memory.fixed and memory.full():
+            k, v = memory.kept()
+        else:
+            k, v = projected("key", source), projected("value", source)
+        k, v, may_see = memory(k, v, may_see)
         if bias is not None:  # what an adapter puts in front has no place
-            bias = jnp.pad(bias, ((0, 0), (0, 0), (k.shape[2] - bias.shape[2], 0)))
+            bias = jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + [(k.shape[2] - bias.shape[-1], 0)])
         out = attention(
             q, k, v, may_see,
             segment_ids=shared["segment_ids"],
@@ -196,6 +200,16 @@ class Embed(nn.Module):
 
     def _dropped(self, x, seeds):
         return layers.dropout(x, self.cfg.dropout, seeds).astype(DTYPES[self.cfg.dtype])
+
+    def bias_of(
+        self, positions: Int[Array, "B T"], keys: Int[Array, "B S"]
+    ) -> Float[Array, "B N T S"]:
+        """Of tokens that a decoder writes, and those that were before them: keys of so many
+        columns have no larger distances."""
+        place = np.arange(keys.shape[1])
+        found = jnp.asarray(bucket(-place, False, self.cfg.buckets, self.cfg.far))
+        far = jnp.clip(positions[:, :, None] - keys[:, None, :], 0, len(place) - 1)
+        return jnp.moveaxis(self.decoder_distance.table()[found[far]], -1, 1)
 
     def bias(self, time: int, causal: bool) -> Float[Array, "N T T"]:
         """Of a row of `time` tokens. In a row the tokens of a segment are side by side, so that
@@ -254,6 +268,7 @@ class EncoderDecoder(trunk.Trunk):
     def setup(self):
         cfg = self.cfg
         self.embed = Embed(cfg)
+        self.seen = layers.Seen()
         self.make_layers()
         self.encoder_norm = layers.RmsNorm(cfg.eps, 0.0, DTYPES[cfg.dtype])
         self.norm = layers.RmsNorm(cfg.eps, 0.0, DTYPES[cfg.dtype])
@@ -290,21 +305,27 @@ class EncoderDecoder(trunk.Trunk):
         input_ids: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         positions: Int[Array, "B S"],
-        source: Float[Array, "B T D"],
+        source: Float[Array, "B T D"] | None,
         source_segment_ids: Int[Array, "B T"],
         seeds: streams.Seeds | None = None,
     ) -> Float[Array, "B S D"]:
         """Hidden states of the decoder's last layer, as the vocabulary takes them: each of the
         tokens `input_ids` with those before it, and of what `encode` gave as `source` with the
-        tokens of its segment. `seeds` turn dropout on."""
+        tokens of its segment. `seeds` turn dropout on. What earlier calls were given is before the
+        tokens where it is kept (`layers.CACHE`), and the source is theirs: then it may be None."""
         cfg = self.cfg
+        keys = self.seen(segment_ids, positions)
+        if keys[0] is segment_ids:
+            bias = self.embed.bias(input_ids.shape[1], causal=True)
+        else:
+            bias = self.embed.bias_of(positions, keys[1])
         same = segment_ids[:, :, None] == source_segment_ids[:, None, :]
         shared = dict(
             segment_ids=segment_ids,
-            may_see=mask(segment_ids, positions, causal=True),
+            may_see=mask(segment_ids, positions, causal=True, keys=keys),
             may_see_source=(same & (source_segment_ids > 0)[:, None])[:, None],
             source=source,
-            bias=self.embed.bias(input_ids.shape[1], causal=True),
+            bias=bias,
             seeds=seeds,
         )
         x = self.embed.target(input_ids, self._site(seeds, 1))

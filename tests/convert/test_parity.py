@@ -15,9 +15,10 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from fmjax import build, convert, trees
+from fmjax import beams, build, convert, decoding, trees
 from fmjax.convert import llama_config
 from fmjax.models import bert, gpt2, llama, rope, t5
+from fmjax.sampling import Sampling
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
@@ -114,6 +115,9 @@ FAMILIES |= {
 }
 CAUSAL = [name for name, (kind, _) in FAMILIES.items() if not re.search("PreTr|MaskedLM|T5", kind)]
 LENGTHS = (16, 9)
+# Every fourth token ends a text.
+BEAMS = dict(num_beams=3, length_penalty=0.7, eos_token_id=list(range(1, 61, 4)))
+WRITE = (4, 2)  # tokens of the rows that prompts have: "dynamic" positions turn at 8
 # Most of this file's time is compilation, and its programs run once.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 ADAMW = dict(learning_rate=1e-3, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.1)
@@ -152,6 +156,13 @@ def reference(request, tmp_path_factory):
 
     out = model(**inputs)
     trunk = {key: inputs[key] for key in inputs if "label" not in key}
+    prompts = [row[:n].tolist() for row, n in zip(ids, WRITE, strict=True)]
+    written = None
+    if request.param in CAUSAL or config.is_encoder_decoder:
+        written = {
+            "greedy": [generated(model, prompt, eos_token_id=None) for prompt in prompts],
+            "beams": [generated(model, prompt, **BEAMS) for prompt in prompts],
+        }
     trunk_of = model.encoder if config.is_encoder_decoder else model.base_model
     with torch.no_grad():
         hidden = trunk_of(**trunk).last_hidden_state
@@ -172,6 +183,8 @@ def reference(request, tmp_path_factory):
             token_types=jnp.asarray(types),
         ),
         labels=jnp.asarray(labels),
+        prompts=prompts,
+        written=written,
         given=jnp.asarray(np.pad(np.where(labels < 0, 0, labels)[:, :-1], ((0, 0), (1, 0)))),
         hidden=hidden.numpy(),
         logits=out.get("logits", out[1]).detach().numpy(),
@@ -220,6 +233,17 @@ def ours(request, reference):
     return SimpleNamespace(
         model=model, hidden=hidden, logits=logits, loss=loss, gradients=gradients, stepped=stepped
     )
+
+
+def generated(model, prompt, **how):
+    """What transformers writes behind a prompt: four tokens at most."""
+    ids = torch.tensor([prompt])
+    how |= dict(do_sample=False, max_new_tokens=4, pad_token_id=0)
+    how |= dict(use_cache=not model.config.is_encoder_decoder)  # theirs is as deep as the encoder
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    new = out[0].tolist()[1 if model.config.is_encoder_decoder else len(prompt) :]
+    ends = [i for i, token in enumerate(new) if token in (how["eos_token_id"] or ())]
+    return new[: ends[0] + 1] if ends else new
 
 
 def as_files(model):
@@ -297,6 +321,26 @@ def test_gradients(reference, ours, tmp_path):
     found = as_torch_names(ours.model, ours.gradients, tmp_path / "gradients")
     assert not [key for key, gradient in found.items() if not np.any(gradient)]
     assert_close(found, reference.gradients, 1e-5)
+
+
+def test_greedy_text_is_that_of_transformers_whatever_is_beside(reference):
+    if reference.written is None:
+        pytest.skip("an encoder does not write")
+    model, params = load(reference.folder, scanned=True)
+    writer = decoding.Writer(model, params)
+    greedy, theirs = Sampling(temperature=0), reference.written["greedy"]
+    assert writer(reference.prompts, 4, greedy) == theirs
+    assert writer(reference.prompts[1:], 4, greedy) == theirs[1:]
+
+
+def test_beam_search_finds_what_that_of_transformers_finds(reference):
+    if reference.written is None:
+        pytest.skip("an encoder does not write")
+    model, params = load(reference.folder, scanned=True)
+    writer = decoding.Writer(model, params, stop=BEAMS["eos_token_id"])
+    how = beams.Beams(BEAMS["num_beams"], BEAMS["length_penalty"])
+    found = beams.search(writer, reference.prompts, 4, how)
+    assert [ids for ids, _ in found] == reference.written["beams"]
 
 
 def test_adamw_step(reference, ours, tmp_path):

@@ -74,7 +74,7 @@ def test_slopes_and_biases_of_alibi_by_hand():
     """Press et al. 2022, §3: 8 heads have 1/2, 1/4 …; the last two of 6 are 1st and 3rd of 8."""
     np.testing.assert_allclose(alibi.slopes(8), 0.5 ** np.arange(1, 9))
     np.testing.assert_allclose(alibi.slopes(6), [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8])
-    found = alibi.bias(2, jnp.array([[2, 3]]), before=2)  # slopes 1/16 and 1/256
+    found = alibi.bias(2, *[jnp.array([[2, 3]])] * 2, before=2)  # slopes 1/16 and 1/256
     np.testing.assert_allclose(found[0, 0], -np.array([[2, 1, 0, 1], [3, 2, 1, 0]]) / 16)
     np.testing.assert_allclose(found[0, 1] * 16, found[0, 0])
 

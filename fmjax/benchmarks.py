@@ -1,0 +1,90 @@
+"""Published questions, by name: each file format to items (`fmjax.choices`).
+
+| name | file | an item |
+|---|---|---|
+| `blimp` | JSON lines with `sentence_good`, `sentence_bad`, `UID` | two sentences, of which one is grammatical (Warstadt et al. 2020); groups are phenomena |
+| `lambada` | JSON lines with `text` | the last word of a passage, and what is before it (Paperno et al. 2016) |
+| `hellaswag` | JSON lines with `ctx`, `endings`, `label` | four endings of a situation (Zellers et al. 2019) |
+| `choices` | JSON lines with `context`, `choices`, `label`, maybe `group` | your own |
+"""  # noqa: E501  a row of a table is one line
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fmjax.choices import Item
+from fmjax.data import lines
+from fmjax.errors import ConfigError, DataError
+
+SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+def blimp(row: Mapping[str, Any]) -> Item:
+    return Item("", (row["sentence_good"], row["sentence_bad"]), 0, str(row.get("UID", "")))
+
+
+def lambada(row: Mapping[str, Any]) -> Item:
+    context, space, word = row["text"].rstrip().rpartition(" ")
+    return Item(context, (space + word,), 0)
+
+
+def hellaswag(row: Mapping[str, Any]) -> Item:
+    return Item(row["ctx"], tuple(f" {ending}" for ending in row["endings"]), int(row["label"]))
+
+
+def choices(row: Mapping[str, Any]) -> Item:
+    given = row["context"], tuple(row["choices"]), int(row["label"])
+    return Item(*given, str(row.get("group", "")))
+
+
+READERS: dict[str, Callable[[Mapping[str, Any]], Item]] = {
+    "blimp": blimp,
+    "lambada": lambada,
+    "hellaswag": hellaswag,
+    "choices": choices,
+}
+
+
+def items(name: str, path: str | os.PathLike, limit: int = 0) -> list[Item]:
+    """The items of a file, or of all files of a folder, `limit` of each (0: all).
+
+    Raises ConfigError where there is no file, and DataError for a row that is no item.
+    """
+    home = Path(path).expanduser()
+    files = [home]
+    if home.is_dir():
+        files = sorted(file for file in home.iterdir() if file.name.endswith(SUFFIXES))
+    if not files or not files[0].is_file():
+        raise ConfigError(
+            f"config.benchmark.path={str(path)!r}: no such file, and no folder with files in "
+            f"{' or '.join(SUFFIXES)}."
+        )
+    return [item for file in files for item in _of_file(READERS[name], name, file, limit)]
+
+
+def _of_file(reader, name: str, file: Path, limit: int) -> Iterator[Item]:
+    count = 0
+    for line in lines.read(file):
+        if limit and count == limit:
+            return
+        where = f"{file}:{line.number}"
+        if line.bad:
+            raise DataError(f"{where}: {line.bad}")
+        if not line.text.strip():
+            continue
+        try:
+            item = reader(json.loads(line.text))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{where} is no row of {name!r} ({type(error).__name__}: {error}); "
+                "fmjax/benchmarks.py lists what each has."
+            ) from error
+        texts = (item.context, *item.choices)
+        if not all(isinstance(text, str) for text in texts) or not all(item.choices):
+            raise DataError(f"{where}: a context and its choices are texts, choices of something.")
+        if not 0 <= item.label < len(item.choices):
+            raise DataError(f"{where}: label {item.label} of {len(item.choices)} choices.")
+        count += 1
+        yield item

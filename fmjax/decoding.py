@@ -1,0 +1,272 @@
+"""Texts that a model goes on with, token by token: one program for the prompts, one for the rest.
+
+    writer = Writer(model, params, stop=(eos,))
+    texts = writer(prompts, length=64, how=Sampling(temperature=0.8), seed=0)
+
+Prompts stand in rows as texts do in training, one a row, with padding behind them up to one of a
+few lengths, so that programs are few; what is written follows behind that. Padding is seen by
+nobody and a text's positions are its own, so that neither the padding nor the other rows change
+it. Keys and values of what was seen are kept (`layers.CACHE`), and written in place.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from fmjax import streams, trees
+from fmjax.models import AnyModel, layers
+from fmjax.sampling import Sampling, chosen
+
+LEAST = 32  # columns of prompts, and of what is written, at least
+
+
+class Given(NamedTuple):
+    """Prompts, one a row: `ids` with padding behind, and their `lengths`."""
+
+    ids: Int[Array, "B P"]
+    lengths: Int[Array, "B"]
+    seeds: streams.Seeds
+
+
+class Texts(NamedTuple):
+    """Where the writing is: `step` tokens of each row of `ids` are written."""
+
+    ids: Int[Array, "B L"]
+    step: Int[Array, ""]
+    done: Bool[Array, "B"]  # rows whose last token ended them
+    seen: Bool[Array, "B V"] | None  # tokens of the texts, where it matters
+    cache: Any
+
+
+class Writer:
+    """A model that writes. `stop` are tokens that end a text; only the first `tokens` of the
+    vocabulary are drawn, as a table may have rows that no token stands for."""
+
+    def __init__(
+        self,
+        model: AnyModel,
+        params: Any,
+        *,
+        stop: Sequence[int] = (),
+        tokens: int | None = None,
+        prefix: bool = False,
+        first: int = 0,
+    ):
+        # Layers one by one: a scan would copy all that they keep, and their parameters, each step.
+        self.model = model.clone(stacks=None)
+        self.params = _unstacked(params)
+        self.facts = Facts(tuple(stop), tokens or model.cfg.vocab_size, prefix, first)
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        length: int,
+        how: Sampling,
+        seed: int = 0,
+        first: int = 0,
+        told: Callable[[np.ndarray], Sequence[bool]] | None = None,
+        every: int = 16,
+    ) -> list[list[int]]:
+        """What follows each prompt: `length` tokens, or fewer that end with one of `stop`.
+
+        Row i is drawn by `seed` and the number `first` + i, however the prompts are split. `told`
+        is called each `every` tokens with those written so far (padded with -1), and says of each
+        row whether it is to end.
+        """
+        given = self.given(prompts, length, seed, first)
+        texts = begin(self.model, self.params, given, self.facts, how, room(length))
+        while True:
+            until = length if told is None else min(int(texts.step) + every, length)
+            texts = go_on(self.model, self.params, given, texts, until, self.facts, how)
+            written, over = np.asarray(texts.ids[:, :length]), np.asarray(texts.done)
+            if told is not None:
+                over = over | np.asarray(told(written[:, :until]))
+                texts = texts._replace(done=jnp.asarray(over))
+            if until == length or over.all():
+                break
+        return [[int(i) for i in row if i >= 0] for row in written[: len(prompts)]]
+
+    def given(
+        self, prompts: Sequence[Sequence[int]], length: int, seed: int, first: int = 0
+    ) -> Given:
+        """The prompts in rows, which have room for all of them and `length` tokens."""
+        lengths = [len(ids) for ids in prompts]
+        width = max(max(lengths), min(room(max(lengths)), self.model.cfg.max_len - length))
+        ids = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        numbers = jnp.arange(first, first + len(prompts))
+        key = jax.random.fold_in(jax.random.key(seed), 0)  # whose words are as good as random
+        seeds = streams.named(streams.seeds(key, numbers), "text")
+        return Given(jnp.asarray(ids), jnp.asarray(lengths, jnp.int32), seeds)
+
+
+def room(length: int) -> int:
+    """The next of the lengths that programs are made for: powers of two, and halfway."""
+    size = LEAST
+    while size < length:
+        size *= 2
+    return size * 3 // 4 if length <= size * 3 // 4 and size > LEAST else size
+
+
+class Facts(NamedTuple):
+    """What programs are made for."""
+
+    stop: tuple[int, ...]
+    tokens: int
+    prefix: bool  # whether prompts are read in both directions
+    first: int  # the token that begins the target of an encoder–decoder
+
+
+def read(
+    model: AnyModel, params: Any, given: Given, facts: Facts, room: int
+) -> tuple[Float[Array, "B D"], Any]:
+    """(the states of the last token of each prompt, what is kept of it, with `room` for more)."""
+    real = _real(given)
+    place = jnp.where(real > 0, jnp.arange(given.ids.shape[1])[None], 0)
+    types = real if facts.prefix else jnp.zeros_like(real)
+    arrays = given.ids, real, place, types
+    if model.decodes:
+        source = model.apply({"params": params}, *arrays, method="encode")
+        start = jnp.full((len(given.ids), 1), facts.first, jnp.int32)
+        hidden, cache = _decoded(model, params, given, {}, start, jnp.zeros_like(start), source)
+    else:
+        keeps = dict(method="encode", mutable=[layers.CACHE])
+        hidden, cache = model.apply({"params": params}, *arrays, **keeps)
+        hidden = jnp.take_along_axis(hidden, given.lengths[:, None, None] - 1, axis=1)
+    return hidden[:, 0], _longer(cache[layers.CACHE], room)
+
+
+def read_more(
+    model: AnyModel,
+    params: Any,
+    given: Given,
+    cache: Any,
+    ids: Int[Array, "B"],
+    step: Int[Array, ""],
+) -> tuple[Float[Array, "B D"], Any]:
+    """(the states of one more token of each text, its number `step` behind the prompt from 1 on,
+    what is kept with it)."""
+    ids = ids[:, None]
+    if model.decodes:
+        at = jnp.broadcast_to(step, ids.shape)
+        hidden, cache = _decoded(model, params, given, cache, ids, at)
+    else:
+        at = given.lengths[:, None] + step - 1
+        hidden, cache = model.apply(
+            {"params": params, layers.CACHE: cache},
+            *(ids, jnp.ones_like(ids), at, jnp.zeros_like(ids)),
+            more=True,
+            method="encode",
+            mutable=[layers.CACHE],
+        )
+    return hidden[:, 0], cache[layers.CACHE]
+
+
+def logits(
+    model: AnyModel, params: Any, hidden: Float[Array, "B D"], facts: Facts
+) -> Float[Array, "B V"]:
+    """Of the tokens that can be written."""
+    return model.apply({"params": params}, hidden, method="logits")[:, : facts.tokens]
+
+
+def ends(ids: Int[Array, "*B"], facts: Facts) -> Bool[Array, "*B"]:
+    """Which of the tokens end a text."""
+    return jnp.isin(ids, jnp.asarray(facts.stop, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def begin(
+    model: AnyModel, params: Any, given: Given, facts: Facts, how: Sampling, room: int
+) -> Texts:
+    """The first token of each text, of at most `room`."""
+    rows = len(given.ids)
+    hidden, cache = read(model, params, given, facts, room)
+    seen = None
+    if how.remembers:
+        seen = jnp.zeros((rows, facts.tokens), bool)
+        if not model.decodes:
+            own = jnp.where(_real(given) > 0, given.ids, facts.tokens)  # beyond the table: dropped
+            seen = seen.at[jnp.arange(rows)[:, None], own].set(True, mode="drop")
+    texts = Texts(
+        ids=jnp.full((rows, room), -1, jnp.int32),
+        step=jnp.int32(0),
+        done=jnp.zeros(rows, bool),
+        seen=seen,
+        cache=cache,
+    )
+    return _added(model, params, given, texts, hidden, facts, how)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=(3,))
+def go_on(
+    model: AnyModel,
+    params: Any,
+    given: Given,
+    texts: Texts,
+    until: Int[Array, ""],
+    facts: Facts,
+    how: Sampling,
+) -> Texts:
+    """The texts with tokens up to step `until`, or to where all of them have ended."""
+
+    def unfinished(texts):
+        return (texts.step < until) & ~jnp.all(texts.done)
+
+    def longer(texts):
+        last = jax.lax.dynamic_slice_in_dim(texts.ids, texts.step - 1, 1, axis=1)[:, 0]
+        last = jnp.maximum(last, 0)  # of texts that have ended, whatever it is
+        hidden, cache = read_more(model, params, given, texts.cache, last, texts.step)
+        return _added(model, params, given, texts._replace(cache=cache), hidden, facts, how)
+
+    return jax.lax.while_loop(unfinished, longer, texts)
+
+
+def _real(given: Given) -> Int[Array, "B P"]:
+    """1 where a prompt is, 0 for padding."""
+    place = jnp.arange(given.ids.shape[1])[None]
+    return (place < given.lengths[:, None]).astype(jnp.int32)
+
+
+def _decoded(model, params, given, cache, ids, positions, source=None):
+    """(states of the target's tokens, what is kept) of an encoder–decoder."""
+    variables = {"params": params} | ({layers.CACHE: cache} if cache else {})
+    arrays = ids, jnp.ones_like(ids), positions, source, _real(given)
+    return model.apply(variables, *arrays, method="decode", mutable=[layers.CACHE])
+
+
+def _added(model, params, given, texts, hidden, facts, how) -> Texts:
+    """The texts with the token that comes behind the states (B, D) of the last."""
+    found = logits(model, params, hidden, facts)
+    ids = chosen(found, how, streams.fold(given.seeds, texts.step), texts.seen)
+    seen = texts.seen
+    if how.remembers:
+        seen = seen.at[jnp.arange(len(ids)), ids].set(True)
+    column = jnp.where(texts.done, -1, ids)[:, None]
+    return texts._replace(
+        ids=jax.lax.dynamic_update_slice(texts.ids, column, (0, texts.step)),
+        step=texts.step + 1,
+        done=texts.done | ends(ids, facts),
+        seen=seen,
+    )
+
+
+def _longer(cache: Any, more: int) -> Any:
+    """The cache of the prompts with room for `more` columns, but where nothing is added."""
+    flat = trees.flatten(cache)
+    for name, rows in flat.items():
+        if name.endswith("/rows") and f"{name.removesuffix('rows')}used" in flat:
+            axis = 1 if rows[0].ndim == 2 else 2
+            pad = lambda x, axis=axis: jnp.pad(x, [(0, more * (i == axis)) for i in range(x.ndim)])
+            flat[name] = tuple(map(pad, rows))
+    return trees.unflatten(flat)
+
+
+@jax.jit
+def _unstacked(params: Any) -> Any:
+    return trees.restack(params, None)

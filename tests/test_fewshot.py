@@ -1,0 +1,143 @@
+"""Questions to models: what is asked, what counts as right, and the whole task."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+from common import ROOT
+
+from fmjax import benchmarks, choices, fewshot, train
+from fmjax import config as configs
+from fmjax.choices import Found, Item
+from fmjax.errors import ConfigError, DataError
+from fmjax.likelihood import Likely
+
+
+def found(nats, tokens=None, text=None, greedy=False):
+    n = len(nats)
+    return Found(tuple(nats), tuple(tokens or (1,) * n), tuple(text or (1,) * n), (greedy,) * n)
+
+
+def test_the_likeliest_choice_is_taken_by_sum_by_token_and_by_byte():
+    one = found([4.0, 6.0, 5.0], tokens=[1, 3, 2], text=[8, 11, 20])
+    assert [one.choice(norm) for norm in choices.NORMS] == [0, 1, 2]
+
+
+def test_means_have_errors_intervals_and_groups():
+    items = [Item("", ("a", "b"), 0, group) for group in "xxyy"]
+    right, wrong = found([1.0, 2.0]), found([2.0, 1.0])
+    told = choices.metrics(items, [right, right, right, wrong])["accuracy"]
+    assert told["mean"] == 0.75 and told["items"] == 4
+    assert told["error"] == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
+    assert told["groups"] == {"x": 1.0, "y": 0.5}
+    low, high = told["interval"]
+    assert 0 <= low < 0.75 < high <= 1
+    alone = choices.metrics([Item("a", (" b",), 0)] * 2, [found([1.5], greedy=True)] * 2)
+    assert alone["accuracy"]["mean"] == 1 and alone["nats"]["mean"] == 1.5
+    with pytest.raises(ConfigError, match="one choice"):
+        choices.metrics([items[0], Item("a", ("b",), 0)], [right, found([1.0])])
+
+
+def test_the_space_before_a_choice_belongs_to_it():
+    words = lambda text, add_special_tokens: {"input_ids": [len(w) for w in text.split(" ")]}
+    encode = choices.encoder(words)
+    assert encode("aaa bb ", "c") == encode("aaa bb", " c") == ([3, 2], [1])
+
+
+def test_each_choice_is_judged_behind_its_context():
+    asked = []
+
+    def scorer(pairs):
+        asked.extend(pairs)
+        return [Likely(float(len(said)), False, len(said)) for _, said in pairs]
+
+    encode = lambda context, said: ([context], list(said))
+    items = [Item("p", ("abc", "d"), 1), Item("q", ("é",), 0)]
+    first, second = choices.judged(scorer, encode, items)
+    assert asked == [(["p"], ["a", "b", "c"]), (["p"], ["d"]), (["q"], ["é"])]
+    assert first.nats == (3.0, 1.0) and first.choice("sum") == 1 and second.bytes == (2,)
+
+
+def test_examples_are_others_than_what_is_asked_and_more_go_on_with_fewer():
+    items = [Item(f"q{i}", (" a", " b"), i % 2) for i in range(6)]
+    one, three = (fewshot.with_shots(items, items, k, seed=0) for k in (1, 3))
+    for i, (short, long) in enumerate(zip(one, three, strict=True)):
+        parts = long.context.split("\n\n")
+        assert (
+            len(parts) == 4 and parts[-1] == f"q{i}" and short.context.split("\n\n")[0] == parts[0]
+        )
+        assert f"q{i} {'ab'[i % 2]}" not in parts[:3]
+        assert all(part[3:] == "ab"[int(part[1]) % 2] for part in parts[:3])
+    assert fewshot.with_shots(items, items, 1, seed=1) != one
+    with pytest.raises(ConfigError, match="give a file of more"):
+        fewshot.with_shots(items, items, 6, seed=0)
+
+
+ROWS = {
+    "blimp": dict(sentence_good="It is.", sentence_bad="It are.", UID="agreement"),
+    "lambada": dict(text="He went to the shop"),
+    "hellaswag": dict(ctx="He", endings=["sits.", "runs."], label="1"),
+    "choices": dict(context="1 + 1 =", choices=[" 2", " 3"], label=0),
+}
+
+
+def test_files_become_items(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name, row in ROWS.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(row) + "\n")
+    read = lambda name, **how: benchmarks.items(name, tmp_path / f"{name}.jsonl", **how)
+    assert read("blimp")[0] == Item("", ("It is.", "It are."), 0, "agreement")
+    assert read("lambada", limit=1) == [Item("He went to the", (" shop",), 0)]
+    assert read("hellaswag")[1] == Item("He", (" sits.", " runs."), 1)
+    with gzip.open(tmp_path / "b" / "one.jsonl.gz", "wt") as file:
+        file.write(json.dumps(ROWS["blimp"]))
+    assert len(benchmarks.items("blimp", tmp_path / "b")) == 1
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ("{}", "is no row of 'choices' .KeyError: 'context'"),
+        ("[1", "JSONDecodeError"),
+        ('{"context": "a", "choices": ["b"], "label": 1}', "label 1 of 1 choices"),
+        ('{"context": "a", "choices": ["b", ""], "label": 0}', "choices of something"),
+        ('{"context": 1, "choices": ["b"], "label": 0}', "a context and its choices are texts"),
+    ],
+)
+def test_rows_that_are_no_items_are_named(tmp_path, row, words):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(json.dumps(ROWS["choices"]) + "\n" + row)
+    with pytest.raises(DataError, match=f"bad.jsonl:2.*{words}"):
+        benchmarks.items("choices", file)
+
+
+@pytest.mark.parametrize("name", ["clm", "mlm"])
+def test_a_run_is_asked_and_its_folder_keeps_the_answers(tmp_path, name, capsys):
+    words = ["--config.total=2", "--config.log_every=2", "--config.ledger=()"]
+    train.run(configs.load(f"{ROOT}/configs/{name}.py:tiny", words), tmp_path / "run")
+    for kind in ROWS:
+        rows = [json.dumps(ROWS[kind])] * 3
+        if kind == "choices":
+            rows = [json.dumps(ROWS[kind] | dict(context=f"{i} + 1 =")) for i in range(3)]
+        (tmp_path / f"{kind}.jsonl").write_text("\n".join(rows))
+        words = [f"--config.folder={tmp_path / 'run'}", f"--config.benchmark.name={kind}"]
+        words += [f"--config.benchmark.path={tmp_path / kind}.jsonl", "--config.batch_size=4"]
+        if kind == "choices":
+            words += ["--config.shots=(0, 2)"]
+            words += [f"--config.benchmark.examples={tmp_path / kind}.jsonl"]
+        fewshot.run(configs.load(f"{ROOT}/configs/fewshot.py", words), tmp_path)
+    lines = [json.loads(x) for x in (tmp_path / "run" / fewshot.FILE).read_text().splitlines()]
+    assert [(x["benchmark"]["name"], x["shots"]) for x in lines] == [
+        ("blimp", 0), ("lambada", 0), ("hellaswag", 0), ("choices", 0), ("choices", 2),
+    ]  # fmt: skip
+    for line in lines:
+        assert line["metrics"]["accuracy"]["items"] == 3
+        assert np.isfinite(line["metrics"]["accuracy"]["mean"])
+    assert lines[0]["metrics"]["accuracy"]["groups"].keys() == {"agreement"}
+    assert "examples before each" in capsys.readouterr().out
+
+
+def test_no_file_is_named():
+    with pytest.raises(ConfigError, match="config.benchmark.path='x'"):
+        benchmarks.items("blimp", "x")

@@ -1,0 +1,147 @@
+"""Our models in lm-evaluation-harness: what its own backend for transformers finds."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import jax
+import pytest
+from common import ROOT
+
+from fmjax import config as configs
+from fmjax import export, pretrained, sharding, train
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'fmjax[eval]'")
+from fmjax import harness  # noqa: E402
+
+PAIRS = [
+    ("The function", " returns a list"),
+    ("The function ", "returns"),
+    ("", "A list of all"),
+    ("word " * 60, "is the end of it all"),
+    ("a", " " + "long text and more " * 30),
+]
+YAML = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: {kind}
+"""
+CHOICE = """
+doc_to_text: "{{question}}"
+doc_to_target: label
+doc_to_choice: choices
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+WRITE = """
+doc_to_text: "{{question}}"
+doc_to_target: answer
+generation_kwargs: {until: ["\\n"], max_gen_toks: 6}
+metric_list: [{metric: exact_match}]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A GPT of configs/clm.py of a few steps, as transformers has it."""
+    home = tmp_path_factory.mktemp("harness")
+    words = ["--config.total=4", "--config.log_every=2", "--config.ledger=()"]
+    train.run(configs.load(f"{ROOT}/configs/clm.py:tiny", words), home / "run")
+    words = [f"--config.folder={home / 'run'}", f"--config.output={home / 'out'}"]
+    export.run(configs.load(f"{ROOT}/configs/export.py", words), home / "work")
+    return home / "out"
+
+
+def opened(folder):
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        return pretrained.open_folder(str(folder), mesh)
+
+
+def asked(*args):
+    return [SimpleNamespace(args=one) for one in args]
+
+
+@pytest.fixture(scope="module")
+def both(folder):
+    """(ours, that of the harness on torch)."""
+    torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
+    from lm_eval.models.huggingface import HFLM
+
+    torch.set_num_threads(1)
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2)
+    ours = harness.Model(opened(folder), batch_size=3)
+    theirs._max_length = ours.scorer.width = 48  # so that texts are longer
+    return ours, theirs
+
+
+def test_likelihoods_are_those_of_its_own_backend(both):
+    ours, theirs = both
+    found = ours.loglikelihood(asked(*PAIRS[:4]), disable_tqdm=True)
+    expected = theirs.loglikelihood(asked(*PAIRS[:4]), disable_tqdm=True)
+    for (one, greedy), (other, theirs_greedy) in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-3) and greedy == theirs_greedy
+    texts = asked(*[(said,) for _, said in PAIRS])
+    rolling = ours.loglikelihood_rolling(texts, disable_tqdm=True)
+    assert rolling == pytest.approx(
+        theirs.loglikelihood_rolling(texts, disable_tqdm=True), abs=2e-3
+    )
+
+
+def test_what_is_written_is_what_its_own_backend_writes(both):
+    ours, theirs = both
+    how = {"until": ["zzz"], "max_gen_toks": 6, "do_sample": False}
+    other = how | {"max_gen_toks": 3}
+    requests = asked(*[(text or "A", how) for text, _ in PAIRS[:4]], ("The", other))
+    assert ours.generate_until(requests) == theirs.generate_until(requests, disable_tqdm=True)
+
+
+def test_a_batch_of_any_size_says_the_same(folder, both):
+    alone = harness.Model(opened(folder), batch_size=1)
+    alone.scorer.width = 48
+    found = both[0].loglikelihood(asked(*PAIRS[:4]), disable_tqdm=True)
+    for (one, _), (other, _) in zip(
+        alone.loglikelihood(asked(*PAIRS[:4]), disable_tqdm=True), found, strict=True
+    ):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def tasks(home):
+    """A folder with two tasks: choices, and answers that are written."""
+    rows = [
+        dict(question=f"{i} and", choices=[" one", " two"], label=i % 2, answer="x")
+        for i in range(4)
+    ]
+    (home / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, kind, rest in (
+        ("chooses", "multiple_choice", CHOICE),
+        ("writes", "generate_until", WRITE),
+    ):
+        text = YAML.format(name=name, kind=kind, file=home / "rows.jsonl") + rest
+        (home / f"{name}.yaml").write_text(text)
+    return home
+
+
+@pytest.mark.parametrize("name", ["clm", "mlm"])
+def test_tasks_of_a_folder_run_on_decoders_and_encoders(tmp_path, name):
+    words = ["--config.total=2", "--config.log_every=2", "--config.ledger=()"]
+    train.run(configs.load(f"{ROOT}/configs/{name}.py:tiny", words), tmp_path / "run")
+    asks = ("chooses", "writes") if name == "clm" else ("chooses",)
+    words = [f"--config.folder={tmp_path / 'run'}", f"--config.include={tasks(tmp_path)}"]
+    words += [f"--config.tasks={asks}", "--config.batch_size=4"]
+    harness.run(configs.load(f"{ROOT}/configs/harness.py", words), tmp_path)
+    (line,) = (tmp_path / "run" / harness.FILE).read_text().splitlines()
+    results = json.loads(line)["results"]
+    assert results.keys() == set(asks)
+    assert 0 <= results["chooses"]["acc,none"] <= 1
+
+
+def test_an_unknown_task_is_named(tmp_path, folder):
+    from fmjax.errors import ConfigError
+
+    words = [f"--config.folder={folder}", f"--config.include={tasks(tmp_path)}"]
+    config = configs.load(f"{ROOT}/configs/harness.py", [*words, "--config.tasks=('choses',)"])
+    with pytest.raises(ConfigError, match="no 'choses'.*chooses, writes"):
+        harness.run(config, tmp_path)
