@@ -122,7 +122,7 @@ def stepped(scheme, family="bert", scan=True, layout=None):
     "scheme, family",
     [
         ("nf4", "bert"),
-        ("nf4", "llama"),
+        pytest.param("nf4", "llama", marks=pytest.mark.slow),
         pytest.param("int8", "bert", marks=pytest.mark.slow),
         pytest.param("int8", "gpt2", marks=pytest.mark.slow),
         pytest.param("fp8", "bert", marks=pytest.mark.slow),

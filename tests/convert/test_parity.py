@@ -113,6 +113,11 @@ FAMILIES |= {
         T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     ),
 }
+# Where beam search is tried always; elsewhere with slow tests.
+SEARCHED = ("gpt2", "llama", "mixtral", "t5")
+SEARCHED = [
+    pytest.param(name, marks=[] if name in SEARCHED else pytest.mark.slow) for name in FAMILIES
+]
 CAUSAL = [name for name, (kind, _) in FAMILIES.items() if not re.search("PreTr|MaskedLM|T5", kind)]
 LENGTHS = (16, 9)
 # Every fourth token ends a text.
@@ -333,6 +338,7 @@ def test_greedy_text_is_that_of_transformers_whatever_is_beside(reference):
     assert writer(reference.prompts[1:], 4, greedy) == theirs[1:]
 
 
+@pytest.mark.parametrize("reference", SEARCHED, indirect=True)
 def test_beam_search_finds_what_that_of_transformers_finds(reference):
     if reference.written is None:
         pytest.skip("an encoder does not write")
