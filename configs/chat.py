@@ -17,5 +17,5 @@ def get_config():
     config.system = ""  # what the system says first, "" nothing
     for key in ("prompt", "count", "long", "beams", "length_penalty"):
         del config[key]
-    config.length = 128  # tokens of an answer at most
+    config.length = 64  # tokens of an answer at most
     return config

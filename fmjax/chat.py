@@ -73,10 +73,11 @@ class Talk:
         data = opened.config.data if opened.config else {}
         self.room = generate.room(opened.model, data.get("seq_len")) - how["length"]
         self.begin()
-        if len(self.reader.opening([*self.messages, chat.PROBE[0]])) > self.room:
+        if (least := len(self.reader.opening([*self.messages, chat.PROBE[0]]))) > self.room:
             raise ConfigError(
-                f"config.length={how['length']} leaves {self.room} tokens for what is said, and "
-                "config.system has more: make one of them shorter."
+                f"config.length={how['length']} leaves {self.room} of the model's "
+                f"{self.room + how['length']} tokens for what is said, and the template with "
+                f"config.system takes {least} for a letter: make one of them shorter."
             )
 
     def begin(self) -> None:

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from fmjax import streams, trees
+from fmjax import adapters, streams, trees
 from fmjax.models import AnyModel, layers
+from fmjax.precision import DTYPES
 from fmjax.sampling import Sampling, chosen
 
 LEAST = 32  # columns of prompts, and of what is written, at least
@@ -59,7 +60,8 @@ class Writer:
     ):
         # Layers one by one: a scan would copy all that they keep, and their parameters, each step.
         self.model = model.clone(stacks=None)
-        self.params = _unstacked(params)
+        plain = adapters.base(model) is model  # else an adapter may need the whole precision
+        self.params = _unstacked(params, model.cfg.dtype if plain else "float32")
         self.facts = Facts(tuple(stop), tokens or model.cfg.vocab_size, prefix, first)
 
     def __call__(
@@ -267,6 +269,10 @@ def _longer(cache: Any, more: int) -> Any:
     return trees.unflatten(flat)
 
 
-@jax.jit
-def _unstacked(params: Any) -> Any:
-    return trees.restack(params, None)
+@functools.partial(jax.jit, static_argnums=1)
+def _unstacked(params: Any, dtype: str) -> Any:
+    """Layer by layer, and matrices in the dtype that each product would cast them to."""
+    flat = trees.flatten(trees.restack(params, None))
+    cast = lambda x: x.astype(DTYPES[dtype]) if x.dtype == jnp.float32 else x
+    flat = {name: cast(x) if name.endswith("/kernel") else x for name, x in flat.items()}
+    return trees.unflatten(flat)

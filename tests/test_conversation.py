@@ -85,5 +85,5 @@ def test_an_interrupted_answer_ends_and_the_conversation_goes_on(opened, capsys)
 
 
 def test_a_system_without_room_is_refused(opened):
-    with pytest.raises(ConfigError, match="config.system has more"):
+    with pytest.raises(ConfigError, match="the template with config.system takes"):
         talk(opened, system="word " * 400)
