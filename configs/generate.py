@@ -36,7 +36,9 @@ def get_config():
     )
     config.length_penalty = 1.0  # of beams: above 0 for longer texts
     config.stop = ()  # texts that end what is written, and are not part of it
-    config.long = "error"  # prompts that leave no room for length; or cut, reading only their end
+    config.long = (
+        "error"  # prompts without room for length; or cut, to their end, of a source the beginning
+    )
     config.seed = 0
     config.precision = placeholder(str)  # None: as the run was trained, else float32
     config.mesh = mlm.mesh

@@ -16,7 +16,6 @@ from fmjax.errors import ConfigError
 from fmjax.sampling import Sampling
 
 EVERY = 8  # tokens between looks at what is written, where somebody waits for it
-LONG = ("error", "cut")  # what to do with a prompt that leaves no room: refuse, or keep its end
 
 
 def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
@@ -205,7 +204,8 @@ def prompt_ids(
     `before` and those that end it too.
 
     `trained` is how long the rows of training were, None where nobody knows; `of` what the keys of
-    `how` are keys of. With `how["long"]` "cut" only the end of a long prompt is read.
+    `how` are keys of. With `how["long"]` "cut" only the end of a long prompt is read, of a source
+    the beginning.
 
     Raises ConfigError for a model that does not write, a prompt of nothing that no token begins,
     and one that leaves no room for `how["length"]` more.
@@ -219,7 +219,8 @@ def prompt_ids(
     written = 0 if model.decodes else how["length"]
     around = len(first) + len(last) + written
     if how.get("long") == "cut" and len(ids) + around > places > around:
-        ids = ids[len(ids) + around - places :]
+        kept = places - around
+        ids = ids[:kept] if model.decodes else ids[-kept:]
     ids = [*first, *ids, *last]
     if not ids:
         raise ConfigError(
@@ -229,6 +230,6 @@ def prompt_ids(
         raise ConfigError(
             f"{of}.prompt has {len(ids)} tokens and {of}.length={how['length']}, but the model has "
             f"{places} positions that were trained: make one of them shorter"
-            + (f", or set {of}.long='cut' to read only the end of it." if "long" in how else ".")
+            + (f", or set {of}.long='cut' to read only a part of it." if "long" in how else ".")
         )
     return ids

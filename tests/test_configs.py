@@ -60,6 +60,7 @@ def test_every_config_is_in_this_list():
         "probe.py",
         "replay.py",
         "report.py",
+        "translate.py",
     }
     assert {path.name for path in (ROOT / "configs").glob("*.py")} <= known
 
