@@ -10,7 +10,9 @@ targets each is one of its own. `configs/seq2seq.py:summarise` has longer source
 the model has 1.9 M parameters. With a rate of 3e-3 for its tables too (configs/span_corruption.py
 says why they have their own) it came to 2.614. On SciTLDR, `:summarise`, one seed, twelve minutes
 beside tests: 5.265 nats a token of its validation after four of the eight epochs, and 5.451 after
-all, as the 1,992 papers are few. configs/generate.py writes what the run makes of a source.
+all, as the 1,992 papers are few. configs/translate.py makes of their test files (sacreBLEU's 13a,
+ROUGE-1, 2 and Lsum): 1,000 sentences at BLEU 32.2 greedily and 33.4 with four beams; 618 summaries
+at 21.0, 5.2, 17.6 and at 26.3, 8.1, 22.4, in phrases that fit any paper.
 """
 
 import runpy
