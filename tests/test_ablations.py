@@ -33,6 +33,7 @@ def test_the_trials_of_depth(tmp_path):
     assert "block_(-1|-2|-3)" in dict(zip(methods, found, strict=True))["last3"].config.groups[0][0]
 
 
+@pytest.mark.slow
 def test_trials_of_depth_run_and_are_compared(home, encoder, tmp_path, capsys):  # noqa: F811
     words = [*files(home), f"--config.init={encoder}", "--config.data.seq_len=12"]
     spec = f"{DEPTH}:tiny,steps=3,seeds=2"

@@ -263,7 +263,7 @@ EVERY = dict(data=2, fsdp=2, tensor=2)
 @pytest.mark.parametrize(
     ("axes", "way"),
     [
-        (dict(fsdp=2), "at once"),
+        pytest.param(dict(fsdp=2), "at once", marks=pytest.mark.slow),
         pytest.param(dict(data=2), "one by one", marks=pytest.mark.slow),
         *(pytest.param(EVERY, way, marks=pytest.mark.slow) for way in WAYS),
     ],

@@ -77,6 +77,16 @@ def decoder(home):
     return home / "clm"
 
 
+@pytest.fixture(scope="module")
+def both_ways(home):
+    """An encoder–decoder, of two layers and one."""
+    own = dict(depth=3, encoder_depth=2, width=32, heads=4, mlp=64, max_len=32)
+    words = [f"--config.model.{key}={value}" for key, value in own.items()]
+    words += [f"--config.data.train={home}/*.jsonl", "--config.tokenizer.vocab_size=400"]
+    train.run(load("span_corruption.py:variant=tiny", *words), home / "t5")
+    return home / "t5"
+
+
 def files(home):
     return [f"--config.data.train={home}/train.jsonl", f"--config.data.validation={home}/dev.jsonl"]
 

@@ -4,12 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from test_finetune import decoder, encoder, files, home, load  # noqa: F401
+from test_finetune import both_ways, decoder, encoder, files, home, load  # noqa: F401
 
 from fmjax import data, flops, logs, setup, sharding, train
 from fmjax.errors import ConfigError
 
 LAST = "(('block_-1/.*|head/.*', 'train'), ('.*', 'freeze'))"
+SECOND = "(('block_01/.*|head/.*', 'train'), ('.*', 'freeze'))"
 HEAD = "(('head/.*', 'train'), ('.*', 'freeze'))"
 STILL = ["--config.model.dropout=0.0", "--config.model.attention_dropout=0.0"]
 
@@ -25,6 +26,7 @@ def config_of(home, encoder, groups, *words):  # noqa: F811
         (LAST, "encoder"),
         pytest.param(HEAD, "encoder", marks=pytest.mark.slow),
         pytest.param(LAST, "decoder", marks=pytest.mark.slow),
+        pytest.param(SECOND, "both_ways", marks=pytest.mark.slow),
     ],
 )
 def test_losses_are_the_same_with_and_without(home, request, groups, base, tmp_path):  # noqa: F811

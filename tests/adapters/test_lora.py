@@ -318,8 +318,9 @@ def test_pissa_starts_at_the_weights_with_their_principal_part_outside(dora, fam
         np.testing.assert_allclose(left[:5], values[3:8], atol=1e-5)  # rank 3
 
 
-def test_loftq_makes_up_for_what_quantising_loses():
-    model = wrapped(ALL, init="loftq")
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+def test_loftq_makes_up_for_what_quantising_loses(family):
+    model = wrapped(ALL, init="loftq", family=family)
     start = fresh(model)
     params = initial.start(model, start)
     for path, site in list(model.places(params).items())[-2:]:

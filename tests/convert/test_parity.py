@@ -113,7 +113,7 @@ FAMILIES |= {
         T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     ),
 }
-# Where beam search is tried always; elsewhere with slow tests.
+# Where texts are written always; elsewhere with slow tests.
 SEARCHED = ("gpt2", "llama", "mixtral", "t5")
 SEARCHED = [
     pytest.param(name, marks=[] if name in SEARCHED else pytest.mark.slow) for name in FAMILIES
@@ -328,6 +328,7 @@ def test_gradients(reference, ours, tmp_path):
     assert_close(found, reference.gradients, 1e-5)
 
 
+@pytest.mark.parametrize("reference", SEARCHED, indirect=True)
 def test_greedy_text_is_that_of_transformers_whatever_is_beside(reference):
     if reference.written is None:
         pytest.skip("an encoder does not write")

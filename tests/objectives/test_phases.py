@@ -136,6 +136,7 @@ CLM_TO_MLM = ("tokenizer.special=bert", "ledger=()", "total=4", "save_every=2", 
 CLM_TO_MLM += ("eval_every=2", f"objectives={{'clm': {{'stop': '50%'}}, 'mlm': {MLM}}}")
 
 
+@pytest.mark.slow
 def test_a_run_resumes_at_the_switch_with_the_same_bits(tmp_path):
     made = load(*CLM_TO_MLM)
     train.run(made, tmp_path / "run")
