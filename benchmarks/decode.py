@@ -6,7 +6,8 @@ Needs torch (`pip install torch`). Greedy, `--prompt` tokens and then `--length`
 round times as many as they are and one alone: the difference is decoding, the rest prefill. Rounds
 take turns; ratios are of neighbours: theirs / ours, so above 1 we are faster. Before anything is
 timed both must write the same, in float32. Bytes are those of the weights, once a step, over the
-time of a step. `--sampled` draws with temperature 0.8 and top-k 50.
+time of a step. `--sampled` draws with temperature 0.8 and top-k 50; `--peer` is the precision of
+theirs, to compare with their best; `--weights=int8` has our matrices in eight bits.
 """
 
 import argparse
@@ -30,9 +31,14 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--sampled", action="store_true")
+    parser.add_argument("--peer", default="", help="precision of theirs, where it is not ours")
+    parser.add_argument("--weights", default="", choices=["", "int8"], help="of ours")
+    parser.add_argument("--cache", default="", choices=["", "int8"], help="of ours")
     flags = parser.parse_args()
+    flags.peer = flags.peer or flags.precision
     print(
-        f"{flags.variant}, {flags.batch} x {flags.prompt} + {flags.length}, {flags.precision}"
+        f"{flags.variant}, {flags.batch} x {flags.prompt} + {flags.length}, ours {flags.precision} "
+        f"{flags.weights}, theirs {flags.peer}"
         + ", sampled" * flags.sampled
         + f", {flags.runs} rounds on {jax.devices()[0].device_kind}; "
         + ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers")),
@@ -49,7 +55,8 @@ def main() -> None:
     texts = {name: write(flags.length) for name, (write, _) in made.items()}
     same = texts["transformers"] == texts["ours"]
     print(f"the same {flags.length} tokens of each: {same}")
-    assert same or flags.sampled or flags.precision != "float32"
+    exact = flags.precision == flags.peer == "float32" and not flags.weights + flags.cache
+    assert same or flags.sampled or not exact
     seconds = {name: {"prefill": [], "token": []} for name in made}
     for write, _ in made.values():
         write(1), write(flags.length)
@@ -84,7 +91,7 @@ def theirs(folder: str, flags: argparse.Namespace, prompts: list[list[int]]):
     import torch
     import transformers
 
-    dtype = getattr(torch, flags.precision)
+    dtype = getattr(torch, flags.peer)
     model = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval()
     model.config.use_cache = model.generation_config.use_cache = True
     ids = torch.tensor(prompts)
@@ -105,7 +112,7 @@ def ours(folder: str, flags: argparse.Namespace, prompts: list[list[int]]):
     model = gpt2.Model(**described, dtype=flags.precision)
     abstract = state.abstract_params(model, sharding.make_mesh(data=1))
     params, _ = convert.load(folder, abstract)
-    writer = decoding.Writer(model, params)
+    writer = decoding.Writer(model, params, weights=flags.weights, cache=flags.cache)
     how = Sampling(temperature=0.8, top_k=50) if flags.sampled else Sampling(temperature=0)
     return lambda length: writer(prompts, length, how), trees.nbytes(writer.params)
 

@@ -41,6 +41,8 @@ def get_config():
     )
     config.seed = 0
     config.precision = placeholder(str)  # None: as the run was trained, else float32
+    config.weights = ""  # or int8: matrices, and the products with them, in eight bits
+    config.cache = ""  # or int8: keys and values of what was seen in eight bits
     config.mesh = mlm.mesh
     config.distributed = mlm.distributed
     return config

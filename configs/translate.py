@@ -32,6 +32,8 @@ def get_config():
     config.length_penalty = 1.0  # of beams: above 0 for longer texts
     config.batch_size = 32
     config.precision = placeholder(str)
+    config.weights = ""  # or int8: matrices, and the products with them, in eight bits
+    config.cache = ""  # or int8: keys and values of what was seen in eight bits
     config.mesh = mlm.mesh
     config.distributed = mlm.distributed
     return config

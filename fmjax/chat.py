@@ -63,7 +63,7 @@ class Talk:
         named = how["template"] if how["template"] != "auto" else trained or "auto"
         found = chat.fitting(opened.tokenizer, words, named, "config.template")
         self.name, _, self.reader = found
-        self.author = generate.Author(opened, stop=(self.reader.end(),))
+        self.author = generate.Author(opened, (self.reader.end(),), generate.bits_of(how))
         if opened.model.decodes:
             raise ConfigError(
                 "the model is an encoder–decoder, which answers a source and has no conversations: "

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from fmjax import adapters, streams, trees
+from fmjax import adapters, precision, streams, trees
+from fmjax.adapters import quantise
+from fmjax.errors import ConfigError
 from fmjax.models import AnyModel, layers
-from fmjax.precision import DTYPES
 from fmjax.sampling import Sampling, chosen
 
 LEAST = 32  # columns of prompts, and of what is written, at least
@@ -46,7 +47,13 @@ class Texts(NamedTuple):
 
 class Writer:
     """A model that writes. `stop` are tokens that end a text; only the first `tokens` of the
-    vocabulary are drawn, as a table may have rows that no token stands for."""
+    vocabulary are drawn, as a table may have rows that no token stands for.
+
+    `weights` "int8" keeps matrices in eight bits, and multiplies in them: a quarter of the bytes,
+    and nearly the same text. "" keeps them in the dtype that the model computes in, with the table
+    that gives the logits. `cache` "int8" keeps keys and values of what was seen in eight bits.
+    Raises ConfigError for other words, and for models that have no int8.
+    """
 
     def __init__(
         self,
@@ -57,12 +64,20 @@ class Writer:
         tokens: int | None = None,
         prefix: bool = False,
         first: int = 0,
+        weights: str = "",
+        cache: str = "",
     ):
+        _check_bits(model, weights, cache)
         # Layers one by one: a scan would copy all that they keep, and their parameters, each step.
         self.model = model.clone(stacks=None)
         plain = adapters.base(model) is model  # else an adapter may need the whole precision
-        self.params = _unstacked(params, model.cfg.dtype if plain else "float32")
-        self.facts = Facts(tuple(stop), tokens or model.cfg.vocab_size, prefix, first)
+        dtype = model.cfg.dtype if plain else "float32"
+        self.params = _unstacked(params, dtype, weights, getattr(model.cfg, "tied", True))
+        # XLA:CPU's kernels for less than 32 bits want two rows: of a single one products take up to
+        # ten times as long, and the cache is copied.
+        half = dtype != "float32" or weights
+        self.least = 2 if half and jax.default_backend() == "cpu" else 1
+        self.facts = Facts(tuple(stop), tokens or model.cfg.vocab_size, prefix, first, cache)
 
     def __call__(
         self,
@@ -81,13 +96,16 @@ class Writer:
         row whether it is to end.
         """
         given = self.given(prompts, length, seed, first)
-        texts = begin(self.model, self.params, given, self.facts, how, room(length))
+        rows = max(self.least, len(prompts))
+        texts = begin(self.model, self.params, given, self.facts, how, room(length), rows)
+        given = jax.tree.map(lambda x: _repeated(x, rows), given)
         while True:
             until = length if told is None else min(int(texts.step) + every, length)
             texts = go_on(self.model, self.params, given, texts, until, self.facts, how)
-            written, over = np.asarray(texts.ids[:, :length]), np.asarray(texts.done)
+            written, over = np.asarray(texts.ids[:, :length]), np.array(texts.done)
             if told is not None:
-                over = over | np.asarray(told(written[:, :until]))
+                over[: len(prompts)] |= told(written[: len(prompts), :until])
+                over[len(prompts) :] = True
                 texts = texts._replace(done=jnp.asarray(over))
             if until == length or over.all():
                 break
@@ -123,6 +141,7 @@ class Facts(NamedTuple):
     tokens: int
     prefix: bool  # whether prompts are read in both directions
     first: int  # the token that begins the target of an encoder–decoder
+    cache: str  # "int8": what is kept of the texts is in eight bits
 
 
 def read(
@@ -141,7 +160,7 @@ def read(
         keeps = dict(method="encode", mutable=[layers.CACHE])
         hidden, cache = model.apply({"params": params}, *arrays, **keeps)
         hidden = jnp.take_along_axis(hidden, given.lengths[:, None, None] - 1, axis=1)
-    return hidden[:, 0], _longer(cache[layers.CACHE], room)
+    return hidden[:, 0], _longer(cache[layers.CACHE], room, facts.cache)
 
 
 def read_more(
@@ -182,13 +201,13 @@ def ends(ids: Int[Array, "*B"], facts: Facts) -> Bool[Array, "*B"]:
     return jnp.isin(ids, jnp.asarray(facts.stop, jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5, 6))
 def begin(
-    model: AnyModel, params: Any, given: Given, facts: Facts, how: Sampling, room: int
+    model: AnyModel, params: Any, given: Given, facts: Facts, how: Sampling, room: int, rows: int
 ) -> Texts:
-    """The first token of each text, of at most `room`."""
-    rows = len(given.ids)
+    """The first token of each text, of at most `room`; a single one stands in all of the rows."""
     hidden, cache = read(model, params, given, facts, room)
+    hidden, cache, given = jax.tree.map(lambda x: _repeated(x, rows), (hidden, cache, given))
     seen = None
     if how.remembers:
         seen = jnp.zeros((rows, facts.tokens), bool)
@@ -229,6 +248,11 @@ def go_on(
     return jax.lax.while_loop(unfinished, longer, texts)
 
 
+def _repeated(x: jax.Array, rows: int) -> jax.Array:
+    """A single row so often; others and single numbers as they are."""
+    return jnp.repeat(x, rows, axis=0) if x.ndim and len(x) == 1 else x
+
+
 def _real(given: Given) -> Int[Array, "B P"]:
     """1 where a prompt is, 0 for padding."""
     place = jnp.arange(given.ids.shape[1])[None]
@@ -258,21 +282,49 @@ def _added(model, params, given, texts, hidden, facts, how) -> Texts:
     )
 
 
-def _longer(cache: Any, more: int) -> Any:
-    """The cache of the prompts with room for `more` columns, but where nothing is added."""
+def _longer(cache: Any, more: int, bits: str) -> Any:
+    """The cache of the prompts with room for `more` columns, but where nothing is added; keys and
+    values in so many `bits`."""
     flat = trees.flatten(cache)
     for name, rows in flat.items():
         if name.endswith("/rows") and f"{name.removesuffix('rows')}used" in flat:
-            axis = 1 if rows[0].ndim == 2 else 2
+            keys = rows[0].ndim > 2
+            axis = 2 if keys else 1
             pad = lambda x, axis=axis: jnp.pad(x, [(0, more * (i == axis)) for i in range(x.ndim)])
-            flat[name] = tuple(map(pad, rows))
+            rows = tuple(map(pad, rows))
+            flat[name] = tuple(map(precision.coded, rows)) if bits == "int8" and keys else rows
     return trees.unflatten(flat)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _unstacked(params: Any, dtype: str) -> Any:
-    """Layer by layer, and matrices in the dtype that each product would cast them to."""
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _unstacked(params: Any, dtype: str, weights: str, tied: bool) -> Any:
+    """Layer by layer; matrices as products take them, once for all, and with them the table of the
+    tokens where it is one."""
+
+    def ready(name, x):
+        table = tied and name.endswith("token/embedding")
+        if not table and not name.endswith("/kernel") or x.ndim != 2 or x.dtype != jnp.float32:
+            return x
+        if weights == "int8":
+            packed = quantise.SCHEMES["int8"].pack(x.T if table else x)
+            return precision.Rows(packed["codes"].T, packed["scales"])
+        return x if dtype == "float32" else precision.Rows((x if table else x.T).astype(dtype))
+
     flat = trees.flatten(trees.restack(params, None))
-    cast = lambda x: x.astype(DTYPES[dtype]) if x.dtype == jnp.float32 else x
-    flat = {name: cast(x) if name.endswith("/kernel") else x for name, x in flat.items()}
-    return trees.unflatten(flat)
+    return trees.unflatten({name: ready(name, x) for name, x in flat.items()})
+
+
+def _check_bits(model: AnyModel, weights: str, cache: str) -> None:
+    for key, value in (("weights", weights), ("cache", cache)):
+        if value not in ("", "int8"):
+            raise ConfigError(
+                f"config.{key}={value!r} is not known: give 'int8', or '' for the dtype of "
+                "config.precision."
+            )
+    if weights and adapters.base(model) is not model:
+        raise ConfigError(
+            "config.weights='int8' is for models without adapters and quantised bases: merge them "
+            "first, with configs/export.py."
+        )
+    if weights and getattr(model.cfg, "experts", 0):
+        raise ConfigError("config.weights='int8' is not for experts: leave it ''.")

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     """
     with processes.start(config) as mesh:
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
-        author, how = Author(opened), config.to_dict()
+        author, how = Author(opened, bits=bits_of(config)), config.to_dict()
         author.ids(how)
         if dry_run:
             return
@@ -44,6 +45,11 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         show("\n")
 
 
+def bits_of(how: Mapping[str, Any]) -> dict[str, str]:
+    """How matrices and what was seen are to be kept."""
+    return {key: how.get(key, "") for key in ("weights", "cache")}
+
+
 def shown(prompt: str, texts: Sequence[str]) -> str:
     """The continuations behind their prompt, a line between them."""
     return "\n---\n".join(prompt + text for text in texts)
@@ -56,9 +62,14 @@ def texts(opened: pretrained.Opened, how: Mapping[str, Any], seed: int) -> list[
 
 class Author:
     """A model that lies in a folder, with its tokenizer: text to text. Besides what ends its texts
-    the tokens `stop` do."""
+    the tokens `stop` do; `bits` are `weights` and `cache` of a `Writer`."""
 
-    def __init__(self, opened: pretrained.Opened, stop: Sequence[int] = ()):
+    def __init__(
+        self,
+        opened: pretrained.Opened,
+        stop: Sequence[int] = (),
+        bits: Mapping[str, str] = MappingProxyType({}),
+    ):
         check_model(opened.model)
         self.opened, self.model = opened, opened.model
         self.words = tokenizers.load(opened.tokenizer)
@@ -72,6 +83,7 @@ class Author:
             tokens=min(len(self.words), self.model.cfg.vocab_size),
             prefix="prefix_lm" in goals,
             first=self.words.pad_token_id or 0,
+            **bits,
         )
 
     def ids(self, how: Mapping[str, Any]) -> list[int]:

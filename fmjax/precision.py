@@ -8,18 +8,53 @@ their own VJP whose dots are all written out.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Int8
 
 from fmjax import sharding
 
 AGAIN = "made_again"  # scope of what a backward pass makes again of the forward one
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+class Coded(NamedTuple):
+    """Vectors in eight bits, each with its scale."""
+
+    codes: Int8[Array, "*S D"]
+    scales: Float[Array, "*S 1"]
+
+    def whole(self, dtype: DTypeLike) -> Float[Array, "*S D"]:
+        """The vectors, nearly."""
+        return (self.codes.astype(jnp.float32) * self.scales).astype(dtype)
+
+
+def coded(x: Float[Array, "*S D"]) -> Coded:
+    """Vectors as whole numbers to ±127, which stands for their largest magnitude."""
+    x = x.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
+    return Coded(jnp.round(x / jnp.where(scales > 0, scales, 1)).astype(jnp.int8), scales)
+
+
+class Rows(NamedTuple):
+    """A matrix as inference keeps it, by output, which products with few rows read soonest: in the
+    dtype of the product, or in eight bits with a scale for each output."""
+
+    matrix: Float[Array, "F D"] | Int8[Array, "F D"]
+    scales: Float[Array, "F"] | None = None
+
+    def rows(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        """Some of them, in float32; zeros where there is none."""
+        take = lambda x: x.at[ids].get(mode="fill", fill_value=0)
+        if self.scales is not None:
+            return take(self.matrix).astype(jnp.float32) * take(self.scales)[..., None]
+        # As whole numbers: of bfloat16 XLA:CPU makes all of them float32 first.
+        bits = take(jax.lax.bitcast_convert_type(self.matrix, jnp.uint16))
+        return jax.lax.bitcast_convert_type(bits, self.matrix.dtype).astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
@@ -39,12 +74,15 @@ def linear(
     then gathered, in both passes, so that no device keeps more than one layer whole.
 
     With `unpack`, `kernel` is what a quantised one is kept as, of which `unpack` makes the whole,
-    in both passes; it gets no gradient, and of x nothing is kept.
+    in both passes; it gets no gradient, and of x nothing is kept. With `Rows` the product has no
+    gradient either, and `out_in` says nothing.
     """
     return _linear_forward(x, kernel, dtype, out_in, spec, unpack)[0]
 
 
 def _linear_forward(x, kernel, dtype, out_in, spec, unpack):
+    if isinstance(kernel, Rows):
+        return _of_rows(x, kernel, dtype), None
     contract = ((x.ndim - 1,), (int(out_in),))
     y = dot(x.astype(dtype), _whole(kernel, dtype, spec, unpack), contract)
     return y, (x if unpack is None else jnp.zeros(0, x.dtype), kernel)
@@ -74,6 +112,18 @@ def _whole(kernel, dtype, spec, unpack):
 
 
 linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _of_rows(x, kernel, dtype):
+    # Of an array of three axes XLA would transpose the matrix, in front of each loop of steps.
+    rows = x.reshape(-1, x.shape[-1])
+    if kernel.scales is None:
+        y = dot(rows.astype(dtype), kernel.matrix.astype(dtype), ((1,), (1,)))
+    else:  # each row of x in eight bits too, with a scale of its own (Dettmers et al. 2022, §2.2)
+        whole = coded(rows)
+        y = dot(whole.codes, kernel.matrix, ((1,), (1,))).astype(jnp.float32)
+        y = y * whole.scales * kernel.scales.reshape(1, -1)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def affine(
@@ -141,11 +191,13 @@ def transposed(x: Float[Array, "*B N D"]) -> Float[Array, "*B D N"]:
 def dot(
     a: jax.Array, b: jax.Array, contract: tuple[tuple, tuple], batch: tuple = ((), ())
 ) -> jax.Array:
-    """`jax.lax.dot_general` in float32; not differentiable by itself, as those that follow."""
+    """`jax.lax.dot_general` in float32, of whole numbers in int32; not differentiable by itself, as
+    those that follow."""
     # HIGHEST: float32 means float32 on GPU and TPU too, not TF32 or one bfloat16 pass.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    wide = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
     return jax.lax.dot_general(
-        a, b, (contract, batch), precision=precision, preferred_element_type=jnp.float32
+        a, b, (contract, batch), precision=precision, preferred_element_type=wide
     )
 
 

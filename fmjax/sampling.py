@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fmjax import streams
 from fmjax.errors import ConfigError
 
+FEW = 256  # tokens that mostly have what top_p asks for
 NONE = jnp.finfo(jnp.float32).min  # logit of a token that cannot be drawn
 
 
@@ -69,22 +70,27 @@ def left(
         return logits
     logits = logits / how.temperature
     if how.top_k and how.top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, how.top_k)[0][:, -1:]
+        # The last of them by jnp.min: for a slice of them XLA sorts the whole vocabulary.
+        least = jnp.min(jax.lax.top_k(logits, how.top_k)[0], axis=-1, keepdims=True)
         logits = jnp.where(logits < least, NONE, logits)
     if how.top_p < 1:
-        logits = jnp.where(logits < _least(logits, how.top_p), NONE, logits)
+        p = jax.nn.softmax(logits, axis=-1)
+        logits = jnp.where(p < _least(p, how.top_p), NONE, logits)
     if how.min_p > 0:
         least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(how.min_p)
         logits = jnp.where(logits < least, NONE, logits)
     return logits
 
 
-def _least(logits: Float[Array, "B V"], share: float) -> Float[Array, "B 1"]:
-    """The least logit of the fewest likeliest tokens that have the share of the probability, found
-    by halving an interval: a vocabulary is long to sort."""
-    p = jax.nn.softmax(logits, axis=-1)
-    low = jnp.zeros((len(p), 1))
-    high = jnp.max(p, axis=-1, keepdims=True)
+def _least(p: Float[Array, "B V"], share: float) -> Float[Array, "B 1"]:
+    """The least of the fewest likeliest that have the share of the probability. These are mostly
+    few; where they are not it is found by halving an interval, as a vocabulary is long to sort."""
+    few = jax.lax.top_k(p, min(FEW, p.shape[-1]))[0]
+    sums = jnp.cumsum(few, axis=-1)
+
+    def of_few():
+        short = jnp.sum((sums < share).astype(jnp.int32), axis=-1, keepdims=True)
+        return jnp.take_along_axis(few, jnp.minimum(short, few.shape[-1] - 1), axis=-1)
 
     def halved(_, ends):
         # Above `low` is the share, above `high` is not.
@@ -93,8 +99,12 @@ def _least(logits: Float[Array, "B V"], share: float) -> Float[Array, "B 1"]:
         enough = jnp.sum(jnp.where(p > middle, p, 0), axis=-1, keepdims=True) >= share
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    low, _ = jax.lax.fori_loop(0, 40, halved, (low, high))
-    return jnp.min(jnp.where(p > low, logits, jnp.inf), axis=-1, keepdims=True)
+    def of_all():
+        ends = jnp.zeros((len(p), 1)), jnp.max(p, axis=-1, keepdims=True)
+        low, _ = jax.lax.fori_loop(0, 40, halved, ends)
+        return jnp.min(jnp.where(p > low, p, jnp.inf), axis=-1, keepdims=True)
+
+    return jax.lax.cond(jnp.all(sums[:, -1] >= share), of_few, of_all)
 
 
 def _drawn(logits: Float[Array, "B V"], seeds: streams.Seeds) -> Int[Array, "B"]:

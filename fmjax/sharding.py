@@ -154,6 +154,12 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     return _constrain(x, BATCH)
 
 
+def constrain_heads(x: jax.Array) -> jax.Array:
+    """Keeps (B, N, …) arrays of attention split by example and head, where these divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else _constrain(x, fitted(x.shape, P(*BATCH, "tensor"), mesh))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(x: jax.Array, spec: P) -> jax.Array:
     """A parameter laid as `spec` says, whole along `fsdp`; the identity when no mesh is set.

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from fmjax import adapters, decoding, sharding
+from fmjax import adapters, decoding, sharding, trees
+from fmjax.errors import ConfigError
 from fmjax.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
@@ -138,7 +139,13 @@ def test_eight_devices_write_what_one_does(axes):
     mesh = tiny.mesh(**axes)
     with jax.set_mesh(mesh):
         spread = jax.device_put(params, sharding.shardings(params, mesh))
-        assert decoding.Writer(model, spread)(prompts, LENGTH, GREEDY) == expected
+        writer = decoding.Writer(model, spread)
+        assert writer(prompts, LENGTH, GREEDY) == expected
+        given = writer.given(prompts, LENGTH, 0)
+        texts = decoding.begin(model, writer.params, given, writer.facts, GREEDY, 32, 4)
+        keys = texts.cache["block_00"]["attn"]["memory"]["rows"][0]  # of 2 heads of keys
+        parts = {shard.data.shape[:2] for shard in keys.addressable_shards}
+        assert parts == {(4 // (axes.get("data", 1) * axes.get("fsdp", 1)), 1)}
 
 
 def test_programs_are_few():
@@ -151,3 +158,57 @@ def test_programs_are_few():
     before = decoding.begin._cache_size(), decoding.go_on._cache_size()
     writer([[5] * 17], 9, GREEDY)
     assert (decoding.begin._cache_size(), decoding.go_on._cache_size()) == before
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize("bits", [dict(weights="int8"), dict(cache="int8")], ids=str)
+def test_eight_bits_say_the_same_in_any_batch(family, bits):
+    model, params = made(family)
+    writer = decoding.Writer(model, params, **bits)
+    together = writer(PROMPTS, LENGTH, GREEDY)
+    assert together == [writer([ids], LENGTH, GREEDY)[0] for ids in PROMPTS]
+    if bits.get("weights"):  # the same products, of all tokens at once
+        assert together == [anew(writer.model, writer.params, ids, LENGTH) for ids in PROMPTS]
+
+
+def test_eight_bits_are_near_the_whole():
+    model, params = made("llama", tied=True)
+    writer = decoding.Writer(model, params, weights="int8", cache="int8")
+    given = writer.given(PROMPTS, LENGTH, 0)
+    states = {}
+    sides = dict(whole=(model, params, ""), eight=(writer.model, writer.params, "int8"))
+    for name, (model, params, bits) in sides.items():
+        facts = writer.facts._replace(cache=bits)
+        hidden, cache = decoding.read(model, params, given, facts, 32)
+        first = decoding.logits(model, params, hidden, facts)
+        more, cache = decoding.read_more(
+            model, params, given, cache, jnp.full(3, 9, jnp.int32), jnp.int32(1)
+        )
+        states[name] = first, decoding.logits(model, params, more, facts), cache
+    for whole, eight in zip(*(states[name][:2] for name in ("whole", "eight")), strict=True):
+        error = jnp.linalg.norm(eight - whole) / jnp.linalg.norm(whole)
+        assert 0 < error < 0.05
+    size = lambda cache: trees.nbytes({k: x for k, x in cache.items() if k != "seen"})
+    heads = model.cfg.width // model.cfg.heads  # of a vector of so many there is one scale
+    assert size(states["eight"][2]) / size(states["whole"][2]) == pytest.approx(
+        (heads + 4) / (4 * heads), rel=0.01
+    )
+
+
+def test_bits_that_a_model_has_not_are_said():
+    model, params = made("gpt2")
+    for bits in (dict(weights="int4"), dict(cache="fp8")):
+        with pytest.raises(ConfigError, match=f"config.{next(iter(bits))}=.*give 'int8'"):
+            decoding.Writer(model, params, **bits)
+    with pytest.raises(ConfigError, match="without adapters.*configs/export.py"):
+        decoding.Writer(*made("gpt2", LORA), weights="int8")
+    with pytest.raises(ConfigError, match="not for experts"):
+        decoding.Writer(*made("llama", experts=3, experts_per_token=2), weights="int8")
+
+
+def test_half_precision_says_the_same_in_any_batch():
+    model, params = made("gpt2", dtype="bfloat16")
+    writer = decoding.Writer(model, params)
+    together = writer(PROMPTS, LENGTH, GREEDY)
+    assert together == [writer([ids], LENGTH, GREEDY)[0] for ids in PROMPTS]
+    assert together == [anew(writer.model, writer.params, ids, LENGTH) for ids in PROMPTS]

@@ -62,3 +62,34 @@ def test_no_bfloat16_dot_is_upcast():
     for dot in found:
         assert all(x.aval.dtype == jnp.bfloat16 for x in dot.invars)
         assert dot.outvars[0].aval.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("lead", [(1,), (5,), (3, 4)])
+def test_a_product_in_eight_bits_is_one_of_whole_numbers(lead):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(*lead, 48)), jnp.float32)
+    matrix = rng.integers(-127, 128, (6, 48)).astype(np.int8)
+    scales = rng.uniform(0.1, 1, 6).astype(np.float32)
+    kept = precision.Rows(jnp.asarray(matrix), jnp.asarray(scales))
+    unit = np.abs(x).max(-1, keepdims=True) / np.float32(127)
+    whole = np.rint(x / unit).astype(np.int64)
+    expected = (whole @ matrix.T.astype(np.int64)) * unit.astype(np.float64) * scales
+    np.testing.assert_allclose(precision.linear(x, kept, jnp.float32), expected, rtol=1e-6)
+    assert not precision.linear(0 * x, kept, jnp.float32).any()
+
+
+def test_rows_of_a_table_are_those_it_was_made_of():
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(7, 16)), jnp.float32)
+    ids = jnp.asarray([[3, 0], [6, 9]])
+    kept = precision.coded(table)
+    for rows, made in (
+        (precision.Rows(table.astype(jnp.bfloat16)), table.astype(jnp.bfloat16)),
+        (precision.Rows(kept.codes, kept.scales[:, 0]), kept.whole(jnp.float32)),
+    ):
+        found = rows.rows(ids)
+        np.testing.assert_array_equal(found[0], made[ids[0]].astype(jnp.float32))
+        np.testing.assert_array_equal(found[1, 0], made[6].astype(jnp.float32))
+        assert not found[1, 1].any()  # no row 9
+    np.testing.assert_allclose(
+        kept.whole(jnp.float32), table, atol=float(jnp.abs(table).max()) / 254 * 1.01
+    )

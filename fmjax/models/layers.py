@@ -46,6 +46,17 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 
+def matrix(
+    module: nn.Module, name: str, init: Callable, shape: tuple[int, int]
+) -> Float[Array, "I O"] | precision.Rows:
+    """The module's parameter, which inference may keep otherwise (`decoding.Writer`)."""
+    if module.has_variable("params", name):
+        kept = module.get_variable("params", name)
+        if isinstance(kept, precision.Rows):
+            return kept
+    return module.param(name, init, shape, jnp.float32)
+
+
 class Linear(nn.Module):
     """`x @ kernel + bias` with a (in, out) kernel; the bias is added in float32."""
 
@@ -58,7 +69,7 @@ class Linear(nn.Module):
     def __call__(
         self, x: Float[Array, "... D"], out_dtype: DTypeLike | None = None
     ) -> Float[Array, "... F"]:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        kernel = matrix(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
         spec = sharding.spec_of("/".join((*self.path, "kernel")))
         y = precision.linear(x, kernel, self.dtype, spec=spec)
         if self.use_bias:
@@ -180,7 +191,7 @@ class Memory(nn.Module):
     ) -> tuple[Any, Any, Any]:
         if self.is_mutable_collection(CACHE):
             if not self.fixed:
-                k, v = remembered(self, (k, v), axis=2)
+                k, v = map(sharding.constrain_heads, remembered(self, (k, v), axis=2))
             elif not self.full():
                 self.put_variable(CACHE, "rows", (k, v))
         return k, v, may_see
@@ -207,7 +218,8 @@ class Seen(nn.Module):
 def remembered(module: nn.Module, new: tuple[jax.Array, ...], axis: int) -> tuple[Any, ...]:
     """`new` behind what the module's cache has along the axis: `rows`, of which `used` are.
 
-    The first call makes the cache as long as it is; whoever calls again has made it longer.
+    The first call makes the cache as long as it is; whoever calls again has made it longer, and may
+    have put it into eight bits (`precision.Coded`).
     """
     if not module.has_variable(CACHE, "rows"):
         module.put_variable(CACHE, "rows", new)
@@ -215,28 +227,42 @@ def remembered(module: nn.Module, new: tuple[jax.Array, ...], axis: int) -> tupl
         return new
     rows, used = (module.get_variable(CACHE, name) for name in ("rows", "used"))
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=used, axis=axis)
-    rows = tuple(write(old, x.astype(old.dtype)) for old, x in zip(rows, new, strict=True))
+
+    def written(old, x):
+        x = precision.coded(x) if isinstance(old, precision.Coded) else x.astype(old.dtype)
+        return jax.tree.map(write, old, x)
+
+    rows = tuple(written(old, x) for old, x in zip(rows, new, strict=True))
     module.put_variable(CACHE, "rows", rows)
     module.put_variable(CACHE, "used", used + new[0].shape[axis])
-    return rows
+    return tuple(
+        kept.whole(x.dtype) if isinstance(kept, precision.Coded) else kept
+        for kept, x in zip(rows, new, strict=True)
+    )
 
 
 class Embedding(nn.Module):
-    """A table of `count` vectors; `table()` is the matrix itself, for tied output projections."""
+    """A table of `count` vectors."""
 
     count: int
     features: int
     embedding_init: Callable = nn.initializers.normal(0.02)
 
     def setup(self):
-        shape = (self.count, self.features)
-        self.embedding = self.param("embedding", self.embedding_init, shape, jnp.float32)
+        shape = self.count, self.features
+        self.embedding = matrix(self, "embedding", self.embedding_init, shape)
 
     def __call__(self, ids: Int[Array, "*B"], bare: bool = False) -> Float[Array, "*B D"]:
         """The rows; where they are `bare`, without what adapters put before a text."""
-        return _lookup(self.table(), ids, self.spec)
+        table = self.table()
+        if not isinstance(table, precision.Rows):
+            return _lookup(table, ids, self.spec)
+        return table.rows(ids)
 
-    def table(self) -> Float[Array, "V D"]:
+    def table(self) -> Float[Array, "V D"] | precision.Rows:
+        """The matrix itself, for tied output projections."""
+        if isinstance(self.embedding, precision.Rows):
+            return self.embedding
         # Gathered whole before a lookup: rows of a table cut along its width would come out cut
         # along the width, and the partitioner could only replicate them to cut them by example.
         return sharding.gather(self.embedding, self.spec)

@@ -29,7 +29,7 @@ REMAT = {
 class Vocabulary(NamedTuple):
     """The matrix between hidden states and logits."""
 
-    kernel: Float[Array, "V D"] | Float[Array, "D V"]
+    kernel: Float[Array, "V D"] | Float[Array, "D V"] | precision.Rows
     out_in: bool  # which of the two
     spec: P  # how it lies on the mesh
     dtype: DTypeLike  # of the product's operands
@@ -51,7 +51,7 @@ class Output(nn.Module):
     def __call__(self) -> Vocabulary:
         shape = self.cfg.width, self.cfg.vocab_size
         initial = nn.initializers.normal(self.deviation)
-        kernel = self.param("kernel", initial, shape, jnp.float32)
+        kernel = layers.matrix(self, "kernel", initial, shape)
         spec = sharding.spec_of("/".join((*self.path, "kernel")))
         return Vocabulary(kernel, False, spec, DTYPES[self.cfg.dtype])
 
