@@ -2,8 +2,10 @@
 
 An `Item` is a context and what could follow it. Of several choices the model's is the likeliest by
 the sum of the logarithms of its tokens' probabilities, by their mean, or by that over its bytes
-(Gao et al. 2023, lm-evaluation-harness: `acc` is by the sum, `acc_norm` by bytes). Of a single one
-is measured whether it is what the model would write, and its perplexity.
+(Gao et al. 2023, lm-evaluation-harness: `acc` is by the sum, `acc_norm` by bytes); or by its gain,
+the sum less that behind the same words with nothing in them, which takes out what the model says
+anyway (Zhao et al. 2021; Holtzman et al. 2021). Of a single one is measured whether it is what the
+model would write, and its perplexity.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +16,7 @@ import numpy as np
 from fmjax.errors import ConfigError
 from fmjax.likelihood import Likely
 
-NORMS = ("sum", "token", "byte")
+NORMS = ("sum", "token", "byte", "gain")
 DRAWS = 1000  # of the bootstrap
 
 
@@ -25,6 +27,7 @@ class Item(NamedTuple):
     choices: tuple[str, ...]
     label: int
     group: str = ""
+    bare: str = ""  # the context with nothing asked in it, where there is such a thing
 
 
 class Found(NamedTuple):
@@ -34,9 +37,12 @@ class Found(NamedTuple):
     tokens: tuple[int, ...]
     bytes: tuple[int, ...]
     greedy: tuple[bool, ...]
+    bare: tuple[float, ...] = ()  # nats of the choices behind the bare context
 
     def choice(self, norm: str) -> int:
         """The model's; the first of equal ones."""
+        if norm == "gain":
+            return int(np.argmin(np.subtract(self.nats, self.bare)))
         sizes = dict(sum=(1,) * len(self.nats), token=self.tokens, byte=self.bytes)[norm]
         return int(np.argmin([n / max(1, size) for n, size in zip(self.nats, sizes, strict=True)]))
 
@@ -48,17 +54,25 @@ def judged(
 ) -> list[Found]:
     """What the model says of each, by a `likelihood.Scorer`; `encode` makes tokens of a context and
     of what follows it."""
-    pairs = [encode(item.context, choice) for item in items for choice in item.choices]
-    each = iter(scorer(pairs))
+    contexts = [(item.context, item.bare) if item.bare else (item.context,) for item in items]
+    asked = [
+        (context, choice)
+        for item, both in zip(items, contexts, strict=True)
+        for context in both
+        for choice in item.choices
+    ]
+    once = list(dict.fromkeys(asked))
+    said = dict(zip(once, scorer([encode(*pair) for pair in once]), strict=True))
     found = []
-    for item in items:
-        likely: list[Likely] = [next(each) for _ in item.choices]
+    for item, (context, *bare) in zip(items, contexts, strict=True):
+        likely: list[Likely] = [said[context, choice] for choice in item.choices]
         found.append(
             Found(
                 tuple(x.nats for x in likely),
                 tuple(x.tokens for x in likely),
                 tuple(len(choice.encode()) for choice in item.choices),
                 tuple(x.greedy for x in likely),
+                tuple(said[one, choice].nats for one in bare for choice in item.choices),
             )
         )
     return found
@@ -73,16 +87,18 @@ def metrics(items: Sequence[Item], found: Sequence[Found]) -> dict[str, dict[str
             values.setdefault("accuracy", []).append(float(one.greedy[0]))
             values.setdefault("nats", []).append(one.nats[0])
             continue
-        for norm in NORMS:
+        for norm in NORMS if one.bare else NORMS[:3]:
             name = "accuracy" if norm == "sum" else f"accuracy_by_{norm}"
             values.setdefault(name, []).append(float(one.choice(norm) == item.label))
     if sizes := {name: len(x) for name, x in values.items() if len(x) != len(items)}:
         raise ConfigError(f"items with one choice stand beside others, {sizes} of {len(items)}.")
     groups = [item.group for item in items]
-    return {name: _mean(np.array(x), groups) for name, x in values.items()}
+    return {name: mean(x, groups) for name, x in values.items()}
 
 
-def _mean(values: np.ndarray, groups: Sequence[str]) -> dict[str, Any]:
+def mean(values: Sequence[float], groups: Sequence[str]) -> dict[str, Any]:
+    """What `metrics` says of one value an item."""
+    values = np.array(values, float)
     error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     rng = np.random.default_rng(0)
     draws = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(DRAWS)]

@@ -4,7 +4,8 @@ Asked after `fmjax.rules`, so each value is of its kind, and before jax is impor
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fmjax import rules
@@ -34,6 +35,7 @@ def check(config: Mapping[str, Any]) -> None:
             "--config.objectives is empty: nothing to train. Set it to a dict such as "
             "{'mlm': {'weight': 1.0}}"
         )
+    _check_benchmarks(config.get("benchmarks", ()))
     _check_best(config)
     _check_groups(config)
     _check_optim(config)
@@ -52,8 +54,23 @@ def check(config: Mapping[str, Any]) -> None:
         )
 
 
+def _check_benchmarks(asked: Sequence[Mapping[str, Any]]) -> None:
+    possible = [name for name in rules.BENCHMARKS if name != "gsm8k"]  # whose answers are written
+    for number, given in enumerate(asked):
+        key, keys = f"--config.benchmarks[{number}]", ("name", "path", "limit")
+        for name in given:
+            if name not in keys:
+                raise ConfigError(f"{key} has {name!r}.{did_you_mean(name, keys)}")
+        if given.get("name") not in possible:
+            hint = did_you_mean(str(given.get("name")), possible)
+            raise ConfigError(f"{key}.name={given.get('name')!r} cannot be asked here.{hint}")
+        if not Path(given.get("path", "")).expanduser().exists() or not given.get("path"):
+            raise ConfigError(f"{key}.path={given.get('path', '')!r}: no such file or folder")
+
+
 def _check_best(config: Mapping[str, Any]) -> None:
     best, names = config.get("best", ""), list(config.get("objectives", ()))
+    names += [given["name"] for given in config.get("benchmarks", ())]
     metric = rf"validation/(loss|({'|'.join(map(re.escape, names))})/\w+)"
     if best != "" and not (isinstance(best, str) and re.fullmatch(metric, best)):
         possible = ", ".join(f"'validation/{name}/…'" for name in names)

@@ -135,6 +135,23 @@ class Author:
             show(found[0][printed:])
         return found
 
+    def each(
+        self,
+        prompts: Sequence[Sequence[int]],
+        length: int,
+        how: Sampling,
+        stop: Sequence[str] = (),
+    ) -> list[str]:
+        """One text behind each of the prompts, up to its end or to one of the texts `stop`."""
+
+        def over(rows: np.ndarray) -> list[bool]:
+            found = zip(prompts, rows.tolist(), strict=True)
+            return [cut(self.text(ids, row), stop)[1] for ids, row in found]
+
+        looks = dict(told=over) if stop else {}
+        rows = self.writer(prompts, length, how, **looks)
+        return [cut(self.text(ids, row), stop)[0] for ids, row in zip(prompts, rows, strict=True)]
+
     def _likeliest(self, ids, how, show) -> str:
         """What beam search finds behind the tokens."""
         taken = dict(temperature=0, top_k=None, count=1, repetition_penalty=1, stop=())

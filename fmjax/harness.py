@@ -19,7 +19,6 @@ import jax
 
 from fmjax import evaluate, fewshot, generate, logs, pretrained, processes
 from fmjax.data import tokenizer as tokenizers
-from fmjax.decoding import Writer
 from fmjax.errors import ConfigError
 from fmjax.sampling import Sampling
 
@@ -189,13 +188,4 @@ class Model(TemplateLM):
             last = self.scorer.last if self.backend == "seq2seq" else []
             ids = self.tok_encode(context) or [self._begins]
             prompts.append([*ids[-(room - len(last)) :], *last])
-        writer: Writer = author.writer
-
-        def over(rows):
-            found = zip(prompts, rows.tolist(), strict=True)
-            return [generate.cut(author.text(ids, row), stop)[1] for ids, row in found]
-
-        looks = dict(told=over, every=16) if stop else {}
-        rows = writer(prompts, length, Sampling(**given), **looks)
-        pairs = zip(prompts, rows, strict=True)
-        return [generate.cut(author.text(ids, row), stop)[0] for ids, row in pairs]
+        return author.each(prompts, length, Sampling(**given), stop)

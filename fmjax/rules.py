@@ -318,6 +318,9 @@ LENGTH = Check(
     "a duration above 0: 1500, '1500 steps', '3 epochs', '10M tokens' or '2T flops'",
 )
 
+# Questions by name: fmjax/questions.py, and of GLUE fmjax/prompts.py.
+BENCHMARKS = ("blimp", "lambada", "hellaswag", "gsm8k", "choices")
+BENCHMARKS += ("sst2", "cola", "mrpc", "rte", "qnli", "wnli")
 # (expression over the whole dotted key, what its value must be).
 RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("total", LENGTH),
@@ -368,7 +371,8 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"(samples\.)?temperature", NON_NEGATIVE),
     ("shots", SHOTS),
     ("score", ("token", "word")),
-    (r"benchmark\.name", ("blimp", "lambada", "hellaswag", "choices")),
+    (r"benchmark\.name", (*BENCHMARKS, "classes")),
+    ("norm", ("sum", "token", "byte", "gain")),
     (r"benchmark\.limit", COUNT),
     ("top_p", SHARE),
     ("min_p", PROBABILITY),

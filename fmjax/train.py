@@ -5,6 +5,7 @@ A batch walks: data -> mesh -> train step (corrupt, forward, backward, update) -
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -25,6 +26,7 @@ from fmjax import (
     checkpoint,
     data,
     evaluate,
+    exams,
     groups,
     interrupt,
     ledger,
@@ -155,12 +157,16 @@ def loop(
             for run, folder, meta, arm in zip(runs, folders, saved, together.numbers, strict=True)
         ]
         timed = functools.partial(monitor.timed, monitors)
-        train_step, eval_step = compiled(together, monitors)
+        asked = [exams.Exams(run) for run in runs]
+        train_step, eval_step = compiled(together, monitors, asked[0].names)
 
         def evaluate_all():
-            found = validate(together, eval_step, current, stop, monitors)
-            for one, measured in zip(monitors, found, strict=True):
-                one.evaluated(step, *measured)
+            seen = dataclasses.replace(current, params=measured_params(together.wide, current))
+            found = validate(together, eval_step, seen.params, stop, monitors)
+            for arm, (one, (metrics, each)) in enumerate(zip(monitors, found, strict=True)):
+                if metrics is not None and asked[arm].items:
+                    metrics = metrics | asked[arm](together.apart(seen, arm).params)
+                one.evaluated(step, metrics, each)
 
         def save_all():
             with timed("saving"):
@@ -230,9 +236,11 @@ def meta(run: Run, batches: Any, monitor: Monitor, still: str) -> dict[str, Any]
     }
 
 
-def compiled(together: Arms, monitors: Sequence[Monitor]) -> tuple[Callable, Callable]:
+def compiled(
+    together: Arms, monitors: Sequence[Monitor], asked: Sequence[str]
+) -> tuple[Callable, Callable]:
     """The train step, with the state donated, and the jitted evaluation step; the former is
-    compiled when the first batch of each width comes."""
+    compiled when the first batch of each width comes. `asked` are metrics of `exams`."""
     run = together.wide
     jitted, programs = jax.jit(together.train_step(), donate_argnums=0), {}
 
@@ -245,7 +253,7 @@ def compiled(together: Arms, monitors: Sequence[Monitor]) -> tuple[Callable, Cal
                     one.flops[width] = flops
                 lowered = traced.lower()
                 scores = [f"{o.name}/{score}" for o in run.objectives for score in o.scores]
-                check_best(run.config.best, [*lowered.out_info[1]["sums"], *scores])
+                check_best(run.config.best, [*lowered.out_info[1]["sums"], *scores, *asked])
                 programs[width] = lowered.compile()
         return programs[width](state, batch)
 
@@ -260,24 +268,28 @@ def check_best(best: str, metrics: Iterable[str]) -> None:
         raise ConfigError(f"config.best = {best!r} is no metric.{did_you_mean(best, possible)}")
 
 
+def measured_params(run: Run, current: TrainState) -> Any:
+    """The parameters that are evaluated: averaged ones where the config keeps them."""
+    average = optim.averaged(current.opt_state)
+    if average is None:
+        return current.params
+    return groups.merge(average, run.split(current.params)[1])
+
+
 def validate(
     together: Arms,
     eval_step: Callable,
-    current: TrainState,
+    params: Any,
     stop: interrupt.Stop,
     monitors: Sequence[Monitor],
 ) -> list[tuple[dict[str, float] | None, dict[str, np.ndarray]]]:
-    """(metrics, what each example adds to them) of each run over the validation split, with
-    averaged parameters where the config keeps them.
+    """(metrics, what each example adds to them) of each run over the validation split.
 
     Metrics are None if a signal ended it early, {} if there is no validation split.
     """
     run = together.wide
     if "validation" not in run.dataset.splits:
         return [({}, {}) for _ in monitors]
-    params, average = current.params, optim.averaged(current.opt_state)
-    if average is not None:
-        params = groups.merge(average, run.split(params)[1])
     split = run.dataset.splits["validation"]
     # Numbers do not depend on it: evaluation needs no more memory than a microbatch.
     batch_size = run.config.batch_size // run.config.accumulate

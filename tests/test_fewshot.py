@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from common import ROOT
 
-from fmjax import benchmarks, choices, fewshot, train
+from fmjax import choices, fewshot, questions, train
 from fmjax import config as configs
 from fmjax.choices import Found, Item
 from fmjax.errors import ConfigError, DataError
@@ -21,7 +21,7 @@ def found(nats, tokens=None, text=None, greedy=False):
 
 def test_the_likeliest_choice_is_taken_by_sum_by_token_and_by_byte():
     one = found([4.0, 6.0, 5.0], tokens=[1, 3, 2], text=[8, 11, 20])
-    assert [one.choice(norm) for norm in choices.NORMS] == [0, 1, 2]
+    assert [one.choice(norm) for norm in choices.NORMS[:3]] == [0, 1, 2]
 
 
 def test_means_have_errors_intervals_and_groups():
@@ -59,6 +59,25 @@ def test_each_choice_is_judged_behind_its_context():
     assert first.nats == (3.0, 1.0) and first.choice("sum") == 1 and second.bytes == (2,)
 
 
+def test_a_gain_is_over_what_is_said_anyway():
+    """Behind nothing " no" is likelier by 3 nats, behind the question by 2 alone: " yes" gained."""
+    nats = {("q", " no"): 1.0, ("q", " yes"): 3.0, ("", " no"): 2.0, ("", " yes"): 5.0}
+    asked = []
+
+    def scorer(pairs):
+        asked.extend(pairs)
+        return [Likely(nats[pair], False, 1) for pair in pairs]
+
+    items = [Item("q", (" no", " yes"), 1, bare="-"), Item("q", (" no", " yes"), 0, bare="-")]
+    told = choices.judged(scorer, lambda context, said: (context.strip("-"), said), items)
+    assert len(asked) == 4  # each pair once
+    assert [one.choice("sum") for one in told] == [0, 0]
+    assert [one.choice("gain") for one in told] == [1, 1]
+    means = choices.metrics(items, told)
+    assert means["accuracy_by_gain"]["mean"] == means["accuracy"]["mean"] == 0.5
+    assert "accuracy_by_gain" not in choices.metrics([Item("", ("a", "b"), 0)], [found([1.0, 2.0])])
+
+
 def test_examples_are_others_than_what_is_asked_and_more_go_on_with_fewer():
     items = [Item(f"q{i}", (" a", " b"), i % 2) for i in range(6)]
     one, three = (fewshot.with_shots(items, items, k, seed=0) for k in (1, 3))
@@ -86,13 +105,13 @@ def test_files_become_items(tmp_path):
     (tmp_path / "b").mkdir()
     for name, row in ROWS.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(row) + "\n")
-    read = lambda name, **how: benchmarks.items(name, tmp_path / f"{name}.jsonl", **how)
+    read = lambda name, **how: questions.items(name, tmp_path / f"{name}.jsonl", **how)
     assert read("blimp")[0] == Item("", ("It is.", "It are."), 0, "agreement")
     assert read("lambada", limit=1) == [Item("He went to the", (" shop",), 0)]
     assert read("hellaswag")[1] == Item("He", (" sits.", " runs."), 1)
     with gzip.open(tmp_path / "b" / "one.jsonl.gz", "wt") as file:
         file.write(json.dumps(ROWS["blimp"]))
-    assert len(benchmarks.items("blimp", tmp_path / "b")) == 1
+    assert len(questions.items("blimp", tmp_path / "b")) == 1
 
 
 @pytest.mark.parametrize(
@@ -109,7 +128,7 @@ def test_rows_that_are_no_items_are_named(tmp_path, row, words):
     file = tmp_path / "bad.jsonl"
     file.write_text(json.dumps(ROWS["choices"]) + "\n" + row)
     with pytest.raises(DataError, match=f"bad.jsonl:2.*{words}"):
-        benchmarks.items("choices", file)
+        questions.items("choices", file)
 
 
 @pytest.mark.parametrize("name", ["clm", "mlm"])
@@ -140,4 +159,38 @@ def test_a_run_is_asked_and_its_folder_keeps_the_answers(tmp_path, name, capsys)
 
 def test_no_file_is_named():
     with pytest.raises(ConfigError, match="config.benchmark.path='x'"):
-        benchmarks.items("blimp", "x")
+        questions.items("blimp", "x")
+
+
+def test_classes_in_words_leave_what_a_sweep_compares(tmp_path, capsys):
+    words = ["--config.total=2", "--config.log_every=2", "--config.ledger=()"]
+    train.run(configs.load(f"{ROOT}/configs/clm.py:tiny", words), tmp_path / "run")
+    rows = [f"text {i}\t{'ab'[i % 2]}" for i in range(12)]
+    (tmp_path / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    (tmp_path / "dev.tsv").write_text("\n".join(["sentence\tlabel", *rows[:5]]) + "\n")
+    words = [f"--config.folder={tmp_path / 'run'}", "--config.benchmark.name=classes"]
+    words += [f"--config.data.train={tmp_path / 'train.tsv'}", "--config.data.columns=sentence"]
+    words += [f"--config.data.validation={tmp_path / 'dev.tsv'}", "--config.batch_size=4"]
+    load = lambda *more: configs.load(f"{ROOT}/configs/fewshot.py", [*words, *more])
+    template = r"--config.templates=('{sentence}. It is', 'Say {sentence}:')"
+    fewshot.run(load(template, "--config.shots=(0, 2)"), tmp_path / "several")
+    assert capsys.readouterr().out.count("examples before each") == 4
+    assert not (tmp_path / "several" / "summary.json").exists()
+    one = (template.replace(", 'Say {sentence}:'", ","), "--config.shots=(2,)")
+    for norm in ("sum", "gain"):
+        own = f"--config.norm={norm}", "--config.words=('bad', 'good')"
+        fewshot.run(load(*one, *own), tmp_path / norm)
+        summary = json.loads((tmp_path / norm / "summary.json").read_text())
+        examples = np.load(tmp_path / norm / "examples.npz")
+        assert examples["label"].tolist() == [0, 1, 0, 1, 0]
+        accuracy = summary["metrics"]["validation/classify/accuracy"]
+        assert accuracy == examples["classify/accuracy"].mean()
+        name = "accuracy" if norm == "sum" else "accuracy_by_gain"
+        assert accuracy == summary["all_metrics"][name]["mean"]
+        assert summary["trainable_parameters"] == 0 and summary["shots"] == 2
+    with pytest.raises(ConfigError, match="needs config.templates"):
+        fewshot.run(load(), tmp_path / "none")
+    with pytest.raises(ConfigError, match="3 words, 3 different ones, for 2 classes: a, b"):
+        fewshot.run(load(*one, "--config.words=('x', 'y', 'z')"), tmp_path / "none")
+    with pytest.raises(ConfigError, match="mean nothing to 'blimp'"):
+        fewshot.run(load(template, "--config.benchmark.name=blimp"), tmp_path / "none")

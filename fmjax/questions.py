@@ -5,15 +5,18 @@
 | `blimp` | JSON lines with `sentence_good`, `sentence_bad`, `UID` | two sentences, of which one is grammatical (Warstadt et al. 2020); groups are phenomena |
 | `lambada` | JSON lines with `text` | the last word of a passage, and what is before it (Paperno et al. 2016) |
 | `hellaswag` | JSON lines with `ctx`, `endings`, `label` | four endings of a situation (Zellers et al. 2019) |
+| `gsm8k` | JSON lines with `question`, `answer` | sums in words, whose answer the model has to write (Cobbe et al. 2021) |
 | `choices` | JSON lines with `context`, `choices`, `label`, maybe `group` | your own |
+| `sst2`, … | a file of GLUE, .tsv | see fmjax/prompts.py, where templates say what is asked |
 """  # noqa: E501  a row of a table is one line
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fmjax import prompts
 from fmjax.choices import Item
 from fmjax.data import lines
 from fmjax.errors import ConfigError, DataError
@@ -39,10 +42,15 @@ def choices(row: Mapping[str, Any]) -> Item:
     return Item(*given, str(row.get("group", "")))
 
 
+def gsm8k(row: Mapping[str, Any]) -> Item:
+    return Item(f"Question: {row['question']}\nAnswer:", (f" {row['answer']}",), 0)
+
+
 READERS: dict[str, Callable[[Mapping[str, Any]], Item]] = {
     "blimp": blimp,
     "lambada": lambada,
     "hellaswag": hellaswag,
+    "gsm8k": gsm8k,
     "choices": choices,
 }
 
@@ -64,6 +72,46 @@ def items(name: str, path: str | os.PathLike, limit: int = 0) -> list[Item]:
     return [item for file in files for item in _of_file(READERS[name], name, file, limit)]
 
 
+def asked(
+    wanted: Mapping[str, Any], templates: Sequence[str], words: Sequence[str], examples: bool
+) -> dict[str, tuple[list[Item], list[Item]]]:
+    """{template: (items, those whose answers are shown before them)}; `wanted` is
+    `config.benchmark`, of which the files with `examples` are read where they are needed.
+
+    Raises ConfigError for templates and words where the name has none.
+    """
+    name, path, limit = wanted["name"], wanted["path"], wanted["limit"]
+    if name not in prompts.GLUE:
+        if templates or words:
+            raise ConfigError(
+                f"config.templates and config.words mean nothing to {name!r}: they are of "
+                f"{', '.join(prompts.GLUE)} and classes."
+            )
+        return {"": (items(name, path, limit), items(name, wanted["examples"]) if examples else [])}
+    kind, rows = prompts.GLUE[name], []
+    for file, most in ((path, limit), (wanted["examples"] if examples else None, 0)):
+        if file is not None and not Path(file).expanduser().is_file():
+            raise ConfigError(f"config.benchmark: no such file of {name!r}: {file!r}.")
+        rows.append(list(prompts.glue(name, Path(file).expanduser(), most)) if file else [])
+    return prompted(*rows, templates or (kind.template,), words or kind.words, kind.classes)
+
+
+def prompted(
+    rows: Sequence[prompts.Row],
+    examples: Sequence[prompts.Row],
+    templates: Sequence[str],
+    words: Sequence[str],
+    classes: Sequence[str],
+) -> dict[str, tuple[list[Item], list[Item]]]:
+    """As `asked`, of rows with classes."""
+    words, found = prompts.worded(words, classes), {}
+    for template in templates:
+        prompts.check(template, list(rows[0].columns))
+        made = lambda rows, template=template: [prompts.item(row, template, words) for row in rows]
+        found[template] = made(rows), made(examples)
+    return found
+
+
 def _of_file(reader, name: str, file: Path, limit: int) -> Iterator[Item]:
     count = 0
     for line in lines.read(file):
@@ -79,7 +127,7 @@ def _of_file(reader, name: str, file: Path, limit: int) -> Iterator[Item]:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 f"{where} is no row of {name!r} ({type(error).__name__}: {error}); "
-                "fmjax/benchmarks.py lists what each has."
+                "fmjax/questions.py lists what each has."
             ) from error
         texts = (item.context, *item.choices)
         if not all(isinstance(text, str) for text in texts) or not all(item.choices):

@@ -1,0 +1,84 @@
+"""Does a small decoder learn from examples in its context, beside what training on them gives?
+
+    python run.py --config=configs/clm.py --workdir=runs/decoder \\
+        --config.data.seq_len=512 --config.model.max_len=512 --config.batch_size=4
+    python run.py --config=configs/ablations/in_context.py --sweep   # docstrings of Python
+    python run.py --config=configs/ablations/in_context.py:task=sst2 --sweep \\
+        --config.data.train=SST-2/train.tsv --config.data.validation=SST-2/dev.tsv \\
+        --config.data.columns=sentence --config.data.seq_len=64
+
+The base, runs/decoder or config.init, is asked in the words of each of two templates, behind 0 to
+16 examples that are drawn for each question by the seed; its answer is the choice that gains most
+over the same words with nothing in them (`norm=gain`, or `sum` for the likeliest). Beside that the
+head, LoRA and everything train for 100 steps of 32, on 16 examples, drawn by the seed, and on all.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import FieldReference
+
+from fmjax import sweep
+from fmjax.config import parse_arg
+
+HERE = Path(__file__).resolve().parents[1]
+DEFAULTS = dict(task="docstrings", way="full", template=0, norm="gain", steps=100, seeds=3)
+TRAINED = ("head", "lora", "full")
+# Of each task: shots, templates, words for the classes in their order (none: their names), and of
+# how many examples it is asked; 0: all.
+TASKS = {
+    "docstrings": ((0, 1, 4), ("{text}\nPackage:", "{text}\nThis is in"), (), 200),
+    "sst2": (
+        (0, 1, 4, 16),
+        ("Review: {sentence}\nSentiment:", "{sentence} It was"),
+        ("bad", "good"),
+        0,
+    ),
+}  # fmt: skip
+
+
+def get_sweep(arg=None):
+    arg = parse_arg(arg, **DEFAULTS)
+    own = "".join(
+        f",{k}={arg[k]}" for k in ("task", "norm", "steps", "seeds") if arg[k] != DEFAULTS[k]
+    )
+    shots, templates, *_ = TASKS[arg.task]
+    asked = [
+        {
+            "arg": f"way=shots,template={template}{own}",
+            "shots": (count,),
+            "seed": seed,
+            "group": f"{count} shots, template {template}",
+        }
+        for template in range(len(templates))
+        for count in shots
+        for seed in (range(arg.seeds) if count else (0,))
+    ]
+    trained = [
+        {
+            "arg": f"way={way}{own}",
+            "data.examples": examples,
+            "group": f"{way}, {examples or 'all'}",
+        }
+        for way in TRAINED
+        for examples in (16, 0)
+    ]
+    return sweep.chain(asked, trained)
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, **DEFAULTS)
+    load = lambda name: runpy.run_path(str(HERE / f"{name}.py"))["get_config"]
+    if arg.way in TRAINED:
+        config = load("compare")(f"{arg.way},steps={arg.steps},seeds={arg.seeds}")
+        config.init = "runs/decoder"
+        config.ledger = ("memory",)
+        return config
+    config, (_, templates, words, limit) = load("fewshot")(), TASKS[arg.task]
+    config.init = FieldReference("runs/decoder")
+    config.folder = config.get_oneway_ref("init")
+    config.benchmark.update(name="classes", limit=limit)
+    config.templates = (templates[arg.template],)
+    config.update(words=words, norm=arg.norm)
+    config.data.seq_len = 128
+    return config

@@ -1,0 +1,51 @@
+"""Questions whose answers a model writes: what counts is the number (Cobbe et al. 2021).
+
+Texts of GSM8K end in "#### 18"; of one without that mark the last number counts, as whoever grades
+a person would.
+"""
+
+import re
+from collections.abc import Sequence
+
+from fmjax import choices, generate
+from fmjax.choices import Item
+from fmjax.sampling import Sampling
+
+STOP = ("\nQuestion:",)  # where the model goes on with a question of its own
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def number(text: str) -> str:
+    """The number that a text comes to, as digits alone; "" where it has none."""
+    _, mark, end = text.rpartition("####")
+    found = _NUMBER.findall(end)
+    if not found:
+        return ""
+    digits = (found[0] if mark else found[-1]).replace(",", "")
+    whole, _, part = digits.partition(".")
+    return f"{whole}.{part}" if part.strip("0") else whole
+
+
+def written(
+    author: generate.Author, items: Sequence[Item], how: dict, batch_size: int
+) -> list[str]:
+    """What the model writes behind each item, greedily; `how` has `length` and `long` as
+    configs/generate.py has them."""
+    prompts = [author.ids(how | {"prompt": item.context}) for item in items]
+    order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
+    texts: dict[int, str] = {}
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        greedy = Sampling(temperature=0)
+        found = author.each([prompts[i] for i in rows], how["length"], greedy, STOP)
+        texts |= dict(zip(rows, found, strict=True))
+    return [texts[i] for i in range(len(items))]
+
+
+def metrics(items: Sequence[Item], texts: Sequence[str]) -> dict[str, dict]:
+    """How many come to the number that the worked answer comes to, as `choices.metrics`."""
+    right = [
+        number(text) == number(item.choices[0]) != ""
+        for item, text in zip(items, texts, strict=True)
+    ]
+    return {"accuracy": choices.mean(right, [item.group for item in items])}

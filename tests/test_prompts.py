@@ -1,0 +1,89 @@
+"""Labelled rows as questions in words."""
+
+import pytest
+
+from fmjax import prompts, questions
+from fmjax.choices import Item
+from fmjax.errors import ConfigError, DataError
+
+FILES = {
+    "sst2": ("sentence\tlabel", 'a "fine film\t1'),
+    "cola": (None, "gj04\t0\t*\tHe are."),
+    "mrpc": ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t7\t8\tA b.\tB a."),
+    "rte": ("index\tsentence1\tsentence2\tlabel", "0\tIt rains.\tIt is wet.\tentailment"),
+    "qnli": ("index\tquestion\tsentence\tlabel", "0\tWho?\tHe.\tnot_entailment"),
+    "wnli": ("index\tsentence1\tsentence2\tlabel", "0\tA saw B.\tB saw A.\t0"),
+}
+ITEMS = {
+    "sst2": Item(
+        'Review: a "fine film\nSentiment:',
+        (" negative", " positive"),
+        1,
+        "",
+        "Review: \nSentiment:",
+    ),
+    "cola": Item(
+        "Sentence: He are.\nIs it grammatical?",
+        (" no", " yes"),
+        0,
+        "gj04",
+        "Sentence: \nIs it grammatical?",
+    ),
+    "mrpc": Item(
+        "First: A b.\nSecond: B a.\nDo they say the same?",
+        (" no", " yes"),
+        1,
+        "",
+        "First: \nSecond: \nDo they say the same?",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_glue_become_questions(tmp_path, name):
+    heads, row = FILES[name]
+    file = tmp_path / "dev.tsv"
+    file.write_text("\n".join([*([heads] if heads else []), row, row]) + "\n")
+    wanted = dict(name=name, path=str(file), examples=str(file), limit=1)
+    ((items, examples),) = questions.asked(wanted, (), (), True).values()
+    assert len(items) == 1 and examples == items * 2  # the limit is of what is asked
+    kind = prompts.GLUE[name]
+    assert items[0] == ITEMS.get(name, items[0])
+    assert items[0].choices == tuple(f" {word}" for word in kind.words)
+    assert items[0].choices[items[0].label] == f" {kind.words[kind.classes.index(row_label(name))]}"
+    for template in ("{" + f"{next(iter(kind.columns))}" + "}?", "x " + kind.template):
+        found = questions.asked(wanted, (template,), ("a", "b"), False)
+        assert list(found) == [template] and found[template][0][0].choices == (" a", " b")
+
+
+def row_label(name):
+    heads, row = FILES[name]
+    names = heads.split("\t") if heads else prompts.GLUE[name].heads
+    return dict(zip(names, row.split("\t"), strict=True))[prompts.GLUE[name].label]
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        (["text\tlabel", "a\t1"], "no column 'sentence'"),
+        (["sentence\tlabel", "a\t1", "b"], "row 2 is none of 'sst2': 1 columns of 2"),
+        (["sentence\tlabel", "a\t2"], "row 1 is none of 'sst2'.*label '2' of 0, 1"),
+    ],
+)
+def test_files_that_are_no_glue_are_named(tmp_path, rows, words):
+    file = tmp_path / "dev.tsv"
+    file.write_text("\n".join(rows))
+    with pytest.raises(DataError, match=words):
+        list(prompts.glue("sst2", file))
+
+
+@pytest.mark.parametrize(
+    "template", ["no column", "{other}", "{text.__class__}", "{text[0]}", "{text:>9}", "{", "{}"]
+)
+def test_templates_that_cannot_be_filled_are_refused(template):
+    with pytest.raises(ConfigError, match="config.templates"):
+        prompts.check(template, ["text"])
+
+
+def test_templates_that_can_are_not():
+    prompts.check("{{{text}}} and {text}", ["text"])
