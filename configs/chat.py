@@ -15,7 +15,7 @@ def get_config():
     config.task = "chat"
     config.template = "auto"  # or tokenizer, plain, alpaca
     config.system = ""  # what the system says first, "" nothing
-    for key in ("prompt", "count", "long", "beams", "length_penalty"):
+    for key in ("prompt", "count", "long", "beams", "length_penalty", "draft", "ahead"):
         del config[key]
     config.length = 64  # tokens of an answer at most
     return config

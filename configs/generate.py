@@ -39,6 +39,8 @@ def get_config():
     config.long = (
         "error"  # prompts without room for length; or cut, to their end, of a source the beginning
     )
+    config.draft = ""  # a folder of a smaller model with the same tokens, which guesses
+    config.ahead = 4  # so many of them (fmjax/speculative.py)
     config.seed = 0
     config.precision = placeholder(str)  # None: as the run was trained, else float32
     config.weights = ""  # or int8: matrices, and the products with them, in eight bits

@@ -91,9 +91,9 @@ def _searched(
         now, parents = _stepped(model, params, facts, how, length, now)
         chosen = (jnp.arange(rows)[:, None] * beams + parents).reshape(-1)
         cache = jax.tree.map(lambda x: x[chosen] if x.ndim else x, now.cache)
-        last = jnp.take(now.running.ids, now.step - 1, axis=2).reshape(-1)
+        last = jnp.take(now.running.ids, now.step - 1, axis=2).reshape(-1, 1)
         hidden, cache = decoding.read_more(model, params, several, cache, last, now.step)
-        return now._replace(hidden=hidden, cache=cache)
+        return now._replace(hidden=hidden[:, 0], cache=cache)
 
     return jax.lax.while_loop(unfinished, longer, first).over
 

@@ -98,7 +98,7 @@ class Writer:
         given = self.given(prompts, length, seed, first)
         rows = max(self.least, len(prompts))
         texts = begin(self.model, self.params, given, self.facts, how, room(length), rows)
-        given = jax.tree.map(lambda x: _repeated(x, rows), given)
+        given = jax.tree.map(lambda x: repeated(x, rows), given)
         while True:
             until = length if told is None else min(int(texts.step) + every, length)
             texts = go_on(self.model, self.params, given, texts, until, self.facts, how)
@@ -168,17 +168,19 @@ def read_more(
     params: Any,
     given: Given,
     cache: Any,
-    ids: Int[Array, "B"],
+    ids: Int[Array, "B T"],
     step: Int[Array, ""],
-) -> tuple[Float[Array, "B D"], Any]:
-    """(the states of one more token of each text, its number `step` behind the prompt from 1 on,
-    what is kept with it)."""
-    ids = ids[:, None]
+) -> tuple[Float[Array, "B T D"], Any]:
+    """(the states of more tokens of each text, of which the first is number `step` behind the
+    prompt, from 1 on; what is kept with them)."""
+    step += jnp.arange(ids.shape[1])[None]
     if model.decodes:
         at = jnp.broadcast_to(step, ids.shape)
         hidden, cache = _decoded(model, params, given, cache, ids, at)
     else:
-        at = given.lengths[:, None] + step - 1
+        # Guesses may go on behind the last place: what comes of them is thrown away.
+        most = model.cfg.max_len - 1 - adapters.positions(model)
+        at = jnp.minimum(given.lengths[:, None] + step - 1, most)
         hidden, cache = model.apply(
             {"params": params, layers.CACHE: cache},
             *(ids, jnp.ones_like(ids), at, jnp.zeros_like(ids)),
@@ -186,7 +188,7 @@ def read_more(
             method="encode",
             mutable=[layers.CACHE],
         )
-    return hidden[:, 0], cache[layers.CACHE]
+    return hidden, cache[layers.CACHE]
 
 
 def logits(
@@ -194,6 +196,15 @@ def logits(
 ) -> Float[Array, "B V"]:
     """Of the tokens that can be written."""
     return model.apply({"params": params}, hidden, method="logits")[:, : facts.tokens]
+
+
+def rewound(cache: Any, by: Int[Array, ""]) -> Any:
+    """The cache without its last `by` columns, which nobody sees any more and what is read next
+    stands in the place of."""
+    flat = trees.flatten(cache)
+    return trees.unflatten(
+        {name: x - by if name.endswith("/used") else x for name, x in flat.items()}
+    )
 
 
 def ends(ids: Int[Array, "*B"], facts: Facts) -> Bool[Array, "*B"]:
@@ -207,7 +218,7 @@ def begin(
 ) -> Texts:
     """The first token of each text, of at most `room`; a single one stands in all of the rows."""
     hidden, cache = read(model, params, given, facts, room)
-    hidden, cache, given = jax.tree.map(lambda x: _repeated(x, rows), (hidden, cache, given))
+    hidden, cache, given = jax.tree.map(lambda x: repeated(x, rows), (hidden, cache, given))
     seen = None
     if how.remembers:
         seen = jnp.zeros((rows, facts.tokens), bool)
@@ -240,15 +251,15 @@ def go_on(
         return (texts.step < until) & ~jnp.all(texts.done)
 
     def longer(texts):
-        last = jax.lax.dynamic_slice_in_dim(texts.ids, texts.step - 1, 1, axis=1)[:, 0]
+        last = jax.lax.dynamic_slice_in_dim(texts.ids, texts.step - 1, 1, axis=1)
         last = jnp.maximum(last, 0)  # of texts that have ended, whatever it is
         hidden, cache = read_more(model, params, given, texts.cache, last, texts.step)
-        return _added(model, params, given, texts._replace(cache=cache), hidden, facts, how)
+        return _added(model, params, given, texts._replace(cache=cache), hidden[:, 0], facts, how)
 
     return jax.lax.while_loop(unfinished, longer, texts)
 
 
-def _repeated(x: jax.Array, rows: int) -> jax.Array:
+def repeated(x: jax.Array, rows: int) -> jax.Array:
     """A single row so often; others and single numbers as they are."""
     return jnp.repeat(x, rows, axis=0) if x.ndim and len(x) == 1 else x
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmjax import adapters, beams, pretrained, processes
+from fmjax import adapters, beams, pretrained, processes, speculative
 from fmjax.data import tokenizer as tokenizers
 from fmjax.data import vocabulary
 from fmjax.decoding import Writer
@@ -28,6 +28,9 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     with processes.start(config) as mesh:
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
         author, how = Author(opened, bits=bits_of(config)), config.to_dict()
+        if config.draft:
+            draft = pretrained.open_folder(config.draft, mesh, config.precision)
+            author.guess(Author(draft, bits=bits_of(config)), config.ahead)
         author.ids(how)
         if dry_run:
             return
@@ -43,6 +46,9 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         show(author.before(how["prompt"]))
         author.texts(how, config.seed, show)
         show("\n")
+        if config.draft:
+            written, rounds = author.writer.written, author.writer.rounds
+            show(f"({written:,} tokens of which the model read {written / rounds:.2f} at once)\n")
 
 
 def bits_of(how: Mapping[str, Any]) -> dict[str, str]:
@@ -85,6 +91,16 @@ class Author:
             first=self.words.pad_token_id or 0,
             **bits,
         )
+
+    def guess(self, small: "Author", ahead: int) -> None:
+        """Has another author guess so many tokens of what this one writes. Raises ConfigError where
+        their tokens are not the same."""
+        if self.words.get_vocab() != small.words.get_vocab():
+            raise ConfigError(
+                f"config.draft={small.opened.source!r} has other tokens than config.folder="
+                f"{self.opened.source!r}: give a model with the same tokenizer."
+            )
+        self.writer = speculative.Speculator(self.writer, small.writer, ahead)
 
     def ids(self, how: Mapping[str, Any]) -> list[int]:
         """The tokens of `how["prompt"]` (`prompt_ids`)."""
@@ -154,7 +170,7 @@ class Author:
 
     def _likeliest(self, ids, how, show) -> str:
         """What beam search finds behind the tokens."""
-        taken = dict(temperature=0, top_k=None, count=1, repetition_penalty=1, stop=())
+        taken = dict(temperature=0, top_k=None, count=1, repetition_penalty=1, stop=(), draft="")
         for key, value in taken.items():
             if how.get(key, value) != value:
                 raise ConfigError(

@@ -54,7 +54,7 @@ def chosen(
     logits = left(logits, how, seen)
     if how.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return _drawn(logits, seeds)
+    return drawn(logits, seeds)
 
 
 def left(
@@ -107,7 +107,7 @@ def _least(p: Float[Array, "B V"], share: float) -> Float[Array, "B 1"]:
     return jax.lax.cond(jnp.all(sums[:, -1] >= share), of_few, of_all)
 
 
-def _drawn(logits: Float[Array, "B V"], seeds: streams.Seeds) -> Int[Array, "B"]:
+def drawn(logits: Float[Array, "B V"], seeds: streams.Seeds) -> Int[Array, "B"]:
     """By one uniform number a row: the first token up to which the probability exceeds it.
 
     Sums are of blocks of 256 tokens first, which a CPU has sooner than a sum along all.

@@ -182,9 +182,9 @@ def test_eight_bits_are_near_the_whole():
         hidden, cache = decoding.read(model, params, given, facts, 32)
         first = decoding.logits(model, params, hidden, facts)
         more, cache = decoding.read_more(
-            model, params, given, cache, jnp.full(3, 9, jnp.int32), jnp.int32(1)
+            model, params, given, cache, jnp.full((3, 1), 9, jnp.int32), jnp.int32(1)
         )
-        states[name] = first, decoding.logits(model, params, more, facts), cache
+        states[name] = first, decoding.logits(model, params, more[:, 0], facts), cache
     for whole, eight in zip(*(states[name][:2] for name in ("whole", "eight")), strict=True):
         error = jnp.linalg.norm(eight - whole) / jnp.linalg.norm(whole)
         assert 0 < error < 0.05

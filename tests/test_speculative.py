@@ -1,0 +1,99 @@
+"""A text that is guessed and read at once is the text that is written token by token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_decoding import GREEDY, PROMPTS, made
+
+from fmjax import decoding, speculative, streams
+from fmjax.errors import ConfigError
+from fmjax.sampling import Sampling
+
+
+def another(family, **changes):
+    """The model of `made` with other parameters, which agrees with it here and there."""
+    model, params = made(family, **changes)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    noise = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return model, jax.tree.unflatten(tree, noise)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_the_likeliest_text_is_the_same(family, ahead):
+    writer = decoding.Writer(*made(family))
+    alone = [writer([ids], 20, GREEDY)[0] for ids in PROMPTS]
+    for guesser in (decoding.Writer(*another(family)), writer):
+        several = speculative.Speculator(writer, guesser, ahead)
+        assert several(PROMPTS, 20, GREEDY) == alone
+        assert several.written == 60
+        if guesser is writer:  # every guess stands
+            assert several.rounds == 3 * (1 + -(-19 // (ahead + 1)))
+
+
+def test_texts_end_where_they_end_and_look_up_on_the_way():
+    writer = decoding.Writer(*made("gpt2"))
+    free = writer(PROMPTS[:1], 12, GREEDY)[0]
+    end = free[5]
+    ended = decoding.Writer(*made("gpt2"), stop=(end,))
+    several = speculative.Speculator(ended, writer, 4)
+    assert several(PROMPTS[:1], 12, GREEDY)[0] == free[: free.index(end) + 1]
+    seen = []
+
+    def told(rows):
+        seen.append([i for i in rows[0].tolist() if i >= 0])
+        return [len(seen) == 2]
+
+    several = speculative.Speculator(writer, decoding.Writer(*another("gpt2")), 2)
+    found = several(PROMPTS[:1], 12, GREEDY, told=told, every=3)[0]
+    assert len(seen) == 2 and found == seen[-1] == free[: len(found)] and len(seen[0]) >= 4
+
+
+def test_as_far_as_the_last_place():
+    """Guesses go on behind it, and are thrown away."""
+    model, params = made("gpt2")
+    writer, length = decoding.Writer(model, params), model.cfg.max_len - 4
+    several = speculative.Speculator(writer, decoding.Writer(*another("gpt2")), 5)
+    assert several(PROMPTS[:1], length, GREEDY) == writer(PROMPTS[:1], length, GREEDY)
+
+
+def test_a_text_is_as_probable_as_without_guesses():
+    """The first token, and the second behind a guess that stood, by what the model says of them."""
+    rng = np.random.default_rng(0)
+    p, q = (jnp.asarray(rng.dirichlet([0.7] * 5, n), jnp.float32) for n in (2, 1))
+    draws = 200_000
+    numbers = jnp.arange(draws)
+    seeds = streams.seeds(jax.random.fold_in(jax.random.key(1), 0), numbers)
+    guesses = jax.random.categorical(jax.random.key(2), jnp.log(q[0]), shape=(draws, 1))
+    uniform = jax.random.uniform(jax.random.key(3), (draws, 1))
+    each = jax.vmap(lambda g, u, s: speculative.verified(p, q, g, u, s[None]))
+    count, token = each(guesses, uniform, seeds)
+    first = np.where(count > 0, guesses[:, 0], token)
+    error = lambda found, p: np.abs(np.bincount(found, minlength=5) / len(found) - p).max()
+    assert error(first, p[0]) < 4 * (0.25 / draws) ** 0.5
+    second = np.asarray(token)[np.asarray(count) > 0]
+    assert error(second, p[1]) < 4 * (0.25 / len(second)) ** 0.5
+    stood = float(jnp.minimum(p[0], q[0]).sum())  # the share that stands, by hand
+    assert abs(float(jnp.mean(count)) - stood) < 4 * (0.25 / draws) ** 0.5
+
+
+def test_a_seed_decides_what_is_drawn():
+    writer, guesser = decoding.Writer(*made("llama")), decoding.Writer(*another("llama"))
+    several = speculative.Speculator(writer, guesser, 3)
+    hot = Sampling(temperature=0.9, top_p=0.95)
+    found = several(PROMPTS, 12, hot, seed=3)
+    assert found == several(PROMPTS, 12, hot, seed=3) != several(PROMPTS, 12, hot, seed=4)
+    assert several(PROMPTS[1:], 12, hot, seed=3, first=1) == found[1:]
+
+
+def test_what_cannot_be_guessed_is_refused():
+    writer = decoding.Writer(*made("gpt2"))
+    with pytest.raises(ConfigError, match="config.ahead=0"):
+        speculative.Speculator(writer, writer, 0)
+    several = speculative.Speculator(writer, writer, 2)
+    with pytest.raises(ConfigError, match="repetition_penalty does not go with config.draft"):
+        several(PROMPTS, 4, Sampling(repetition_penalty=1.2))
+    with pytest.raises(ConfigError, match="config.draft reads 64 tokens"):
+        several([[5] * 10], 60, GREEDY)
