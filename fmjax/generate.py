@@ -27,10 +27,11 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     """
     with processes.start(config) as mesh:
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
-        author, how = Author(opened, bits=bits_of(config)), config.to_dict()
+        how = config.to_dict()
+        author = Author(opened, bits=bits_of(how))
         if config.draft:
             draft = pretrained.open_folder(config.draft, mesh, config.precision)
-            author.guess(Author(draft, bits=bits_of(config)), config.ahead)
+            author.guess(Author(draft, bits=bits_of(how)), config.ahead)
         author.ids(how)
         if dry_run:
             return

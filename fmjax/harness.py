@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from fmjax import evaluate, fewshot, generate, logs, pretrained, processes
+from fmjax.data import chat
 from fmjax.data import tokenizer as tokenizers
 from fmjax.errors import ConfigError
 from fmjax.sampling import Sampling
@@ -128,10 +129,15 @@ class Model(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as one text, by the tokenizer's template."""
+        """The conversation as one text, by the template that the run was trained with, else by
+        the tokenizer's own, else by "plain"."""
+        config = self.opened.config
+        named = (config.data.get("template") if config else None) or "auto"
+        where = self.opened.tokenizer, self.tokenizer
+        _, template, _ = chat.fitting(*where, named, "config.data.template")
         how = dict(tokenize=False, add_generation_prompt=add_generation_prompt)
         how |= dict(continue_final_message=not add_generation_prompt)
-        return self.tokenizer.apply_chat_template(chat_history, **how)
+        return self.tokenizer.apply_chat_template(chat_history, chat_template=template, **how)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple]:
         """(log probability, whether it is greedy) of each continuation behind its context."""

@@ -97,10 +97,14 @@ class Scorer:
             for piece in self.pieces(i, list(context), list(said))
         ]
         nats, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-        for batch, (found, likeliest) in self._batches(pieces):
-            for piece, row, hits in zip(batch, found, likeliest, strict=False):
-                nats[piece.request] -= row[: len(piece.at)].sum(dtype=np.float64)
-                greedy[piece.request] &= bool(hits[: len(piece.at)].all())
+        for batch, (found, likeliest) in self._batches(_shared(pieces)):
+            for row, values, hits in zip(batch, found, likeliest, strict=False):
+                start = 0
+                for piece in row:
+                    stop = start + len(piece.at)
+                    nats[piece.request] -= values[start:stop].sum(dtype=np.float64)
+                    greedy[piece.request] &= bool(hits[start:stop].all())
+                    start = stop
         return [
             Likely(float(n), bool(g), len(said))
             for n, g, (_, said) in zip(nats, greedy, pairs, strict=True)
@@ -152,29 +156,41 @@ class Scorer:
             row = [*self.first, *row, *self.last]
             yield Piece(request, row, [len(self.first) + i - begin], [text[i]], [])
 
-    def _batches(self, pieces):
-        """(pieces, what is said of their targets) of rows of about the same length."""
-        order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i].ids))
+    def _batches(self, rows: list[list[Piece]]):
+        """(rows, what is said of their targets) of those of about the same length."""
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0].ids))
         for i in range(0, len(order), self.batch_size):
-            batch = [pieces[j] for j in order[i : i + self.batch_size]]
-            longest, most = len(batch[0].ids), max(len(piece.at) for piece in batch)
-            width, targets = min(room(longest), max(self.width, longest)), most
-            if self.model.causal or self.model.decodes:  # else there is one
-                targets = room(most)
+            batch = [rows[j] for j in order[i : i + self.batch_size]]
             full = batch + batch[:1] * (self.batch_size - len(batch))
-            lengths = jnp.asarray([len(piece.ids) for piece in full], jnp.int32)
-            given = _padded([piece.given for piece in full], targets)
+            ids = [row[0].ids for row in full]
+            at, targets, given = (
+                [[value for piece in row for value in getattr(piece, name)] for row in full]
+                for name in ("at", "targets", "given")
+            )
+            most = max(map(len, at))
+            if self.model.causal or self.model.decodes:  # else there are few
+                most = room(most)
             found = _judged(
                 self.model,
                 self.params,
-                _padded([piece.ids for piece in full], width),
-                lengths,
-                _padded([piece.at for piece in full], targets),
-                _padded([piece.targets for piece in full], targets),
-                given if self.model.decodes else None,
+                _padded(ids, min(room(len(ids[0])), max(self.width, len(ids[0])))),
+                jnp.asarray(list(map(len, ids)), jnp.int32),
+                _padded(at, most),
+                _padded(targets, most),
+                _padded(given, most) if self.model.decodes else None,
                 self.prefix,
             )
             yield batch, tuple(map(np.asarray, found))
+
+
+def _shared(pieces: list[Piece]) -> list[list[Piece]]:
+    """Those with the same row together, such as choices of one token behind a context; each by
+    itself where a decoder is given what the row is not."""
+    rows: dict[Any, list[Piece]] = {}
+    for i, piece in enumerate(pieces):
+        key = i if piece.given else (tuple(piece.ids), tuple(piece.at))
+        rows.setdefault(key, []).append(piece)
+    return list(rows.values())
 
 
 def _padded(rows: list[list[int]], width: int) -> Int[Array, "B W"]:

@@ -32,7 +32,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
                 f"config.folder={config.folder!r} has no encoder–decoder, as configs/seq2seq.py "
                 "trains one; what a decoder writes configs/generate.py shows."
             )
-        author, how = generate.Author(opened, bits=generate.bits_of(config)), config.to_dict()
+        how = config.to_dict()
+        author = generate.Author(opened, bits=generate.bits_of(how))
         pairs = read(config.file, config.source, config.target, config.limit)
         prompts = [author.ids(how | {"prompt": source}) for source, _ in pairs]
         print(f"\n{opened}: {len(pairs):,} sources of {config.file}")

@@ -133,3 +133,22 @@ def test_an_encoder_does_not_write(tmp_path):
         encoder = pretrained.open_folder(str(tmp_path), mesh)
         with pytest.raises(ConfigError, match="is an encoder, which fills gaps.*configs/clm.py"):
             said(encoder)
+
+
+def test_a_smaller_model_guesses_what_a_model_writes(folder, tmp_path, capsys):
+    words = [f"--config.folder={folder}", "--config.prompt=The", "--config.temperature=0"]
+    words += ["--config.length=12", "--config.count=1"]
+    run = lambda *more: (
+        generate.run(configs.load(f"{ROOT}/configs/generate.py", [*words, *more]), tmp_path),
+        capsys.readouterr().out,
+    )[1]
+    alone, guessed = run(), run(f"--config.draft={folder}", "--config.ahead=3")
+    text, told = guessed.rstrip("\n").rsplit("\n(", 1)
+    assert text in alone and told.endswith("of which the model read 3.00 at once)")
+    other = ["--config.total=2", "--config.log_every=2", "--config.ledger=()"]
+    other += ["--config.tokenizer.vocab_size=400"]
+    train.run(configs.load(f"{ROOT}/configs/clm.py:tiny", other), tmp_path / "other")
+    with pytest.raises(ConfigError, match="has other tokens than config.folder"):
+        run(f"--config.draft={tmp_path / 'other'}")
+    with pytest.raises(ConfigError, match="config.draft=.* does not go with config.beams=2"):
+        run(f"--config.draft={folder}", "--config.beams=2")

@@ -10,6 +10,7 @@ from common import ROOT
 
 from fmjax import config as configs
 from fmjax import export, pretrained, sharding, train
+from fmjax.data import chat
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'fmjax[eval]'")
@@ -124,11 +125,11 @@ def tasks(home):
     return home
 
 
-@pytest.mark.parametrize("name", ["clm", "mlm"])
+@pytest.mark.parametrize("name", ["clm", "mlm", "span_corruption"])
 def test_tasks_of_a_folder_run_on_decoders_and_encoders(tmp_path, name):
     words = ["--config.total=2", "--config.log_every=2", "--config.ledger=()"]
-    train.run(configs.load(f"{ROOT}/configs/{name}.py:tiny", words), tmp_path / "run")
-    asks = ("chooses", "writes") if name == "clm" else ("chooses",)
+    train.run(configs.load(f"{ROOT}/configs/{name}.py:variant=tiny", words), tmp_path / "run")
+    asks = ("chooses", "writes") if name != "mlm" else ("chooses",)
     words = [f"--config.folder={tmp_path / 'run'}", f"--config.include={tasks(tmp_path)}"]
     words += [f"--config.tasks={asks}", "--config.batch_size=4"]
     harness.run(configs.load(f"{ROOT}/configs/harness.py", words), tmp_path)
@@ -145,3 +146,19 @@ def test_an_unknown_task_is_named(tmp_path, folder):
     config = configs.load(f"{ROOT}/configs/harness.py", [*words, "--config.tasks=('choses',)"])
     with pytest.raises(ConfigError, match="no 'choses'.*chooses, writes"):
         harness.run(config, tmp_path)
+
+
+def test_conversations_are_put_into_the_template_of_the_run(tmp_path):
+    words = ["--config.total=2", "--config.log_every=2", "--config.ledger=()"]
+    train.run(configs.load(f"{ROOT}/configs/clm.py:tiny", words), tmp_path / "clm")
+    words += [f"--config.init={tmp_path / 'clm'}", "--config.data.max_documents=200"]
+    train.run(configs.load(f"{ROOT}/configs/instruct.py", words), tmp_path / "run")
+    model = harness.Model(opened(tmp_path / "run"))
+    said = [{"role": "user", "content": "What is it?"}]
+    reader = chat.fitting(model.opened.tokenizer, model.tokenizer, "plain", "")[2]
+    assert model.tok_encode(model.apply_chat_template(said)) == reader.opening(said)
+    words = [f"--config.folder={tmp_path / 'run'}", f"--config.include={tasks(tmp_path)}"]
+    words += ["--config.tasks=('writes',)", "--config.chat=True", "--config.batch_size=4"]
+    harness.run(configs.load(f"{ROOT}/configs/harness.py", words), tmp_path)
+    (line,) = (tmp_path / "run" / harness.FILE).read_text().splitlines()
+    assert json.loads(line)["results"]["writes"]["exact_match,none"] == 0

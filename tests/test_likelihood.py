@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from test_decoding import made
 
+from fmjax import likelihood
 from fmjax.errors import ConfigError
-from fmjax.likelihood import Scorer
+from fmjax.likelihood import Piece, Scorer
 
 PAIRS = [([7, 9, 11], [20, 8]), ([], [33, 12, 40]), ([5], [6]), ([9] * 6, [10, 11])]
 
@@ -125,3 +126,13 @@ def test_what_cannot_be_judged_is_refused():
     encoder, params = made("bert")
     with pytest.raises(ConfigError, match="has no mask"):
         Scorer(encoder, params)
+
+
+def test_choices_of_one_token_share_the_row_of_their_context():
+    pieces = [
+        Piece(0, [1, 2], [1], [5], []),
+        Piece(1, [1, 2], [1], [6], []),
+        Piece(2, [1, 2, 6], [1, 2], [6, 7], []),
+        Piece(3, [1, 2], [0], [5], [9]),
+    ]
+    assert [[p.request for p in row] for row in likelihood._shared(pieces)] == [[0, 1], [2], [3]]
