@@ -379,6 +379,8 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     ("repetition_penalty", ABOVE_ZERO),
     ("stop", STOPS),
     ("long", ("error", "cut")),
+    ("weights|cache", ("", "int8")),
+    ("ahead", _whole(1, 64)),
     ("groups", Check(lambda v: isinstance(v, tuple) and v, "(regular expression, group) pairs")),
     ("precision", ("float32", "bfloat16")),
     ("split", ("train", "validation")),

@@ -13,7 +13,7 @@ from common import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fmjax import build, llama2c, pretrained, sharding
+from fmjax import build, generate, llama2c, pretrained, sharding
 from fmjax import config as configs
 from fmjax.convert import llama2c as files
 from fmjax.data import tokenizer as tokenizers
@@ -233,6 +233,19 @@ def test_perplexity_of_stories_is_that_of_the_file(tmp_path, name, count, most):
     wanted = perplexity(functools.partial(reference, content))
     assert math.isclose(perplexity(functools.partial(ours, folder)), wanted, rel_tol=1e-4)
     assert 3 < wanted < most
+
+
+@needs_data
+def test_the_story_is_the_published_one(tmp_path):
+    """Token for token, as run.c wrote it: from nothing, the likeliest of each, 256 at most."""
+    folder = converted(tmp_path, STORIES / "stories260K.bin", STORIES / "tok512.bin")
+    _, _, rest = (STORIES / "stories260K.md").read_text().partition("-t 0.0\n")
+    story = rest.partition("\n```")[0]
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        author = generate.Author(pretrained.open_folder(str(folder), mesh))
+        how = dict(prompt="", count=1, length=256, temperature=0)
+        assert author.texts(how, 0)[0].strip() == story
 
 
 @pytest.mark.parametrize(
