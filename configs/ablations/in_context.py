@@ -27,7 +27,7 @@ TRAINED = ("head", "lora", "full")
 # Of each task: shots, templates, words for the classes in their order (none: their names), and of
 # how many examples it is asked; 0: all.
 TASKS = {
-    "docstrings": ((0, 1, 4), ("{text}\nPackage:", "{text}\nThis is in"), (), 200),
+    "docstrings": ((0, 1, 4), ("{text}\nPackage:", "{text}\nThis is in"), (), 100),
     "sst2": (
         (0, 1, 4, 16),
         ("Review: {sentence}\nSentiment:", "{sentence} It was"),
