@@ -12,7 +12,8 @@ from fmjax.choices import Item
 from fmjax.sampling import Sampling
 
 STOP = ("\nQuestion:",)  # where the model goes on with a question of its own
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# A line between two numbers is no sign.
+_NUMBER = re.compile(r"(?:(?<![\d)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def number(text: str) -> str:
@@ -23,7 +24,8 @@ def number(text: str) -> str:
         return ""
     digits = (found[0] if mark else found[-1]).replace(",", "")
     whole, _, part = digits.partition(".")
-    return f"{whole}.{part}" if part.strip("0") else whole
+    whole, part = whole if whole.strip("-") else f"{whole}0", part.rstrip("0")
+    return f"{whole}.{part}" if part else whole
 
 
 def written(

@@ -27,7 +27,7 @@ class Item(NamedTuple):
     choices: tuple[str, ...]
     label: int
     group: str = ""
-    bare: str = ""  # the context with nothing asked in it, where there is such a thing
+    bare: str | None = None  # the context with nothing asked in it, where there is such a thing
 
 
 class Found(NamedTuple):
@@ -54,7 +54,9 @@ def judged(
 ) -> list[Found]:
     """What the model says of each, by a `likelihood.Scorer`; `encode` makes tokens of a context and
     of what follows it."""
-    contexts = [(item.context, item.bare) if item.bare else (item.context,) for item in items]
+    contexts = [
+        (item.context,) if item.bare is None else (item.context, item.bare) for item in items
+    ]
     asked = [
         (context, choice)
         for item, both in zip(items, contexts, strict=True)

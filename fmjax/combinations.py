@@ -64,6 +64,10 @@ def _check_benchmarks(asked: Sequence[Mapping[str, Any]]) -> None:
         if given.get("name") not in possible:
             hint = did_you_mean(str(given.get("name")), possible)
             raise ConfigError(f"{key}.name={given.get('name')!r} cannot be asked here.{hint}")
+        if [one.get("name") for one in asked].count(given["name"]) > 1:
+            raise ConfigError(f"{key}.name={given['name']!r} is there twice: each has one metric")
+        if not isinstance(given.get("limit", 0), int) or given.get("limit", 0) < 0:
+            raise ConfigError(f"{key}.limit={given['limit']!r}: give a whole number, 0 for all")
         if not Path(given.get("path", "")).expanduser().exists() or not given.get("path"):
             raise ConfigError(f"{key}.path={given.get('path', '')!r}: no such file or folder")
 

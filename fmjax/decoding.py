@@ -314,8 +314,10 @@ def _unstacked(params: Any, dtype: str, weights: str, tied: bool) -> Any:
 
     def ready(name, x):
         table = tied and name.endswith("token/embedding")
-        if not table and not name.endswith("/kernel") or x.ndim != 2 or x.dtype != jnp.float32:
+        if not (table or name.endswith("/kernel")) or x.dtype != jnp.float32:
             return x
+        if x.ndim != 2:  # of all experts
+            return x.astype(dtype)
         if weights == "int8":
             packed = quantise.SCHEMES["int8"].pack(x.T if table else x)
             return precision.Rows(packed["codes"].T, packed["scales"])

@@ -6,6 +6,7 @@ Each has the keys of `config.benchmark` in configs/fewshot.py, asked behind no e
 found stands among the validation metrics, as validation/blimp/accuracy.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from fmjax import fewshot, pretrained, questions
 from fmjax.choices import encoder
 from fmjax.data import tokenizer as tokenizers
 from fmjax.errors import ConfigError
+from fmjax.likelihood import Scorer
 from fmjax.setup import Run
 
 
@@ -27,16 +29,30 @@ class Exams:
             (self.items[wanted["name"]], _), *_ = questions.asked(wanted, (), (), False).values()
         if self.items and jax.process_count() > 1:
             raise ConfigError("config.benchmarks are asked in one process: leave them empty.")
+        if self.items and run.config.cache_prefix:
+            raise ConfigError(
+                "config.benchmarks are asked of the whole model, of which config.cache_prefix "
+                "leaves the frozen part out: leave one of them."
+            )
+        if self.items:
+            self.scorer(None)  # says now what cannot be asked of such a model
         self.names = [f"{name}/accuracy" for name in self.items]
 
-    def __call__(self, params: Any) -> dict[str, float]:
-        """{"blimp/accuracy": the mean over its items}, of the run's model with the parameters."""
-        run, metrics = self.run, {}
-        folder = run.dataset.tokenizer_dir
+    def scorer(self, params: Any) -> Scorer:
+        """Judges texts by the run's model with the parameters."""
+        run, folder = self.run, self.run.dataset.tokenizer_dir
         opened = pretrained.Opened("", run.model, params, folder, (), run.config, None)
-        words = tokenizers.load(folder)
-        scorer = fewshot.scorer_of(opened, words, run.config.batch_size, "token")
+        # As much memory as a microbatch takes.
+        rows = run.config.batch_size // run.config.accumulate
+        return fewshot.scorer_of(opened, tokenizers.load(folder), rows, "token")
+
+    def __call__(self, params: Any, stop: Callable[[], bool]) -> dict[str, float] | None:
+        """{"blimp/accuracy": the mean over its items}; None where `stop` came between."""
+        words, scorer, metrics = tokenizers.load(self.run.dataset.tokenizer_dir), None, {}
         for name, items in self.items.items():
-            _, found = fewshot.judged(scorer, encoder(words, run.model.decodes), items)
+            if stop():
+                return None
+            scorer = scorer or self.scorer(params)
+            _, found = fewshot.judged(scorer, encoder(words, self.run.model.decodes), items)
             metrics[f"{name}/accuracy"] = found["accuracy"]["mean"]
         return metrics

@@ -129,7 +129,7 @@ def summarise(
 ) -> None:
     """summary.json and examples.npz of an answer to each item, under the names that a trained
     classifier's have; `norm` is what counts as the choice."""
-    labels = np.array([item.label for item in items])
+    labels = np.array([item.label for item in items], np.int32)  # as of a trained classifier
     right = np.array([one.choice(norm) for one in told]) == labels
     own = {"trainable_parameters": 0, "kept_bytes": 0, "environment": report.environment()}
     metrics = {"validation/classify/accuracy": float(right.mean())}
@@ -175,15 +175,15 @@ def with_shots(
         return list(items)
     if len(examples) <= shots:
         raise ConfigError(
-            f"config.shots has {shots}, and config.benchmark.examples {len(examples)} examples: "
-            "give a file of more."
+            f"config.shots has {shots}, and there are {len(examples)} examples to show: give a "
+            "file of more in config.benchmark.examples, of classes in config.data.train."
         )
     told = [one.context + one.choices[one.label] for one in examples]
     given = []
     for i, item in enumerate(items):
         order = np.random.default_rng((seed, i)).permutation(len(told))
         drawn = [told[j] for j in order if examples[j] != item][:shots]
-        bare = BETWEEN.join([*drawn, item.bare]) if item.bare else ""
+        bare = None if item.bare is None else BETWEEN.join([*drawn, item.bare])
         given.append(item._replace(context=BETWEEN.join([*drawn, item.context]), bare=bare))
     return given
 

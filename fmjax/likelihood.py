@@ -26,6 +26,7 @@ from fmjax.errors import ConfigError
 from fmjax.models import AnyModel
 
 LOGITS_BYTES = 2**26  # of what exists at once
+SHARED = 32  # targets of one row at most
 WAYS = ("token", "word")  # what of a text an encoder has masked
 
 Ids = Sequence[int]
@@ -97,7 +98,7 @@ class Scorer:
             for piece in self.pieces(i, list(context), list(said))
         ]
         nats, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-        for batch, (found, likeliest) in self._batches(_shared(pieces)):
+        for batch, (found, likeliest) in self._batches(list(_shared(pieces))):
             for row, values, hits in zip(batch, found, likeliest, strict=False):
                 start = 0
                 for piece in row:
@@ -168,7 +169,7 @@ class Scorer:
                 for name in ("at", "targets", "given")
             )
             most = max(map(len, at))
-            if self.model.causal or self.model.decodes:  # else there are few
+            if self.model.causal or self.model.decodes or most > 1:
                 most = room(most)
             found = _judged(
                 self.model,
@@ -183,14 +184,16 @@ class Scorer:
             yield batch, tuple(map(np.asarray, found))
 
 
-def _shared(pieces: list[Piece]) -> list[list[Piece]]:
-    """Those with the same row together, such as choices of one token behind a context; each by
-    itself where a decoder is given what the row is not."""
+def _shared(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """Those with the same row together, such as choices of one token behind a context, with
+    `SHARED` targets at most; each by itself where a decoder is given what the row is not."""
     rows: dict[Any, list[Piece]] = {}
     for i, piece in enumerate(pieces):
         key = i if piece.given else (tuple(piece.ids), tuple(piece.at))
         rows.setdefault(key, []).append(piece)
-    return list(rows.values())
+    for same in rows.values():
+        most = max(1, SHARED // len(same[0].at))
+        yield from (same[i : i + most] for i in range(0, len(same), most))
 
 
 def _padded(rows: list[list[int]], width: int) -> Int[Array, "B W"]:

@@ -69,7 +69,10 @@ def items(name: str, path: str | os.PathLike, limit: int = 0) -> list[Item]:
             f"config.benchmark.path={str(path)!r}: no such file, and no folder with files in "
             f"{' or '.join(SUFFIXES)}."
         )
-    return [item for file in files for item in _of_file(READERS[name], name, file, limit)]
+    found = [item for file in files for item in _of_file(READERS[name], name, file, limit)]
+    if not found:
+        raise DataError(f"config.benchmark: there is no row of {name!r} in {str(path)!r}.")
+    return found
 
 
 def asked(
@@ -104,6 +107,8 @@ def prompted(
     classes: Sequence[str],
 ) -> dict[str, tuple[list[Item], list[Item]]]:
     """As `asked`, of rows with classes."""
+    if not rows:
+        raise DataError("there is no row to ask: see config.benchmark.path, or config.data.")
     words, found = prompts.worded(words, classes), {}
     for template in templates:
         prompts.check(template, list(rows[0].columns))

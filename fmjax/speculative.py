@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fmjax import decoding, sampling, streams
+from fmjax import adapters, decoding, sampling, streams
 from fmjax.decoding import Facts, Given, Writer
 from fmjax.errors import ConfigError
 from fmjax.models import AnyModel
@@ -69,10 +69,12 @@ class Speculator:
 
     def _one(self, ids, length, how, seed, number, told, every):
         both = self.writer, self.guesser
-        if len(ids) + length > (most := self.guesser.model.cfg.max_len):
+        small = self.guesser.model
+        most = small.cfg.max_len - adapters.positions(small)
+        if max(len(ids), length) > most or (not small.decodes and len(ids) + length > most):
             raise ConfigError(
-                f"config.draft reads {most} tokens, and prompt and text have {len(ids)} + {length}:"
-                " make config.length smaller, or give no draft."
+                f"config.draft reads {most} tokens, and prompt and text have {len(ids)} and "
+                f"{length}: make config.length smaller, or give no draft."
             )
         given = self.writer.given([ids], length, seed, number)
         size = decoding.room(length + self.ahead + 1)
@@ -120,6 +122,7 @@ def verified(
     stands = uniform * q[each, guesses] < p[each, guesses]
     count = jnp.sum(jnp.cumprod(stands.astype(jnp.int32)))
     left = jnp.concatenate([jnp.maximum(p[:-1] - q, 0), p[-1:]])[count]
+    left = jnp.where(jnp.any(left > 0), left, p[count])  # equal but for rounding
     logits = jnp.where(left > 0, jnp.log(jnp.where(left > 0, left, 1)), sampling.NONE)
     return count, sampling.drawn(logits[None], seeds)[0]
 

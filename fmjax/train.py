@@ -165,7 +165,9 @@ def loop(
             found = validate(together, eval_step, seen.params, stop, monitors)
             for arm, (one, (metrics, each)) in enumerate(zip(monitors, found, strict=True)):
                 if metrics is not None and asked[arm].items:
-                    metrics = metrics | asked[arm](together.apart(seen, arm).params)
+                    with timed("evaluation"):
+                        told = asked[arm](together.apart(seen, arm).params, stop.poll)
+                    metrics = None if told is None else metrics | told
                 one.evaluated(step, metrics, each)
 
         def save_all():

@@ -17,7 +17,9 @@ from fmjax.errors import ConfigError
         ("so 3 and 4 are 7.\n#### 18", "18"),
         ("#### 1,234 apples, of 2,000", "1234"),
         ("It is 5, no, -6.", "-6"),
-        ("It costs $3.50", "3.50"),
+        ("It costs $3.50", "3.5"),
+        ("10-4 of (2)-3", "3"),
+        ("#### .50 or #### -.5", "-0.5"),
         ("It costs $3.00.", "3"),
         ("none", ""),
         ("####", ""),
@@ -85,6 +87,7 @@ def test_sums_in_words_are_answered(trained, capsys):
         ({"name": "blump"}, r"benchmarks.0..name='blump'.*Did you mean 'blimp'"),
         ({"name": "blimp", "paht": "x"}, "has 'paht'.*Did you mean 'path'"),
         ({"name": "blimp", "path": "nowhere"}, "no such file or folder"),
+        ({"name": "blimp", "path": ".", "limit": "20"}, "limit='20': give a whole number"),
         ({"name": "gsm8k", "path": "x"}, "name='gsm8k' cannot be asked here"),
     ],
 )

@@ -172,7 +172,7 @@ def test_classes_in_words_leave_what_a_sweep_compares(tmp_path, capsys):
     words += [f"--config.data.train={tmp_path / 'train.tsv'}", "--config.data.columns=sentence"]
     words += [f"--config.data.validation={tmp_path / 'dev.tsv'}", "--config.batch_size=4"]
     load = lambda *more: configs.load(f"{ROOT}/configs/fewshot.py", [*words, *more])
-    template = r"--config.templates=('{sentence}. It is', 'Say {sentence}:')"
+    template = r"--config.templates=('{sentence}', 'Say {sentence}:')"
     fewshot.run(load(template, "--config.shots=(0, 2)"), tmp_path / "several")
     assert capsys.readouterr().out.count("examples before each") == 4
     assert not (tmp_path / "several" / "summary.json").exists()
@@ -183,6 +183,7 @@ def test_classes_in_words_leave_what_a_sweep_compares(tmp_path, capsys):
         summary = json.loads((tmp_path / norm / "summary.json").read_text())
         examples = np.load(tmp_path / norm / "examples.npz")
         assert examples["label"].tolist() == [0, 1, 0, 1, 0]
+        assert examples["label"].dtype == np.int32  # else a sweep takes them for others
         accuracy = summary["metrics"]["validation/classify/accuracy"]
         assert accuracy == examples["classify/accuracy"].mean()
         name = "accuracy" if norm == "sum" else "accuracy_by_gain"

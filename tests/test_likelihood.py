@@ -136,3 +136,16 @@ def test_choices_of_one_token_share_the_row_of_their_context():
         Piece(3, [1, 2], [0], [5], [9]),
     ]
     assert [[p.request for p in row] for row in likelihood._shared(pieces)] == [[0, 1], [2], [3]]
+    many = [Piece(i, [1, 2], [1], [i], []) for i in range(40)]
+    assert [len(row) for row in likelihood._shared(many)] == [32, 8]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
+def test_what_shares_a_row_is_judged_as_if_it_did_not(family):
+    model, params = made(family)
+    score = Scorer(model, params, first=[2], mask_id=3, batch_size=4)
+    pairs = [([5, 6, 7], [i]) for i in range(8, 13)] + [([5, 6, 7], [9, 10]), ([5], [6])]
+    together = score(pairs)
+    for pair, one in zip(pairs, together, strict=True):
+        (alone,) = score([pair])
+        assert one.nats == pytest.approx(alone.nats, abs=1e-4) and one[1:] == alone[1:]

@@ -29,6 +29,21 @@ ITEMS = {
         "gj04",
         "Sentence: \nIs it grammatical?",
     ),
+    "rte": Item(
+        "It rains.\nQuestion: is it so that It is wet.\nAnswer:",
+        (" yes", " no"),
+        0,
+        "",
+        "\nQuestion: is it so that \nAnswer:",
+    ),
+    "qnli": Item(
+        "Question: Who?\nText: He.\nDoes the text answer the question?",
+        (" yes", " no"),
+        1,
+        "",
+        "Question: \nText: \nDoes the text answer the question?",
+    ),
+    "wnli": Item("A saw B.\nIs it so that B saw A.", (" no", " yes"), 0, "", "\nIs it so that "),
     "mrpc": Item(
         "First: A b.\nSecond: B a.\nDo they say the same?",
         (" no", " yes"),
@@ -48,7 +63,7 @@ def test_files_of_glue_become_questions(tmp_path, name):
     ((items, examples),) = questions.asked(wanted, (), (), True).values()
     assert len(items) == 1 and examples == items * 2  # the limit is of what is asked
     kind = prompts.GLUE[name]
-    assert items[0] == ITEMS.get(name, items[0])
+    assert items[0] == ITEMS[name]
     assert items[0].choices == tuple(f" {word}" for word in kind.words)
     assert items[0].choices[items[0].label] == f" {kind.words[kind.classes.index(row_label(name))]}"
     for template in ("{" + f"{next(iter(kind.columns))}" + "}?", "x " + kind.template):
@@ -87,3 +102,11 @@ def test_templates_that_cannot_be_filled_are_refused(template):
 
 def test_templates_that_can_are_not():
     prompts.check("{{{text}}} and {text}", ["text"])
+
+
+def test_a_file_of_nothing_is_named(tmp_path):
+    file = tmp_path / "dev.tsv"
+    file.write_text("sentence\tlabel\n")
+    wanted = dict(name="sst2", path=str(file), examples="", limit=0)
+    with pytest.raises(DataError, match="no row to ask"):
+        questions.asked(wanted, (), (), False)

@@ -33,6 +33,17 @@ def test_the_likeliest_text_is_the_same(family, ahead):
             assert several.rounds == 3 * (1 + -(-19 // (ahead + 1)))
 
 
+@pytest.mark.parametrize(
+    "bits", [dict(cache="int8"), dict(weights="int8"), dict(dtype="bfloat16")], ids=str
+)
+def test_the_likeliest_text_is_the_same_in_fewer_bits(bits):
+    kind = {key: bits.pop(key) for key in tuple(bits) if key == "dtype"}
+    writer = decoding.Writer(*made("llama", window=5, full_every=2, **kind), **bits)
+    guesser = decoding.Writer(*another("llama", window=5, full_every=2, **kind), **bits)
+    several = speculative.Speculator(writer, guesser, 3)
+    assert several(PROMPTS, 12, GREEDY) == [writer([ids], 12, GREEDY)[0] for ids in PROMPTS]
+
+
 def test_texts_end_where_they_end_and_look_up_on_the_way():
     writer = decoding.Writer(*made("gpt2"))
     free = writer(PROMPTS[:1], 12, GREEDY)[0]
