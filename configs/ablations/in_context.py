@@ -10,7 +10,9 @@
 The base, runs/decoder or config.init, is asked in the words of each of two templates, behind 0 to
 16 examples that are drawn for each question by the seed; its answer is the choice that gains most
 over the same words with nothing in them (`norm=gain`, or `sum` for the likeliest). Beside that the
-head, LoRA and everything train for 100 steps of 32, on 16 examples, drawn by the seed, and on all.
+head, LoRA and everything train for 100 steps, of 16 on 16 examples that are drawn by the seed, and
+of 32 on all. Docstrings are asked of the first hundred held-out ones alone, so that what is trained
+is measured on others, too.
 """
 
 import runpy
@@ -54,14 +56,11 @@ def get_sweep(arg=None):
         for count in shots
         for seed in (range(arg.seeds) if count else (0,))
     ]
+    few = {"data.examples": 16, "batch_size": 16}
     trained = [
-        {
-            "arg": f"way={way}{own}",
-            "data.examples": examples,
-            "group": f"{way}, {examples or 'all'}",
-        }
+        {"arg": f"way={way}{own}", "group": f"{way}, {name}", **settings}
         for way in TRAINED
-        for examples in (16, 0)
+        for name, settings in (("16", few), ("all", {"data.examples": 0}))
     ]
     return sweep.chain(asked, trained)
 
