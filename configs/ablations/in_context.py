@@ -13,6 +13,22 @@ over the same words with nothing in them (`norm=gain`, or `sum` for the likelies
 head, LoRA and everything train for 100 steps, of 16 on 16 examples that are drawn by the seed, and
 of 32 on all. Docstrings are asked of the first hundred held-out ones alone, so that what is trained
 is measured on others, too.
+
+The last, of a GPT of 2.7 M parameters that had read 6.6 M tokens of books (--config.init), took about
+25 minutes on two cores beside other work (2026-11-23; accuracy in % on the 872 sentences of
+SST-2's validation file, mean and standard deviation of three seeds, without examples one):
+
+    examples               0            1            4            16            all
+    "Review: …"          53.3      52.1 ± 1.2   52.8 ± 0.8   53.4 ± 0.2
+    "… It was"           51.7      51.4 ± 0.3   52.6 ± 0.8   54.4 ± 1.4
+    the head                                                 51.2 ± 1.5    60.4 ± 1.2
+    LoRA                                                     50.0 ± 0.8    61.0 ± 2.7
+    everything                                               49.4 ± 2.2    66.1 ± 0.9
+
+(Half is chance, 50.9 % the larger class.) By the likeliest choice, without taking out what the model
+says anyway, the first template is at 50.8 to 51.2 whatever is shown. So a model of this size learns
+nothing in context that three seeds could show, nor by training on 16 examples; 3,200 raise it by 7
+to 13 points.
 """
 
 import runpy
