@@ -18,9 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from fmjax import adapters, precision, streams, trees
-from fmjax.adapters import quantise
-from fmjax.errors import ConfigError
+from fmjax import adapters, bits, precision, streams, trees
 from fmjax.models import AnyModel, layers
 from fmjax.sampling import Sampling, chosen
 
@@ -67,12 +65,12 @@ class Writer:
         weights: str = "",
         cache: str = "",
     ):
-        _check_bits(model, weights, cache)
+        bits.check(model, weights, cache)
         # Layers one by one: a scan would copy all that they keep, and their parameters, each step.
         self.model = model.clone(stacks=None)
         plain = adapters.base(model) is model  # else an adapter may need the whole precision
         dtype = model.cfg.dtype if plain else "float32"
-        self.params = _unstacked(params, dtype, weights, getattr(model.cfg, "tied", True))
+        self.params = bits.ready(params, dtype, weights, getattr(model.cfg, "tied", True))
         # XLA:CPU's kernels for less than 32 bits want two rows: of a single one products take up to
         # ten times as long, and the cache is copied.
         half = dtype != "float32" or weights
@@ -293,9 +291,9 @@ def _added(model, params, given, texts, hidden, facts, how) -> Texts:
     )
 
 
-def _longer(cache: Any, more: int, bits: str) -> Any:
+def _longer(cache: Any, more: int, kept: str) -> Any:
     """The cache of the prompts with room for `more` columns, but where nothing is added; keys and
-    values in so many `bits`."""
+    values in eight bits where they are to be `kept` so."""
     flat = trees.flatten(cache)
     for name, rows in flat.items():
         if name.endswith("/rows") and f"{name.removesuffix('rows')}used" in flat:
@@ -303,41 +301,5 @@ def _longer(cache: Any, more: int, bits: str) -> Any:
             axis = 2 if keys else 1
             pad = lambda x, axis=axis: jnp.pad(x, [(0, more * (i == axis)) for i in range(x.ndim)])
             rows = tuple(map(pad, rows))
-            flat[name] = tuple(map(precision.coded, rows)) if bits == "int8" and keys else rows
+            flat[name] = tuple(map(precision.coded, rows)) if kept == "int8" and keys else rows
     return trees.unflatten(flat)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _unstacked(params: Any, dtype: str, weights: str, tied: bool) -> Any:
-    """Layer by layer; matrices as products take them, once for all, and with them the table of the
-    tokens where it is one."""
-
-    def ready(name, x):
-        table = tied and name.endswith("token/embedding")
-        if not (table or name.endswith("/kernel")) or x.dtype != jnp.float32:
-            return x
-        if x.ndim != 2:  # of all experts
-            return x.astype(dtype)
-        if weights == "int8":
-            packed = quantise.SCHEMES["int8"].pack(x.T if table else x)
-            return precision.Rows(packed["codes"].T, packed["scales"])
-        return x if dtype == "float32" else precision.Rows((x if table else x.T).astype(dtype))
-
-    flat = trees.flatten(trees.restack(params, None))
-    return trees.unflatten({name: ready(name, x) for name, x in flat.items()})
-
-
-def _check_bits(model: AnyModel, weights: str, cache: str) -> None:
-    for key, value in (("weights", weights), ("cache", cache)):
-        if value not in ("", "int8"):
-            raise ConfigError(
-                f"config.{key}={value!r} is not known: give 'int8', or '' for the dtype of "
-                "config.precision."
-            )
-    if weights and adapters.base(model) is not model:
-        raise ConfigError(
-            "config.weights='int8' is for models without adapters and quantised bases: merge them "
-            "first, with configs/export.py."
-        )
-    if weights and getattr(model.cfg, "experts", 0):
-        raise ConfigError("config.weights='int8' is not for experts: leave it ''.")

@@ -123,8 +123,7 @@ def verified(
     count = jnp.sum(jnp.cumprod(stands.astype(jnp.int32)))
     left = jnp.concatenate([jnp.maximum(p[:-1] - q, 0), p[-1:]])[count]
     left = jnp.where(jnp.any(left > 0), left, p[count])  # equal but for rounding
-    logits = jnp.where(left > 0, jnp.log(jnp.where(left > 0, left, 1)), sampling.NONE)
-    return count, sampling.drawn(logits[None], seeds)[0]
+    return count, sampling.drawn(_logits(left[None]), seeds)[0]
 
 
 def probabilities(logits: Float[Array, "B V"], how: Sampling) -> Float[Array, "B V"]:
@@ -133,6 +132,11 @@ def probabilities(logits: Float[Array, "B V"], how: Sampling) -> Float[Array, "B
         return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
     left = sampling.left(logits, how)
     return jnp.where(left == sampling.NONE, 0, jax.nn.softmax(left, axis=-1))
+
+
+def _logits(p: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """What `sampling.drawn` draws by p with."""
+    return jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1)), sampling.NONE)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7), donate_argnums=(3,))
@@ -159,8 +163,7 @@ def _go_on(
         """(probabilities, cache, the next guess behind the token `last`)."""
         logits, cache = read(1, cache, jnp.full((rows, 1), last), step + i)
         q = probabilities(logits, how)
-        logits = jnp.where(q > 0, jnp.log(jnp.where(q > 0, q, 1)), sampling.NONE)
-        return q[0], cache, sampling.drawn(logits, seeds(step + i, "guess"))[0]
+        return q[0], cache, sampling.drawn(_logits(q), seeds(step + i, "guess"))[0]
 
     def round(now):
         last = jax.lax.dynamic_slice(now.ids, (0, now.step - 1), (1, 1))[0, 0]

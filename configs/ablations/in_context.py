@@ -14,8 +14,8 @@ head, LoRA and everything train for 100 steps, of 16 on 16 examples that are dra
 of 32 on all. Docstrings are asked of the first hundred held-out ones alone, so that what is trained
 is measured on others, too.
 
-The last, of a GPT of 2.7 M parameters that had read 6.6 M tokens of books (--config.init), took about
-25 minutes on two cores beside other work (2026-11-23; accuracy in % on the 872 sentences of
+The last, of a GPT of 2.7 M parameters that had read 6.6 M tokens of books (--config.init), took
+about 25 minutes on two cores beside other work (2026-11-23; accuracy in % on the 872 sentences of
 SST-2's validation file, mean and standard deviation of three seeds, without examples one):
 
     examples               0            1            4            16            all
