@@ -1,4 +1,4 @@
-"""In how many bits a model that writes keeps its matrices, and what it has seen (`decoding.Writer`)."""
+"""In how many bits a writer keeps its matrices, and what it has seen (`decoding.Writer`)."""
 
 import functools
 from typing import Any

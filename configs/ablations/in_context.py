@@ -25,10 +25,10 @@ SST-2's validation file, mean and standard deviation of three seeds, without exa
     LoRA                                                     50.0 ± 0.8    61.0 ± 2.7
     everything                                               49.4 ± 2.2    66.1 ± 0.9
 
-(Half is chance, 50.9 % the larger class.) By the likeliest choice, without taking out what the model
-says anyway, the first template is at 50.8 to 51.2 whatever is shown. So a model of this size learns
-nothing in context that three seeds could show, nor by training on 16 examples; 3,200 raise it by 7
-to 13 points.
+(Half is chance, 50.9 % the larger class.) By the likeliest choice, without taking out what the
+model says anyway, the first template is at 50.8 to 51.2 whatever is shown. So a model of this size
+learns nothing in context that three seeds could show, nor by training on 16 examples; 3,200 raise
+it by 7 to 13 points.
 """
 
 import runpy
