@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from fmjax import adapters, decoding, sharding, trees
+from fmjax import adapters, beams, decoding, sharding, trees
 from fmjax.errors import ConfigError
 from fmjax.sampling import Sampling
 
@@ -212,3 +212,14 @@ def test_half_precision_says_the_same_in_any_batch():
     together = writer(PROMPTS, LENGTH, GREEDY)
     assert together == [writer([ids], LENGTH, GREEDY)[0] for ids in PROMPTS]
     assert together == [anew(writer.model, writer.params, ids, LENGTH) for ids in PROMPTS]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "prefix"])
+def test_a_cache_in_eight_bits_goes_with_adapters_and_beams(adapter):
+    model, params = made("gpt2", ADAPTERS[adapter])
+    writer = decoding.Writer(model, params, cache="int8")
+    together = writer(PROMPTS, LENGTH, GREEDY)
+    assert together == [writer([ids], LENGTH, GREEDY)[0] for ids in PROMPTS]
+    found = beams.search(writer, PROMPTS, LENGTH, beams.Beams(3))
+    alone = [beams.search(writer, [ids], LENGTH, beams.Beams(3))[0] for ids in PROMPTS]
+    assert [text for text, _ in found] == [text for text, _ in alone]
