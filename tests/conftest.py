@@ -7,12 +7,13 @@ import os
 from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests run tiny programs once: compiling them well costs more than running them. Versions of jaxlib
-# that do not know the second flag abort.
+# Tests run tiny programs once: compiling them well costs more than running them, and two at once
+# compile on a core each. Versions of jaxlib that do not know the later flags abort.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0"
-    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    * version("jaxlib").startswith("0.10.")
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

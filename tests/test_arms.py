@@ -171,6 +171,7 @@ def forget(folder, *steps):
     (folder / "status.json").write_text(json.dumps(status))
 
 
+@pytest.mark.slow
 def test_an_arm_goes_on_alone_but_then_no_longer_beside_the_others(home, encoder, tmp_path, capsys):  # noqa: F811
     words = ["--config.arms=(('seed', (0, 1)),)", "--config.keep=1", "--config.keep_best=0"]
     config = config_of(home, encoder, "finetune_lora.py", *DROPOUT, *words, "--config.save_every=2")
@@ -218,6 +219,7 @@ def test_the_last_step_that_all_arms_have_stays(tmp_path):
     assert step_folders.finished(tmp_path / "0") == [9]
 
 
+@pytest.mark.slow
 def test_an_arm_that_fails_leaves_the_others_alone(home, encoder, tmp_path, capsys):  # noqa: F811
     words = ["--config.optim.clip=0.0", "--config.max_skipped=2", "--config.optim.warmup=0"]
     rates = "--config.arms=(('optim.lr', (1e30, 1e-3)),)"

@@ -84,11 +84,28 @@ def load(name: str, *words: str):
 # ---- config.load ---------------------------------------------------------------------------
 
 
+def refuses(name: str, key: str):
+    for text in ("-1", "[[]]", "{'a': {'b': None}}"):
+        load(name, f"--config.{key}={text}")
+
+
+def test_every_key_refuses_what_it_cannot_hold():
+    """Of files that have it with a default of one kind, in the first."""
+    seen = set()
+    for name in SPECS:
+        for key in keys(name):
+            kind = key, type(defaults(name).get(key))
+            if kind not in seen:
+                refuses(name, key)
+            seen.add(kind)
+    assert len(seen) > 200
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
-def test_every_key_refuses_what_it_cannot_hold(name):
+def test_every_key_of_every_file_refuses_what_it_cannot_hold(name):
     for key in keys(name):
-        for text in ("-1", "[[]]", "{'a': {'b': None}}"):
-            load(name, f"--config.{key}={text}")
+        refuses(name, key)
 
 
 @pytest.mark.parametrize("name", SPECS)

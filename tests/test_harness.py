@@ -9,7 +9,7 @@ import pytest
 from common import ROOT
 
 from fmjax import config as configs
-from fmjax import export, pretrained, sharding, train
+from fmjax import export, generate, pretrained, sharding, train
 from fmjax.data import chat
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -125,7 +125,9 @@ def tasks(home):
     return home
 
 
-@pytest.mark.parametrize("name", ["clm", "mlm", "span_corruption"])
+@pytest.mark.parametrize(
+    "name", ["clm", "mlm", pytest.param("span_corruption", marks=pytest.mark.slow)]
+)
 def test_tasks_of_a_folder_run_on_decoders_and_encoders(tmp_path, name):
     words = ["--config.total=2", "--config.log_every=2", "--config.ledger=()"]
     train.run(configs.load(f"{ROOT}/configs/{name}.py:variant=tiny", words), tmp_path / "run")
@@ -148,7 +150,7 @@ def test_an_unknown_task_is_named(tmp_path, folder):
         harness.run(config, tmp_path)
 
 
-def test_conversations_are_put_into_the_template_of_the_run(tmp_path):
+def test_conversations_are_put_into_the_template_of_the_run(tmp_path, monkeypatch):
     words = ["--config.total=2", "--config.log_every=2", "--config.ledger=()"]
     train.run(configs.load(f"{ROOT}/configs/clm.py:tiny", words), tmp_path / "clm")
     words += [f"--config.init={tmp_path / 'clm'}", "--config.data.max_documents=200"]
@@ -159,6 +161,12 @@ def test_conversations_are_put_into_the_template_of_the_run(tmp_path):
     assert model.tok_encode(model.apply_chat_template(said)) == reader.opening(said)
     words = [f"--config.folder={tmp_path / 'run'}", f"--config.include={tasks(tmp_path)}"]
     words += ["--config.tasks=('writes',)", "--config.chat=True", "--config.batch_size=4"]
+    read, each = [], generate.Author.each
+    monkeypatch.setattr(
+        generate.Author, "each", lambda self, ids, *how: read.extend(ids) or each(self, ids, *how)
+    )
     harness.run(configs.load(f"{ROOT}/configs/harness.py", words), tmp_path)
     (line,) = (tmp_path / "run" / harness.FILE).read_text().splitlines()
     assert json.loads(line)["results"]["writes"]["exact_match,none"] == 0
+    asked = [[{"role": "user", "content": f"{i} and"}] for i in range(4)]
+    assert sorted(read) == sorted(reader.opening(messages) for messages in asked)

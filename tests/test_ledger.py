@@ -142,6 +142,7 @@ def test_a_ledger_may_be_asked_for_later(home, encoder, tmp_path, monkeypatch): 
     assert "kept" not in found and json.loads(file.read_text()) == found
 
 
+@pytest.mark.slow
 def test_one_that_diverges_does_not_end_the_others(home, encoder, tmp_path, capsys):  # noqa: F811
     file = tmp_path / "wild.py"
     file.write_text(

@@ -57,6 +57,7 @@ def test_a_step_costs_only_what_lies_behind_the_prefix(home, encoder):  # noqa: 
     assert whole - behind == layer - head
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_made_again_and_a_second_run_reads_it(home, encoder, tmp_path, capsys):  # noqa: F811
     words = [*STILL, "--config.cache_prefix=True", f"--config.data.cache={tmp_path}/cache"]
     config = config_of(home, encoder, LAST, *words)

@@ -84,6 +84,7 @@ def assert_same_numbers(folder, straight, upto=TOTAL):
         assert ours == pytest.approx(theirs, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_row8_two_processes_stop_at_one_step_and_are_the_run_of_one(
     home, straight, tmp_path, monkeypatch
 ):

@@ -67,6 +67,7 @@ def test_row01_row03_killed_five_times_ends_bit_identical(home, tmp_path, straig
     assert_same_end(folder, straight, abstract)
 
 
+@pytest.mark.slow
 def test_row04_row05_row06_stopped_at_every_moment_ends_bit_identical(
     home, tmp_path, straight, abstract
 ):

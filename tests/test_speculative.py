@@ -4,24 +4,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_decoding import GREEDY, PROMPTS, made
+import scipy.stats
+from test_decoding import ADAPTERS, GREEDY, PROMPTS, made
 
 from fmjax import decoding, speculative, streams
 from fmjax.errors import ConfigError
 from fmjax.sampling import Sampling
 
+MORE = ("gpt2", 1), ("llama", 3), ("t5", 1)
 
-def another(family, **changes):
+
+def another(family, adapter=None, **changes):
     """The model of `made` with other parameters, which agrees with it here and there."""
-    model, params = made(family, **changes)
+    model, params = made(family, adapter, **changes)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(7), len(leaves))
     noise = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     return model, jax.tree.unflatten(tree, noise)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
-@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize(
+    "family, ahead",
+    [
+        ("gpt2", 3),
+        ("llama", 1),
+        ("t5", 3),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in MORE),
+    ],
+)
 def test_the_likeliest_text_is_the_same(family, ahead):
     writer = decoding.Writer(*made(family))
     alone = [writer([ids], 20, GREEDY)[0] for ids in PROMPTS]
@@ -42,6 +52,21 @@ def test_the_likeliest_text_is_the_same_in_fewer_bits(bits):
     guesser = decoding.Writer(*another("llama", window=5, full_every=2, **kind), **bits)
     several = speculative.Speculator(writer, guesser, 3)
     assert several(PROMPTS, 12, GREEDY) == [writer([ids], 12, GREEDY)[0] for ids in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    "adapter", ["prefix", *(pytest.param(x, marks=pytest.mark.slow) for x in ("lora", "prompt"))]
+)
+def test_the_one_that_guesses_may_have_adapters(adapter):
+    """Positions of its own that the model has not, and the other way round."""
+    plain = decoding.Writer(*made("llama"))
+    adapted = decoding.Writer(*another("llama", ADAPTERS[adapter]))
+    for writer, guesser in ((plain, adapted), (adapted, plain)):
+        expected = [writer([ids], 12, GREEDY)[0] for ids in PROMPTS]
+        assert speculative.Speculator(writer, guesser, 3)(PROMPTS, 12, GREEDY) == expected
+    same = speculative.Speculator(adapted, adapted, 3)
+    same(PROMPTS, 12, GREEDY)
+    assert same.rounds == 3 * (1 + 3)  # every guess stands
 
 
 def test_texts_end_where_they_end_and_look_up_on_the_way():
@@ -88,6 +113,38 @@ def test_a_text_is_as_probable_as_without_guesses():
     assert error(second, p[1]) < 4 * (0.25 / len(second)) ** 0.5
     stood = float(jnp.minimum(p[0], q[0]).sum())  # the share that stands, by hand
     assert abs(float(jnp.mean(count)) - stood) < 4 * (0.25 / draws) ** 0.5
+
+
+def shares(model, params, prompt, tokens, how):
+    """Probabilities (tokens, tokens, tokens) of the next three, from rows of whole texts."""
+    ways = [list(way) for way in np.ndindex(tokens, tokens)]
+    rows = jnp.asarray([prompt + way for way in ways])
+    ones = jnp.ones_like(rows)
+    place = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
+    hidden = model.apply({"params": params}, rows, ones, place, ones - 1, method="encode")
+    hidden = hidden[:, len(prompt) - 1 :]
+    logits = model.apply({"params": params}, hidden, method="logits")[..., :tokens]
+    p = np.asarray(jax.nn.softmax(logits / how.temperature, axis=-1), np.float64)
+    p = p.reshape(tokens, tokens, 3, tokens)
+    return p[0, 0, 0, :, None, None] * p[:, 0, 1, :, None] * p[:, :, 2]
+
+
+def test_whole_texts_are_as_probable_as_without_guesses():
+    """Of three tokens, where one and the next is guessed at once, against the model's own."""
+    hot, tokens, draws = Sampling(temperature=4.0), 4, 1500
+    models = made("gpt2"), another("gpt2")
+    writer, guesser = (decoding.Writer(*one, tokens=tokens) for one in models)
+    texts = speculative.Speculator(writer, guesser, 2)(PROMPTS[:1] * draws, 3, hot, seed=1)
+    counts = np.zeros((tokens,) * 3)
+    np.add.at(counts, tuple(np.asarray(texts).T), 1)
+    unlike = []
+    for model, params in models:
+        p = shares(model, params, PROMPTS[0], tokens, hot).ravel()
+        many = draws * p >= 5  # the rest together, for the test's sake
+        fold = lambda x, many=many: np.append(x[many], x[~many].sum())
+        found, expected = fold(counts.ravel()), fold(draws * p)
+        unlike.append(scipy.stats.chisquare(found, expected * draws / expected.sum()).pvalue)
+    assert unlike[0] > 0.01 and unlike[1] < 1e-6
 
 
 def test_a_seed_decides_what_is_drawn():

@@ -48,7 +48,7 @@ DEVIATIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 10])
+@pytest.mark.parametrize("seeds", [2, pytest.param(3, marks=pytest.mark.slow), 10])
 @pytest.mark.parametrize("deviations", DEVIATIONS)
 def test_intervals_cover_as_often_as_they_say(seeds, deviations):
     """And the first step of Holm's correction of 12 tests errs as seldom as it says."""

@@ -392,6 +392,7 @@ def test_a_generator_learns_from_the_trials_and_goes_on_where_it_was(task, tmp_p
     assert ran.ran == ["0.0005/0", "0.00025/0"]
 
 
+@pytest.mark.slow
 def test_a_trial_of_a_real_sweep_is_the_run_alone(tmp_path):
     spec = write(tmp_path)
     words = ["--config.total=3", "--config.eval_every=0", "--config.save_every=0"]

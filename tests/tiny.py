@@ -90,6 +90,17 @@ def by_family(kinds, *always):
     return [pytest.param(*x, marks=[] if quick(x) else pytest.mark.slow) for x in pairs]
 
 
+PARAMS = {}  # {(model, mesh, seed): its parameters}
+
+
+def families(*always):
+    """All for pytest; those that are not `always` tested with slow tests."""
+    return [
+        pytest.param(family, marks=[] if family in always else pytest.mark.slow)
+        for family in FAMILIES
+    ]
+
+
 def model(family: str = "bert", **changes):
     """A tiny one of the family."""
     module, own, _ = FAMILIES[family]
@@ -126,6 +137,16 @@ def make(
     mesh = mesh or sharding.make_mesh()
     abstract = state.abstract(net, made.tx, split, mesh)
     step = make_train_step(build.apply(net), goals, made.tx, split, accumulate)
+
+    def fresh(seed=0, params=None):
+        known = (net, mesh, seed) if params is None else None
+        if known in PARAMS:  # compiled once; copied, as a step may be given them to keep
+            params = jax.tree.map(jnp.copy, PARAMS[known])
+        made_state = state.create(abstract, net, made.tx, split, seed, params)
+        if known and known not in PARAMS:
+            PARAMS[known] = jax.tree.map(jnp.copy, made_state.params)
+        return made_state
+
     return SimpleNamespace(
         model=net,
         assigned=assigned,
@@ -137,5 +158,5 @@ def make(
         mesh=mesh,
         raw_step=step,
         step=jax.jit(step),
-        state=lambda seed=0, params=None: state.create(abstract, net, made.tx, split, seed, params),
+        state=fresh,
     )

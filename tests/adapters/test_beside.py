@@ -30,6 +30,7 @@ ARRAYS = [BATCH[name] for name in ("input_ids", "segment_ids", "positions", "tok
 CASES = tiny.by_family(KINDS, ("ia3", "gpt2"), ("ia3", "llama"), ("parallel", "llama"))
 
 
+@functools.cache
 def made(kind, family="bert", **options):
     return tiny.make(TRAIN, adapter=KINDS[kind], family=family, **options)
 
@@ -84,8 +85,9 @@ EVERY = dict(data=2, fsdp=2, tensor=2)
 @pytest.mark.parametrize(
     "layout, kind, family",
     [
-        *((layout, kind, "bert") for layout in (dict(fsdp=8), EVERY) for kind in KINDS),
-        (EVERY, "houlsby", "llama"),
+        *((EVERY, kind, "bert") for kind in KINDS),
+        *(pytest.param(dict(fsdp=8), x, "bert", marks=pytest.mark.slow) for x in KINDS),
+        pytest.param(EVERY, "houlsby", "llama", marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -43,7 +43,7 @@ def single_device(kind, family="bert"):
 @pytest.mark.parametrize(
     "layout, kind, family",
     [
-        (dict(fsdp=8), "lora", "bert"),
+        pytest.param(dict(fsdp=8), "lora", "bert", marks=pytest.mark.slow),
         (dict(data=2, fsdp=2, tensor=2), "dora", "bert"),
         (dict(fsdp=2, tensor=4), "lora", "llama"),
         pytest.param(dict(fsdp=8), "dora", "bert", marks=pytest.mark.slow),

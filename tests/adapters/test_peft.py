@@ -97,9 +97,7 @@ def reference(tmp_path_factory):
     return torch, reference_peft, load, run
 
 
-WRITTEN = tiny.by_family(
-    KINDS, ("lora", "gpt2"), ("dora", "gpt2"), ("ia3", "gpt2"), ("lora", "llama"), ("lora", "t5")
-)
+WRITTEN = tiny.by_family(KINDS, ("lora", "gpt2"), ("ia3", "gpt2"), ("lora", "llama"))
 
 
 @pytest.mark.parametrize(

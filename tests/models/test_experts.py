@@ -158,7 +158,12 @@ def on_one_device(capacity):
 
 @pytest.mark.parametrize("capacity", [0.0, 1.0])
 @pytest.mark.parametrize(
-    "layout", [dict(data=2, expert=4), dict(fsdp=2, expert=2, tensor=2)], ids=str
+    "layout",
+    [
+        pytest.param(dict(data=2, expert=4), marks=pytest.mark.slow),
+        dict(fsdp=2, expert=2, tensor=2),
+    ],
+    ids=str,
 )
 def test_any_layout_gives_the_same_numbers(layout, capacity):
     found = learnt(model(capacity=capacity), tiny.mesh(**layout))

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,7 @@ LIMITED = {"limited": (llama, dict(experts=4, capacity=1.0))}
 CAUSAL = ("gpt2", "llama", "gemma3", "bloom", "mixtral", *LIMITED)
 
 
+@functools.cache
 def build(family, **changes):
     module, own = (FAMILIES | LIMITED)[family]
     model = module.Model("tiny", **{**tiny.SIZES, "dropout": 0.0, **own, **changes})
@@ -43,18 +46,18 @@ def build(family, **changes):
     return model, jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, params, *arrays):
+    bound = lambda *args, method: model.apply({"params": params}, *args, method=method)
+    hidden = bound(*arrays, method="encode")
+    if model.decodes:
+        hidden = bound(*arrays[:3], hidden, arrays[1], method="decode")
+    return bound(hidden, method="logits")
+
+
 def logits(model, params, batch):
     arrays = [batch[k] for k in ("input_ids", "segment_ids", "positions", "token_types")]
-
-    @jax.jit
-    def run(params, *arrays):
-        bound = lambda *args, method: model.apply({"params": params}, *args, method=method)
-        hidden = bound(*arrays, method="encode")
-        if model.decodes:
-            hidden = bound(*arrays[:3], hidden, arrays[1], method="decode")
-        return bound(hidden, method="logits")
-
-    return np.asarray(run(params, *arrays))
+    return np.asarray(_logits(model, params, *arrays))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

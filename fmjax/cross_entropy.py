@@ -39,7 +39,7 @@ class _How(NamedTuple):
     smoothing: float
 
 
-def cross_entropy(
+def sums(
     hidden: Float[Array, "B T D"],
     kernel: Float[Array, "V D"] | Float[Array, "D V"],
     labels: Int[Array, "B T"],
@@ -62,11 +62,11 @@ def cross_entropy(
             2016, §7).
     """
     how = _How(out_in, spec, dtype, softcap, z_loss, smoothing)
-    return _cross_entropy(how, hidden, kernel, labels, weights)
+    return _sums(how, hidden, kernel, labels, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(how, hidden, kernel, labels, weights):
+def _sums(how, hidden, kernel, labels, weights):
     return _run(how, hidden, kernel, labels, weights, (False, False))[0]
 
 
@@ -84,7 +84,7 @@ def _backward(how, gradients, g):
     return *parts, None, None
 
 
-_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
+_sums.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _run(how, hidden, kernel, labels, weights, wanted):
@@ -157,7 +157,7 @@ def _judged(how, kernel, hidden, labels, weights):
 
 
 def of(apply: Any, params: Any, hidden: jax.Array, *targets: jax.Array, **how: Any) -> Sums:
-    """`cross_entropy` with the vocabulary of a model."""
+    """`sums` with the vocabulary of a model."""
     matrix = apply(params, method="vocabulary")
     told = matrix._asdict() | how
-    return cross_entropy(hidden, told.pop("kernel"), *targets, **told)
+    return sums(hidden, told.pop("kernel"), *targets, **told)
