@@ -36,7 +36,7 @@ def get_config():
         name="blimp",  # lambada, hellaswag, gsm8k, choices, sst2 and others of GLUE, classes
         path="",  # a file, or a folder of files
         examples="",  # a file whose items, with their answers, stand before what is asked
-        limit=0,  # items of each file, 0 = all
+        limit=0,  # items of each file, of classes evenly over it; 0 = all
     )
     config.templates = ()  # of classes, and of GLUE in the place of its own
     config.words = ()  # what the classes are called, in their order; () = by their names

@@ -97,8 +97,7 @@ def of_data(config: Any, opened: pretrained.Opened) -> tuple[dict, dict[str, Any
     settings = ROWS | {"seq_len": 128} | given
     dataset = data.prepare(settings, {"name": str(opened.tokenizer)})
     rows = prompts.labelled(settings, dataset.labels)
-    limit = config.benchmark.limit or None
-    parts = rows["validation"][:limit], rows["train"]
+    parts = prompts.spread(rows["validation"], config.benchmark.limit), rows["train"]
     found = questions.prompted(*parts, tuple(config.templates), tuple(config.words), dataset.labels)
     return found, dict(data_digest=dataset.digest, rows_digest=dataset.rows_digest, data=settings)
 

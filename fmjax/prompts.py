@@ -147,6 +147,12 @@ def labelled(data: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[Ro
     return found
 
 
+def spread(rows: Sequence[Row], limit: int) -> list[Row]:
+    """So many of the rows, evenly over all, as they may stand class by class; 0: all."""
+    count = min(limit, len(rows)) or len(rows)
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
 def worded(words: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
     """What stands for each class. Raises ConfigError where these are not as many."""
     if not words:

@@ -126,6 +126,7 @@ def test_each_arm_is_the_run_alone(case, way, home, encoder, tmp_path, monkeypat
     assert [arm[values[0][0]] for arm in told["arms"]] == list(values[0][1])
 
 
+@pytest.mark.slow
 def test_the_base_is_in_memory_and_on_disk_once(home, encoder, tmp_path):  # noqa: F811
     config = config_of(home, encoder, "finetune_lora.py", "--config.arms=(('seed', (0, 1, 2)),)")
     train.run(config, tmp_path / "run")

@@ -189,6 +189,9 @@ def test_classes_in_words_leave_what_a_sweep_compares(tmp_path, capsys):
         name = "accuracy" if norm == "sum" else "accuracy_by_gain"
         assert accuracy == summary["all_metrics"][name]["mean"]
         assert summary["trainable_parameters"] == 0 and summary["shots"] == 2
+    few = load(*one, "--config.benchmark.limit=2")
+    fewshot.run(few, tmp_path / "few")  # rows 0 and 2 of five
+    assert np.load(tmp_path / "few" / "examples.npz")["label"].tolist() == [0, 0]
     with pytest.raises(ConfigError, match="needs config.templates"):
         fewshot.run(load(), tmp_path / "none")
     with pytest.raises(ConfigError, match="3 words, 3 different ones, for 2 classes: a, b"):

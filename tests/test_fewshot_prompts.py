@@ -110,3 +110,12 @@ def test_a_file_of_nothing_is_named(tmp_path):
     wanted = dict(name="sst2", path=str(file), examples="", limit=0)
     with pytest.raises(DataError, match="no row to ask"):
         questions.asked(wanted, (), (), False)
+
+
+@pytest.mark.parametrize(
+    "limit, rows", [(0, range(7)), (3, (0, 2, 4)), (7, range(7)), (9, range(7))]
+)
+def test_some_rows_are_taken_evenly(limit, rows):
+    given = [prompts.Row({"text": str(i)}, i) for i in range(7)]
+    assert prompts.spread(given, limit) == [given[i] for i in rows]
+    assert prompts.spread([], limit) == []

@@ -101,7 +101,10 @@ def tuned(home, encoder):
         "--config.optim.lr=3e-3",
         "--config.objectives.classify.pool=mean",
     ]
-    train.run(load("finetune.py", *words, "--config.eval_every=60"), home / "tuned")
+    train.run(
+        load("finetune.py", *words, "--config.eval_every=60", "--config.save_every=60"),
+        home / "tuned",
+    )
     return home / "tuned"
 
 

@@ -67,23 +67,27 @@ def test_row01_row03_killed_five_times_ends_bit_identical(home, tmp_path, straig
     assert_same_end(folder, straight, abstract)
 
 
-@pytest.mark.slow
+MOMENTS = [  # (what happens, the step that is then reached)
+    ("term:prepare", [0]),
+    ("term:compile", [1]),  # the step that it is compiled for is finished
+    ("term:commit,term:commit,term:commit", range(5, 11)),  # three signals during one save
+    ("term:evaluate", [20]),
+    ("hang@28:data", [27, 28]),  # and a signal from outside while the loop waits for data
+    ("term:evaluate", [40]),
+]
+
+
+@pytest.mark.parametrize(
+    "which", [(0, 2, 4), pytest.param(range(len(MOMENTS)), marks=pytest.mark.slow)], ids=str
+)
 def test_row04_row05_row06_stopped_at_every_moment_ends_bit_identical(
-    home, tmp_path, straight, abstract
+    which, home, tmp_path, straight, abstract
 ):
     folder = tmp_path / "run"
     # A cache of its own, so that there is data to prepare.
     cache = f"--config.data.cache={tmp_path}/cache"
-    moments = [  # (what happens, the step that is then reached)
-        ("term:prepare", [0]),
-        ("term:compile", [1]),  # the step that it is compiled for is finished
-        ("term:commit,term:commit,term:commit", range(5, 11)),  # three signals during one save
-        ("term:evaluate", [20]),
-        ("hang@28:data", [27, 28]),  # and a signal from outside while the loop waits for data
-        ("term:evaluate", [40]),
-    ]
     step = 0
-    for faults, steps in moments:
+    for faults, steps in (MOMENTS[i] for i in which):
         process = start(home, folder, cache, faults=faults)
         if "hang" in faults:
             wait(process, lambda: reached(folder, 25))

@@ -69,10 +69,10 @@ def test_outputs_are_the_bases_at_first_and_not_after(kind, family):
 def test_two_steps_move_all_of_the_adapter_and_nothing_else(kind, family):
     run = made(kind, family)
     current = run.state()
-    before = trees.unstack(current.params)
+    before = trees.unstack(jax.device_get(current.params))
     for seed in (0, 1):
         current, _ = run.step(current, tiny.batch(4, seed))
-    after = trees.unstack(current.params)
+    after = trees.unstack(jax.device_get(current.params))
     moving = {name for name in after if not np.array_equal(before[name], after[name])}
     assert moving == {
         name for name in after if adapters.wrapper.re.fullmatch(adapters.LEAVES, name)

@@ -45,7 +45,7 @@ def single_device(kind, family="bert"):
     [
         pytest.param(dict(fsdp=8), "lora", "bert", marks=pytest.mark.slow),
         (dict(data=2, fsdp=2, tensor=2), "dora", "bert"),
-        (dict(fsdp=2, tensor=4), "lora", "llama"),
+        pytest.param(dict(fsdp=2, tensor=4), "lora", "llama", marks=pytest.mark.slow),
         pytest.param(dict(fsdp=8), "dora", "bert", marks=pytest.mark.slow),
         pytest.param(dict(data=2, fsdp=2, tensor=2), "lora", "bert", marks=pytest.mark.slow),
         pytest.param(dict(data=2, fsdp=2, tensor=2), "dora", "gpt2", marks=pytest.mark.slow),

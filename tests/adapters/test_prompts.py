@@ -184,13 +184,13 @@ def made(kind, family="bert", **options):
 def test_two_steps_move_all_of_it_and_nothing_else(kind, family):
     run = made(kind, family)
     current = run.state()
-    before = trees.unstack(current.params)
+    before = trees.unstack(jax.device_get(current.params))
     for seed in (0, 1):
         batch = tiny.batch(4, seed)
         batch["segment_ids"] = jnp.minimum(batch["segment_ids"], 1)
         current, found = run.step(current, batch)
         assert float(found["skipped"]) == 0
-    after = trees.unstack(current.params)
+    after = trees.unstack(jax.device_get(current.params))
     moving = {name for name in after if not np.array_equal(before[name], after[name])}
     assert moving == {
         name for name in after if adapters.wrapper.re.fullmatch(adapters.LEAVES, name)
