@@ -233,6 +233,7 @@ ABLATIONS = [
     for name in (
         "depth.py:depth=6",
         "depth.py:tiny",
+        "in_context.py",
         "masking.py",
         "pretraining.py",
         "pretraining.py:more=books+minilm",

@@ -13,19 +13,19 @@ over the same words with nothing in them (`norm=gain`, or `sum` for the likelies
 head, LoRA and everything train for 100 steps, of 16 on 16 examples that are drawn by the seed, and
 of 32 on all. Docstrings are asked of a hundred held-out ones alone, evenly over all.
 
-The second command took 16 minutes on two cores beside other work (2026-11-23; accuracy in % of ten
-packages, mean and standard deviation of three seeds, without examples one; what is asked is the
-first hundred held-out docstrings, what is trained is measured on all 762):
+The second command took 17 minutes on two cores beside other work (2026-11-23; accuracy in % of 15
+packages, mean and standard deviation of three seeds, without examples one; what is trained is
+measured on all 762 held-out docstrings):
 
     examples               0            1            4            16            all
-    "… Package:"          2.0       8.0 ± 2.0    8.3 ± 0.6
-    "… This is in"        3.0      14.7 ± 3.1   12.0 ± 1.0
+    "… Package:"          8.0       9.7 ± 5.9   10.0 ± 4.4
+    "… This is in"       10.0      14.0 ± 2.6   11.7 ± 2.9
     the head                                                 23.0 ± 3.1    48.9 ± 0.3
     LoRA                                                     21.0 ± 2.2    56.3 ± 1.5
-    everything                                               21.1 ± 1.4    60.2 ± 0.4
+    everything                                               21.1 ± 1.4    60.2 ± 0.3
 
-In context it is at chance, though it has read these very documents; sixteen examples to train on
-double that, and all of them give six times as much.
+(The largest package is 15.5 %.) In context it cannot be told from chance, though such text is all
+that it has read; 16 examples to train on are above it, and all give 49 to 60.
 
 The last, of a GPT of 2.7 M parameters that had read 6.6 M tokens of books (--config.init), took
 about 25 minutes on two cores beside other work (2026-11-23; accuracy in % on the 872 sentences of
@@ -116,7 +116,7 @@ def get_expected(arg=None):
     arg = parse_arg(arg, **DEFAULTS)
     if (arg.task, arg.norm, arg.steps, arg.seeds) != ("docstrings", "gain", 100, 3):
         return []
-    rows = (("4 shots, template 1", 0.12), ("head, all", 0.489))
+    rows = (("4 shots, template 1", 0.117), ("head, all", 0.489))
     rows += (("lora, all", 0.563), ("full, all", 0.602))
     own = dict(seeds=(0, 1, 2), tolerance=0.04, budget=45)
     own |= dict(source="three seeds on two cores, 2026-11-23")
