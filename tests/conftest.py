@@ -3,6 +3,7 @@
 (Shapes and warnings: see `addopts` and `filterwarnings` in setup.cfg.)
 """
 
+import gc
 import os
 from importlib.metadata import version
 
@@ -23,6 +24,8 @@ import jax
 import pytest
 from common import CACHE
 
+# Tracing makes many objects and hardly any circles: looking for these took a tenth of the time.
+gc.set_threshold(100_000, 20, 50)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))

@@ -110,7 +110,7 @@ def test_every_key_of_every_file_refuses_what_it_cannot_hold(name):
 
 @pytest.mark.parametrize("name", SPECS)
 @given(given=st.data())
-@settings(max_examples=50, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 def test_any_text_for_any_key(name, given):
     key = given.draw(st.sampled_from(keys(name)))
     text = given.draw(TEXTS | near([str(defaults(name).get(key, ""))]))

@@ -110,7 +110,7 @@ def test_row42_scanned_and_unrolled_models_are_the_same(remat, family):
     close(current.params, after_two_steps(family)[0].params)
 
 
-@pytest.mark.parametrize("family", tiny.families("bert"))
+@pytest.mark.parametrize("family", tiny.families())
 def test_less_is_kept_for_the_backward_pass_and_no_number_changes(family):
     """By the compiler's count of temporaries, where layers are scanned: of unrolled ones a CPU's
     compiler finds out that what is computed again is what it has, and keeps it."""

@@ -156,7 +156,7 @@ LAYOUTS = (("data", 1), ("fsdp", 8)), (("data", 2), ("fsdp", 2), ("tensor", 2))
     "scheme, layout, family",
     [
         pytest.param("nf4", LAYOUTS[0], "bert", marks=pytest.mark.slow),
-        ("nf4", LAYOUTS[1], "bert"),
+        pytest.param("nf4", LAYOUTS[1], "bert", marks=pytest.mark.slow),
         pytest.param("nf4", LAYOUTS[1], "llama", marks=pytest.mark.slow),
         *(pytest.param("int8", layout, "bert", marks=pytest.mark.slow) for layout in LAYOUTS),
     ],
@@ -197,6 +197,7 @@ def test_a_step_keeps_no_whole_matrix():
     assert temporaries(6) - temporaries(2) < 0.2 * layer
 
 
+@pytest.mark.slow
 def test_dora_over_a_quantised_base_starts_as_the_base():
     dora = LORA | dict(dora=True)
     how = dict(name="nf4", targets=MATRICES)
@@ -311,6 +312,7 @@ def test_a_run_opens_as_it_was_trained_and_merges_into_a_whole_model(adapted):
     )
 
 
+@pytest.mark.slow
 def test_an_export_says_how_near_it_is_and_refuses_what_is_not(adapted, tmp_path, capsys):
     words = [f"--config.folder={adapted}", f"--config.output={tmp_path}/one"]
     export.run(configs.load(str(ROOT / "configs/export.py"), words), tmp_path)
