@@ -95,6 +95,7 @@ def get_config(arg=None):
     )
     config.arms = ()  # runs of one program: (("seed", (0, 1)), ("optim.lr", (1e-3, 3e-3))) are two
     config.ledger = ()  # measured after training: forgetting, memory, slices … (fmjax/ledger.py)
+    config.benchmarks = ()  # of each evaluation: {"name": "blimp", "path": …} (fmjax/exams.py)
     config.pretraining = {}  # what forgetting is measured on: keys of configs/evaluate.py
     config.objectives = dict(mlm=dict(weight=1.0, rate=0.15, mask="token", replace=(0.8, 0.1)))
 

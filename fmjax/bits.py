@@ -13,20 +13,21 @@ from fmjax.models import AnyModel
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def ready(params: Any, dtype: str, weights: str, tied: bool) -> Any:
-    """Layer by layer; matrices as products take them, once for all, and with them the table of the
-    tokens where it is one."""
+def ready(params: Any, dtype: str | None, weights: str, tied: bool) -> Any:
+    """Layer by layer; matrices as products in `dtype` take them, once for all (None: as they are),
+    and with them the table of the tokens where it is one."""
 
     def one(name, x):
         table = tied and name.endswith("token/embedding")
-        if not (table or name.endswith("/kernel")) or x.dtype != jnp.float32:
+        matrix = table or name.endswith("/kernel")
+        if dtype is None or not matrix or x.dtype != jnp.float32:
             return x
         if x.ndim != 2:  # of all experts
             return x.astype(dtype)
         if weights == "int8":
             packed = quantise.SCHEMES["int8"].pack(x.T if table else x)
             return precision.Rows(packed["codes"].T, packed["scales"])
-        return x if dtype == "float32" else precision.Rows((x if table else x.T).astype(dtype))
+        return precision.Rows((x if table else x.T).astype(dtype))
 
     flat = trees.flatten(trees.restack(params, None))
     return trees.unflatten({name: one(name, x) for name, x in flat.items()})

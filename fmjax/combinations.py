@@ -3,9 +3,9 @@
 Asked after `fmjax.rules`, so each value is of its kind, and before jax is imported.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fmjax import rules
@@ -62,14 +62,17 @@ def _check_benchmarks(asked: Sequence[Mapping[str, Any]]) -> None:
             if name not in keys:
                 raise ConfigError(f"{key} has {name!r}.{did_you_mean(name, keys)}")
         if given.get("name") not in possible:
+            name = quoted(given.get("name"))
             hint = did_you_mean(str(given.get("name")), possible)
-            raise ConfigError(f"{key}.name={given.get('name')!r} cannot be asked here.{hint}")
+            raise ConfigError(f"{key}.name={name} cannot be asked here.{hint}")
         if [one.get("name") for one in asked].count(given["name"]) > 1:
             raise ConfigError(f"{key}.name={given['name']!r} is there twice: each has one metric")
         if not isinstance(given.get("limit", 0), int) or given.get("limit", 0) < 0:
-            raise ConfigError(f"{key}.limit={given['limit']!r}: give a whole number, 0 for all")
-        if not Path(given.get("path", "")).expanduser().exists() or not given.get("path"):
-            raise ConfigError(f"{key}.path={given.get('path', '')!r}: no such file or folder")
+            limit = quoted(given["limit"])
+            raise ConfigError(f"{key}.limit={limit}: give a whole number, 0 for all")
+        path = given.get("path", "")
+        if not (isinstance(path, str) and os.path.exists(os.path.expanduser(path))):
+            raise ConfigError(f"{key}.path={quoted(path)}: no such file or folder")
 
 
 def _check_best(config: Mapping[str, Any]) -> None:

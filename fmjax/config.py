@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "best",
     "max_skipped",
     "ledger",
+    "benchmarks",
     "pretraining",
     "samples",
     "cache_prefix",

@@ -69,12 +69,12 @@ class Writer:
         # Layers one by one: a scan would copy all that they keep, and their parameters, each step.
         self.model = model.clone(stacks=None)
         plain = adapters.base(model) is model  # else an adapter may need the whole precision
-        dtype = model.cfg.dtype if plain else "float32"
+        half, cpu = model.cfg.dtype != "float32" or weights, jax.default_backend() == "cpu"
+        dtype = model.cfg.dtype if plain and (half or cpu) else None
         self.params = bits.ready(params, dtype, weights, getattr(model.cfg, "tied", True))
         # XLA:CPU's kernels for less than 32 bits want two rows: of a single one products take up to
         # ten times as long, and the cache is copied.
-        half = dtype != "float32" or weights
-        self.least = 2 if half and jax.default_backend() == "cpu" else 1
+        self.least = 2 if half and cpu and plain else 1
         self.facts = Facts(tuple(stop), tokens or model.cfg.vocab_size, prefix, first, cache)
 
     def __call__(

@@ -1,6 +1,6 @@
 """Questions that a run is asked each time it is evaluated: `config.benchmarks`.
 
-    config.benchmarks = ({"name": "blimp", "path": "blimp/", "limit": 20}, {"name": "lambada", …})
+    --config.benchmarks="({'name': 'blimp', 'path': 'blimp/', 'limit': 20}, {'name': 'lambada', …})"
 
 Each has the keys of `config.benchmark` in configs/fewshot.py, asked behind no examples. What is
 found stands among the validation metrics, as validation/blimp/accuracy.

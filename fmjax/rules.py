@@ -297,6 +297,10 @@ LEDGER = Check(
     lambda v: _is_texts(v) and set(v) <= {"forgetting", "memory", "samples", "slices"},
     "a tuple with any of 'forgetting', 'memory', 'samples' and 'slices'",
 )
+EXAMS = Check(
+    lambda v: isinstance(v, tuple) and all(isinstance(x, Mapping) for x in v),
+    "questions, ({'name': 'blimp', 'path': 'blimp/'},)",
+)
 REGEX = Check(is_regex, "a regular expression")
 DURATION = Check(_is_period, "a duration: 1500, '1500 steps', '3 epochs', '10M tokens' or '10%'")
 DURATIONS = Check(
@@ -366,6 +370,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"optim\.name", NAME),
     ("arms", ARMS),
     ("ledger", LEDGER),
+    ("benchmarks", EXAMS),
     (r"(samples\.)?(count|length)", _whole(1, 2**20)),
     (r"samples\.top_k", POSITIVE),
     (r"(samples\.)?temperature", NON_NEGATIVE),

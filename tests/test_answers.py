@@ -44,12 +44,11 @@ def trained(tmp_path_factory):
     good = dict(sentence_good="It is.", sentence_bad="It are.", UID="agreement")
     (folder / "blimp.jsonl").write_text("\n".join([json.dumps(good)] * 3))
     (folder / "dev.tsv").write_text("sentence\tlabel\nfine\t1\nbad\t0\n")
-    config = configs.load(f"{ROOT}/configs/clm.py:tiny", ["--config.ledger=()"])
     asked = {"name": "blimp", "path": str(folder / "blimp.jsonl"), "limit": 2}
-    with config.unlocked():
-        config.benchmarks = (asked, {"name": "sst2", "path": str(folder / "dev.tsv")})
-    config.total, config.eval_every, config.log_every = "4 steps", 2, 2
-    config.best = "validation/blimp/accuracy"
+    asked = (asked, {"name": "sst2", "path": str(folder / "dev.tsv")})
+    words = ["ledger=()", "total=4", "eval_every=2", "log_every=2", f"benchmarks={asked!r}"]
+    words.append("best=validation/blimp/accuracy")
+    config = configs.load(f"{ROOT}/configs/clm.py:tiny", [f"--config.{word}" for word in words])
     train.run(config, folder / "run")
     return folder, config
 
@@ -87,6 +86,8 @@ def test_sums_in_words_are_answered(trained, capsys):
         ({"name": "blump"}, r"benchmarks.0..name='blump'.*Did you mean 'blimp'"),
         ({"name": "blimp", "paht": "x"}, "has 'paht'.*Did you mean 'path'"),
         ({"name": "blimp", "path": "nowhere"}, "no such file or folder"),
+        ({"name": "blimp", "path": 3}, "path=3: no such file or folder"),
+        ({"name": ["blimp"]}, "name=.'blimp'.* cannot be asked here"),
         ({"name": "blimp", "path": ".", "limit": "20"}, "limit='20': give a whole number"),
         ({"name": "gsm8k", "path": "x"}, "name='gsm8k' cannot be asked here"),
     ],
