@@ -179,7 +179,8 @@ def _curve(line: Series, px, py, bottom: float, x: str) -> list[str]:
 
 
 def _names(lines: list[Series], px, py, sides: tuple[float, float]) -> list[str]:
-    """The names beside their first points, each where it is clear of those before, if it can be."""
+    """The names beside their first points, each where it is clear of those before; where no place
+    is, only the point itself tells its name, under the pointer."""
     parts, taken = [], []
     dots = [(px(x), py(y)) for line in lines for x, y in line.points[:1] if math.isfinite(y)]
     for line in lines:
@@ -192,7 +193,9 @@ def _names(lines: list[Series], px, py, sides: tuple[float, float]) -> list[str]
         inside = [place for place in places if sides[0] <= place[0] <= sides[1] - width]
         boxes = [(a, b - 9, a + width, b + 1) for a, b in inside or places]
         others = [dot for dot in dots if dot != (at, level)]
-        box = next((box for box in boxes if _clear(box, taken, others)), boxes[0])
+        box = next((box for box in boxes if _clear(box, taken, others)), None)
+        if box is None:
+            continue
         taken.append(box)
         place = f'x="{box[0]:.1f}" y="{box[3] - 1:.1f}"'
         parts.append(f'<text class="name" {place}>{escape(line.name)}</text>')

@@ -238,7 +238,10 @@ def _against(points: Mapping[str, tuple], metric: str, words: str) -> str:
     named = {name for name, (x, y, *_) in points.items() if (x, y) in front or len(points) <= NAMED}
     series += [
         svg.Series(name if name in named else "", [(x, y)], 0, ((x, low, high),), label=True)
-        for name, (x, y, low, high) in points.items()
+        # Names of the front have the first choice of a place.
+        for name, (x, y, low, high) in sorted(
+            points.items(), key=lambda point: point[1][:2] not in front
+        )
     ]
     taken = [x for x, *_ in points.values()]
     title = f"{_last(metric)} and {words}"

@@ -118,3 +118,12 @@ def test_long_series_keep_their_spikes():
     ]
     assert min(heights) == 8  # The top of the axis, 50.
     assert any(text.get("class") == "bad" for text in figure.iter("text"))
+
+
+def test_names_that_have_no_place_are_told_by_the_point_alone():
+    close = [svg.Series(f"number {i}", [(0, 1 + i / 1000)], label=True) for i in range(20)]
+    apart = [svg.Series("apart", [(5, 9)], label=True)]
+    figure = svg.plot("many", close + apart)
+    names = [f">{one.name}</text>" in figure for one in close + apart]
+    assert names[0] and names[-1] and 1 < sum(names) < 12
+    assert all(f"<title>{one.name} " in figure for one in close + apart)
