@@ -49,8 +49,9 @@ class Writer:
 
     `weights` "int8" keeps matrices in eight bits, and multiplies in them: a quarter of the bytes,
     and nearly the same text. "" keeps them in the dtype that the model computes in, with the table
-    that gives the logits. `cache` "int8" keeps keys and values of what was seen in eight bits.
-    Raises ConfigError for other words, and for models that have no int8.
+    that gives the logits; on a CPU that is a copy, whatever the dtype. `cache` "int8" keeps keys
+    and values of what was seen in eight bits. Raises ConfigError for other words, and for models
+    that have no int8.
     """
 
     def __init__(
