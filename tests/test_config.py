@@ -440,7 +440,7 @@ CHECKS = [rule for _, rule in rules.RULES if isinstance(rule, rules.Check)]
 @pytest.mark.parametrize("value", [None, True, float("nan"), float("inf"), (), {}, "(", -2])
 @pytest.mark.parametrize("rule", CHECKS, ids=lambda rule: rule.words)
 def test_no_check_accepts_or_stumbles_over_nonsense(rule, value):
-    empty = rules.RANGES, rules.CLASSES, rules.ARMS, rules.LEDGER, rules.STOPS
+    empty = rules.RANGES, rules.CLASSES, rules.ARMS, rules.LEDGER, rules.STOPS, rules.EXAMS
     nothing = rule in empty and value == ()
     any_name = rule is rules.COLUMNS and value == "("
     either = rule is rules.BOOLEAN and isinstance(value, bool)
