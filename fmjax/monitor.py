@@ -215,6 +215,7 @@ class Monitor:
             return
         goals = self.run.objectives
         scores = [f"{goal.name}/{score}" for goal in goals for score in ("accuracy", *goal.scores)]
+        scores += [f"{one['name']}/accuracy" for one in self.run.config.get("benchmarks", ())]
         for name in ("loss", *scores):
             value = summary["metrics"].get(f"validation/{name}")
             if value is not None and not signal:

@@ -1,5 +1,7 @@
 """Answers that are written, and exams that are sat while a model is trained."""
 
+import contextlib
+import io
 import json
 
 import pytest
@@ -49,12 +51,13 @@ def trained(tmp_path_factory):
     words = ["ledger=()", "total=4", "eval_every=2", "log_every=2", f"benchmarks={asked!r}"]
     words.append("best=validation/blimp/accuracy")
     config = configs.load(f"{ROOT}/configs/clm.py:tiny", [f"--config.{word}" for word in words])
-    train.run(config, folder / "run")
-    return folder, config
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        train.run(config, folder / "run")
+    return folder, config, shown.getvalue()
 
 
 def test_exams_are_sat_with_each_evaluation(trained):
-    folder, _ = trained
+    folder, _, shown = trained
     lines = [json.loads(x) for x in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     found = {x["step"]: x for x in lines if "validation/blimp/accuracy" in x}
     assert sorted(found) == [2, 4]
@@ -65,10 +68,11 @@ def test_exams_are_sat_with_each_evaluation(trained):
     mean = json.loads(line)["metrics"]["accuracy"]["mean"]
     assert mean == found[4]["validation/blimp/accuracy"]
     assert found[4]["validation/sst2/accuracy"] in (0, 0.5, 1)
+    assert f"\nvalidation/blimp/accuracy {mean:.4f}\n" in shown
 
 
 def test_sums_in_words_are_answered(trained, capsys):
-    folder, _ = trained
+    folder, *_ = trained
     row = dict(question="What is 1 + 1?", answer="1 + 1 = 2\n#### 2")
     (folder / "gsm8k.jsonl").write_text("\n".join([json.dumps(row)] * 3))
     words = [f"--config.folder={folder / 'run'}", f"--config.benchmark.path={folder}/gsm8k.jsonl"]
@@ -93,7 +97,7 @@ def test_sums_in_words_are_answered(trained, capsys):
     ],
 )
 def test_exams_that_cannot_be_sat_are_refused_before_training(trained, given, words):
-    folder, config = trained
+    folder, config, _ = trained
     config = config.copy_and_resolve_references()
     config.benchmarks = (given,)
     with pytest.raises(ConfigError, match=words):
