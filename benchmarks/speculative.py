@@ -28,7 +28,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", required=True)
     parser.add_argument("--draft", required=True)
-    parser.add_argument("--prompts", required=True, help="a file with one at each line's begin")
+    parser.add_argument("--prompts", required=True, help="a text file, a prompt a line")
     parser.add_argument("--count", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
@@ -107,7 +107,8 @@ def theirs(flags: argparse.Namespace) -> dict:
     big, small = (load(x, dtype=torch.float32).eval() for x in (flags.folder, flags.draft))
     for model in (big, small):
         model.generation_config.eos_token_id = None
-    how = dict(do_sample=True, temperature=0.8) if flags.sampled else dict(do_sample=False)
+    how = dict(do_sample=flags.sampled)
+    how |= dict(temperature=0.8, top_k=0) if flags.sampled else {}  # else of the 50 likeliest
     how |= dict(max_new_tokens=flags.length, min_new_tokens=flags.length, pad_token_id=0)
 
     @torch.inference_mode()
