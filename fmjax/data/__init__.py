@@ -78,7 +78,7 @@ def prepare(
     data = settings.read(settings.DataSettings, data, "data")
     chosen = settings.read(settings.TokenizerSettings, tokenizer, "tokenizer")
     root = cache.root(data.cache)
-    source = sources.read(data, log)
+    source = sources.read(data, log, poll)
     words = tokenizers.prepare(chosen, source, root, log, poll)
 
     if data.labelled:

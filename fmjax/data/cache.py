@@ -54,12 +54,13 @@ def digest(value) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
-def file_digest(path: Path) -> str:
-    """xxh3_128 of a file, read in pieces."""
+def file_digest(path: Path, poll: Callable[[], None] = lambda: None) -> str:
+    """xxh3_128 of a file, read in pieces; `poll` is called after each and may raise."""
     state = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while piece := file.read(1 << 22):
             state.update(piece)
+            poll()
     return state.hexdigest()
 
 

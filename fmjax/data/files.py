@@ -1,4 +1,4 @@
-"""Files to records: txt, jsonl, json (an array, or SQuAD's), csv, tsv, conll, parquet.
+"""Files to records: txt, jsonl, json (an array, one a line, or SQuAD's), csv, tsv, conll, parquet.
 
 Errors name the line. All but parquet may be gzipped. What is accepted: UTF-8 with or without a
 byte-order mark, lines that end in LF or CRLF, form feeds and U+2028 inside a line. What is a bad
@@ -7,17 +7,32 @@ CSV, a value of another kind than its column needs. In tsv a quotation mark is a
 other (as its registration with IANA says). Memory is bounded, whatever a file unpacks to.
 """
 
-import glob
+import functools
 import gzip
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fmjax.data import readers
+from fmjax.data import digests, json_files, parquet, patterns, readers
 from fmjax.data.records import Record
 from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError, DataError, did_you_mean, quoted
+
+READERS = {
+    ".txt": readers.txt,
+    ".text": readers.txt,
+    ".md": readers.txt,
+    ".jsonl": readers.jsonl,
+    ".ndjson": readers.jsonl,
+    ".json": json_files.read,
+    ".csv": readers.delimited,
+    ".tsv": readers.delimited,
+    ".conll": readers.conll,
+    ".bio": readers.conll,
+    ".parquet": parquet.read,
+}
+ENDINGS = (*READERS, *(f"{ending}.gz" for ending in READERS))
 
 
 def expand(names: str | tuple[str, ...] | list[str], key: str) -> list[Path]:
@@ -31,21 +46,11 @@ def expand(names: str | tuple[str, ...] | list[str], key: str) -> list[Path]:
         path = Path(os.path.expanduser(name))
         # os.path: a Path raises for names that are too long.
         if any(mark in name for mark in "*?[") and not os.path.exists(path):
-            found = sorted(p for p in glob.glob(str(path), recursive=True) if os.path.isfile(p))
-            if not found:
-                raise ConfigError(f"config.{key}: the pattern {quoted(name)} matches no file.")
-            files += map(Path, found)
+            files += patterns.matches(path, key, ENDINGS)
         elif os.path.isfile(path):
             files.append(path)
-        elif os.path.isdir(path):
-            raise ConfigError(
-                f"config.{key}: {name!r} is a folder. Give files, or a pattern like '{name}/*.txt'."
-            )
         else:
-            near = os.listdir(path.parent) if os.path.isdir(path.parent) else []
-            raise ConfigError(
-                f"config.{key}: there is no file {quoted(name)}." + did_you_mean(path.name, near)
-            )
+            raise _no_file(path, name, key)
     if not files:
         raise ConfigError(f"config.{key}: {quoted(given)} names no file.")
     for path in files:
@@ -53,45 +58,63 @@ def expand(names: str | tuple[str, ...] | list[str], key: str) -> list[Path]:
     return files
 
 
-def records(files: list[Path], settings: DataSettings, key: str) -> Iterator[Record]:
-    """The records of `files`, in order; a file without any is a bad record itself."""
-    total = sum(path.stat().st_size for path in files) or 1
-    before = 0
-    for path in files:
+def _no_file(path: Path, name: str, key: str) -> ConfigError:
+    if os.path.isdir(path):
+        return ConfigError(
+            f"config.{key}: {name!r} is a folder. Give files, or a pattern like '{name}/*.txt'."
+        )
+    if os.path.lexists(path):
+        return ConfigError(f"config.{key}: {quoted(name)} is {patterns.kind_of(path)}, no file.")
+    try:
+        near = os.listdir(path.parent)
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        near = []
+    return ConfigError(
+        f"config.{key}: there is no file {quoted(name)}." + did_you_mean(path.name, near)
+    )
+
+
+def records(
+    files: list[Path],
+    settings: DataSettings,
+    key: str,
+    check: Callable[[Path], None] = lambda path: None,
+) -> Iterator[Record]:
+    """The records of `files`, in order; a file without any is a bad record itself.
+
+    `check` is called with a file's path after each block that is read of it, and may raise.
+    """
+    sizes = [_size(path, key) for path in files]
+    before, total = 0, sum(sizes) or 1
+    for path, size in zip(files, sizes, strict=True):
         found = False
         try:
-            for value, line, bad, read in _reader(path, key)(path, settings, key):
+            checked = functools.partial(check, path)
+            for value, line, bad, read in _reader(path, key)(path, settings, key, checked):
                 found = True
                 fields, excerpt = ({}, value) if bad else (value, "")
                 yield Record(fields, f"{path}:{line}", (before + read) / total, bad, excerpt)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{path}: not a whole gzip file ({error}); config.{key}") from error
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); config.{key}") from error
-        before += path.stat().st_size
+            raise digests.unreadable(path, error, key) from error
+        before += size
         if not found:
             yield Record({}, str(path), before / total, "the file holds no document")
 
 
+def _size(path: Path, key: str) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise digests.unreadable(path, error, key) from error
+
+
 def _reader(path: Path, key: str):
-    name = path.name.lower().removesuffix(".gz")
-    kinds = {
-        ".txt": readers.txt,
-        ".text": readers.txt,
-        ".md": readers.txt,
-        ".jsonl": readers.jsonl,
-        ".ndjson": readers.jsonl,
-        ".json": readers.whole_json,
-        ".csv": readers.delimited,
-        ".tsv": readers.delimited,
-        ".conll": readers.conll,
-        ".bio": readers.conll,
-        ".parquet": readers.parquet,
-    }
-    suffix = Path(name).suffix
-    if suffix not in kinds:
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix not in READERS:
         raise ConfigError(
             f"config.{key}: {path} has the unknown ending {suffix!r}. Possible: "
-            f"{', '.join(kinds)}, all but parquet also with .gz."
+            f"{', '.join(READERS)}, all but parquet also with .gz."
         )
-    return kinds[suffix]
+    return READERS[suffix]

@@ -4,32 +4,38 @@ Scripts in a repository are never run: `datasets` has no support for them any mo
 asks for it. Of the formats it reads, only those of text are let in.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 
 from fmjax.data import records as values
-from fmjax.data.records import EXCERPT, Record
+from fmjax.data.records import Record
 from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError, DataError, FmjaxError, did_you_mean
 
 FORMATS = ("arrow", "csv", "json", "parquet", "text")
 
 
-def records(settings: DataSettings, split: str) -> Iterator[Record]:
-    """The rows of one split of a hub dataset, or of a local folder laid out like one."""
+def records(
+    settings: DataSettings, split: str, check: Callable[[], None] = lambda: None
+) -> Iterator[Record]:
+    """The rows of one split of a hub dataset, or of a local folder laid out like one.
+
+    `check` is called after each batch that is read, and may raise.
+    """
     import datasets
 
     where = f"{settings.path}[{split}]"
     row = 0
     try:
         which = dict(name=settings.subset or None, revision=settings.revision or None)
-        _check_format(datasets.load_dataset_builder(settings.path, **which).name, where)
-        dataset = datasets.load_dataset(
-            settings.path, split=split, streaming=settings.streaming, **which
-        )
+        path = os.path.expanduser(settings.path)
+        _check_format(datasets.load_dataset_builder(path, **which).name, where)
+        dataset = datasets.load_dataset(path, split=split, streaming=settings.streaming, **which)
         _check_columns(dataset.features, settings, where)
         names = _class_names(dataset.features, settings)
         total = 0 if settings.streaming else len(dataset)
         for batch in dataset.select_columns(list(settings.schema)).iter(batch_size=256):
+            check()
             for found in zip(*(batch[column] for column in settings.schema), strict=True):
                 row += 1
                 fields, bad = _read(dict(zip(settings.schema, found, strict=True)), names, settings)
@@ -38,7 +44,7 @@ def records(settings: DataSettings, split: str) -> Iterator[Record]:
                     f"{where} row {row}",
                     row / (total or row),
                     bad,
-                    str(found[0])[:EXCERPT] if bad else "",
+                    values.excerpt(found[0]) if bad else "",
                 )
     except FmjaxError:
         raise

@@ -1,26 +1,22 @@
-"""Readers of one file each: (path, settings, key) to (fields, where, bad, bytes read).
+"""Readers of one file each: (path, settings, key, check) to (fields, where, bad, bytes read).
 
 `fields` are {column: value}, or an excerpt of what is bad; `where` is a line, a row or an id; `bad`
-says what is wrong, else ""; bytes are those of the file, packed.
+says what is wrong, else ""; bytes are those of the file, packed. `check` is called after each block
+that is read, and may raise: see digests.py. Others are in json_files.py and parquet.py.
 """
 
 import csv
-import gzip
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fmjax.data import lines
+from fmjax.data import json_text, lines
 from fmjax.data import records as values
 from fmjax.data.records import EXCERPT, MAX_RECORD_BYTES
 from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError, DataError, did_you_mean
 
-MAX_JSON_BYTES = 1 << 28  # of a file that is read whole; SQuAD 2.0 is 42 MB
-PARQUET_ROWS = 16  # in memory at a time: a text that is stored once may stand in every row
 
-
-def txt(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
+def txt(path: Path, settings: DataSettings, key: str, check: Callable) -> Iterator[tuple]:
     columns = list(settings.schema)
     if len(columns) != 1 or settings.labelled or settings.chat:
         raise ConfigError(
@@ -36,7 +32,7 @@ def txt(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
         elif any(text.strip() for text in kept):
             yield {columns[0]: "\n".join(kept)}, start, "", line.read
 
-    for line in lines.read(path):
+    for line in lines.read(path, check):
         if line.bad:
             yield line
         elif settings.document == "blank_line" and not line.text.strip():
@@ -54,8 +50,8 @@ def txt(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
     yield from document()
 
 
-def jsonl(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
-    for line in lines.read(path):
+def jsonl(path: Path, settings: DataSettings, key: str, check: Callable) -> Iterator[tuple]:
+    for line in lines.read(path, check):
         if line.bad:
             yield line
         elif line.text.strip():
@@ -66,111 +62,79 @@ def jsonl(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
 
 def _json_object(text: str) -> tuple[dict, str]:
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        record = json_text.loads(text)
+    except ValueError as error:
         return {}, f"not JSON ({error})"
     if not isinstance(record, dict):
         return {}, f"a JSON {type(record).__name__}, not an object"
     return record, ""
 
 
-def _check_columns(path: Path, settings: DataSettings, found: list[str]) -> None:
+def check_columns(path: Path, settings: DataSettings, names: list[str]) -> None:
+    """Raises ConfigError for a column of the config that a file does not have, DataError for one
+    that it has twice."""
     for column in settings.schema:
-        if column not in found:
+        if column not in names:
             raise ConfigError(
                 f"{settings.key_of(column)}={column!r} is no column of {path}."
-                + did_you_mean(column, found)
+                + did_you_mean(column, names)
+            )
+        if (count := names.count(column)) > 1:
+            times = "twice" if count == 2 else f"{count} times"
+            raise DataError(
+                f"{path}: the column {column!r} ({settings.key_of(column)}) is there {times}. Give "
+                "the others another name, or remove them."
             )
 
 
-def delimited(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
-    csv.field_size_limit(MAX_RECORD_BYTES)
-    bad_lines, last = [], None
-
-    def good_lines() -> Iterator[str]:
-        nonlocal last
-        for last in lines.read(path):
-            if last.bad:
-                bad_lines.append(last)
-            else:
-                yield last.text + "\n"
-
-    kind = dict(delimiter=",")
-    if ".tsv" in path.name.lower():
-        kind = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
-    reader = csv.reader(good_lines(), strict=True, **kind)
+def delimited(path: Path, settings: DataSettings, key: str, check: Callable) -> Iterator[tuple]:
     header = None
-    start = 1
-    while True:
-        bad, row = "", []
-        try:
-            row = next(reader)
-        except StopIteration:
-            yield from bad_lines
-            return
-        except csv.Error as error:
-            bad = f"not CSV ({error})"
-        yield from bad_lines
-        bad_lines.clear()
-        if header is None and row:
+    for row, first, bad, last in _rows(path, check):
+        if header is None:
+            if bad:
+                raise DataError(f"{path}:{first.number}: in the header: {bad}; config.{key}")
             header = row
-            _check_columns(path, settings, header)
-        elif row or bad:
-            if not bad and len(row) != len(header):
-                bad = f"{len(row)} fields, the header has {len(header)}"
-            fields = {}
-            if not bad:
-                fields, bad = values.read(dict(zip(header, row, strict=True)), settings.schema)
-            yield (",".join(row)[:EXCERPT] if bad else fields), start, bad, last.read
-        start = last.number + 1
+            check_columns(path, settings, header)
+            continue
+        if not bad and len(row) != len(header):
+            bad = f"{len(row)} fields, the header has {len(header)}"
+        fields = {}
+        if not bad:
+            fields, bad = values.read(dict(zip(header, row, strict=True)), settings.schema)
+        yield fields or first.text[:EXCERPT], first.number, bad, last.read
 
 
-def whole_json(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
-    """The objects of an array; or the questions of SQuAD's articles, versions 1 and 2, with the
-    columns `id`, `question`, `context` and `answers`, which are empty where a question cannot be
-    answered."""
-    with open(path, "rb") as raw:
-        file = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
-        content = file.read(MAX_JSON_BYTES + 1)
-        size = raw.tell()
-    lines.check_ratio(path, len(content), size)
-    if len(content) > MAX_JSON_BYTES:
-        raise DataError(
-            f"{path}: more than {MAX_JSON_BYTES:,} bytes of JSON, which are read whole. Write the "
-            f"records to jsonl, one a line; config.{key}"
-        )
-    excerpt = content[:EXCERPT].decode(errors="replace")
-    try:
-        found = json.loads(content.decode("utf-8-sig"))
-        word = "record" if isinstance(found, list) else "question"
-        found = found if isinstance(found, list) else list(_questions(found))
-    except (ValueError, RecursionError) as error:
-        yield excerpt, 1, f"not JSON ({error})", size
-        return
-    except (KeyError, TypeError) as error:
-        form = "{'data': [{'paragraphs': [{'context': …, 'qas': [{'question': …}]}]}]}"
-        wrong = f"no array, nor SQuAD's JSON, {form} ({error!r}); one record a line is jsonl"
-        yield excerpt, 1, wrong, size
-        return
-    for number, row in enumerate(found, 1):
-        bad = "" if isinstance(row, dict) else f"a JSON {type(row).__name__}, not an object"
-        fields, bad = ({}, bad) if bad else values.read(row, settings.schema)
-        named = row.get("id") if word == "question" else ""
-        where = named or f"{word} {number}"
-        yield str(row)[:EXCERPT] if bad else fields, where, bad, size * number // len(found)
+def _rows(path: Path, check: Callable) -> Iterator[tuple[list[str], lines.Line, str, lines.Line]]:
+    """(fields, first line, what is wrong, last line) of each row that is not empty. A bad line
+    within a row makes the whole row bad."""
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    dialect = {"delimiter": ","}
+    if ".tsv" in path.name.lower():
+        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    source = lines.read(path, check)
+    first = last = None
+    bad = ""
+
+    def texts() -> Iterator[str]:
+        """Those of one row, which goes on over several lines within quotes."""
+        nonlocal last, bad
+        yield first.text + "\n"
+        for last in source:
+            bad = bad or (last.bad and f"line {last.number}: {last.bad}")
+            yield last.text + "\n"
+
+    for first in source:
+        row, last, bad = [], first, first.bad
+        if not bad:
+            try:
+                row = next(csv.reader(texts(), strict=True, **dialect))
+            except csv.Error as error:
+                bad = bad or f"not CSV ({error})"
+        if row or bad:
+            yield row, first, bad, last
 
 
-def _questions(found: dict) -> Iterator[dict]:
-    for article in found["data"]:
-        for paragraph in article["paragraphs"]:
-            for asked in paragraph["qas"]:
-                none = {"answers": []} if asked.get("is_impossible") else {}
-                yield (
-                    {"question": asked["question"], "context": paragraph["context"]} | asked | none
-                )
-
-
-def conll(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
+def conll(path: Path, settings: DataSettings, key: str, check: Callable) -> Iterator[tuple]:
     """Sentences of "word TAB tag" lines with an empty line between: lists under the two columns
     that the config names. Where it names no label, a line may also be a word alone."""
     if settings.format != "tags":
@@ -191,7 +155,7 @@ def conll(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
             excerpt = " ".join(words)[:EXCERPT]
             yield (excerpt if wrong else fields), start, wrong, line.read
 
-    for line in lines.read(path):
+    for line in lines.read(path, check):
         if not line.bad and not line.text.strip():
             yield from sentence()
             words, tags, size, bad = [], [], 0, None
@@ -215,54 +179,3 @@ def conll(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
             words.append(fields[0])
             tags.append(fields[-1])
     yield from sentence()
-
-
-def parquet(path: Path, settings: DataSettings, key: str) -> Iterator[tuple]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        _check_columns(path, settings, file.schema_arrow.names)
-        for column, wanted in settings.schema.items():
-            kind = file.schema_arrow.field(column).type
-            if wanted in ("text", "filled") and not _is_text(kind):
-                raise DataError(
-                    f"{path}: column {column!r} ({settings.key_of(column)}) holds {kind}, not text."
-                )
-        groups = map(file.metadata.row_group, range(file.num_row_groups))
-        for part in (group.column(i) for group in groups for i in range(group.num_columns)):
-            lines.check_ratio(path, part.total_uncompressed_size, part.total_compressed_size)
-        row, unpacked, size, rows = 0, 0, path.stat().st_size, file.metadata.num_rows
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=list(settings.schema)):
-            # Text as bytes: pyarrow does not check that strings are UTF-8.
-            plain = lambda x: x.cast(pyarrow.large_binary()) if _is_text(x.type) else x
-            columns = {name: plain(batch.column(name)).to_pylist() for name in settings.schema}
-            for values_of_row in zip(*columns.values(), strict=True):
-                row, found = row + 1, dict(zip(columns, values_of_row, strict=True))
-                unpacked += sum(len(x) for x in found.values() if isinstance(x, bytes))
-                lines.check_ratio(path, unpacked, size)
-                found, bad = _decoded_values(found)
-                fields, bad = ({}, bad) if bad else values.read(found, settings.schema)
-                excerpt = str(next(iter(found.values())))[:EXCERPT]
-                yield excerpt if bad else fields, f"row {row}", bad, size * row // rows
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable as parquet ({error}); config.{key}") from error
-
-
-def _is_text(kind) -> bool:
-    import pyarrow
-
-    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-
-
-def _decoded_values(found: dict) -> tuple[dict, str]:
-    """The values with bytes as text, and what is wrong with the first of them that is no UTF-8."""
-    decoded = {}
-    for column, value in found.items():
-        decoded[column], bad = (
-            lines.decoded(value, len(value)) if isinstance(value, bytes) else (value, "")
-        )
-        if bad:
-            return decoded, bad
-    return decoded, ""

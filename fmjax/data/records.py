@@ -8,6 +8,7 @@ from fmjax.errors import quoted
 
 MAX_RECORD_BYTES = 1 << 24  # a long book is 4 MB
 EXCERPT = 1000  # characters of a bad record that quarantine keeps
+LIMIT_32 = 2.0**128 - 2.0**103  # from here on a number rounds to an infinity of 32 bits
 
 # What a column can be asked to hold, as messages name it.
 KINDS = {
@@ -16,7 +17,7 @@ KINDS = {
     "passage": "text or a list of texts",
     "targets": "text or a list of texts",
     "label": "text or a whole number",
-    "number": "a finite number",
+    "number": "a finite number of 32 bits",
     "labels": "a list of texts or whole numbers",
     "answers": "{'text': [...], 'answer_start': [...]}",
     "filled": "text that is not empty",
@@ -40,12 +41,22 @@ def read(found: dict[str, Any], schema: dict[str, str]) -> tuple[dict[str, Any],
     fields = {}
     for column, kind in schema.items():
         if column not in found:
-            names = ", ".join(map(repr, list(found)[:20]))
+            names = ", ".join(quoted(name, 80) for name in list(found)[:20])
             return {}, f"no column {column!r} (config.data.columns, config.data.label), but {names}"
         fields[column], bad = _value(found[column], kind)
         if bad:
             return {}, bad if len(schema) == 1 else f"column {column!r}: {bad}"
     return fields, ""
+
+
+def excerpt(value: Any) -> str:
+    """The beginning of what a bad record holds."""
+    if isinstance(value, bytes):
+        return value[:EXCERPT].decode(errors="replace")
+    try:
+        return str(value)[:EXCERPT]
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deeply to be shown"
 
 
 def fault(value: Any) -> str:
@@ -91,9 +102,9 @@ def _value(value: Any, kind: str) -> tuple[Any, str]:
     if kind == "number":
         try:
             number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        return number, "" if math.isfinite(number) else f"{value!r} is not {KINDS[kind]}"
+        return number, "" if abs(number) < LIMIT_32 else f"{quoted(value)} is not {KINDS[kind]}"
     return _answers(value)
 
 
@@ -108,7 +119,7 @@ def _answers(value: Any) -> tuple[Any, str]:
     texts, starts = value.get("text"), value.get("answer_start")
     if not (isinstance(texts, list | tuple) and isinstance(starts, list | tuple)):
         return None, bad
-    if len(texts) != len(starts) or not all(isinstance(i, int) and i >= 0 for i in starts):
+    if len(texts) != len(starts) or not all(type(i) is int and i >= 0 for i in starts):
         return None, bad
     wrong = next(filter(None, map(fault, texts)), "")
     return list(zip(starts, texts, strict=True)), wrong
@@ -135,7 +146,8 @@ def _message_fault(message: Any) -> str:
         return f"it is {_type(message)}, not {{'role': ..., 'content': ...}}"
     for key in ("role", "content"):
         if key not in message:
-            return f"it has no {key!r}, but {', '.join(map(repr, list(message)[:20]))}"
+            names = ", ".join(quoted(name, 80) for name in list(message)[:20])
+            return f"it has no {key!r}, but {names}"
     if message["role"] not in ROLES:
-        return f"the role {quoted(str(message['role']))} is none of {', '.join(ROLES)}"
+        return f"the role {quoted(message['role'])} is none of {', '.join(ROLES)}"
     return _value(message["content"], "filled")[1]

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import xxhash
 
 from fmjax import snapshot
-from fmjax.data import cache, files, hub, pycode, pydocs
+from fmjax.data import files, hub, patterns, pycode, pydocs
+from fmjax.data.digests import Digests
 from fmjax.data.records import Record
 from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError, DataError
@@ -48,10 +49,15 @@ class Source(NamedTuple):
 Parts = dict[str, Callable[[], Iterator[Record]]]
 
 
-def read(settings: DataSettings, log: Callable[[str], None]) -> Source:
-    """The source that `settings` describes; nothing but digests is read yet."""
+def read(
+    settings: DataSettings, log: Callable[[str], None], poll: Callable[[], None] = lambda: None
+) -> Source:
+    """The source that `settings` describes; nothing but digests is read yet.
+
+    `poll` is called often, also while documents are read, and may raise to stop.
+    """
     kinds = {"pydocs": _pydocs, "pycode": _pycode, "text": _text, "hub": _hub}
-    identity, parts = kinds[settings.source](settings, log)
+    identity, parts = kinds[settings.source](settings, log, poll)
     keys = ("validation_fraction", "max_documents", "on_bad_record")
     identity |= {key: getattr(settings, key) for key in keys}
     if settings.overlap != "keep":
@@ -139,7 +145,7 @@ def check_bad(where: str, bad: str, policy: str, count: int) -> None:
         )
 
 
-def _pydocs(settings: DataSettings, log) -> tuple[dict, Parts]:
+def _pydocs(settings: DataSettings, log, poll) -> tuple[dict, Parts]:
     names, label = settings.column_names, settings.label if settings.format == "classes" else ""
     if settings.labelled and settings.format not in ("classes", "texts"):
         raise ConfigError(
@@ -167,7 +173,7 @@ def _pydocs(settings: DataSettings, log) -> tuple[dict, Parts]:
     return identity, {"train": records}
 
 
-def _pycode(settings: DataSettings, log) -> tuple[dict, Parts]:
+def _pycode(settings: DataSettings, log, poll) -> tuple[dict, Parts]:
     if settings.labelled or settings.chat or len(settings.column_names) != 1:
         raise ConfigError(
             f"config.data.name='pycode' has documents in one column, but config.data.format="
@@ -182,25 +188,27 @@ def _pycode(settings: DataSettings, log) -> tuple[dict, Parts]:
     return {"pycode": pycode.digest()}, {"train": records}
 
 
-def _text(settings: DataSettings, log) -> tuple[dict, Parts]:
-    parts, digests = {}, {}
+def _text(settings: DataSettings, log, poll) -> tuple[dict, Parts]:
+    parts, contents = {}, {}
     for part in ("train", "validation"):
         if getattr(settings, part):
-            found = files.expand(getattr(settings, part), f"data.{part}")
-            parts[part] = functools.partial(files.records, found, settings, f"data.{part}")
-            digests[part] = [[path.suffixes, cache.file_digest(path)] for path in found]
+            key = f"data.{part}"
+            found = files.expand(getattr(settings, part), key)
+            digests = Digests(key, poll)
+            contents[part] = [[path.suffixes, digests.take(path)] for path in found]
+            parts[part] = functools.partial(files.records, found, settings, key, digests.check)
     return {
-        "text": digests,
+        "text": contents,
         "schema": list(settings.schema.items()),
         "document": settings.document,
     }, parts
 
 
-def _hub(settings: DataSettings, log) -> tuple[dict, Parts]:
-    folder = Path(os.path.expanduser(settings.path))
+def _hub(settings: DataSettings, log, poll) -> tuple[dict, Parts]:
+    folder, digests = Path(os.path.expanduser(settings.path)), Digests("data.path", poll)
     if os.path.isdir(folder):
-        found = sorted(path for path in folder.rglob("*") if path.is_file())
-        identity = {"hub": {str(p.relative_to(folder)): cache.file_digest(p) for p in found}}
+        found = patterns.tree(folder, "data.path")
+        identity = {"hub": {str(p.relative_to(folder)): digests.take(p) for p in found}}
     else:
         identity = {"hub": settings.path, "revision": settings.revision}
         if not snapshot.is_commit(settings.revision):
@@ -217,5 +225,6 @@ def _hub(settings: DataSettings, log) -> tuple[dict, Parts]:
         "schema": list(settings.schema.items()),
     }
     return identity, {
-        part: functools.partial(hub.records, settings, name) for part, name in splits.items()
+        part: functools.partial(hub.records, settings, name, digests.check_all)
+        for part, name in splits.items()
     }

@@ -1,0 +1,66 @@
+"""Digests of the files that data are made of, which must not change while they are read."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fmjax.data import cache
+from fmjax.errors import DataError
+
+GRAIN = 0.02  # seconds; a file system may note the time of a change in steps of a kernel's tick
+
+
+class Digests:
+    """Digests of files, by which their prepared form is stored; `key` is what named them.
+
+    A file that changes after its digest was taken would be stored under the digest of another
+    text, and every later run with that cache would train on it.
+    """
+
+    def __init__(self, key: str, poll: Callable[[], None] = lambda: None):
+        self._key, self._poll = key, poll
+        self._states: dict[Path, tuple] = {}
+
+    def take(self, path: Path) -> str:
+        """The digest of a file. Raises DataError where it cannot be read."""
+        try:
+            self._states[path] = _state(path)
+            digest = cache.file_digest(path, self._poll)
+        except OSError as error:
+            raise unreadable(path, error, self._key) from error
+        self.check(path)
+        return digest
+
+    def check(self, path: Path) -> None:
+        """Raises DataError if a file changed since its digest was taken, and polls."""
+        self._poll()
+        try:
+            changed = _state(path) != self._states[path]
+        except OSError as error:
+            raise unreadable(path, error, self._key) from error
+        if changed:
+            raise DataError(
+                f"{path}: changed while it was read. Start again when nothing writes to it any "
+                f"more; config.{self._key}"
+            )
+
+    def check_all(self) -> None:
+        """`check` of every file whose digest was taken."""
+        self._poll()
+        for path in self._states:
+            self.check(path)
+
+
+def unreadable(path: Path, error: OSError, key: str) -> DataError:
+    """The error for a file that the system does not let us read."""
+    return DataError(f"{path}: cannot be read ({error.strerror or error}); config.{key}")
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """What differs after a write: the size, and the times of the last change."""
+    found = os.stat(path)
+    age = time.time() - found.st_ctime
+    if 0 <= age < GRAIN:  # a change in the same step would not show
+        time.sleep(GRAIN - age)
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
