@@ -62,7 +62,7 @@ def quoted(value: object, most: int = 200) -> str:
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deeply; a whole number of too many digits
-        return f"a {type(value).__name__} too large to be shown"
+        text = f"a {type(value).__name__} too large to be shown"
     return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
 
 
@@ -74,13 +74,9 @@ def of_exit_code(code: int) -> type[FmjaxError]:
 
 def did_you_mean(given: str, possible: Iterable[str]) -> str:
     """A sentence naming near misses of `given`, and all possibilities when they are few."""
-    possible = sorted(_cut(str(name)) for name in possible)
-    close = difflib.get_close_matches(_cut(str(given)), possible, n=3, cutoff=0.6)
+    possible = sorted(str(name) for name in possible)
+    close = difflib.get_close_matches(str(given), possible, n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
     if len(possible) <= 20:
         hint += f" Possible: {', '.join(possible)}."
     return hint
-
-
-def _cut(name: str, most: int = 100) -> str:
-    return name if len(name) <= most else f"{name[:most]}…"

@@ -30,14 +30,14 @@ def write(folder: Path) -> None:
         body = {"format": FORMAT, "files": dict(zip(files, digests, strict=True))}
     temporary = folder / f"{NAME}.tmp"
     with temporary.open("wb") as file:
-        file.write(_seal(body))
+        file.write(sealed(body))
         file.flush()
         os.fsync(file.fileno())
     for directory, _, _ in os.walk(folder):
-        _sync_directory(directory)
+        sync(directory)
     temporary.rename(folder / NAME)
-    _sync_directory(folder)
-    _sync_directory(folder.parent)
+    sync(folder)
+    sync(folder.parent)
 
 
 def problems(folder: Path) -> list[str]:
@@ -48,9 +48,8 @@ def problems(folder: Path) -> list[str]:
     """
     try:
         raw = (folder / NAME).read_bytes()
-        body = json.loads(raw)
         # The digest covers the manifest's own bytes, so damage cannot pass as a newer format.
-        if raw != _seal({key: body[key] for key in body if key != "digest"}):
+        if (body := unsealed(raw)) is None:
             return [f"{NAME}: its bytes differ from its own digest"]
         check_format(int(body["format"]), folder)
         files = {name: (size, digest) for name, (size, digest) in body["files"].items()}
@@ -80,6 +79,22 @@ def problems(folder: Path) -> list[str]:
 def digest(folder: Path) -> str:
     """The digest of a manifest, which stands for the whole folder."""
     return json.loads((folder / NAME).read_bytes())["digest"]
+
+
+def sealed(body: dict) -> bytes:
+    """JSON of `body` with a digest of itself in it."""
+    digest = xxhash.xxh3_128(json.dumps(body).encode()).hexdigest()
+    return json.dumps({**body, "digest": digest}, indent=1).encode()
+
+
+def unsealed(raw: bytes) -> dict | None:
+    """The body that `sealed` wrote, None where its bytes have changed.
+
+    Raises ValueError, TypeError, AttributeError or RecursionError for what it cannot have written.
+    """
+    body = json.loads(raw)
+    body.pop("digest", None)
+    return body if raw == sealed(body) else None
 
 
 def check_format(saved: int, folder: Path) -> None:
@@ -113,13 +128,9 @@ def _digest(path: Path, sync: bool = False) -> list:
     return [size, digest.hexdigest()]
 
 
-def _seal(body: dict) -> bytes:
-    digest = xxhash.xxh3_128(json.dumps(body).encode()).hexdigest()
-    return json.dumps({**body, "digest": digest}, indent=1).encode()
-
-
-def _sync_directory(directory: str | Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: str | Path) -> None:
+    """Bring the content of a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -12,7 +12,6 @@ A template is a text with the names of columns in braces, behind which the answe
 | `rte`, `qnli`, `wnli` | first, second | whether the second follows, is the answer, is true |
 """
 
-import csv
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 from fmjax.choices import Item
 from fmjax.data import lines, sources
 from fmjax.data.settings import DataSettings, read
-from fmjax.errors import ConfigError, DataError
+from fmjax.errors import ConfigError, DataError, did_you_mean, quoted
 
 
 class Row(NamedTuple):
@@ -106,32 +105,26 @@ def check(template: str, columns: Sequence[str]) -> None:
 def glue(name: str, path: Path, limit: int = 0) -> Iterator[Row]:
     """The rows of a file of GLUE (.tsv). Raises DataError for one that is none of `name`."""
     kind, count = GLUE[name], 0
-    given = (line for line in lines.read(path))
-    texts = (_good(path, line) for line in given)
-    heads = list(kind.heads) or next(csv.reader(texts, **_TSV), [])
-    if missing := {*kind.columns.values(), kind.label} - set(heads):
+    texts = (line.text for line in lines.good(path, "benchmark.path"))
+    split = lambda text: text.split("\t")  # a quotation mark is a character like any other
+    heads = list(kind.heads) or next(map(split, texts), [])
+    used = [*kind.columns.values(), kind.label]
+    if missing := set(used) - set(heads):
         raise DataError(f"{path} is no file of {name!r}: it has no column {sorted(missing)[0]!r}.")
-    for number, values in enumerate(csv.reader(texts, **_TSV), 1):
+    if twice := [head for head in used if heads.count(head) > 1]:
+        raise DataError(f"{path} is no file of {name!r}: it has the column {twice[0]!r} twice.")
+    for number, values in enumerate(map(split, texts), 1):
         if limit and count == limit:
             return
         row = dict(zip(heads, values, strict=False))
         if len(values) != len(heads) or row[kind.label] not in kind.classes:
             raise DataError(
                 f"{path}: row {number} is none of {name!r}: {len(values)} columns of {len(heads)}, "
-                f"label {row.get(kind.label)!r} of {', '.join(kind.classes)}."
+                f"label {quoted(row.get(kind.label))} of {', '.join(kind.classes)}."
             )
         count += 1
         columns = {ours: row[theirs] for ours, theirs in kind.columns.items()}
         yield Row(columns, kind.classes.index(row[kind.label]), row.get(kind.group, ""))
-
-
-_TSV = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _good(path, line) -> str:
-    if line.bad:
-        raise DataError(f"{path}:{line.number}: {line.bad}")
-    return line.text
 
 
 def labelled(data: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[Row]]:
@@ -142,8 +135,13 @@ def labelled(data: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[Ro
     for document in sources.read(settings, print).documents():
         if document.split in found:
             fields = dict(document.fields)
-            label = names.index(str(fields.pop(settings.label)))
-            found[document.split].append(Row(fields, label))
+            label = str(fields.pop(settings.label))
+            if label not in names:
+                raise DataError(
+                    f"{document.where}: the label {quoted(label)} is none of the model's classes."
+                    + did_you_mean(label, names)
+                )
+            found[document.split].append(Row(fields, names.index(label)))
     return found
 
 

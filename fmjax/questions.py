@@ -10,7 +10,6 @@
 | `sst2`, … | a file of GLUE, .tsv | see fmjax/prompts.py, where templates say what is asked |
 """  # noqa: E501  a row of a table is one line
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Any
 
 from fmjax import prompts
 from fmjax.choices import Item
-from fmjax.data import lines
-from fmjax.errors import ConfigError, DataError
+from fmjax.data import json_text, lines
+from fmjax.errors import ConfigError, DataError, quoted
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
+EXCERPT = 200  # characters of an error that a message repeats
 
 
 def blimp(row: Mapping[str, Any]) -> Item:
@@ -60,7 +60,7 @@ def items(name: str, path: str | os.PathLike, limit: int = 0) -> list[Item]:
 
     Raises ConfigError where there is no file, and DataError for a row that is no item.
     """
-    home = Path(path).expanduser()
+    home = Path(os.path.expanduser(path))
     files = [home]
     if home.is_dir():
         files = sorted(file for file in home.iterdir() if file.name.endswith(SUFFIXES))
@@ -93,9 +93,10 @@ def asked(
         return {"": (items(name, path, limit), items(name, wanted["examples"]) if examples else [])}
     kind, rows = prompts.GLUE[name], []
     for file, most in ((path, limit), (wanted["examples"] if examples else None, 0)):
-        if file is not None and not Path(file).expanduser().is_file():
-            raise ConfigError(f"config.benchmark: no such file of {name!r}: {file!r}.")
-        rows.append(list(prompts.glue(name, Path(file).expanduser(), most)) if file else [])
+        file = file and Path(os.path.expanduser(file))
+        if file is not None and not file.is_file():
+            raise ConfigError(f"config.benchmark: no such file of {name!r}: {str(file)!r}.")
+        rows.append(list(prompts.glue(name, file, most)) if file else [])
     return prompted(*rows, templates or (kind.template,), words or kind.words, kind.classes)
 
 
@@ -119,25 +120,22 @@ def prompted(
 
 def _of_file(reader, name: str, file: Path, limit: int) -> Iterator[Item]:
     count = 0
-    for line in lines.read(file):
+    for line in lines.good(file, "benchmark.path"):
         if limit and count == limit:
             return
         where = f"{file}:{line.number}"
-        if line.bad:
-            raise DataError(f"{where}: {line.bad}")
-        if not line.text.strip():
-            continue
         try:
-            item = reader(json.loads(line.text))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            item = reader(json_text.loads(line.text))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(
-                f"{where} is no row of {name!r} ({type(error).__name__}: {error}); "
+                f"{where} is no row of {name!r} ({type(error).__name__}: {str(error)[:EXCERPT]}); "
                 "fmjax/questions.py lists what each has."
             ) from error
         texts = (item.context, *item.choices)
         if not all(isinstance(text, str) for text in texts) or not all(item.choices):
             raise DataError(f"{where}: a context and its choices are texts, choices of something.")
         if not 0 <= item.label < len(item.choices):
-            raise DataError(f"{where}: label {item.label} of {len(item.choices)} choices.")
+            label = quoted(item.label)
+            raise DataError(f"{where}: label {label} of {len(item.choices)} choices.")
         count += 1
         yield item

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 
 from fmjax import beams, evaluate, generate, pretrained, processes
-from fmjax.data import lines
+from fmjax.data import json_text, lines
 from fmjax.decoding import Writer
 from fmjax.errors import ConfigError, DataError
 from fmjax.sampling import Sampling
 
+EXCERPT = 200  # characters of an error that a message repeats
 FILE, TEXTS = "translate.jsonl", "translations.jsonl"
 ROUGE = ("rouge1", "rouge2", "rougeLsum")
 
@@ -69,30 +70,33 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
 def read(file: str, source: str, target: str, limit: int = 0) -> list[tuple[str, list[str]]]:
     """(source, its targets) of JSON lines: lists of sources are joined, as in training; several
     targets are as many references. Raises DataError for a row without them."""
-    path, pairs = Path(file).expanduser(), []
+    path, pairs = Path(os.path.expanduser(file)), []
     if not path.is_file():
         raise ConfigError(f"config.file={file!r}: no such file.")
-    for line in lines.read(path):
+    for line in lines.good(path, "file"):
         if limit and len(pairs) == limit:
             break
-        if line.bad or not line.text.strip():
-            if line.bad:
-                raise DataError(f"{path}:{line.number}: {line.bad}")
-            continue
         try:
-            row = json.loads(line.text)
+            row = json_text.loads(line.text)
             given, wanted = row[source], row[target] if target else []
         except (KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {str(error)[:EXCERPT]}"
             raise DataError(
-                f"{path}:{line.number} has no column {source!r} or {target!r} "
-                f"({type(error).__name__}: {error}): set config.source and config.target."
+                f"{path}:{line.number} has no column {source!r} or {target!r} ({reason}): set "
+                "config.source and config.target."
             ) from error
-        given = " ".join(given) if isinstance(given, list) else given
-        wanted = [wanted] if isinstance(wanted, str) else wanted
-        if not isinstance(given, str) or not all(isinstance(x, str) for x in wanted):
+        given, wanted = _texts(given), _texts(wanted)
+        if given is None or wanted is None:
             raise DataError(f"{path}:{line.number}: {source!r} and {target!r} are not texts.")
-        pairs.append((given, list(wanted)))
+        pairs.append((" ".join(given), wanted))
     return pairs
+
+
+def _texts(value: Any) -> list[str] | None:
+    """A text or several as a list, None where it is neither."""
+    texts = [value] if isinstance(value, str) else value
+    valid = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    return texts if valid else None
 
 
 def written(writer: Writer, prompts: Sequence[list[int]], config: Any) -> list[list[int]]:

@@ -184,7 +184,7 @@ def reseal(folder: Path, **changes) -> None:
     """A manifest with other content and a right digest, as anybody can make."""
     body = json.loads((folder / manifest.NAME).read_text())
     del body["digest"]
-    (folder / manifest.NAME).write_bytes(manifest._seal(body | changes))
+    (folder / manifest.NAME).write_bytes(manifest.sealed(body | changes))
 
 
 @pytest.mark.parametrize("name", ["../../private", "/dev/zero", "state/../../../private", ".."])

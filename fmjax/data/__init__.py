@@ -78,6 +78,7 @@ def prepare(
     data = settings.read(settings.DataSettings, data, "data")
     chosen = settings.read(settings.TokenizerSettings, tokenizer, "tokenizer")
     root = cache.root(data.cache)
+    cache.remove_leftovers(root)
     source = sources.read(data, log, poll)
     words = tokenizers.prepare(chosen, source, root, log, poll)
 
@@ -126,11 +127,11 @@ def _rows(root: Path, source, words, data, log, poll) -> tuple[Path, str, dict]:
         form += f"-{data.long}" + f"-{data.frame}" * (data.frame != "piece")
         form += f"-room{data.room}" if data.room else ""
     with cache.lock(root / f"{home.name}.lock", log, poll):
-        index = cache.verified(home / form, log)
+        index = cache.verified(home / form, log, poll)
         if index is None:
             shards = store.tokenise(home, source, words, data.workers, log, poll, write)
             index = cache.build(
-                home / form, lambda folder: _pack(folder, home, shards, words, data, poll)
+                home / form, lambda folder: _pack(folder, home, shards, words, data, poll), poll
             )
     return home, form, index
 

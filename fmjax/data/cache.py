@@ -3,6 +3,7 @@ preparer at a time.
 """
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import xxhash
 
+from fmjax import manifest
 from fmjax.errors import DataError, quoted
 
 INDEX = "index.json"
+TEMPORARY = ".tmp-"  # between the name of a folder that is being made and the process that does
 
 
 def root(cache: str = "") -> Path:
@@ -25,6 +28,8 @@ def root(cache: str = "") -> Path:
     name = cache or os.environ.get("FMJAX_CACHE") or "~/.cache/fmjax"
     folder = Path(os.path.expanduser(name))
     try:
+        if str(folder).startswith("~"):  # nothing that anybody would want a folder of this name for
+            raise ValueError("the system knows no home folder for this user")
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise DataError(
@@ -64,24 +69,34 @@ def file_digest(path: Path, poll: Callable[[], None] = lambda: None) -> str:
     return state.hexdigest()
 
 
-def build(folder: Path, write: Callable[[Path], dict]) -> dict:
+def build(
+    folder: Path, write: Callable[[Path], dict], poll: Callable[[], None] = lambda: None
+) -> dict:
     """Make `folder` whole or not at all: `write(temporary)` fills it and returns what its index
-    shall say.
+    shall say. The lock of the folder must be held.
 
-    The index adds the size and digest of every file, so a machine that lost power after the rename
-    is noticed too.
+    The index adds the size and digest of every file, and has one of its own, so a machine that lost
+    power after the rename is noticed too.
     """
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for path in folder.parent.glob(f"{glob.escape(folder.name)}{TEMPORARY}*"):  # of killed ones
+        shutil.rmtree(path, ignore_errors=True)
+    temporary = folder.with_name(f"{folder.name}{TEMPORARY}{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
         index = write(temporary)
         names = sorted(str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file())
-        files = {n: [(temporary / n).stat().st_size, file_digest(temporary / n)] for n in names}
+        files = {
+            n: [(temporary / n).stat().st_size, file_digest(temporary / n, poll)] for n in names
+        }
         index = index | {"files": files}
-        (temporary / INDEX).write_text(json.dumps(index, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged predecessor
+        (temporary / INDEX).write_bytes(manifest.sealed(index))
+        for path in (*(temporary / name for name in names), temporary / INDEX):
+            manifest.sync(path)
+        for place, _, _ in os.walk(temporary):
+            manifest.sync(place)
+        _remove(folder)  # a damaged predecessor
         temporary.rename(folder)
+        manifest.sync(folder.parent)
     except OSError as error:
         raise DataError(
             f"The cache folder {folder} cannot be written ({error.strerror or error}). "
@@ -92,23 +107,34 @@ def build(folder: Path, write: Callable[[Path], dict]) -> dict:
     return index
 
 
-def verified(folder: Path, log: Callable[[str], None]) -> dict | None:
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def verified(
+    folder: Path, log: Callable[[str], None], poll: Callable[[], None] = lambda: None
+) -> dict | None:
     """The index of `folder`, or None where it is missing or differs from its index in size or
-    digest.
+    digest, or the index from its own.
     """
     try:
-        index = json.loads((folder / INDEX).read_text())
+        index = manifest.unsealed((folder / INDEX).read_bytes())
+        if index is None:
+            raise ValueError(f"{INDEX} differs from its own digest")
         for name, (size, content) in index["files"].items():
             found = (folder / name).stat().st_size
             if found != size:
                 raise ValueError(f"{name} has {found} bytes instead of {size}")
-            if file_digest(folder / name) != content:
+            if file_digest(folder / name, poll) != content:
                 raise ValueError(f"{name} differs from its digest")
     except FileNotFoundError as error:
         if folder.exists():
             log(f"data: {folder} is incomplete ({error.filename} is missing); preparing it again")
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         log(f"data: {folder} is damaged ({error}); preparing it again")
         return None
     return index
@@ -140,10 +166,15 @@ def lock(path: Path, log: Callable[[str], None], poll: Callable[[], None]) -> It
         guard.release()
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed preparations left in `folder`. Call it with the lock held."""
-    for path in folder.glob("*.tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+def remove_leftovers(root: Path) -> None:
+    """Delete what killed preparations left in the cache folder, where nobody prepares the same."""
+    import filelock
+
+    for path in root.glob(f"*{TEMPORARY}*"):
+        name, _, _ = path.name.partition(TEMPORARY)
+        with contextlib.suppress(filelock.Timeout, OSError):
+            with filelock.FileLock(root / f"{name}.lock", timeout=0):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def reserve(file: Path) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fmjax.data import cache
+from fmjax.data import cache, lines
 from fmjax.errors import DataError
 
 GRAIN = 0.02  # seconds; a file system may note the time of a change in steps of a kernel's tick
@@ -24,21 +24,17 @@ class Digests:
 
     def take(self, path: Path) -> str:
         """The digest of a file. Raises DataError where it cannot be read."""
-        try:
+        with lines.readable(path, self._key):
             self._states[path] = _state(path)
             digest = cache.file_digest(path, self._poll)
-        except OSError as error:
-            raise unreadable(path, error, self._key) from error
         self.check(path)
         return digest
 
     def check(self, path: Path) -> None:
         """Raises DataError if a file changed since its digest was taken, and polls."""
         self._poll()
-        try:
+        with lines.readable(path, self._key):
             changed = _state(path) != self._states[path]
-        except OSError as error:
-            raise unreadable(path, error, self._key) from error
         if changed:
             raise DataError(
                 f"{path}: changed while it was read. Start again when nothing writes to it any "
@@ -50,11 +46,6 @@ class Digests:
         self._poll()
         for path in self._states:
             self.check(path)
-
-
-def unreadable(path: Path, error: OSError, key: str) -> DataError:
-    """The error for a file that the system does not let us read."""
-    return DataError(f"{path}: cannot be read ({error.strerror or error}); config.{key}")
 
 
 def _state(path: Path) -> tuple[int, int, int]:

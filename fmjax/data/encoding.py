@@ -9,7 +9,7 @@ from fmjax.data import spans
 from fmjax.data.settings import DataSettings
 from fmjax.data.sources import Document
 from fmjax.data.tokenizer import Prepared, encoder
-from fmjax.errors import DataError
+from fmjax.errors import DataError, quoted
 
 NONE = -1  # a token that has no label: a later piece of a word, [CLS], [SEP], padding
 UNKNOWN = -2  # the first piece of a word whose label the data do not have
@@ -152,9 +152,9 @@ class Reader:
                 )
             return _first_pieces(encodings[0].word_ids, label)
         if settings.format == "choices" and label is not None:
-            if not (label.isdecimal() and int(label) < len(encodings)):
+            if not (label.isdecimal() and len(label) < 10 and int(label) < len(encodings)):
                 raise DataError(
-                    f"{document.where}: the label {label!r} is no number of a choice, 0 to "
+                    f"{document.where}: the label {quoted(label)} is no number of a choice, 0 to "
                     f"{len(encodings) - 1} (config.data.label)."
                 )
             return int(label)

@@ -8,16 +8,14 @@ other (as its registration with IANA says). Memory is bounded, whatever a file u
 """
 
 import functools
-import gzip
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fmjax.data import digests, json_files, parquet, patterns, readers
+from fmjax.data import json_files, lines, parquet, patterns, readers
 from fmjax.data.records import Record
 from fmjax.data.settings import DataSettings
-from fmjax.errors import ConfigError, DataError, did_you_mean, quoted
+from fmjax.errors import ConfigError, did_you_mean, quoted
 
 READERS = {
     ".txt": readers.txt,
@@ -84,30 +82,21 @@ def records(
 
     `check` is called with a file's path after each block that is read of it, and may raise.
     """
-    sizes = [_size(path, key) for path in files]
+    sizes = []
+    for path in files:
+        with lines.readable(path, key):
+            sizes.append(path.stat().st_size)
     before, total = 0, sum(sizes) or 1
     for path, size in zip(files, sizes, strict=True):
-        found = False
-        try:
-            checked = functools.partial(check, path)
+        empty, checked = True, functools.partial(check, path)
+        with lines.readable(path, key):
             for value, line, bad, read in _reader(path, key)(path, settings, key, checked):
-                found = True
+                empty = False
                 fields, excerpt = ({}, value) if bad else (value, "")
                 yield Record(fields, f"{path}:{line}", (before + read) / total, bad, excerpt)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"{path}: not a whole gzip file ({error}); config.{key}") from error
-        except OSError as error:
-            raise digests.unreadable(path, error, key) from error
         before += size
-        if not found:
+        if empty:
             yield Record({}, str(path), before / total, "the file holds no document")
-
-
-def _size(path: Path, key: str) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise digests.unreadable(path, error, key) from error
 
 
 def _reader(path: Path, key: str):

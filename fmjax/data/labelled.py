@@ -13,8 +13,7 @@ is an error, not a new class.
 """
 
 import contextlib
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,11 @@ from fmjax.data.settings import DataSettings
 from fmjax.data.sources import Document, Source
 from fmjax.data.tokenizer import Prepared
 from fmjax.data.vocabulary import Vocab
-from fmjax.errors import DataError, did_you_mean
+from fmjax.errors import DataError, did_you_mean, quoted
 
 VERSION = 5  # of what a folder holds; raise it when the same records give other files
-CHUNK = 1000  # examples that are tokenised at once
+CHUNK, CHUNK_CHARACTERS = 1000, 1 << 20  # of examples that are tokenised at once
+MAX_DIGITS = 1000  # of names of classes that are sorted as numbers; Python's int() has a limit
 
 
 class ExampleSplit:
@@ -141,10 +141,10 @@ def prepare(
     identity |= {"classes": list(settings.classes), "columns": settings.column_names}
     home = root / f"examples-{cache.digest(identity)}"
     with cache.lock(root / f"{home.name}.lock", log, poll):
-        index = cache.verified(home, log)
+        index = cache.verified(home, log, poll)
         if index is None:
             write = lambda folder: _write(folder, source, words, settings, log, poll)
-            index = cache.build(home, write)
+            index = cache.build(home, write, poll)
     return home, index
 
 
@@ -158,7 +158,7 @@ def _write(folder: Path, source: Source, words: Prepared, settings, log, poll) -
         bad = 0
         with progress.part(log) as show:
             documents = iter(source.documents())
-            while chunk := list(itertools.islice(documents, CHUNK)):
+            while chunk := _chunk(documents):
                 poll()
                 bad += store.write_bad(folder, chunk)
                 splits["train"].lost[store.OVERLAP] += store.overlapping(chunk)
@@ -171,8 +171,19 @@ def _write(folder: Path, source: Source, words: Prepared, settings, log, poll) -
                     f"data: tokenised {sum(w.rows for w in splits.values()):,} examples",
                 )
         names = _class_names(settings, splits)
-        counts = {k: writer.finish(names, settings.seq_len) for k, writer in splits.items()}
+        counts = {k: writer.finish(names, settings.seq_len, poll) for k, writer in splits.items()}
     return {"counts": counts, "bad_records": bad, "labels": names}
+
+
+def _chunk(documents: Iterator[Document]) -> list[Document]:
+    """The next documents that are tokenised at once: less than a second's work."""
+    chunk, characters = [], 0
+    for document in documents:
+        chunk.append(document)
+        characters += len(document.text)
+        if len(chunk) == CHUNK or characters >= CHUNK_CHARACTERS:
+            break
+    return chunk
 
 
 class _Writer:
@@ -241,7 +252,7 @@ class _Writer:
                     self.first.setdefault(name, document.where)
         self.rows += 1
 
-    def finish(self, names: list[str], seq_len: int) -> dict:
+    def finish(self, names: list[str], seq_len: int, poll: Callable[[], None]) -> dict:
         np.save(self.folder / f"{self.split}.ends.npy", np.array(self.ends, np.int64))
         if self.labels:
             if self.settings.format == "seq2seq":
@@ -257,7 +268,7 @@ class _Writer:
         rows, target_len = self.rows, self.settings.target_len or seq_len
         if self.settings.pack:
             both = np.array(self.ends), label_ends if self.labels else np.zeros(rows + 1, np.int64)
-            first = _joined(both, (seq_len, target_len))
+            first = _joined(both, (seq_len, target_len), poll)
             np.save(self.folder / f"{self.split}.rows.npy", first)
             rows = len(first) - 1
         return {
@@ -274,11 +285,14 @@ class _Writer:
         }
 
 
-def _joined(ends: Sequence[np.ndarray], room: Sequence[int]) -> np.ndarray:
+def _joined(
+    ends: Sequence[np.ndarray], room: Sequence[int], poll: Callable[[], None]
+) -> np.ndarray:
     """[R + 1], the first example of each row: as many neighbours as there is room for, of all
     kinds of tokens, of which `ends` [N + 1] say where each example starts."""
     first, number = [0], len(ends[0]) - 1
     while first[-1] < number:
+        poll()
         fits = (
             np.searchsorted(x, x[first[-1]] + most, "right")
             for x, most in zip(ends, room, strict=True)
@@ -292,19 +306,19 @@ def _class_names(settings: DataSettings, splits: dict[str, _Writer]) -> list[str
     train = splits["train"].first
     names = list(settings.classes)
     if not names:
-        numbers = all(name.isdecimal() for name in train)
+        numbers = all(name.isdecimal() and len(name) <= MAX_DIGITS for name in train)
         names = sorted(train, key=(lambda name: (int(name), name)) if numbers else None)
     for split, writer in splits.items():
         for name, where in writer.first.items():
             if name not in names:
                 source = "config.data.classes" if settings.classes else "the training split"
                 raise DataError(
-                    f"{where}: the label {name!r} of the {split} split is none of those of "
+                    f"{where}: the label {quoted(name)} of the {split} split is none of those of "
                     f"{source}." + did_you_mean(name, names)
                 )
     if settings.format in ("classes", "tags") and settings.label and len(names) < 2:
         raise DataError(
-            f"All examples have the label {names}: there is nothing to tell apart. See "
+            f"All examples have the label {quoted(names)}: there is nothing to tell apart. See "
             f"config.data.label={settings.label!r}."
         )
     return names

@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import gzip
 import io
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -74,6 +75,29 @@ def read(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[Line]
                 mark, line = mark_of(line), line.removeprefix(codecs.BOM_UTF8)
             text, bad = decoded(line, size, mark)
             yield Line(text, number, bad, raw.tell())
+
+
+def good(path: Path, key: str) -> Iterator[Line]:
+    """The lines of the file that `config.<key>` names, without empty ones. Raises DataError for a
+    line that is bad, and for a file that cannot be read."""
+    with readable(path, key):
+        for line in read(path):
+            if line.bad:
+                raise DataError(f"{path}:{line.number}: {line.bad}; config.{key}")
+            if line.text.strip():
+                yield line
+
+
+@contextlib.contextmanager
+def readable(path: Path, key: str) -> Iterator[None]:
+    """Turn the errors of a file that cannot be read into DataError; `config.<key>` named it."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: not a whole gzip file ({error}); config.{key}") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"{path}: cannot be read ({reason}); config.{key}") from error
 
 
 def check_ratio(path: Path, unpacked: int, packed: int) -> None:

@@ -71,10 +71,9 @@ def tokenise(
     `write`: what makes a shard (None: of texts), given its folder, those of the tokenizer, the size
     of the vocabulary, and documents.
     """
-    cache.remove_leftovers(folder)
-    whole = cache.verified(folder / "whole", log)
+    whole = cache.verified(folder / "whole", log, poll)
     if whole is not None:
-        indices = [cache.verified(folder / f"{i:05d}", log) for i in range(whole["shards"])]
+        indices = [cache.verified(folder / f"{i:05d}", log, poll) for i in range(whole["shards"])]
         if all(indices):
             return indices
     indices, tokens = [], 0
@@ -109,7 +108,7 @@ def _make(folder, source, tokenizer, workers, log, poll, write) -> Iterator[tupl
     if workers == 1:
         for shard, *job in jobs:
             poll()
-            index = cache.verified(shard, log) or write(shard, *job)
+            index = cache.verified(shard, log, poll) or write(shard, *job)
             yield index, job[-1][-1].done
         return
 
@@ -119,7 +118,7 @@ def _make(folder, source, tokenizer, workers, log, poll, write) -> Iterator[tupl
     try:
         for shard, *job in jobs:
             poll()
-            index = cache.verified(shard, log)
+            index = cache.verified(shard, log, poll)
             pending.append((index or _submit(pool, write, shard, *job), job[-1]))
             if len(pending) > 2 * workers:  # bounds the texts held in memory
                 yield _finished(*pending.popleft())

@@ -83,12 +83,11 @@ class Killed(Exception):
     pass
 
 
-def stop_after(polls):
-    """A `poll` that raises at its n-th call, as one does that finds a signal."""
-    left = iter(range(polls))
+def stop_after(number, tmp_path):
+    """A `poll` that raises once there are `number` shards, as one does that finds a signal."""
 
     def poll():
-        if next(left, None) is None:
+        if len(list(tmp_path.glob("cache/tokens-*/0*/index.json"))) == number:
             raise Killed
 
     return poll
@@ -97,7 +96,7 @@ def stop_after(polls):
 def test_an_interrupted_preparation_resumes_where_it_stopped(prepare, tmp_path, monkeypatch):
     straight = prepare(TEXT, cache=str(tmp_path / "straight"))
     with pytest.raises(Killed):
-        prepare(TEXT, poll=stop_after(5))
+        prepare(TEXT, poll=stop_after(5, tmp_path))
     done = {path: path.stat().st_mtime_ns for path in shards(tmp_path)}
     assert len(done) == 5
     resumed = prepare(TEXT)
