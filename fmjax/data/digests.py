@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from fmjax.data import cache, lines
@@ -18,21 +17,20 @@ class Digests:
     text, and every later run with that cache would train on it.
     """
 
-    def __init__(self, key: str, poll: Callable[[], None] = lambda: None):
-        self._key, self._poll = key, poll
+    def __init__(self, key: str):
+        self._key = key
         self._states: dict[Path, tuple] = {}
 
     def take(self, path: Path) -> str:
         """The digest of a file. Raises DataError where it cannot be read."""
         with lines.readable(path, self._key):
             self._states[path] = _state(path)
-            digest = cache.file_digest(path, self._poll)
+            digest = cache.file_digest(path)
         self.check(path)
         return digest
 
     def check(self, path: Path) -> None:
-        """Raises DataError if a file changed since its digest was taken, and polls."""
-        self._poll()
+        """Raises DataError if a file changed since its digest was taken."""
         with lines.readable(path, self._key):
             changed = _state(path) != self._states[path]
         if changed:
@@ -43,7 +41,6 @@ class Digests:
 
     def check_all(self) -> None:
         """`check` of every file whose digest was taken."""
-        self._poll()
         for path in self._states:
             self.check(path)
 

@@ -7,7 +7,6 @@ CSV, a value of another kind than its column needs. In tsv a quotation mark is a
 other (as its registration with IANA says). Memory is bounded, whatever a file unpacks to.
 """
 
-import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,10 +76,11 @@ def records(
     settings: DataSettings,
     key: str,
     check: Callable[[Path], None] = lambda path: None,
+    poll: Callable[[], None] = lambda: None,
 ) -> Iterator[Record]:
     """The records of `files`, in order; a file without any is a bad record itself.
 
-    `check` is called with a file's path after each block that is read of it, and may raise.
+    `poll`, and `check` with a file's path, are called after each block that is read, and may raise.
     """
     sizes = []
     for path in files:
@@ -88,7 +88,7 @@ def records(
             sizes.append(path.stat().st_size)
     before, total = 0, sum(sizes) or 1
     for path, size in zip(files, sizes, strict=True):
-        empty, checked = True, functools.partial(check, path)
+        empty, checked = True, lambda path=path: (poll(), check(path))
         with lines.readable(path, key):
             for value, line, bad, read in _reader(path, key)(path, settings, key, checked):
                 empty = False

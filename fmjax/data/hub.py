@@ -10,17 +10,22 @@ from collections.abc import Callable, Iterator
 from fmjax.data import records as values
 from fmjax.data.records import Record
 from fmjax.data.settings import DataSettings
+from fmjax.data.waiting import polled
 from fmjax.errors import ConfigError, DataError, FmjaxError, did_you_mean
 
+TEXTS = ("string", "large_string", "string_view")
 FORMATS = ("arrow", "csv", "json", "parquet", "text")
 
 
 def records(
-    settings: DataSettings, split: str, check: Callable[[], None] = lambda: None
+    settings: DataSettings,
+    split: str,
+    check: Callable[[], None] = lambda: None,
+    poll: Callable[[], None] = lambda: None,
 ) -> Iterator[Record]:
     """The rows of one split of a hub dataset, or of a local folder laid out like one.
 
-    `check` is called after each batch that is read, and may raise.
+    `poll` is called all the while, `check` after each batch that is read; both may raise.
     """
     import datasets
 
@@ -29,12 +34,15 @@ def records(
     try:
         which = dict(name=settings.subset or None, revision=settings.revision or None)
         path = os.path.expanduser(settings.path)
-        _check_format(datasets.load_dataset_builder(path, **which).name, where)
-        dataset = datasets.load_dataset(path, split=split, streaming=settings.streaming, **which)
+        builder = polled(lambda: datasets.load_dataset_builder(path, **which), poll)
+        _check_format(builder.name, where)
+        which |= dict(split=split, streaming=settings.streaming)
+        dataset = polled(lambda: datasets.load_dataset(path, **which), poll)
         _check_columns(dataset.features, settings, where)
         names = _class_names(dataset.features, settings)
         total = 0 if settings.streaming else len(dataset)
         for batch in dataset.select_columns(list(settings.schema)).iter(batch_size=256):
+            poll()
             check()
             for found in zip(*(batch[column] for column in settings.schema), strict=True):
                 row += 1
@@ -78,7 +86,7 @@ def _check_columns(features, settings: DataSettings, where: str) -> None:
                 + did_you_mean(column, features)
             )
         kind = getattr(features[column], "dtype", type(features[column]).__name__)
-        if wanted in ("text", "filled") and kind not in ("string", "large_string"):
+        if wanted in ("text", "filled") and kind not in TEXTS:
             raise DataError(
                 f"{where}: column {column!r} ({settings.key_of(column)}) holds {kind}, not text. "
                 "One record of another type makes `datasets` change the whole column."

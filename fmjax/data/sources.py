@@ -19,6 +19,7 @@ from fmjax.data import files, hub, patterns, pycode, pydocs
 from fmjax.data.digests import Digests
 from fmjax.data.records import Record
 from fmjax.data.settings import DataSettings
+from fmjax.data.waiting import polled
 from fmjax.errors import ConfigError, DataError
 
 MAX_BAD_RECORDS = 1000
@@ -44,9 +45,9 @@ class Source(NamedTuple):
 
 
 # What each kind of source gives: its identity, and for each of its parts ("train" and perhaps
-# "validation") a function that yields the records. Without a part "validation", the documents of
-# "train" are split by their hash.
-Parts = dict[str, Callable[[], Iterator[Record]]]
+# "validation") a function of `poll` that yields the records. Without a part "validation", the
+# documents of "train" are split by their hash.
+Parts = dict[str, Callable[[Callable[[], None]], Iterator[Record]]]
 
 
 def read(
@@ -57,12 +58,12 @@ def read(
     `poll` is called often, also while documents are read, and may raise to stop.
     """
     kinds = {"pydocs": _pydocs, "pycode": _pycode, "text": _text, "hub": _hub}
-    identity, parts = kinds[settings.source](settings, log, poll)
+    identity, parts = polled(lambda: kinds[settings.source](settings, log), poll)
     keys = ("validation_fraction", "max_documents", "on_bad_record")
     identity |= {key: getattr(settings, key) for key in keys}
     if settings.overlap != "keep":
         identity["overlap"] = settings.overlap
-    return Source(identity, lambda: _documents(settings, parts))
+    return Source(identity, lambda: _documents(settings, parts, poll))
 
 
 def split_of(text: str, fraction: float) -> str:
@@ -70,12 +71,14 @@ def split_of(text: str, fraction: float) -> str:
     return "validation" if _hash(text) < fraction * 2**64 else "train"
 
 
-def _documents(settings: DataSettings, parts: Parts) -> Iterator[Document]:
+def _documents(
+    settings: DataSettings, parts: Parts, poll: Callable[[], None]
+) -> Iterator[Document]:
     """The records of all parts with their splits; what is bad is judged by `on_bad_record`."""
-    bad, held = 0, _held(settings, parts)
+    bad, held = 0, _held(settings, parts, poll)
     for number, (part, records) in enumerate(parts.items()):
         taken, found = 0, False
-        for record in records():
+        for record in records(poll):
             done = (number + record.done) / len(parts)
             if record.bad:
                 bad += 1
@@ -106,11 +109,11 @@ def _documents(settings: DataSettings, parts: Parts) -> Iterator[Document]:
             )
 
 
-def _held(settings: DataSettings, parts: Parts) -> set[int]:
+def _held(settings: DataSettings, parts: Parts, poll: Callable[[], None]) -> set[int]:
     """Hashes of the validation texts that training must not have."""
     if settings.overlap == "keep":
         return set()
-    good = (record for record in parts["validation"]() if not record.bad)
+    good = (record for record in parts["validation"](poll) if not record.bad)
     taken = itertools.islice(good, settings.max_documents or None)
     return {_hash(_whole(record, settings)) for record in taken}
 
@@ -145,7 +148,7 @@ def check_bad(where: str, bad: str, policy: str, count: int) -> None:
         )
 
 
-def _pydocs(settings: DataSettings, log, poll) -> tuple[dict, Parts]:
+def _pydocs(settings: DataSettings, log) -> tuple[dict, Parts]:
     names, label = settings.column_names, settings.label if settings.format == "classes" else ""
     if settings.labelled and settings.format not in ("classes", "texts"):
         raise ConfigError(
@@ -153,11 +156,13 @@ def _pydocs(settings: DataSettings, log, poll) -> tuple[dict, Parts]:
             "package of a docstring), texts and chat. Set config.data.train to your own files."
         )
 
-    def records() -> Iterator[Record]:
+    def records(poll: Callable[[], None]) -> Iterator[Record]:
         if settings.chat:
-            rows = pydocs.conversations()
+            rows = polled(pydocs.conversations, poll)
+        elif settings.labelled:
+            rows = polled(pydocs.examples, poll)
         else:
-            rows = pydocs.examples() if settings.labelled else [(*x, "") for x in pydocs.texts()]
+            rows = [(*row, "") for row in polled(pydocs.texts, poll)]
         for i, (where, text, more) in enumerate(rows):
             fields = dict.fromkeys(names, text) | ({label: more} if label else {})
             if settings.chat:
@@ -173,28 +178,28 @@ def _pydocs(settings: DataSettings, log, poll) -> tuple[dict, Parts]:
     return identity, {"train": records}
 
 
-def _pycode(settings: DataSettings, log, poll) -> tuple[dict, Parts]:
+def _pycode(settings: DataSettings, log) -> tuple[dict, Parts]:
     if settings.labelled or settings.chat or len(settings.column_names) != 1:
         raise ConfigError(
             f"config.data.name='pycode' has documents in one column, but config.data.format="
             f"{settings.format!r} and columns={settings.columns!r}."
         )
 
-    def records() -> Iterator[Record]:
-        rows = pycode.texts()
+    def records(poll: Callable[[], None]) -> Iterator[Record]:
+        rows = polled(pycode.texts, poll)
         for i, (where, text) in enumerate(rows):
             yield Record({settings.column_names[0]: text}, where, i / len(rows))
 
     return {"pycode": pycode.digest()}, {"train": records}
 
 
-def _text(settings: DataSettings, log, poll) -> tuple[dict, Parts]:
+def _text(settings: DataSettings, log) -> tuple[dict, Parts]:
     parts, contents = {}, {}
     for part in ("train", "validation"):
         if getattr(settings, part):
             key = f"data.{part}"
             found = files.expand(getattr(settings, part), key)
-            digests = Digests(key, poll)
+            digests = Digests(key)
             contents[part] = [[path.suffixes, digests.take(path)] for path in found]
             parts[part] = functools.partial(files.records, found, settings, key, digests.check)
     return {
@@ -204,8 +209,8 @@ def _text(settings: DataSettings, log, poll) -> tuple[dict, Parts]:
     }, parts
 
 
-def _hub(settings: DataSettings, log, poll) -> tuple[dict, Parts]:
-    folder, digests = Path(os.path.expanduser(settings.path)), Digests("data.path", poll)
+def _hub(settings: DataSettings, log) -> tuple[dict, Parts]:
+    folder, digests = Path(os.path.expanduser(settings.path)), Digests("data.path")
     if os.path.isdir(folder):
         found = patterns.tree(folder, "data.path")
         identity = {"hub": {str(p.relative_to(folder)): digests.take(p) for p in found}}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fmjax import snapshot
-from fmjax.data import cache, tokenizer_training, vocabulary
+from fmjax.data import cache, lines, tokenizer_training, vocabulary
 from fmjax.data.settings import TokenizerSettings
 from fmjax.data.sources import Source
 from fmjax.data.vocabulary import Vocab
@@ -88,8 +88,9 @@ def _identity(settings: TokenizerSettings, source: Source) -> dict:
         return {"source": source.identity} | {key: getattr(settings, key) for key in keys}
     if os.path.isdir(os.path.expanduser(settings.name)):
         folder = snapshot.find(settings.name)
-        files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES)
-        return {"files": {path.name: cache.file_digest(path) for path in files}}
+        with lines.readable(folder, "tokenizer.name"):
+            files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES)
+            return {"files": {path.name: cache.file_digest(path) for path in files}}
     if settings.name.startswith((".", "/", "~")):
         raise ConfigError(f"config.tokenizer.name={quoted(settings.name)}: no such folder.")
     return {"name": settings.name, "revision": settings.revision}

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 
 import pyarrow
 import pyarrow.parquet
@@ -299,11 +298,3 @@ def test_row46_a_damaged_gzip_file(read, content):
 def test_row46_not_parquet(read):
     with pytest.raises(DataError, match="not readable as parquet"):
         read("a.parquet", b"PAR1 but no more")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
-def test_row44_a_file_that_may_not_be_read(read, tmp_path):
-    read("a.txt", "x")
-    (tmp_path / "a.txt").chmod(0)
-    with pytest.raises(DataError, match="cannot be read"):
-        read("b.txt", "x", train=str(tmp_path / "a.txt"))

@@ -1,0 +1,168 @@
+"""The cache folder: damage of every file is seen, killed preparations leave nothing behind."""
+
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+
+from fmjax import manifest, questions, translate
+from fmjax.data import cache
+from fmjax.errors import ConfigError, DataError
+
+
+def made(folder):
+    def write(temporary):
+        (temporary / "numbers").write_bytes(b"12345")
+        return {"counts": {"train": 3}, "labels": ["no", "yes"]}
+
+    return cache.build(folder, write)
+
+
+def test_the_index_is_read_as_it_was_written(tmp_path):
+    index = made(tmp_path / "home")
+    assert cache.verified(tmp_path / "home", pytest.fail) == index
+    assert index["files"] == {"numbers": [5, cache.file_digest(tmp_path / "home/numbers")]}
+
+
+@pytest.mark.parametrize("name", ["index.json", "numbers"])
+def test_every_flipped_bit_is_seen(tmp_path, name):
+    made(tmp_path / "home")
+    file, lines = tmp_path / "home" / name, []
+    content = file.read_bytes()
+    for bit in range(0, 8 * len(content), 3):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        assert cache.verified(tmp_path / "home", lines.append) is None, bit
+        assert "is damaged" in lines[-1] and len(lines[-1].splitlines()) == 1
+    file.write_bytes(content)
+    assert cache.verified(tmp_path / "home", lines.append)
+
+
+SHAPES = {
+    "list": [],
+    "number": 5,
+    "null": None,
+    "text": "x",
+    "no files": {},
+    "files a list": {"files": []},
+    "a file a number": {"files": {"a": 5}},
+    "a file without digest": {"files": {"a": [1]}},
+    "a file elsewhere": {"files": {"../../secret": [6, "00"]}},
+    "a name of no file": {"files": {"a\0b": [1, "00"]}},
+}
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_an_index_of_another_shape_is_made_again(tmp_path, shape, sealed):
+    home, lines = tmp_path / "home", []
+    before = made(home)
+    can_seal = sealed and isinstance(shape, dict)
+    raw = manifest.sealed(shape) if can_seal else json.dumps(shape).encode()
+    (home / cache.INDEX).write_bytes(raw)
+    assert cache.verified(home, lines.append) is None and len(lines) == 1
+    assert made(home) == before == cache.verified(home, pytest.fail)
+
+
+@pytest.mark.parametrize("place", ["file", "dead link", "folder as index", "nested", "not UTF-8"])
+def test_what_is_not_a_folder_with_an_index_is_made_again(tmp_path, place):
+    home = tmp_path / "home"
+    if place == "file":
+        home.write_text("a file in its place")
+    elif place == "dead link":
+        home.symlink_to("/nonexistent/x")
+    else:
+        made(home)
+        (home / cache.INDEX).unlink()
+        if place == "folder as index":
+            (home / cache.INDEX).mkdir()
+        else:
+            (home / cache.INDEX).write_bytes(b"[" * 100_000 if place == "nested" else b"\xff")
+    assert cache.verified(home, lambda line: None) is None
+    assert made(home) == cache.verified(home, pytest.fail)
+
+
+def test_a_file_that_a_bad_disk_does_not_give_is_made_again(tmp_path, monkeypatch):
+    made(tmp_path / "home")
+
+    def fail(path, poll):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(cache, "file_digest", fail)
+    lines = []
+    assert cache.verified(tmp_path / "home", lines.append) is None
+    assert "Input/output error" in lines[0] and "preparing it again" in lines[0]
+
+
+def test_flips_in_a_prepared_set_change_no_numbers(prepare, tmp_path):
+    words = {"vocab_size": 100, "kind": "char"}
+    rows = lambda dataset: dataset.splits["train"].rows(np.arange(len(dataset.splits["train"])))
+    first = prepare("ab. cd.\n\nef. gh.", tokenizer=words)
+    files = sorted(path for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock")
+    rng = random.Random(0)
+    for path in (path for path in files if path.is_file()):
+        content = bytearray(path.read_bytes())
+        if content:
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        lines = []
+        again = prepare("ab. cd.\n\nef. gh.", tokenizer=words, log=lines.append)
+        assert again.vocab.mask_id == first.vocab.mask_id and again.digest == first.digest
+        np.testing.assert_array_equal(rows(again)["input_ids"], rows(first)["input_ids"])
+
+
+def test_what_is_stored_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(manifest, "sync", lambda path: synced.append(os.fspath(path)))
+    made(tmp_path / "home")
+    temporary = f"{tmp_path}/home.tmp-{os.getpid()}"
+    inside = [f"{temporary}/numbers", f"{temporary}/index.json", temporary]
+    assert synced == [*inside, str(tmp_path)]
+
+
+# ---- killed preparations ----
+
+
+def test_leftovers_of_killed_preparations_are_removed(prepare, tmp_path):
+    prepare("a b.")
+    root = tmp_path / "cache"
+    (home,) = (path.name for path in root.glob("tokenizer-*") if path.is_dir())
+    dead = [f"{home}.tmp-1", f"{home}.tmp-77", "examples-0123456789abcdef.tmp-5"]
+    for name in dead:
+        (root / name / "files").mkdir(parents=True)
+        (root / name / "files" / "tokens").write_text("gigabytes")
+    prepare("a b.")
+    assert not list(root.glob("*.tmp-*"))
+
+
+def test_what_another_process_makes_right_now_is_left_alone(tmp_path):
+    making = tmp_path / "examples-0123456789abcdef.tmp-5"
+    making.mkdir()
+    with cache.lock(tmp_path / "examples-0123456789abcdef.lock", print, lambda: None):
+        cache.remove_leftovers(tmp_path)
+        assert making.is_dir()
+    cache.remove_leftovers(tmp_path)
+    assert not making.exists()
+
+
+# ---- a user without a home ----
+
+
+def test_a_user_that_the_system_does_not_know(tmp_path, monkeypatch):
+    """As in containers that run with any user id."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOME", "FMJAX_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    for folder in ("", "~/mine", "~nobody-of-this-name/x"):
+        with pytest.raises(DataError, match=r"no home folder.*config\.data\.cache or .FMJAX_CACHE"):
+            cache.root(folder)
+    with pytest.raises(ConfigError, match="no such file"):
+        questions.items("choices", "~/questions.jsonl")
+    with pytest.raises(ConfigError, match="no such file"):
+        translate.read("~/texts.jsonl", "source", "target")
+    assert not list(tmp_path.iterdir())
+    assert cache.root(str(tmp_path / "cache")).is_dir()
