@@ -125,7 +125,7 @@ def _of_file(reader, name: str, file: Path, limit: int) -> Iterator[Item]:
             return
         where = f"{file}:{line.number}"
         try:
-            item = reader(json_text.loads(line.text))
+            item = reader(json_text.record(line.text))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(
                 f"{where} is no row of {name!r} ({type(error).__name__}: {str(error)[:EXCERPT]}); "

@@ -77,7 +77,7 @@ def read(file: str, source: str, target: str, limit: int = 0) -> list[tuple[str,
         if limit and len(pairs) == limit:
             break
         try:
-            row = json_text.loads(line.text)
+            row = json_text.record(line.text)
             given, wanted = row[source], row[target] if target else []
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {str(error)[:EXCERPT]}"

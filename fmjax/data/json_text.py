@@ -19,6 +19,14 @@ def loads(text: str) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def record(text: str) -> dict[str, Any]:
+    """The object of a JSON text. Raises ValueError for any other text."""
+    value = loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON {type(value).__name__}, not an object")
+    return value
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
