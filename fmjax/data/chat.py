@@ -150,7 +150,7 @@ class Reader:
 
     def __init__(self, folder: Path, template: str):
         self._words, self._template = tokenizers.load(folder), template
-        self._encode = tokenizers.encoder(folder)
+        self._encode = tokenizers.encoder_of(self._words)
         self._encode.encode_special_tokens = False  # those of the template
         self._encode.post_processor = None  # which would trim the offsets of spaces
         added = self._words.added_tokens_decoder.values()

@@ -228,7 +228,9 @@ def _tokenised(encode, documents: list[Document], vocab_size: int) -> tuple[Shar
     tokens, ends, starts = [np.zeros(0, dtype)], [0], []
     empty = 0
     for part in _chunks(documents, ENCODE_CHARACTERS):
-        for document, encoding in zip(part, _encode(encode, part), strict=True):
+        texts, places = [d.text for d in part], [d.where for d in part]
+        encodings = encode.encode_records(texts, places, add_special_tokens=False)
+        for document, encoding in zip(part, encodings, strict=True):
             ids = np.array(encoding.ids, np.int64)
             if not ids.size:
                 empty += 1
@@ -244,15 +246,6 @@ def _tokenised(encode, documents: list[Document], vocab_size: int) -> tuple[Shar
             tokens.append(ids.astype(dtype))
     sentences = np.concatenate([*starts, [ends[-1]]]).astype(np.int64)
     return Shard(np.concatenate(tokens), np.array(ends, np.int64), sentences), empty, []
-
-
-def _encode(encode, documents: list[Document]) -> list:
-    try:
-        return encode.encode_batch([d.text for d in documents], add_special_tokens=False)
-    except Exception as error:  # the Rust library's own kinds
-        raise DataError(
-            f"The tokenizer failed on {documents[0].where} to {documents[-1].where}: {error}"
-        ) from error
 
 
 # A mark that ends a sentence, closing quotes, and white space before anything but a lower-case

@@ -74,20 +74,40 @@ def of(tokenizer, name: str) -> Vocab:
 def around(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What the tokenizer puts before and behind a text; where it leaves them open, its own tokens
     for that."""
-    whole = tokenizer("a")["input_ids"]
-    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-    starts = range(len(whole) - len(inner) + 1)
-    at = next(i for i in starts if whole[i : i + len(inner)] == inner)
-    first, last = whole[:at], whole[at + len(inner) :]
+    first, last = frame(tokenizer.backend_tokenizer)
     if not first and not last:
         first = _one_of(tokenizer.cls_token_id, tokenizer.bos_token_id)
-    last = last or _one_of(tokenizer.sep_token_id, tokenizer.eos_token_id)
-    return tuple(first), tuple(last)
+    return first, last or _one_of(tokenizer.sep_token_id, tokenizer.eos_token_id)
 
 
-def _one_of(*ids: int | None) -> list[int]:
+def frame(backend) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(ids before, ids behind) that the post-processor of a `tokenizers.Tokenizer` puts around a
+    text. No text is asked: an alphabet may lack any letter."""
+    processor = backend.post_processor
+    return _frame(json.loads(processor.__getstate__())) if processor else ((), ())
+
+
+def _frame(processor: dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    kind = processor["type"]
+    if kind == "Sequence":  # each around what the ones before it gave
+        first, last = (), ()
+        for inner in map(_frame, processor["processors"]):
+            first, last = inner[0] + first, last + inner[1]
+        return first, last
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        return (processor["cls"][1],), (processor["sep"][1],)
+    if kind == "TemplateProcessing":
+        ids = {name: token["ids"] for name, token in processor["special_tokens"].items()}
+        pieces = processor["single"]
+        text = next((i for i, piece in enumerate(pieces) if "Sequence" in piece), len(pieces))
+        tokens = lambda part: tuple(i for piece in part for i in ids[piece["SpecialToken"]["id"]])
+        return tokens(pieces[:text]), tokens(pieces[text + 1 :])
+    return (), ()  # ByteLevel, which trims offsets
+
+
+def _one_of(*ids: int | None) -> tuple[int, ...]:
     """The first that there is."""
-    return [i for i in ids if i is not None][:1]
+    return tuple(i for i in ids if i is not None)[:1]
 
 
 def _bytes(state: dict) -> Callable[[str], int] | None:
