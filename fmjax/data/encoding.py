@@ -12,7 +12,7 @@ from fmjax.data.tokenizer import Prepared, encoder
 from fmjax.errors import DataError
 
 NONE = -1  # a token that has no label: a later piece of a word, [CLS], [SEP], padding
-UNKNOWN = -2  # the first piece of a word whose label the data do not have
+UNKNOWN = -2  # and less: the first piece of word UNKNOWN - label, whose label nobody knows
 
 
 class Example(NamedTuple):
@@ -30,6 +30,7 @@ class Reader:
     def __init__(self, words: Prepared, settings: DataSettings):
         self.settings = settings
         self._encode = encoder(words.folder)
+        self._spaced = vocabulary.spaces_words(self._encode)
         self._template(words)
 
     def _template(self, words: Prepared) -> None:
@@ -100,6 +101,9 @@ class Reader:
             return [(values[0], choice) for choice in values[1]]
         if form == "seq2seq":
             return [self.settings.source_prefix + values[0]]
+        if form == "tags" and self._spaced:  # as they are read in a sentence
+            first, *rest = values[0]
+            return [[first, *(f" {word}" if word else word for word in rest)]]
         return values
 
     def _windows(self, documents: list[Document]) -> Iterator[list[Example]]:
@@ -143,9 +147,7 @@ class Reader:
         label = document.fields.get(settings.label)
         if settings.format == "tags":
             words = document.fields[settings.column_names[0]]
-            if label is None:
-                _check_pieces(encodings[0].word_ids, document)
-            label = [UNKNOWN] * len(words) if label is None else label
+            label = [UNKNOWN - i for i in range(len(words))] if label is None else label
             if len(words) != len(label):
                 raise DataError(
                     f"{document.where}: {len(words)} words but {len(label)} tags "
@@ -160,16 +162,6 @@ class Reader:
                 )
             return int(label)
         return label
-
-
-def _check_pieces(word_ids: list[int | None], document: Document) -> None:
-    """Refuses words of nothing that the tokenizer keeps, whose tags nobody could tell apart."""
-    present = {word for word in word_ids if word is not None}
-    if lost := sorted(set(range(max(present, default=0))) - present):
-        raise DataError(
-            f"{document.where}: the tokenizer keeps nothing of word {lost[0]}, which so gets no "
-            "tag: leave it out of config.data.columns' words."
-        )
 
 
 def _arrays(encoding: Any) -> tuple[np.ndarray, np.ndarray]:

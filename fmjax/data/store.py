@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fmjax import progress
-from fmjax.data import cache
+from fmjax.data import cache, vocabulary
 from fmjax.data.sources import Document, Source
 from fmjax.data.tokenizer import Prepared, encoder
 from fmjax.errors import DataError
@@ -235,11 +235,8 @@ def _tokenised(encode, documents: list[Document], vocab_size: int) -> tuple[Shar
             if not ids.size:
                 empty += 1
                 continue
-            if ids.max() >= vocab_size:
-                raise DataError(
-                    f"{document.where}: the tokenizer gives id {ids.max()}, its vocabulary has "
-                    f"{vocab_size}."
-                )
+            if problem := vocabulary.beyond(ids, vocab_size):
+                raise DataError(f"{document.where}: {problem}.")
             characters = np.array(encoding.offsets, np.int64)[:, 0]
             starts.append(ends[-1] + sentence_starts(document.text, characters))
             ends.append(ends[-1] + len(ids))

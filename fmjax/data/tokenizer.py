@@ -38,21 +38,29 @@ def prepare(
     root: Path,
     log: Callable[[str], None],
     poll: Callable[[], None],
+    rows: int | None = None,
 ) -> Prepared:
-    """Load or train the tokenizer, or reuse the one that the cache has."""
+    """Load or train the tokenizer, or reuse the one that the cache has.
+
+    `rows` is the number of ids that the model has embeddings of, None where it will have all.
+    """
     identity = {"version": 6, **_identity(settings, source)}
     home = root / f"tokenizer-{cache.digest(identity)}"
     with cache.lock(root / f"{home.name}.lock", log, poll):
         index = cache.verified(home, log)
         if index is None:
-            index = cache.build(home, lambda folder: _write(folder, settings, source, log))
+            index = cache.build(home, lambda folder: _write(folder, settings, source, log, poll))
     with np.load(home / "vocab.npz") as stored:
         tables = {name: stored[name] for name in stored.files}
     ids = index["vocab"]
     several = ("first", "last", "sentinels", "fim")
     given = {name: tuple(ids[name]) for name in several if ids[name] is not None}
     vocab = Vocab(**ids | given, **tables)
-    return Prepared(vocab, home / "files", index["files"][f"files/{FILE}"][1])
+    digest = index["files"][f"files/{FILE}"][1]
+    if rows is not None and rows < vocab.size:
+        added = encoder(home / "files").get_added_tokens_decoder()
+        vocab, digest = vocabulary.limited(vocab, rows, added), cache.digest([digest, rows])
+    return Prepared(vocab, home / "files", digest)
 
 
 def load(source: str | Path, revision: str = ""):
@@ -80,6 +88,12 @@ def load(source: str | Path, revision: str = ""):
             f"The tokenizer of {source} cannot be loaded: {reason(error)}{_missing(folder)}"
         ) from error
     return tokenizer
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """{name: digest} of the files of a tokenizer."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): cache.file_digest(path) for path in files}
 
 
 def encoder(folder: Path) -> Backend:
@@ -167,10 +181,10 @@ def _identity(settings: TokenizerSettings, source: Source) -> dict:
     return {"name": settings.name, "revision": settings.revision}
 
 
-def _write(folder: Path, settings: TokenizerSettings, source: Source, log) -> dict:
+def _write(folder: Path, settings: TokenizerSettings, source: Source, log, poll) -> dict:
     if settings.name == "train":
         log(f"tokenizer: training {settings.kind} with {settings.vocab_size} tokens")
-        trained, named = tokenizer_training.train(settings, source)
+        trained, named = tokenizer_training.train(settings, source, poll)
         tokenizer = _transformers().PreTrainedTokenizerFast(tokenizer_object=trained, **named)
     else:
         tokenizer = _load(settings)

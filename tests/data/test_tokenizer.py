@@ -19,7 +19,7 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fmjax import data, objectives
-from fmjax.data import chat, tokenizer, vocabulary
+from fmjax.data import chat, tokenizer, tokenizer_training, vocabulary
 from fmjax.errors import ConfigError, DataError
 
 # Words enough for a few merges, in 60 documents.
@@ -338,3 +338,63 @@ def test_older_files_alone_say_what_lacks(tmp_path, monkeypatch):
     (folder / "spiece.model").write_bytes(b"\n\x03abc")
     with pytest.raises(ConfigError, match="spiece.model but no tokenizer.json.*install sentenc"):
         tokenizer.load(folder)
+
+
+def test_training_texts_have_no_long_word():
+    most = tokenizer_training.MAX_WORD
+    pieces = lambda text: [*tokenizer_training.pieces(text)]
+    for short in ("", "a b", "x" * most, " " * most, "a b " * most):
+        assert pieces(short) == [short]
+    text = "a " + "x" * (2 * most + 1) + " b" + " " * (most + 1) + "c"
+    lengths = [2 + most, most, 1 + 2 + most, 1 + 1]
+    assert [len(piece) for piece in pieces(text)] == lengths
+    assert "".join(pieces(text)) == text
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+def test_a_long_word_is_trained_on_in_pieces(prepare, kind, monkeypatch):
+    """A trainer needs hours for a word of some hundred thousand characters."""
+    longest = 0
+    train = tokenizer_training._train
+
+    def measured(words, trainer, texts):
+        nonlocal longest
+        texts = [*texts]
+        longest = max(len(word) for text in texts for word in text.split())
+        train(words, trainer, iter(texts))
+
+    monkeypatch.setattr(tokenizer_training, "_train", measured)
+    letters = np.random.default_rng(0).choice([*"abcdefghij"], 20_000)
+    prepare(TEXT + "\n\n" + "".join(letters), {"kind": kind, "vocab_size": 400})
+    assert longest == tokenizer_training.MAX_WORD
+
+
+class Stopped(Exception):
+    """What a poll raises to stop."""
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram", "char"])
+def test_training_polls_for_each_document(prepare, kind):
+    polls = 0
+
+    def poll():
+        nonlocal polls
+        polls += 1
+        if polls == 30:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        prepare(TEXT, {"kind": kind, "vocab_size": 400}, poll=poll)
+    assert polls == 30
+
+
+class Fails:
+    """A tokenizer whose trainer fails as the library's do."""
+
+    def train_from_iterator(self, texts, trainer):
+        raise Exception("The vocabulary is not large enough\nfor characters")
+
+
+def test_documents_that_no_vocabulary_can_be_made_of():
+    with pytest.raises(DataError, match="No tokenizer can be trained.*large enough$"):
+        tokenizer_training._train(Fails(), None, iter(()))
