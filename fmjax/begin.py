@@ -35,6 +35,7 @@ def states(
     (new state, {} of each); and the digest of the frozen parameters as they are saved, "" for none.
     """
     checkpoints = [folder.path / "checkpoints" for folder in folders]
+    tokenizer_digests.cache_clear()  # of runs that this process had in the same folders
     if found := restored(together, folders, savers):
         states, saved = zip(*found, strict=True)
         for folder, meta in zip(folders, saved, strict=True):

@@ -68,13 +68,13 @@ def test_a_token_that_no_text_holds_needs_no_row(decoder, tmp_path):
         assert author.writer.facts.tokens == 257  # nothing draws the last one
         how = dict(prompt="the ", count=1, length=4, temperature=1.0)
         assert len(author.texts(how, seed=0)) == 1
-        with pytest.raises(ConfigError, match="config.prompt cannot be read.*token 257, beyond"):
+        with pytest.raises(ConfigError, match="config.prompt cannot be read.*id 257, but"):
             author.texts(how | {"prompt": f"the {SURPLUS}"}, seed=0)
-        with pytest.raises(ConfigError, match="prompt 1 cannot be read: it has the token 257"):
+        with pytest.raises(ConfigError, match="prompt 1 cannot be read: .* gives id 257"):
             author.writer([[1], [257]], 4, generate.Sampling())
         scorer = Scorer(opened.model, opened.params, first=(0,), last=(), mask_id=None, start=0,
                         word_start=None, way="token", trained=None, batch_size=1)  # fmt: skip
-        with pytest.raises(ConfigError, match="text 0 cannot be judged: it has the token 257"):
+        with pytest.raises(ConfigError, match="text 0 cannot be judged: .* gives id 257"):
             scorer([([1], [257])])
 
     (tmp_path / "text.txt").write_text("the fox\n\nover the dog\n")
@@ -107,13 +107,13 @@ def test_a_record_with_a_token_that_the_model_lacks_is_named(decoder, tmp_path):
     opened = pretrained.open_folder(str(folder), sharding.make_mesh())
     (tmp_path / "text.txt").write_text(f"the fox\n\nover {SURPLUS}\n")
     settings = dict(name="text", validation_fraction=0, seq_len=16)
-    with pytest.raises(DataError, match="text.txt:3: it has the token 257, beyond the 257"):
+    with pytest.raises(DataError, match="text.txt:3: .* gives id 257, but the model has 257"):
         opened.prepare(settings | {"train": str(tmp_path / "text.txt")})
     rows = [{"text": "a", "label": "x"}, {"text": SURPLUS, "label": "y"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings |= dict(train=str(tmp_path / "rows.jsonl"), columns="text", label="label")
     for form in ("classes", "seq2seq"):
-        with pytest.raises(DataError, match="rows.jsonl:2: it has the token 257"):
+        with pytest.raises(DataError, match="rows.jsonl:2: the tokenizer gives id 257"):
             opened.prepare(settings | dict(format=form, long="truncate"))
 
 

@@ -110,7 +110,7 @@ def beyond(ids: Sequence[int] | np.ndarray, rows: int) -> str:
     largest = int(np.max(ids, initial=-1))
     if largest < rows:
         return ""
-    return f"it has the token {largest}, beyond the {rows:,} that the model has"
+    return f"the tokenizer gives id {largest}, but the model has {rows:,} tokens (vocab_size)"
 
 
 def around(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
