@@ -1,6 +1,7 @@
 """How runs begin: from their newest checkpoints, or from what `config.init` names, or fresh."""
 
 import contextlib
+import functools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from fmjax import (
     workdir,
 )
 from fmjax.arms import Arms
+from fmjax.data import tokenizer
 from fmjax.errors import CheckpointError, ConfigError
 from fmjax.setup import Run
 from fmjax.state import TrainState
@@ -33,8 +35,11 @@ def states(
     (new state, {} of each); and the digest of the frozen parameters as they are saved, "" for none.
     """
     checkpoints = [folder.path / "checkpoints" for folder in folders]
+    tokenizer_digests.cache_clear()  # of runs that this process had in the same folders
     if found := restored(together, folders, savers):
         states, saved = zip(*found, strict=True)
+        for folder, meta in zip(folders, saved, strict=True):
+            pretrained.check_unchanged(folder.path, meta)
         stills = {meta["frozen"] for meta in saved}
         if len(stills) > 1:
             raise CheckpointError(
@@ -145,6 +150,12 @@ def created(runs: Sequence[Run]) -> list[TrainState]:
             made[alike] = create(run)
         found.append(made[alike])
     return found
+
+
+@functools.cache  # the files of a run that goes on must not change under it
+def tokenizer_digests(folder: Path) -> dict[str, str]:
+    """{name: digest} of the files of a run's tokenizer."""
+    return tokenizer.digests(folder / "tokenizer")
 
 
 def fingerprint(run: Run) -> dict[str, Any]:

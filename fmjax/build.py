@@ -78,6 +78,17 @@ def check_rows(model: AnyModel, data: Mapping[str, Any]) -> None:
         )
 
 
+def check_types(model: AnyModel, types: int) -> None:
+    """Raises ConfigError where tokens have more types than the model has embeddings of."""
+    known = getattr(model.cfg, "types", 0)
+    if 0 < known < types:
+        raise ConfigError(
+            f"the tokenizer gives tokens of {types} types, 0 to {types - 1}, but the model has "
+            f"type_vocab_size={known} (config.model.types): take the tokenizer that the model was "
+            "trained with, or a model with more types."
+        )
+
+
 def apply(model: AnyModel) -> Callable:
     """`apply(params, *arrays, method=…)`, what objectives call.
 

@@ -19,6 +19,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from fmjax import adapters, bits, precision, streams, trees
+from fmjax.data import vocabulary
+from fmjax.errors import ConfigError
 from fmjax.models import AnyModel, layers
 from fmjax.sampling import Sampling, chosen
 
@@ -114,6 +116,9 @@ class Writer:
         self, prompts: Sequence[Sequence[int]], length: int, seed: int, first: int = 0
     ) -> Given:
         """The prompts in rows, which have room for all of them and `length` tokens."""
+        for i, ids in enumerate(prompts):
+            if problem := vocabulary.beyond(ids, self.model.cfg.vocab_size):
+                raise ConfigError(f"prompt {i} cannot be read: {problem}.")
         lengths = [len(ids) for ids in prompts]
         width = max(max(lengths), min(room(max(lengths)), self.model.cfg.max_len - length))
         ids = np.zeros((len(prompts), width), np.int32)

@@ -1,6 +1,7 @@
 """Texts to vectors: what a model's trunk makes of each, as one array in a file."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, data, evaluate, losses, pretrained, processes, sharding
+from fmjax import build, data, evaluate, losses, predict, pretrained, processes, sharding
 from fmjax.data import cache
-from fmjax.errors import ConfigError
+from fmjax.errors import ConfigError, NumericsError
 
 DEFAULTS = {"format": "texts", "long": "truncate", "seq_len": 128}
 
@@ -30,7 +31,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             raise ConfigError("config.data.train is empty: set it to the file of texts.")
         build.check_rows(opened.model, settings)
         sharding.check_batch(mesh, config.batch_size)
-        split = data.prepare(settings, {"name": str(opened.tokenizer)}).splits["train"]
+        split = opened.prepare(settings).splits["train"]
         if split.rows(np.zeros(1, np.int64))["segment_ids"].ndim > 2:
             raise ConfigError(
                 f"config.data.columns={settings.get('columns')!r} and config.data.format="
@@ -40,21 +41,38 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             return
         path = Path(config.output or Path(workdir) / "embeddings.npy")
         shape = (len(split), opened.model.cfg.width)
-        found = vectors(opened, split, config.batch_size, config.pool, config.normalize, mesh)
+        place = lambda row: predict.documents_of(settings)[row].where
+        how = config.batch_size, config.pool, config.normalize, mesh, place
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             out = np.lib.format.open_memmap(path, "w+", np.float32, shape)
             cache.reserve(path)
-        for index, rows in found:
+        try:
+            for index, rows in vectors(opened, split, *how):
+                if jax.process_index() == 0:
+                    out[index] = rows
+        except NumericsError:  # half of a result is none
             if jax.process_index() == 0:
-                out[index] = rows
+                path.unlink()
+            raise
     if jax.process_index() == 0:
         out.flush()
         print(f"\n{opened}\n{shape[0]:,} vectors of {shape[1]} written to {path}")
 
 
-def vectors(opened, split, batch_size: int, pool: str, normalize: bool, mesh):
-    """(row numbers, their vectors) batch by batch, in the memory of the host."""
+def vectors(
+    opened: pretrained.Opened,
+    split: Any,
+    batch_size: int,
+    pool: str,
+    normalize: bool,
+    mesh: jax.sharding.Mesh,
+    place: Callable[[int], str] = "row {:,}".format,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(row numbers, their vectors) batch by batch, in the memory of the host.
+
+    Raises NumericsError for vectors that are not finite, with the `place` of the first.
+    """
     apply = build.apply(opened.model)
 
     @jax.jit
@@ -74,4 +92,6 @@ def vectors(opened, split, batch_size: int, pool: str, normalize: bool, mesh):
     )
     for batch in sharding.to_device(batches, mesh):
         index, real, rows = evaluate.on_host(step(opened.params, batch))
-        yield index[real], rows[real]
+        index, rows = index[real], rows[real]
+        evaluate.check_finite(rows, opened.source, lambda i, index=index: place(int(index[i])))
+        yield index, rows

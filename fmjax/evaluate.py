@@ -17,7 +17,7 @@ from fmjax import build, data, logs, pretrained, processes, progress, sharding
 from fmjax import losses as array_losses
 from fmjax import objectives as losses
 from fmjax.data.settings import ALONE, DataSettings, read
-from fmjax.errors import ConfigError, DataError
+from fmjax.errors import ConfigError, DataError, NumericsError
 from fmjax.models import AnyModel
 
 FILE = "evaluation.jsonl"
@@ -82,8 +82,9 @@ class Measure:
         sharding.check_batch(mesh, self.batch_size)
         build.check_rows(opened.model, settings)
         self.settings, self.limit = settings, config.limit
-        self.dataset = data.prepare(settings, {"name": str(opened.tokenizer)})
-        self.split = split_of(self.dataset, config.split, opened)
+        self.source, self.name = opened.source, config.split
+        self.dataset = opened.prepare(settings)
+        self.split = split_of(self.dataset, config.split)
         check_labels(self.dataset, opened, self.goals)
         self.rows = min(len(self.split), self.limit * self.batch_size or len(self.split))
         self.steps = data.eval_steps(self.split, self.batch_size, self.limit)
@@ -107,10 +108,16 @@ class Measure:
             limit=self.limit,
             alike=not any(objective.whole_batch for objective in self.objectives),
         )
+        kept = keeps(self.objectives)
+        totals, outputs = collect(self._step(model), params, batches, mesh, kept, show=show)
+        if outputs:
+            given, _, rows = in_order(outputs)
+            check_finite(given, self.source, lambda i: f"row {rows[i]:,} of {self.name}")
+        for name, (value, _) in totals.items():
+            if not np.isfinite(value).all():
+                raise NumericsError(f"{self.source}: {name} of {self.name} is not finite.")
         about = dict(names=self.dataset.labels, split=self.split)
-        return evaluate(
-            self._step(model), params, batches, self.objectives, mesh, show=show, **about
-        )
+        return measured(totals, outputs, self.objectives, **about)
 
     @functools.cache  # noqa: B019  (seeds have one model; there are few of these in a process)
     def _step(self, model: AnyModel) -> Callable:
@@ -190,6 +197,8 @@ def measured(
         for objective in scored:
             found_here = outputs[objective.name]
             scores = losses.told(objective.score, found_here, labels, rows=rows, **about)
+            if not_finite(found_here).any():  # of which a comparison makes numbers all the same
+                scores = dict.fromkeys(scores, float("nan"))
             found |= {f"{objective.name}/{name}": value for name, value in scores.items()}
     return found
 
@@ -214,6 +223,8 @@ def by_example(
     for objective in objectives:
         if objective.each:
             told = objective.each(outputs[objective.name], labels)
+            if (bad := not_finite(outputs[objective.name])).any():
+                told = {name: np.where(bad, np.nan, values) for name, values in told.items()}
             found |= {f"{objective.name}/{name}": values for name, values in told.items()}
             if len(objectives) == 1 and "loss" in told and objective.weight == 1:
                 found["loss"] = told["loss"]
@@ -236,6 +247,28 @@ def in_order(
     index, real, labels = whole.pop("rows")
     order = np.argsort(np.where(real, index, np.iinfo(np.int32).max), kind="stable")[: real.sum()]
     return jax.tree.map(lambda x: x[order], (whole, labels, index))
+
+
+def not_finite(outputs: Any) -> np.ndarray:
+    """[N], for each example whether any of its outputs (a tree of [N, …]) is NaN or infinite; minus
+    infinity fills columns that an example does not have."""
+    found = [np.zeros(len(jax.tree.leaves(outputs)[0]), bool)]
+    for leaf in jax.tree.leaves(outputs):
+        if np.issubdtype(leaf.dtype, np.floating):
+            bad = np.isnan(leaf) | (leaf == np.inf)
+            found.append(bad.reshape(len(leaf), -1).any(axis=1))
+    return np.any(found, axis=0)
+
+
+def check_finite(outputs: Any, source: str, place: Callable[[int], str]) -> None:
+    """Raises NumericsError where outputs of the model `source` are not finite; `place` says where
+    the record of an example stands."""
+    if len(bad := np.flatnonzero(not_finite(outputs))):
+        raise NumericsError(
+            f"{source} gives numbers that are not finite for {len(bad):,} records, the first is "
+            f"{place(int(bad[0]))}: nothing is written. Are its parameters finite, and does "
+            "config.precision='float32' help?"
+        )
 
 
 def _as_wide(parts: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -299,17 +332,12 @@ def check_labels(dataset: data.Dataset, opened: pretrained.Opened, goals: Iterab
             )
 
 
-def split_of(dataset: data.Dataset, name: str, opened: pretrained.Opened) -> Any:
-    """The split that is called so; its tokens have to be those of the model."""
+def split_of(dataset: data.Dataset, name: str) -> Any:
+    """The split that is called so. Raises DataError where it has no rows."""
     if name not in dataset.splits:
         raise DataError(
             f"The data have no rows for config.split={name!r}. Set config.data.validation, or "
             "config.data.validation_fraction to the share of documents to measure on."
-        )
-    if dataset.vocab.size > opened.model.cfg.vocab_size:
-        raise ConfigError(
-            f"{opened.source}: the tokenizer has {dataset.vocab.size:,} ids, the model "
-            f"{opened.model.cfg.vocab_size:,}: they do not belong together."
         )
     return dataset.splits[name]
 

@@ -14,7 +14,6 @@ import numpy as np
 from fmjax import (
     answers,
     choices,
-    data,
     evaluate,
     generate,
     logs,
@@ -95,7 +94,7 @@ def of_data(config: Any, opened: pretrained.Opened) -> tuple[dict, dict[str, Any
         )
     given = {key: value for key, value in config.data.items() if value is not None}
     settings = ROWS | {"seq_len": 128} | given
-    dataset = data.prepare(settings, {"name": str(opened.tokenizer)})
+    dataset = opened.prepare(settings)
     rows = prompts.labelled(settings, dataset.labels)
     parts = prompts.spread(rows["validation"], config.benchmark.limit), rows["train"]
     found = questions.prompted(*parts, tuple(config.templates), tuple(config.words), dataset.labels)
@@ -143,11 +142,7 @@ def scorer_of(opened: pretrained.Opened, words: Any, batch_size: int, way: str) 
     model = opened.model
     if not model.causal and not model.decodes:
         opened.require_head("mlm")
-    if len(words) > model.cfg.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {len(words):,} tokens, the model {model.cfg.vocab_size:,}: they do "
-            "not belong together."
-        )
+    generate.check_tokens(model, words)
     found = vocabulary.of(words, str(opened.tokenizer))
     config = opened.config
     return Scorer(

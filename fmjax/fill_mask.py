@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import adapters, build, pretrained, processes
+from fmjax import adapters, build, evaluate, pretrained, processes
+from fmjax.data import vocabulary
 from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.errors import ConfigError
 from fmjax.models import AnyModel
@@ -93,6 +94,9 @@ def guesses(
         segment_ids[i, : len(row["input_ids"])] = 1
         for name, array in arrays.items():
             array[i, : len(row[name])] = row[name]
+    if problem := vocabulary.beyond(arrays["input_ids"], cfg.vocab_size):
+        raise ConfigError(f"config.text cannot be read: {problem}.")
+    build.check_types(opened.model, int(arrays["token_types"].max()) + 1)
     positions = np.broadcast_to(np.arange(time, dtype=np.int32), (batch, time))
     masked = np.argwhere((arrays["input_ids"] == tokenizer.mask_token_id) & (segment_ids > 0))
     where = np.zeros((_round_up(len(masked), 8), 2), np.int32)
@@ -112,9 +116,14 @@ def guesses(
             arrays["input_ids"],
             segment_ids,
             positions,
-            jnp.minimum(arrays["token_types"], max(cfg.types - 1, 0)),
+            jnp.asarray(arrays["token_types"]),
             where,
         )
+    )
+    evaluate.check_finite(
+        probabilities[: len(masked)],
+        opened.source,
+        lambda i: f"mask {i + 1} of config.text, in sentence {masked[i, 0] + 1}",
     )
     found: list[list[list[Guess]]] = [[] for _ in rows]
     for (row, _), chances, chosen in zip(masked, probabilities, ids, strict=False):

@@ -1,6 +1,7 @@
 """Text that a model writes, behind a prompt or, of an encoder–decoder, about a source."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -83,13 +84,14 @@ class Author:
         check_tokens(self.model, self.words)
         self.first, self.last = vocabulary.around(self.words)
         goals = opened.config.objectives if opened.config else ()
+        pad = self.words.pad_token_id or 0
         self.writer = Writer(
             self.model,
             opened.params,
             stop=(*self.last[:1], *stop),
             tokens=min(len(self.words), self.model.cfg.vocab_size),
             prefix="prefix_lm" in goals,
-            first=self.words.pad_token_id or 0,
+            first=pad if pad < self.model.cfg.vocab_size else 0,
             **bits,
         )
 
@@ -221,12 +223,10 @@ def check_model(model: Any) -> None:
 
 
 def check_tokens(model: Any, words: Any) -> None:
-    """Raises ConfigError for a tokenizer with tokens that the model does not have."""
-    if len(words) > model.cfg.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {len(words):,} tokens, the model {model.cfg.vocab_size:,}: they do "
-            "not belong together."
-        )
+    """Raises ConfigError for a tokenizer that is not the model's."""
+    around = itertools.chain(*vocabulary.around(words))
+    added = words.added_tokens_decoder
+    vocabulary.check_rows(len(words), model.cfg.vocab_size, added, tuple(around))
 
 
 def room(model: Any, trained: int | None) -> int:
@@ -272,6 +272,8 @@ def prompt_ids(
         raise ConfigError(
             f"{of}.prompt is empty, and the tokenizer has no token that begins a text: give one."
         )
+    if problem := vocabulary.beyond(ids, model.cfg.vocab_size):
+        raise ConfigError(f"{of}.prompt cannot be read: {problem}.")
     if len(ids) + written > places or how["length"] > model.cfg.max_len:
         raise ConfigError(
             f"{of}.prompt has {len(ids)} tokens and {of}.length={how['length']}, but the model has "

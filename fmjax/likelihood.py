@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from fmjax import adapters
+from fmjax.data import vocabulary
 from fmjax.decoding import room
 from fmjax.errors import ConfigError
 from fmjax.models import AnyModel
@@ -97,6 +98,9 @@ class Scorer:
             for i, (context, said) in enumerate(pairs)
             for piece in self.pieces(i, list(context), list(said))
         ]
+        for i, (context, said) in enumerate(pairs):
+            if problem := vocabulary.beyond([*context, *said], self.model.cfg.vocab_size):
+                raise ConfigError(f"text {i} cannot be judged: {problem}.")
         nats, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
         for batch, (found, likeliest) in self._batches(list(_shared(pieces))):
             for row, values, hits in zip(batch, found, likeliest, strict=False):

@@ -34,8 +34,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             raise ConfigError("config.data.long='drop' leaves records out: set it to truncate.")
         sharding.check_batch(mesh, batch_size)
         build.check_rows(opened.model, settings)
-        dataset = data.prepare(settings, {"name": str(opened.tokenizer)})
-        split = evaluate.split_of(dataset, "train", opened)
+        dataset = opened.prepare(settings)
+        split = evaluate.split_of(dataset, "train")
         evaluate.check_labels(dataset, opened, goals)
         built = objectives.build(goals, target=dataset.target, vocab=dataset.vocab)
         if not any(objective.describe for objective in built):
@@ -45,15 +45,21 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         if dry_run:
             return
         outputs, rows = predictions(opened, built, split, batch_size, mesh)
+        documents = documents_of(settings)
+        alone = len(documents) == len(rows)  # else windows of the contexts of questions
+        place = lambda i: documents[i].where if alone else f"row {rows[i]:,}"
+        evaluate.check_finite(outputs, opened.source, place)
     if jax.process_index() != 0:
         return
-    about = dict(names=dataset.labels, split=split, rows=rows)
+    columns = data.settings.read(data.settings.DataSettings, settings, "data").column_names
+    words = [len(document.fields[columns[0]]) for document in documents]
+    about = dict(names=dataset.labels, split=split, rows=rows, words=words)
     told = {
         o.name: objectives.told(o.describe, outputs[o.name], **about) for o in built if o.describe
     }
     path = Path(config.output or Path(workdir) / "predictions.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
-    records = _records(settings, told)
+    records = _records(documents, told)
     with path.open("w", encoding="utf-8") as file:
         for fields, said in records:
             file.write(json.dumps(logs.plain(fields | said), ensure_ascii=False) + "\n")
@@ -96,12 +102,16 @@ def make_step(apply: Callable, built: list[objectives.Objective]) -> Callable:
     return step
 
 
+def documents_of(settings: Mapping[str, Any]) -> list[sources.Document]:
+    """The records of the training split in their order, where none is left out."""
+    read = data.settings.read(data.settings.DataSettings, settings, "data")
+    return [d for d in sources.read(read, print).documents() if d.split == "train"]
+
+
 def _records(
-    settings: Mapping[str, Any], told: Mapping[str, list[dict]]
+    documents: list[sources.Document], told: Mapping[str, list[dict]]
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """(columns, what was told) of each record; one objective's words stand by themselves."""
-    read = data.settings.read(data.settings.DataSettings, settings, "data")
-    documents = [d for d in sources.read(read, print).documents() if d.split == "train"]
     records = []
     for document, *words in zip(documents, *told.values(), strict=True):
         said = words[0] if len(words) == 1 else dict(zip(told, words, strict=True))

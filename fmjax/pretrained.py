@@ -16,9 +16,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fmjax import adapters, build, checkpoint, convert, groups, needs, rules, state, trees
+from fmjax import adapters, build, checkpoint, convert, data, groups, needs, rules, state, trees
 from fmjax import config as configs
 from fmjax.adapters import quantise
+from fmjax.data.tokenizer import digests
 from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.data.vocabulary import MAX_VOCAB
 from fmjax.errors import CheckpointError, ConfigError
@@ -43,6 +44,16 @@ class Opened(NamedTuple):
     def __str__(self) -> str:
         step = "" if self.step is None else f" at step {self.step}"
         return self.source + step + (" (averaged parameters)" if self.averaged else "")
+
+    def prepare(self, settings: Mapping[str, Any]) -> data.Dataset:
+        """The data of `settings` (`config.data`) in tokens that the model has.
+
+        Raises ConfigError where its tokenizer and its embeddings do not belong together.
+        """
+        words, rows = {"name": str(self.tokenizer)}, self.model.cfg.vocab_size
+        dataset = data.prepare(settings, words, embedding_rows=rows)
+        build.check_types(self.model, dataset.types)
+        return dataset
 
     def require_head(self, name: str) -> None:
         """Refuses to go on with a head whose numbers would be noise."""
@@ -77,6 +88,8 @@ def resolved(config: Any) -> Any:
         )
     config = ConfigDict(config.to_dict())
     if "tokenizer" in wanted:
+        if is_run(config.init):
+            check_unchanged(Path(config.init), checkpoint.load_meta(config.init))
         config.tokenizer.name = str(_tokenizer(config.init))
     if "model" in wanted:
         name, options = described(config.init)
@@ -199,6 +212,22 @@ def _told(audit: Mapping[str, float], name: str) -> str:
     )
 
 
+def check_unchanged(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where the tokenizer of a run is no longer the one that `meta`, of one
+    of its checkpoints, has the digests of."""
+    saved = meta.get("tokenizer")
+    if not saved:  # of before digests were kept
+        return
+    present = digests(folder / "tokenizer")
+    names = saved.keys() | present.keys()
+    if changed := sorted(name for name in names if saved.get(name) != present.get(name)):
+        raise CheckpointError(
+            f"{folder / 'tokenizer' / changed[0]} is not what it was when the run saved step "
+            f"{meta['step']}: the model was trained with other tokens. Put the file back; or "
+            "export the run, and change the tokenizer of the export."
+        )
+
+
 def check_tokenizer(config: Any, folder: Path) -> None:
     """Refuses to start from `config.init` where the ids of the tokenizer in `folder` differ."""
     if not config.init:
@@ -304,7 +333,8 @@ def open_folder(
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json"))
+    names = ("tokenizer.json", "vocab.txt", "vocab.json")
+    return any((folder / name).is_file() for name in names) or any(folder.glob("*.model"))
 
 
 def _open_run(
@@ -321,6 +351,7 @@ def _open_run(
         with saved.unlocked():
             saved.precision = precision
     params, meta, averaged = checkpoint.load_params(folder, step)
+    check_unchanged(folder, meta)
     name, options = _described(meta, folder)
     how = {key: saved.model[key] for key in ("attention", "scan") if key in saved.model}
     built = importlib.import_module(f"fmjax.models.{name}").Model(

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import xxhash
 
-from fmjax import build, data, embed, logs, pretrained, processes, report, sharding, trees
+from fmjax import build, data, embed, evaluate, logs, pretrained, processes, report, sharding, trees
 from fmjax.data import cache
 from fmjax.errors import ConfigError, DataError
 from fmjax.objectives import classify
@@ -50,7 +50,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         settings = DEFAULTS | given
         build.check_rows(opened.model, settings)
         sharding.check_batch(mesh, config.batch_size)
-        dataset = data.prepare(settings, {"name": str(opened.tokenizer)})
+        dataset = opened.prepare(settings)
         if missing := {"train", "validation"} - dataset.splits.keys():
             raise DataError(
                 f"There are no examples for {sorted(missing)}: see config.data.validation and "
@@ -77,6 +77,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     seconds = time.monotonic() - started
     told = np.zeros((len(labels["validation"]), len(dataset.labels)))
     told[:, fitted.classes_] = fitted.predict_proba(features["validation"])
+    name_row = "row {:,} of the validation split".format
+    evaluate.check_finite(told, f"config.classifier={config.classifier!r}", name_row)
     right = told.argmax(axis=1) == labels["validation"]
     scores = classify.score({"probabilities": told}, labels["validation"])
     metrics = {"accuracy": float(np.mean(right)), **scores}

@@ -72,7 +72,10 @@ def setup(config: Any, mesh: jax.sharding.Mesh, poll: Callable[[], None] = lambd
     tokens = rows if unit == "token" else rows * 2**40
     assemble(config, mesh, stand_in, labels, rows=rows, tokens=tokens, flops=1)
 
-    dataset = data.prepare(config.data.to_dict(), config.tokenizer.to_dict(), poll=poll)
+    rows = config.model.get("vocab_size") if config.init else None
+    dataset = data.prepare(
+        config.data.to_dict(), config.tokenizer.to_dict(), embedding_rows=rows, poll=poll
+    )
     pretrained.check_tokenizer(config, dataset.tokenizer_dir)
     return with_data(config, mesh, dataset)
 
@@ -83,6 +86,7 @@ def with_data(config: Any, mesh: jax.sharding.Mesh, dataset: Any) -> Run:
     make = functools.partial(assemble, config, mesh, dataset.vocab, dataset.labels, **size)
     run = make(flops=1)._replace(dataset=dataset)
     losses.check_phases(run.objectives, run.total)
+    build.check_types(run.model, dataset.types)
     if rules.duration(config.total)[1] != "flop":
         return run
     return make(flops=flops.of_step(run, batch_spec(run)))._replace(dataset=dataset)

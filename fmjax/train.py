@@ -232,6 +232,7 @@ def meta(run: Run, batches: Any, monitor: Monitor, still: str) -> dict[str, Any]
         "data": batches.state(),
         "fingerprint": begin.fingerprint(run),
         "model": pretrained.identity(run.model),
+        "tokenizer": begin.tokenizer_digests(monitor.folder.path),
         "config": configs.flatten(configs.redact(run.config)),
         "versions": report.environment(),
         **monitor.saved(),

@@ -442,6 +442,30 @@ def test_starting_from_a_run_of_another_shape_is_refused(folder):
 # ---- commands ----
 
 
+def test_a_run_whose_tokenizer_has_changed_is_refused(folder, tmp):
+    """Ids of another tokenizer stand for other words: whoever reads the run is told."""
+    run = tmp / "changed"
+    shutil.copytree(folder, run)
+    pretrained.open_folder(str(run), sharding.make_mesh())
+    options = run / "tokenizer" / "tokenizer_config.json"
+    before = options.read_text()
+    options.write_text(before.replace("[MASK]", "[SEP]"))
+    refused = pytest.raises(CheckpointError, match="tokenizer_config.json is not what it was")
+    with refused:
+        pretrained.open_folder(str(run), sharding.make_mesh())
+    with refused:
+        pretrained.resolved(load("mlm", "--config.tokenizer.name=init", init=run))
+    config = configs.load(str(run / "config.json"))
+    with config.unlocked():
+        config.total = 5
+    with refused:
+        train.run(config, run)
+    options.write_text(before)
+    (run / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}")  # one file more
+    with pytest.raises(CheckpointError, match="chat_template.jinja is not what it was"):
+        pretrained.open_folder(str(run), sharding.make_mesh())
+
+
 def test_the_commands_of_the_report_are_understood(folder):
     """Each loads its config; what they then do is tested above."""
     page = html.unescape(report.write(folder).read_text(encoding="utf-8"))

@@ -55,6 +55,7 @@ class Dataset:
     counts: dict  # for each split documents, tokens, rows, fill and what was lost; "bad_records"
     target: str = ""  # what its labels mean: "classes", "nsp", … (settings.py)
     labels: tuple[str, ...] = ()  # names of the classes
+    types: int = 1  # of tokens: 2 where those of a second text differ
 
     @property
     def rows_digest(self) -> str:
@@ -66,12 +67,14 @@ def prepare(
     data: Mapping,
     tokenizer: Mapping,
     *,
+    embedding_rows: int | None = None,
     log: Callable[[str], None] = print,
     poll: Callable[[], None] = lambda: None,
 ) -> Dataset:
     """Tokenise and pack into the cache, or reuse what it holds.
 
-    `data` and `tokenizer` hold the keys of `config.data` and `config.tokenizer` (settings.py).
+    `data` and `tokenizer` hold the keys of `config.data` and `config.tokenizer` (settings.py). Ids
+    that are not below `embedding_rows`, those of the model, are refused with their record.
     `poll` is called often and may raise to stop; the next start resumes. Errors: `ConfigError` for
     settings that cannot be used, `DataError` for data that cannot.
     """
@@ -80,7 +83,7 @@ def prepare(
     root = cache.root(data.cache)
     cache.remove_leftovers(root)
     source = sources.read(data, log, poll)
-    words = tokenizers.prepare(chosen, source, root, log, poll)
+    words = tokenizers.prepare(chosen, source, root, log, poll, embedding_rows)
 
     if data.labelled:
         home, index = labelled.prepare(root, source, words, data, log, poll)
@@ -112,6 +115,7 @@ def prepare(
         counts=index["counts"] | {"bad_records": index["bad_records"]},
         target=data.target,
         labels=tuple(index.get("labels", ())),
+        types=2 if data.format == "pairs" else index.get("types", 1),
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fmjax.data import sources, store
+from fmjax.data import sources, store, vocabulary
 from fmjax.data import tokenizer as tokenizers
 from fmjax.data.records import EXCERPT
 from fmjax.data.settings import DataSettings
@@ -72,7 +72,10 @@ class Writer:
             found, bad = [], []
             for document in documents:
                 try:
-                    found.append(reader.tokens(messages(document, self.settings)))
+                    ids, targets = reader.tokens(messages(document, self.settings))
+                    if problem := vocabulary.beyond(ids, vocab_size):
+                        raise Unfit(problem)
+                    found.append((ids, targets))
                 except Unfit as error:
                     bad.append(self._bad(document, str(error), len(bad) + 1))
             ids = [np.zeros(0, np.int64), *(ids for ids, _ in found)]
@@ -150,7 +153,7 @@ class Reader:
 
     def __init__(self, folder: Path, template: str):
         self._words, self._template = tokenizers.load(folder), template
-        self._encode = tokenizers.encoder(folder)
+        self._encode = tokenizers.encoder_of(self._words)
         self._encode.encode_special_tokens = False  # those of the template
         self._encode.post_processor = None  # which would trim the offsets of spaces
         added = self._words.added_tokens_decoder.values()

@@ -1,18 +1,18 @@
 """Records of labelled formats to examples: sequences of tokens and a label, as the format asks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmjax.data import spans
+from fmjax.data import spans, vocabulary
 from fmjax.data.settings import DataSettings
 from fmjax.data.sources import Document
 from fmjax.data.tokenizer import Prepared, encoder
 from fmjax.errors import DataError, quoted
 
 NONE = -1  # a token that has no label: a later piece of a word, [CLS], [SEP], padding
-UNKNOWN = -2  # the first piece of a word whose label the data do not have
+UNKNOWN = -2  # and less: the first piece of word UNKNOWN - label, whose label nobody knows
 
 
 class Example(NamedTuple):
@@ -30,6 +30,7 @@ class Reader:
     def __init__(self, words: Prepared, settings: DataSettings):
         self.settings = settings
         self._encode = encoder(words.folder)
+        self._spaced = vocabulary.spaces_words(self._encode)
         self._template(words)
 
     def _template(self, words: Prepared) -> None:
@@ -37,7 +38,7 @@ class Reader:
         these what it has; so does one that does not end a text, where targets are to end."""
         from tokenizers import processors
 
-        ends = tuple(self._encode.encode("a").ids)[-len(words.vocab.last) :] == words.vocab.last
+        ends = vocabulary.frame(self._encode)[1] == words.vocab.last
         if self._encode.num_special_tokens_to_add(is_pair=False) and (
             ends or self.settings.format != "seq2seq"
         ):
@@ -64,12 +65,11 @@ class Reader:
         settings = self.settings
         self._encode.enable_truncation(settings.seq_len, strategy="longest_first")
         inputs = [self._inputs(document) for document in documents]
-        flat = [sequence for sequences in inputs for sequence in sequences]
-        encodings = iter(self._encoded(flat, documents))
+        encodings = iter(self._encoded(inputs, documents))
         targets = iter(())
         if settings.format == "seq2seq" and settings.label:
             self._encode.enable_truncation(settings.target_len or settings.seq_len)
-            texts = [text for one in documents for text in one.fields[settings.label]]
+            texts = [document.fields[settings.label] for document in documents]
             targets = iter(self._encoded(texts, documents))
         for document, sequences in zip(documents, inputs, strict=True):
             found = [next(encodings) for _ in sequences]
@@ -81,14 +81,15 @@ class Reader:
             else:
                 yield [Example(arrays, self._label(document, found), cut)]
 
-    def _encoded(self, inputs: list, documents: list[Document], **how: bool) -> list:
+    def _encoded(
+        self, inputs: Sequence[Sequence], documents: list[Document], **options: bool
+    ) -> list:
+        """The encodings of the `inputs` of each of the documents, one after the other."""
+        flat = [sequence for sequences in inputs for sequence in sequences]
+        pairs = zip(inputs, documents, strict=True)
+        places = [document.where for sequences, document in pairs for _ in sequences]
         pretokenised = self.settings.format == "tags"
-        try:
-            return self._encode.encode_batch(inputs, is_pretokenized=pretokenised, **how)
-        except Exception as error:  # the Rust library's own kinds
-            raise DataError(
-                f"The tokenizer failed on {documents[0].where} to {documents[-1].where}: {error}"
-            ) from error
+        return self._encode.encode_records(flat, places, is_pretokenized=pretokenised, **options)
 
     def _inputs(self, document: Document) -> list:
         """The sequences of an example as the tokenizer takes them."""
@@ -100,6 +101,9 @@ class Reader:
             return [(values[0], choice) for choice in values[1]]
         if form == "seq2seq":
             return [self.settings.source_prefix + values[0]]
+        if form == "tags" and self._spaced:  # as they are read in a sentence
+            first, *rest = values[0]
+            return [[first, *(f" {word}" if word else word for word in rest)]]
         return values
 
     def _windows(self, documents: list[Document]) -> Iterator[list[Example]]:
@@ -108,7 +112,7 @@ class Reader:
         pairs = [tuple(document.fields[name] for name in names) for document in documents]
         self._encode.no_truncation()
         questions = self._encoded(
-            [first for first, _ in pairs], documents, add_special_tokens=False
+            [[first] for first, _ in pairs], documents, add_special_tokens=False
         )
         around = self._encode.num_special_tokens_to_add(is_pair=True)
         for document, question in zip(documents, questions, strict=True):
@@ -122,7 +126,8 @@ class Reader:
         self._encode.enable_truncation(
             settings.seq_len, stride=settings.stride, strategy="only_second"
         )
-        for document, first in zip(documents, self._encoded(pairs, documents), strict=True):
+        encodings = self._encoded([[pair] for pair in pairs], documents)
+        for document, first in zip(documents, encodings, strict=True):
             windows = [first, *first.overflowing]
             offsets = [spans.offsets_of(window) for window in windows]
             answers = document.fields.get(settings.label)
@@ -142,9 +147,7 @@ class Reader:
         label = document.fields.get(settings.label)
         if settings.format == "tags":
             words = document.fields[settings.column_names[0]]
-            if label is None:
-                _check_pieces(encodings[0].word_ids, document)
-            label = [UNKNOWN] * len(words) if label is None else label
+            label = [UNKNOWN - i for i in range(len(words))] if label is None else label
             if len(words) != len(label):
                 raise DataError(
                     f"{document.where}: {len(words)} words but {len(label)} tags "
@@ -159,16 +162,6 @@ class Reader:
                 )
             return int(label)
         return label
-
-
-def _check_pieces(word_ids: list[int | None], document: Document) -> None:
-    """Refuses words of nothing that the tokenizer keeps, whose tags nobody could tell apart."""
-    present = {word for word in word_ids if word is not None}
-    if lost := sorted(set(range(max(present, default=0))) - present):
-        raise DataError(
-            f"{document.where}: the tokenizer keeps nothing of word {lost[0]}, which so gets no "
-            "tag: leave it out of config.data.columns' words."
-        )
 
 
 def _arrays(encoding: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -3,10 +3,10 @@
 An example is one or several token sequences (the choices of a question, an anchor and its positive)
 and a label. A folder holds for each split `tokens` and `types` (all sequences one after the other),
 `ends.npy` [N · K + 1] (where each starts), and `labels.npy`: [N] classes, numbers or places among
-choices; [N, 2] first and last tokens of spans; for tags one a token, -1 where there is none, -2
-where it is not known; for sequences that have a sequence as their target all of its tokens, with
-`label_ends.npy` [N + 1] (where each starts), and where a row holds several of these, `rows.npy`
-[R + 1], the first of each. What else spans keep is in spans.py.
+choices; [N, 2] first and last tokens of spans; for tags one a token, -1 where there is none, -2 - i
+for word i where it is not known; for sequences that have a sequence as their target all of its
+tokens, with `label_ends.npy` [N + 1] (where each starts), and where a row holds several of these,
+`rows.npy` [R + 1], the first of each. What else spans keep is in spans.py.
 
 Names of classes are those of the training split, sorted; a label that only the validation split has
 is an error, not a new class.
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from fmjax import progress
-from fmjax.data import cache, spans, store
+from fmjax.data import cache, spans, store, vocabulary
 from fmjax.data.encoding import NONE, Example, Reader
 from fmjax.data.settings import DataSettings
 from fmjax.data.sources import Document, Source
@@ -28,7 +28,7 @@ from fmjax.data.tokenizer import Prepared
 from fmjax.data.vocabulary import Vocab
 from fmjax.errors import DataError, did_you_mean, quoted
 
-VERSION = 5  # of what a folder holds; raise it when the same records give other files
+VERSION = 6  # of what a folder holds; raise it when the same records give other files
 CHUNK, CHUNK_CHARACTERS = 1000, 1 << 20  # of examples that are tokenised at once
 MAX_DIGITS = 1000  # of names of classes that are sorted as numbers; Python's int() has a limit
 
@@ -172,7 +172,8 @@ def _write(folder: Path, source: Source, words: Prepared, settings, log, poll) -
                 )
         names = _class_names(settings, splits)
         counts = {k: writer.finish(names, settings.seq_len, poll) for k, writer in splits.items()}
-    return {"counts": counts, "bad_records": bad, "labels": names}
+    types = max(int(writer.types) for writer in splits.values())
+    return {"counts": counts, "bad_records": bad, "labels": names, "types": types}
 
 
 def _chunk(documents: Iterator[Document]) -> list[Document]:
@@ -192,7 +193,7 @@ class _Writer:
     def __init__(self, folder: Path, split: str, vocab: Vocab, settings: DataSettings):
         self.folder, self.split, self.vocab, self.settings = folder, split, vocab, settings
         self.questions = spans.Writer(folder, split) if settings.format == "spans" else None
-        self.documents, self.rows, self.sequences = 0, 0, 1
+        self.documents, self.rows, self.sequences, self.types = 0, 0, 1, 1
         self.ends, self.labels = [0], []
         self.first: dict[str, str] = {}  # class -> where it was first seen
         self.lost = {"truncated_documents": 0, "dropped_documents": 0, store.OVERLAP: 0}
@@ -237,20 +238,23 @@ class _Writer:
             )
         self.sequences = len(example.sequences)
         for ids, types in example.sequences:
-            if ids.size and ids.max() >= self.vocab.size:
-                raise DataError(
-                    f"{document.where}: the tokenizer gives id {ids.max()}, its vocabulary has "
-                    f"{self.vocab.size}."
-                )
+            self._check_ids(ids, document)
+            self.types = max(self.types, types.max(initial=0) + 1)
             self._tokens.write(ids.astype(store.token_dtype(self.vocab.size)).tobytes())
             self._types.write(types.astype(np.uint8).tobytes())
             self.ends.append(self.ends[-1] + len(ids))
+        if self.settings.format == "seq2seq" and example.label is not None:
+            self._check_ids(example.label, document)
         if example.label is not None:
             self.labels.append(example.label)
             for name in example.label if isinstance(example.label, list) else [example.label]:
                 if isinstance(name, str):
                     self.first.setdefault(name, document.where)
         self.rows += 1
+
+    def _check_ids(self, ids: Sequence[int] | np.ndarray, document: Document) -> None:
+        if problem := vocabulary.beyond(ids, self.vocab.size):
+            raise DataError(f"{document.where}: {problem}.")
 
     def finish(self, names: list[str], seq_len: int, poll: Callable[[], None]) -> dict:
         np.save(self.folder / f"{self.split}.ends.npy", np.array(self.ends, np.int64))

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fmjax import progress
-from fmjax.data import cache
+from fmjax.data import cache, vocabulary
 from fmjax.data.sources import Document, Source
 from fmjax.data.tokenizer import Prepared, encoder
 from fmjax.errors import DataError
@@ -227,31 +227,21 @@ def _tokenised(encode, documents: list[Document], vocab_size: int) -> tuple[Shar
     tokens, ends, starts = [np.zeros(0, dtype)], [0], []
     empty = 0
     for part in _chunks(documents, ENCODE_CHARACTERS):
-        for document, encoding in zip(part, _encode(encode, part), strict=True):
+        texts, places = [d.text for d in part], [d.where for d in part]
+        encodings = encode.encode_records(texts, places, add_special_tokens=False)
+        for document, encoding in zip(part, encodings, strict=True):
             ids = np.array(encoding.ids, np.int64)
             if not ids.size:
                 empty += 1
                 continue
-            if ids.max() >= vocab_size:
-                raise DataError(
-                    f"{document.where}: the tokenizer gives id {ids.max()}, its vocabulary has "
-                    f"{vocab_size}."
-                )
+            if problem := vocabulary.beyond(ids, vocab_size):
+                raise DataError(f"{document.where}: {problem}.")
             characters = np.array(encoding.offsets, np.int64)[:, 0]
             starts.append(ends[-1] + sentence_starts(document.text, characters))
             ends.append(ends[-1] + len(ids))
             tokens.append(ids.astype(dtype))
     sentences = np.concatenate([*starts, [ends[-1]]]).astype(np.int64)
     return Shard(np.concatenate(tokens), np.array(ends, np.int64), sentences), empty, []
-
-
-def _encode(encode, documents: list[Document]) -> list:
-    try:
-        return encode.encode_batch([d.text for d in documents], add_special_tokens=False)
-    except Exception as error:  # the Rust library's own kinds
-        raise DataError(
-            f"The tokenizer failed on {documents[0].where} to {documents[-1].where}: {error}"
-        ) from error
 
 
 # A mark that ends a sentence, closing quotes, and white space before anything but a lower-case

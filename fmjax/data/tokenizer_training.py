@@ -2,12 +2,14 @@
 
 import collections
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 
+from fmjax.data.backend import guarded, reason
 from fmjax.data.settings import TokenizerSettings
 from fmjax.data.sources import Source
 from fmjax.data.vocabulary import FIM
-from fmjax.errors import ConfigError
+from fmjax.errors import ConfigError, DataError
 
 # Special tokens of a trained tokenizer, by the family that has them: what each is to transformers.
 SPECIAL = {
@@ -20,12 +22,20 @@ SENTINELS = 100  # that a trained T5 tokenizer has
 # A vocabulary does not get better by reading more; minutes at most.
 TRAINING_CHARACTERS = 200_000_000
 MAX_ALPHABET = 1000  # characters, as in tokenizers' own trainer
+# Trainers take time quadratic in the length of a word, and base64 or DNA teaches them none.
+MAX_WORD = 1000  # characters
+_LONG = re.compile(
+    rf"(?<!\S)\S{{{MAX_WORD}}}\S+|(?<!\s)\s{{{MAX_WORD}}}\s+"  # looked for where runs begin alone
+)
 
 
-def train(settings: TokenizerSettings, source: Source):
+def train(settings: TokenizerSettings, source: Source, poll: Callable[[], None]):
     """(a `tokenizers.Tokenizer`, what its special tokens are to transformers).
 
-    Raises ConfigError where the vocabulary is too small for the corpus's alphabet.
+    `poll` is called for each document, and may raise to stop.
+
+    Raises ConfigError where the vocabulary is too small for the corpus's alphabet, DataError for
+    documents that no vocabulary can be made of.
     """
     from tokenizers import (
         Regex,
@@ -60,7 +70,8 @@ def train(settings: TokenizerSettings, source: Source):
         tokenizer.decoder = decoders.WordPiece()
         # The trainer numbers the characters it finds inside words ("##x") in the order of a hash
         # map, and breaks ties by number: two runs differ. Naming all of them settles it.
-        characters = _alphabet(source, tokenizer.normalizer, settings.vocab_size // 4)
+        texts = _training_texts(source, poll)
+        characters = _alphabet(texts, tokenizer.normalizer, settings.vocab_size // 4)
         known["special_tokens"] += characters + [f"##{c}" for c in characters]
         trainer = trainers.WordPieceTrainer(limit_alphabet=0, **known)
     elif settings.kind == "bpe":
@@ -75,7 +86,9 @@ def train(settings: TokenizerSettings, source: Source):
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         tokenizer.decoder = decoders.Fuse()
         trainer = trainers.WordLevelTrainer(**known)
-        found = set().union(*map(tokenizer.normalizer.normalize_str, _training_texts(source)))
+        found = set()
+        for text in _training_texts(source, poll):
+            found.update(tokenizer.normalizer.normalize_str(text))
         if len(special) + len(found) > settings.vocab_size:
             raise ConfigError(
                 f"config.tokenizer.vocab_size={settings.vocab_size} is too small: this corpus has "
@@ -88,7 +101,7 @@ def train(settings: TokenizerSettings, source: Source):
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
         tokenizer.decoder = decoders.Metaspace()
         trainer = trainers.UnigramTrainer(unk_token=unknown, **known)
-    tokenizer.train_from_iterator(_training_texts(source), trainer)
+    _train(tokenizer, trainer, _training_texts(source, poll))
     tokenizer = _settled(tokenizer, settings.kind, special)
     if tokenizer.get_vocab_size() > settings.vocab_size:
         raise ConfigError(
@@ -111,19 +124,41 @@ def train(settings: TokenizerSettings, source: Source):
     return tokenizer, named
 
 
-def _training_texts(source: Source) -> Iterator[str]:
+def _train(tokenizer, trainer, texts: Iterator[str]) -> None:
+    try:
+        guarded(tokenizer.train_from_iterator, texts, trainer)
+    except Exception as error:
+        if type(error) not in (Exception, RuntimeError):  # raised by what reads the texts
+            raise
+        raise DataError(
+            f"No tokenizer can be trained on these documents: {reason(error)}"
+        ) from error
+
+
+def _training_texts(source: Source, poll: Callable[[], None]) -> Iterator[str]:
     seen = 0
     for document in source.documents():
+        poll()
         if document.split == "train":
-            yield document.text
+            yield from pieces(document.text)
             seen += len(document.text)
             if seen > TRAINING_CHARACTERS:
                 return
 
 
-def _alphabet(source: Source, normalizer, limit: int) -> list[str]:
+def pieces(text: str) -> Iterator[str]:
+    """The text, cut in runs of more than `MAX_WORD` characters without, or of, white space."""
+    start = 0
+    for run in _LONG.finditer(text):
+        for end in range(run.start() + MAX_WORD, run.end(), MAX_WORD):
+            yield text[start:end]
+            start = end
+    yield text[start:]
+
+
+def _alphabet(texts: Iterator[str], normalizer, limit: int) -> list[str]:
     counts = collections.Counter()
-    for text in _training_texts(source):
+    for text in texts:
         counts.update(text)
     normal = collections.Counter()
     for character, count in counts.items():

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -71,23 +71,112 @@ def of(tokenizer, name: str) -> Vocab:
     )
 
 
+def limited(vocab: Vocab, rows: int, added: Collection[int]) -> Vocab:
+    """The vocabulary without ids from `rows` on, which a model has no embedding of.
+
+    Models are published whose tokenizers have more tokens than their embeddings have rows: they
+    were `added` (ids) and stand in no text. Raises ConfigError where others are beyond, or what
+    stands around each text.
+    """
+    check_rows(vocab.size, rows, added, vocab.first + vocab.last)
+    ids = dict(pad_id=vocab.pad_id if vocab.pad_id < rows else 0)
+    if vocab.mask_id is not None and vocab.mask_id >= rows:
+        ids["mask_id"] = None
+    if vocab.fim and max(vocab.fim) >= rows:
+        ids["fim"] = None
+    tables = ("special", "word_start", "bytes")
+    cut = {name: table[:rows] for name in tables if (table := getattr(vocab, name)) is not None}
+    sentinels = tuple(itertools.takewhile(lambda i: i < rows, vocab.sentinels))
+    return vocab._replace(size=rows, sentinels=sentinels, **ids, **cut)
+
+
+def check_rows(size: int, rows: int, added: Collection[int], around: Collection[int]) -> None:
+    """Raises ConfigError where a tokenizer of `size` ids does not belong to an embedding of `rows`:
+    ids beyond it are not `added`, or stand `around` texts."""
+    beyond = range(rows, size)
+    if not set(beyond) <= set(added):
+        raise ConfigError(
+            f"the tokenizer has {size:,} tokens, the model {rows:,}: they do not belong together."
+        )
+    if outside := [i for i in around if i in beyond]:
+        raise ConfigError(
+            f"the tokenizer puts token {outside[0]} around a text, and the model's embedding has "
+            f"{rows:,} rows (vocab_size): give the folder with the tokenizer of the model."
+        )
+
+
+def beyond(ids: Sequence[int] | np.ndarray, rows: int) -> str:
+    """What is wrong with ids that are not all below `rows`, "" where they are."""
+    largest = int(np.max(ids, initial=-1))
+    if largest < rows:
+        return ""
+    return f"the tokenizer gives id {largest}, but the model has {rows:,} tokens (vocab_size)"
+
+
 def around(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What the tokenizer puts before and behind a text; where it leaves them open, its own tokens
     for that."""
-    whole = tokenizer("a")["input_ids"]
-    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-    starts = range(len(whole) - len(inner) + 1)
-    at = next(i for i in starts if whole[i : i + len(inner)] == inner)
-    first, last = whole[:at], whole[at + len(inner) :]
+    first, last = frame(tokenizer.backend_tokenizer)
     if not first and not last:
         first = _one_of(tokenizer.cls_token_id, tokenizer.bos_token_id)
-    last = last or _one_of(tokenizer.sep_token_id, tokenizer.eos_token_id)
-    return tuple(first), tuple(last)
+    return first, last or _one_of(tokenizer.sep_token_id, tokenizer.eos_token_id)
 
 
-def _one_of(*ids: int | None) -> list[int]:
+def frame(backend) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(ids before, ids behind) that the post-processor of a `tokenizers.Tokenizer` puts around a
+    text. No text is asked: an alphabet may lack any letter."""
+    processor = backend.post_processor
+    return _frame(json.loads(processor.__getstate__())) if processor else ((), ())
+
+
+def _frame(processor: dict) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    kind = processor["type"]
+    if kind == "Sequence":  # each around what the ones before it gave
+        first, last = (), ()
+        for inner in map(_frame, processor["processors"]):
+            first, last = inner[0] + first, last + inner[1]
+        return first, last
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        return (processor["cls"][1],), (processor["sep"][1],)
+    if kind == "TemplateProcessing":
+        ids = {name: token["ids"] for name, token in processor["special_tokens"].items()}
+        pieces = processor["single"]
+        text = next((i for i, piece in enumerate(pieces) if "Sequence" in piece), len(pieces))
+        tokens = lambda part: tuple(i for piece in part for i in ids[piece["SpecialToken"]["id"]])
+        return tokens(pieces[:text]), tokens(pieces[text + 1 :])
+    return (), ()  # ByteLevel, which trims offsets
+
+
+def _one_of(*ids: int | None) -> tuple[int, ...]:
     """The first that there is."""
-    return [i for i in ids if i is not None][:1]
+    return tuple(i for i in ids if i is not None)[:1]
+
+
+def spaces_words(backend) -> bool:
+    """Whether a word has other tokens behind a space than alone, as " dog" of GPT-2, and the
+    tokenizer puts no space before a word by itself."""
+    steps = [*_steps(backend.normalizer), *_steps(backend.pre_tokenizer)]
+    if any(
+        step["type"] == "Prepend"
+        or step.get("add_prefix_space")
+        or step.get("prepend_scheme", "never") != "never"
+        for step in steps
+    ):
+        return False
+    marked = {"type": "Replace", "pattern": {"String": " "}}  # as in Gemma's normalizer
+    return any(
+        step["type"] in ("ByteLevel", "Metaspace") or marked.items() <= step.items()
+        for step in steps
+    )
+
+
+def _steps(part) -> list[dict]:
+    """The steps of a normalizer or a pre-tokenizer, those of sequences among them."""
+    if part is None:
+        return []
+    state = json.loads(part.__getstate__())
+    steps = state.get("normalizers") or state.get("pretokenizers")
+    return steps if state["type"] == "Sequence" else [state]
 
 
 def _bytes(state: dict) -> Callable[[str], int] | None:

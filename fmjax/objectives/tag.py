@@ -19,6 +19,7 @@ TARGET = "tags"
 SCORES = ("precision", "recall", "f1")
 
 NONE = -1  # of outputs: no tag stands here
+UNKNOWN = -2  # of labels, and less: that of word UNKNOWN - label is not known
 ENTITIES = r"O|[BIES]-.+"  # tags that say where an entity begins and goes on
 
 
@@ -45,9 +46,15 @@ def loss_fn(
 
 
 def outputs(apply: Callable, params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """`tags` (B, T): the class at the first piece of each word, -1 elsewhere."""
-    chosen = jnp.argmax(_logits(apply, params, batch), axis=-1)
-    return {"tags": jnp.where(batch["labels"] != NONE, chosen, NONE)}
+    """(B, T) at the first piece of each word, -1 elsewhere: `tags`, its class, and where its label
+    is not known `words`, its number; `logits`, the largest, 0 elsewhere."""
+    labels, logits = batch["labels"], _logits(apply, params, batch)
+    largest = jnp.max(logits, axis=-1)  # NaN where any is
+    return {
+        "tags": jnp.where(labels != NONE, jnp.argmax(logits, axis=-1), NONE),
+        "logits": jnp.where(labels != NONE, largest, 0),
+        "words": jnp.where(labels <= UNKNOWN, UNKNOWN - labels, NONE),
+    }
 
 
 def score(
@@ -68,10 +75,16 @@ def score(
     return {name: float(getattr(metrics, f"{name}_score")(right, chosen, **how)) for name in SCORES}
 
 
-def describe(found: Mapping[str, np.ndarray], *, names: Sequence[str]) -> list[dict[str, Any]]:
-    """For each example the tags of its words."""
-    tags = found["tags"]
-    return [{"tags": row} for row in _words(tags, tags >= 0, names)]
+def describe(
+    found: Mapping[str, np.ndarray], *, names: Sequence[str], words: Sequence[int]
+) -> list[dict[str, Any]]:
+    """For each example, which has so many `words`, their tags: None for a word that the model does
+    not see, since the tokenizer drops it or it is beyond the end of a truncated row."""
+    described = []
+    for tags, numbers, count in zip(found["tags"], found["words"], words, strict=True):
+        seen = {int(i): names[tag] for tag, i in zip(tags, numbers, strict=True) if i >= 0}
+        described.append({"tags": [seen.get(i) for i in range(count)]})
+    return described
 
 
 def _words(tags: np.ndarray, known: np.ndarray, names: Sequence[str]) -> list[list[str]]:

@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fmjax import data
 from fmjax.errors import ConfigError, DataError
@@ -91,9 +93,53 @@ def test_a_tag_stands_at_the_first_piece_of_its_word(examples):
     np.testing.assert_array_equal(batch["labels"][0], [-1, 0, -1, 1, -1, -1, -1, -1])
 
 
+def byte_level(prefix=False):
+    return None, pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+
+
+SPACES = {
+    "gpt2": byte_level(),
+    "prefixed": byte_level(prefix=True),
+    "llama3": (None, pre_tokenizers.Sequence([byte_level()[1]])),
+    "gemma": (
+        normalizers.Replace(" ", "▁"),
+        pre_tokenizers.Split(" ", "merged_with_previous"),
+    ),
+    "llama2": (
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        None,
+    ),
+    "t5": (None, pre_tokenizers.Metaspace()),
+    "bare": (None, pre_tokenizers.Metaspace(prepend_scheme="never")),
+}
+
+
+@pytest.mark.parametrize("kind", SPACES)
+def test_tagged_words_are_the_tokens_of_their_sentence(prepare, tmp_path, kind):
+    """A model has learnt " dog" where a space is before the word: "Ġdog" or "▁dog"."""
+    merges = [("T", "h"), ("Th", "e"), ("d", "o"), ("do", "g"), ("e", "e")]
+    merges += [(space, word) for space in "Ġ▁" for word in ("dog", "The")]
+    tokens = ["<unk>", "</s>", *"ĠThedogs▁", *map("".join, merges)]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>"))
+    backend.normalizer, backend.pre_tokenizer = SPACES[kind]
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    words.save_pretrained(tmp_path / kind)
+    row = {"text": ["The", "dog", "sees", "dog"], "label": ["O", "B-x", "O", "B-x"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    settings = dict(format="tags", label="label", long="truncate")
+    dataset = prepare(tmp_path / "rows.jsonl", {"name": str(tmp_path / kind)}, **settings)
+    batch = rows(dataset)
+    right = AutoTokenizer.from_pretrained(dataset.tokenizer_dir)("The dog sees dog")["input_ids"]
+    ids = batch["input_ids"][0][batch["segment_ids"][0] > 0].tolist()
+    assert ids == [*right, 1]
+    tagged = words.convert_ids_to_tokens(batch["input_ids"][0][batch["labels"][0] >= 0].tolist())
+    assert len(tagged) == 4 and "dog" in tagged[1] and "dog" in tagged[3]
+
+
 def test_without_tags_the_first_pieces_are_known_still(examples):
     dataset = examples([{"text": ["ab", "c"]}], format="tags", label="", classes=("B-x", "O"))
-    np.testing.assert_array_equal(rows(dataset)["labels"][0][:6], [-1, -2, -1, -2, -1, -1])
+    np.testing.assert_array_equal(rows(dataset)["labels"][0][:6], [-1, -2, -1, -3, -1, -1])
 
 
 def test_choices_are_several_sequences_of_one_example(examples):
@@ -285,7 +331,7 @@ def test_words_alone_have_no_tags(prepare, tmp_path):
     (tmp_path / "a.conll").write_text("ab\nc\tO\n\nd\n")
     settings = dict(format="tags", long="truncate", label="", classes=("B-x", "O"))
     batch = rows(prepare(tmp_path / "a.conll", **settings))
-    np.testing.assert_array_equal(batch["labels"][:, :4], [[-1, -2, -1, -2], [-1, -2, -1, -1]])
+    np.testing.assert_array_equal(batch["labels"][:, :4], [[-1, -2, -1, -3], [-1, -2, -1, -1]])
 
 
 def test_a_sentence_with_a_broken_line_is_left_out_and_named(prepare, tmp_path):

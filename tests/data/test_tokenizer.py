@@ -8,12 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fmjax import data, objectives
-from fmjax.data import tokenizer, vocabulary
-from fmjax.errors import ConfigError
+from fmjax.data import chat, tokenizer, tokenizer_training, vocabulary
+from fmjax.errors import ConfigError, DataError
 
 # Words enough for a few merges, in 60 documents.
 TEXT = "\n\n".join(
@@ -189,3 +196,205 @@ def test_unknown_choices_are_named(prepare):
         prepare("a", {"kind": "wordpeice"})
     with pytest.raises(ConfigError, match=r"Unknown key config\.tokenizer\.size.*vocab_size"):
         data.prepare({}, {"size": 3})
+
+
+def save_unigram(folder, **options):
+    """A Unigram vocabulary, in which "Paris" is a token, under the name of a class of BPE."""
+    pieces = ["<unk>", "<s>", "</s>", "▁Mary", "▁likes", "▁Paris", "▁", *"MarylikesP"]
+    scores = [(piece, 0.0 if i < 3 else -1.0 - i) for i, piece in enumerate(dict.fromkeys(pieces))]
+    backend = Tokenizer(models.Unigram(scores, unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizer"} | options
+    path.write_text(json.dumps(content))
+    return backend
+
+
+def test_texts_are_tokenised_by_the_file_whatever_class_is_named(prepare, tmp_path):
+    folder = tmp_path / "unigram"
+    save_unigram(folder)
+    words = tokenizer.load(folder)
+    right = ["▁Mary", "▁likes", "▁Paris"]
+    assert words.convert_ids_to_tokens(words("Mary likes Paris")["input_ids"]) == right
+    assert words.decode(words("Mary likes Paris")["input_ids"]) == "Mary likes Paris"
+    assert words.eos_token == "</s>"  # what the other files say stays
+
+    dataset = prepare("Mary likes Paris", {"name": str(folder)})
+    ids = words.convert_tokens_to_ids(right)
+    assert dataset.splits["train"].rows(np.array([0]))["input_ids"][0, 1:4].tolist() == ids
+    # What a run keeps and exports is read alike by transformers, and by conversations.
+    for place in (folder, dataset.tokenizer_dir):
+        reader = chat.Reader(place, chat.TEMPLATES["plain"])
+        assert reader._encode.encode("Mary likes Paris", add_special_tokens=False).tokens == right
+    assert (
+        AutoTokenizer.from_pretrained(dataset.tokenizer_dir).tokenize("Mary likes Paris") == right
+    )
+
+
+def test_options_beside_the_file_say_what_stands_around_a_text(tmp_path):
+    save_unigram(tmp_path, add_bos_token=True)
+    assert vocabulary.around(tokenizer.load(tmp_path)) == ((1,), (2,))
+
+
+def processor(kind):
+    pair = ("[SEP]", 2), ("[CLS]", 1)
+    template = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[*pair])
+    return {
+        "template": template,
+        "bert": processors.BertProcessing(*pair),
+        "roberta": processors.RobertaProcessing(*pair),
+        "sequence": processors.Sequence([processors.ByteLevel(), template]),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["template", "bert", "roberta", "sequence"])
+def test_the_frame_of_an_alphabet_without_letters(prepare, tmp_path, kind):
+    """A tokenizer of DNA drops "a"; its file says what stands around a text."""
+    vocab = {token: i for i, token in enumerate(["[PAD]", "[CLS]", "[SEP]", "[MASK]", *"ACGT"])}
+    backend = Tokenizer(models.BPE(vocab, []))
+    backend.post_processor = processor(kind)
+    names = {f"{token[1:-1].lower()}_token": token for token in list(vocab)[:4]}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(tmp_path / "dna")
+    dataset = prepare("GATTACA", {"name": str(tmp_path / "dna")}, format="padded")
+    whole = backend.encode("GATTACA").ids
+    assert whole[:2] == [1, 6] and whole[8:] == [2]
+    assert (dataset.vocab.first, dataset.vocab.last) == ((1,), (2,))
+    ids = dataset.splits["train"].rows(np.array([0]))["input_ids"][0]
+    assert ids[: len(whole)].tolist() == whole
+
+
+def save_gives_up(folder):
+    """A tokenizer whose regular expression needs exponential time for many x without a y."""
+    backend = save(folder, ["<unk>", "a", "x"], eos_token="<unk>")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(x+x+)+y"), "isolated")
+    backend.save(str(folder / "tokenizer.json"))
+
+
+def test_a_regular_expression_that_gives_up_names_the_record(prepare, tmp_path):
+    save_gives_up(tmp_path / "regex")
+    hard = "x" * 60
+    name = {"name": str(tmp_path / "regex")}
+    with pytest.raises(DataError, match="corpus.txt:3: the tokenizer fails on 'xxx.*retry-limit"):
+        prepare(f"a\n\n{hard}\n\na\n", name)
+    rows = tmp_path / "rows.jsonl"
+    records = [{"text": "a", "label": "0"}, {"text": hard, "label": "1"}]
+    rows.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(DataError, match="rows.jsonl:2: the tokenizer fails.*retry-limit"):
+        prepare(rows, name, format="classes", columns="text", label="label", long="drop")
+    words = tokenizer.load(tmp_path / "regex")
+    for method in (words, words.tokenize, words.encode):  # of prompts
+        with pytest.raises(DataError, match="the tokenizer fails on 'xxx"):
+            method(hard)
+    with pytest.raises(DataError, match="the tokenizer fails"):
+        words.decode([2**40])
+
+
+def test_a_tokenizer_that_fails_on_any_text_is_refused(tmp_path):
+    backend = save(tmp_path, ["<unk>", "a"], eos_token="<unk>")
+    template = processors.TemplateProcessing(single="a $A a", special_tokens=[("a", 1)])
+    backend.post_processor = processors.Sequence([template, template])  # the library panics
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match="cannot be loaded: the tokenizer fails"):
+        tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["[" * 10**5, '{"a": ' * 10**5, '{"version": 1' + "0" * 5000])
+def test_files_that_no_parser_reads_are_refused_in_a_line(tmp_path, file, content):
+    save(tmp_path, ["<unk>", "a"], eos_token="<unk>")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ConfigError, match="cannot be loaded") as info:
+        tokenizer.load(tmp_path)
+    assert len(str(info.value)) < 800 and "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("digits", [20, 400])
+def test_numbers_of_hundreds_of_digits_are_refused(tmp_path, digits):
+    save(tmp_path, ["<unk>", "a"], eos_token="<unk>")
+    path = tmp_path / "tokenizer_config.json"
+    added = {"9" * digits: {"content": "b", "special": True}}
+    path.write_text(json.dumps({"added_tokens_decoder": added, "model_max_length": 10**digits}))
+    words = tokenizer.load(tmp_path)  # the number is no id: the token gets the next
+    assert words.convert_tokens_to_ids("b") == 2
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["c"] = 10**digits
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        tokenizer.load(tmp_path)
+
+
+def test_older_files_alone_say_what_lacks(tmp_path, monkeypatch):
+    for name, content in {"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\n"}.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match="vocab.json but no tokenizer.json.*GPT2Tokenizer.*save"):
+        tokenizer.load(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    folder = tmp_path / "t5"
+    folder.mkdir()
+    (folder / "spiece.model").write_bytes(b"\n\x03abc")
+    with pytest.raises(ConfigError, match="spiece.model but no tokenizer.json.*install sentenc"):
+        tokenizer.load(folder)
+
+
+def test_training_texts_have_no_long_word():
+    most = tokenizer_training.MAX_WORD
+    pieces = lambda text: [*tokenizer_training.pieces(text)]
+    for short in ("", "a b", "x" * most, " " * most, "a b " * most):
+        assert pieces(short) == [short]
+    text = "a " + "x" * (2 * most + 1) + " b" + " " * (most + 1) + "c"
+    lengths = [2 + most, most, 1 + 2 + most, 1 + 1]
+    assert [len(piece) for piece in pieces(text)] == lengths
+    assert "".join(pieces(text)) == text
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+def test_a_long_word_is_trained_on_in_pieces(prepare, kind, monkeypatch):
+    """A trainer needs hours for a word of some hundred thousand characters."""
+    longest = 0
+    train = tokenizer_training._train
+
+    def measured(words, trainer, texts):
+        nonlocal longest
+        texts = [*texts]
+        longest = max(len(word) for text in texts for word in text.split())
+        train(words, trainer, iter(texts))
+
+    monkeypatch.setattr(tokenizer_training, "_train", measured)
+    letters = np.random.default_rng(0).choice([*"abcdefghij"], 20_000)
+    prepare(TEXT + "\n\n" + "".join(letters), {"kind": kind, "vocab_size": 400})
+    assert longest == tokenizer_training.MAX_WORD
+
+
+class Stopped(Exception):
+    """What a poll raises to stop."""
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram", "char"])
+def test_training_polls_for_each_document(prepare, kind):
+    polls = 0
+
+    def poll():
+        nonlocal polls
+        polls += 1
+        if polls == 30:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        prepare(TEXT, {"kind": kind, "vocab_size": 400}, poll=poll)
+    assert polls == 30
+
+
+class Fails:
+    """A tokenizer whose trainer fails as the library's do."""
+
+    def train_from_iterator(self, texts, trainer):
+        raise Exception("The vocabulary is not large enough\nfor characters")
+
+
+def test_documents_that_no_vocabulary_can_be_made_of():
+    with pytest.raises(DataError, match="No tokenizer can be trained.*large enough$"):
+        tokenizer_training._train(Fails(), None, iter(()))

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch_heads
 
-from fmjax import build, objectives
+from fmjax import build, evaluate, objectives
 from fmjax.models import bert
 from fmjax.objectives import tag
 
@@ -63,9 +63,25 @@ def test_padding_changes_no_number():
 def test_outputs_are_the_tags_of_words_whose_label_is_unknown_too():
     logits = [[[5, 0, 0], [0, 5, 0], [0, 0, 5], [5, 0, 0]]]
     found = tag.outputs(fake(logits), None, batch([[-1, -2, 0, -1]]))
-    found = {"tags": np.asarray(found["tags"])}
+    found = {name: np.asarray(array) for name, array in found.items()}
     np.testing.assert_array_equal(found["tags"], [[-1, 1, 2, -1]])
-    assert tag.describe(found, names=NAMES) == [{"tags": ["I-x", "O"]}]
+    np.testing.assert_array_equal(found["words"], [[-1, 0, -1, -1]])
+
+
+def test_words_that_the_model_does_not_see_have_no_tag():
+    """Of four words the second has no token, and the row ends before the fourth."""
+    logits = [[[5, 0, 0], [0, 5, 0], [0, 0, 5], [5, 0, 0]]]
+    found = tag.outputs(fake(logits), None, batch([[-1, -2, -4, -1]]))
+    found = {name: np.asarray(array) for name, array in found.items()}
+    told = tag.describe(found, names=NAMES, words=[4])
+    assert told == [{"tags": [NAMES[1], None, NAMES[2], None]}]
+
+
+def test_logits_that_are_not_finite_are_seen():
+    logits = [[[5, 0, 0], [0, float("nan"), 0], [0, 0, 5], [5, 0, 0]]] * 2
+    found = tag.outputs(fake(logits), None, batch([[-1, -2, -3, -1], [-1, -1, -2, -1]]))
+    found = {name: np.asarray(array) for name, array in found.items()}
+    assert evaluate.not_finite(found).tolist() == [True, False]
 
 
 def test_entities_are_found_whole_or_not_at_all():
