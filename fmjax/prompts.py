@@ -12,7 +12,6 @@ A template is a text with the names of columns in braces, behind which the answe
 | `rte`, `qnli`, `wnli` | first, second | whether the second follows, is the answer, is true |
 """
 
-import csv
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 from fmjax.choices import Item
 from fmjax.data import lines, sources
 from fmjax.data.settings import DataSettings, read
-from fmjax.errors import ConfigError, DataError
+from fmjax.errors import ConfigError, DataError, quoted
 
 
 class Row(NamedTuple):
@@ -106,32 +105,31 @@ def check(template: str, columns: Sequence[str]) -> None:
 def glue(name: str, path: Path, limit: int = 0) -> Iterator[Row]:
     """The rows of a file of GLUE (.tsv). Raises DataError for one that is none of `name`."""
     kind, count = GLUE[name], 0
-    given = (line for line in lines.read(path))
-    texts = (_good(path, line) for line in given)
-    heads = list(kind.heads) or next(csv.reader(texts, **_TSV), [])
+    rows = _rows(path)
+    heads = list(kind.heads) or next(rows, [])
     if missing := {*kind.columns.values(), kind.label} - set(heads):
         raise DataError(f"{path} is no file of {name!r}: it has no column {sorted(missing)[0]!r}.")
-    for number, values in enumerate(csv.reader(texts, **_TSV), 1):
+    for number, values in enumerate(rows, 1):
         if limit and count == limit:
             return
         row = dict(zip(heads, values, strict=False))
         if len(values) != len(heads) or row[kind.label] not in kind.classes:
             raise DataError(
                 f"{path}: row {number} is none of {name!r}: {len(values)} columns of {len(heads)}, "
-                f"label {row.get(kind.label)!r} of {', '.join(kind.classes)}."
+                f"label {quoted(row.get(kind.label))} of {', '.join(kind.classes)}."
             )
         count += 1
         columns = {ours: row[theirs] for ours, theirs in kind.columns.items()}
         yield Row(columns, kind.classes.index(row[kind.label]), row.get(kind.group, ""))
 
 
-_TSV = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _good(path, line) -> str:
-    if line.bad:
-        raise DataError(f"{path}:{line.number}: {line.bad}")
-    return line.text
+def _rows(path: Path) -> Iterator[list[str]]:
+    """The values of each line."""
+    for line in lines.read(path):
+        if line.bad:
+            raise DataError(f"{path}:{line.number}: {line.bad}")
+        if line.text:
+            yield line.text.split("\t")  # a quote is a character, whatever it opens
 
 
 def labelled(data: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[Row]]:

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from fmjax import beams, evaluate, generate, pretrained, processes
-from fmjax.data import lines
+from fmjax.data import json_rows, records
 from fmjax.decoding import Writer
-from fmjax.errors import ConfigError, DataError
+from fmjax.errors import ConfigError, DataError, quoted
 from fmjax.sampling import Sampling
 
 FILE, TEXTS = "translate.jsonl", "translations.jsonl"
@@ -72,27 +72,28 @@ def read(file: str, source: str, target: str, limit: int = 0) -> list[tuple[str,
     path, pairs = Path(file).expanduser(), []
     if not path.is_file():
         raise ConfigError(f"config.file={file!r}: no such file.")
-    for line in lines.read(path):
+    for where, row in json_rows.read(path):
         if limit and len(pairs) == limit:
             break
-        if line.bad or not line.text.strip():
-            if line.bad:
-                raise DataError(f"{path}:{line.number}: {line.bad}")
-            continue
-        try:
-            row = json.loads(line.text)
-            given, wanted = row[source], row[target] if target else []
-        except (KeyError, TypeError, ValueError) as error:
+        if missing := [name for name in (source, target) if name and name not in row]:
             raise DataError(
-                f"{path}:{line.number} has no column {source!r} or {target!r} "
-                f"({type(error).__name__}: {error}): set config.source and config.target."
-            ) from error
-        given = " ".join(given) if isinstance(given, list) else given
-        wanted = [wanted] if isinstance(wanted, str) else wanted
-        if not isinstance(given, str) or not all(isinstance(x, str) for x in wanted):
-            raise DataError(f"{path}:{line.number}: {source!r} and {target!r} are not texts.")
-        pairs.append((given, list(wanted)))
+                f"{where} has no column {missing[0]!r}, but {quoted(list(row))}: set "
+                "config.source and config.target."
+            )
+        given = _texts(row[source], f"{where}: column {source!r}")
+        wanted = _texts(row[target], f"{where}: column {target!r}") if target else []
+        pairs.append((" ".join(given), wanted))
     return pairs
+
+
+def _texts(value: Any, where: str) -> list[str]:
+    """A text, or a list of some, as a list. Raises DataError for anything else."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts:
+        raise DataError(f"{where}: {quoted(value)} is neither text nor a list of texts.")
+    if bad := next(filter(None, map(records.fault, texts)), ""):
+        raise DataError(f"{where}: {bad}")
+    return texts
 
 
 def written(writer: Writer, prompts: Sequence[list[int]], config: Any) -> list[list[int]]:
