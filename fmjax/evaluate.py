@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fmjax import build, data, logs, pretrained, processes, progress, sharding
+from fmjax import build, data, logs, needs, pretrained, processes, progress, sharding
 from fmjax import losses as array_losses
 from fmjax import objectives as losses
 from fmjax.data.settings import ALONE, DataSettings, read
@@ -288,6 +288,8 @@ def settings_of(
 def check_labels(dataset: data.Dataset, opened: pretrained.Opened, goals: Iterable[str]) -> None:
     """Refuses heads that are not trained, or whose outputs are not as many as the names."""
     for name in goals:
+        if needs.vocabulary([name]):
+            opened.require_output()
         opened.require_head(name)
         outputs = dict(opened.model.cfg.classes).get(name)
         named = dataset.target in ("classes", "tags")

@@ -141,8 +141,7 @@ def summarise(
 def scorer_of(opened: pretrained.Opened, words: Any, batch_size: int, way: str) -> Scorer:
     """What judges texts with the model of a folder. Raises ConfigError for one that cannot."""
     model = opened.model
-    if not model.causal and not model.decodes:
-        opened.require_head("mlm")
+    opened.require_output()
     if len(words) > model.cfg.vocab_size:
         raise ConfigError(
             f"the tokenizer has {len(words):,} tokens, the model {model.cfg.vocab_size:,}: they do "

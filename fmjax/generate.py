@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from fmjax import adapters, beams, pretrained, processes, speculative
+from fmjax.data import chat, endings, vocabulary
 from fmjax.data import tokenizer as tokenizers
-from fmjax.data import vocabulary
 from fmjax.decoding import Writer
 from fmjax.errors import ConfigError
 from fmjax.sampling import Sampling
@@ -21,7 +21,7 @@ EVERY = 8  # tokens between looks at what is written, where somebody waits for i
 
 def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
     """The task: prints `config.count` continuations of `config.prompt`, each drawn by itself; a
-    single one while it is written.
+    single one while it is written, as there is where nothing is drawn.
 
     The folder is a run's, one in Hugging Face format, or a hub id.
     """
@@ -38,7 +38,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         first = jax.process_index() == 0
         if first:
             print(f"\n{opened}\n")
-        if config.count > 1:
+        if config.count > 1 and sampling_of(how).draws:
             found = author.texts(how, config.seed)
             if first:
                 print(shown(author.before(how["prompt"]), found))
@@ -55,6 +55,12 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
 def bits_of(how: Mapping[str, Any]) -> dict[str, str]:
     """How matrices and what was seen are to be kept."""
     return {key: how.get(key, "") for key in ("weights", "cache")}
+
+
+def sampling_of(how: Mapping[str, Any]) -> Sampling:
+    """How tokens are chosen, of the keys of configs/generate.py."""
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    return Sampling(**{name: how[name] for name in names if name in how})
 
 
 def shown(prompt: str, texts: Sequence[str]) -> str:
@@ -78,6 +84,7 @@ class Author:
         bits: Mapping[str, str] = MappingProxyType({}),
     ):
         check_model(opened.model)
+        opened.require_output()
         self.opened, self.model = opened, opened.model
         self.words = tokenizers.load(opened.tokenizer)
         check_tokens(self.model, self.words)
@@ -86,7 +93,7 @@ class Author:
         self.writer = Writer(
             self.model,
             opened.params,
-            stop=(*self.last[:1], *stop),
+            stop=tuple(dict.fromkeys((*stop_tokens(opened, self.words), *stop))),
             tokens=min(len(self.words), self.model.cfg.vocab_size),
             prefix="prefix_lm" in goals,
             first=self.words.pad_token_id or 0,
@@ -126,13 +133,14 @@ class Author:
         seed: int,
         show: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """`how["count"]` texts behind the tokens, each up to its end, to one of the texts
-        `how["stop"]`, or of `how["length"]` tokens. `show` is given the first as it grows."""
+        """`how["count"]` texts behind the tokens, one where nothing is drawn; each up to its end,
+        to one of the texts `how["stop"]`, or of `how["length"]` tokens. `show` is given the first
+        as it grows."""
         stop = tuple(how.get("stop", ()))
         if how.get("beams", 1) > 1:
             return [self._likeliest(ids, how, show)]
-        names = [field.name for field in dataclasses.fields(Sampling)]
-        sampling = Sampling(**{name: how[name] for name in names if name in how})
+        sampling = sampling_of(how)
+        count = how["count"] if sampling.draws else 1
         text = lambda row: cut(self.text(ids, row), stop)
         printed = 0
 
@@ -146,7 +154,7 @@ class Author:
             return [over for _, over in found]
 
         given = dict(told=told, every=EVERY) if show or stop else {}
-        rows = self.writer([ids] * how["count"], how["length"], sampling, seed, **given)
+        rows = self.writer([ids] * count, how["length"], sampling, seed, **given)
         found = [text(row)[0] for row in rows]
         if show:
             show(found[0][printed:])
@@ -171,7 +179,7 @@ class Author:
 
     def _likeliest(self, ids, how, show) -> str:
         """What beam search finds behind the tokens."""
-        taken = dict(temperature=0, top_k=None, count=1, repetition_penalty=1, stop=(), draft="")
+        taken = dict(temperature=0, top_k=None, repetition_penalty=1, stop=(), draft="")
         for key, value in taken.items():
             if how.get(key, value) != value:
                 raise ConfigError(
@@ -195,6 +203,32 @@ class Author:
         # Together with the prompt: alone, a first token may lose the space before it.
         before = self.words.decode(ids)
         return self.words.decode([*ids, *row]).removeprefix(before)
+
+
+def stop_tokens(opened: pretrained.Opened, words: Any) -> tuple[int, ...]:
+    """The tokens that end what a model writes: those that its folder lists, else the end of a text
+    of its tokenizer `words`; and the end of an answer, where it was trained on conversations."""
+    ids = endings.listed(opened.tokenizer)
+    if ids is None:
+        ids = vocabulary.around(words)[1][:1]
+    if learnt_to_answer(opened):
+        ids = (*ids, template_of(opened, words)[2].end())
+    # Some folders list ids that the model has no row for, which it never writes.
+    return tuple(i for i in dict.fromkeys(ids) if 0 <= i < opened.model.cfg.vocab_size)
+
+
+def learnt_to_answer(opened: pretrained.Opened) -> bool:
+    """Whether the model is of a run on conversations."""
+    return opened.config is not None and opened.config.data.format in ("chat", "chat_padded")
+
+
+def template_of(
+    opened: pretrained.Opened, words: Any, name: str = "auto", key: str = "config.data.template"
+) -> tuple[str, str, chat.Reader]:
+    """As `chat.fitting`, where "auto" is the template that the run was trained with, else the
+    tokenizer's own, else "plain"."""
+    trained = opened.config.data.get("template") if opened.config else None
+    return chat.fitting(opened.tokenizer, words, name if name != "auto" else trained or name, key)
 
 
 def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:

@@ -59,6 +59,15 @@ def test_each_choice_is_judged_behind_its_context():
     assert first.nats == (3.0, 1.0) and first.choice("sum") == 1 and second.bytes == (2,)
 
 
+def test_the_space_that_joins_a_choice_to_its_context_is_none_of_its_bytes():
+    """4 nats of "cat" are 1.33 a byte, 6 of "house" 1.2; with the space 1.0 and 1.0."""
+    nats = {" cat": 4.0, " house": 6.0}
+    items = [Item("q", tuple(nats), 1)]
+    scorer = lambda pairs: [Likely(nats[said], False, 1) for _, said in pairs]
+    (told,) = choices.judged(scorer, lambda context, said: (context, said), items)
+    assert told.bytes == (3, 5) and told.choice("byte") == 1 and told.choice("sum") == 0
+
+
 def test_a_gain_is_over_what_is_said_anyway():
     """Behind nothing " no" is likelier by 3 nats, behind the question by 2 alone: " yes" gained."""
     nats = {("q", " no"): 1.0, ("q", " yes"): 3.0, ("", " no"): 2.0, ("", " yes"): 5.0}

@@ -26,7 +26,11 @@ def test_sources_are_joined_and_targets_are_references(tmp_path):
     assert translate.read(file, "s", "", limit=1) == [("a b", [])]
     with pytest.raises(DataError, match="a.jsonl:1 has no column 'x', but .*'t'.*config.target"):
         translate.read(file, "s", "x")
-    for wrong, words in ((1, "1 is neither"), ([], r"\[\] is neither"), ("\ud800", "lone surrogate")):
+    for wrong, words in (
+        (1, "1 is neither"),
+        ([], r"\[\] is neither"),
+        ("\ud800", "lone surrogate"),
+    ):
         with pytest.raises(DataError, match=f"a.jsonl:1: column 's': {words}"):
             translate.read(rows(tmp_path / "a.jsonl", dict(s=wrong, t="b")), "s", "t")
     (tmp_path / "a.jsonl").write_text('{"s": "a", "t": "b"}\n' + '{"s": ' + "[" * 100_000)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fmjax import snapshot
-from fmjax.data import cache, tokenizer_training, vocabulary
+from fmjax.data import cache, endings, tokenizer_training, vocabulary
 from fmjax.data.settings import TokenizerSettings
 from fmjax.data.sources import Source
 from fmjax.data.vocabulary import Vocab
@@ -33,7 +33,7 @@ def prepare(
     poll: Callable[[], None],
 ) -> Prepared:
     """Load or train the tokenizer, or reuse the one that the cache has."""
-    identity = {"version": 5, **_identity(settings, source)}
+    identity = {"version": 6, **_identity(settings, source)}
     home = root / f"tokenizer-{cache.digest(identity)}"
     with cache.lock(root / f"{home.name}.lock", log, poll):
         index = cache.verified(home, log)
@@ -108,6 +108,10 @@ def _write(folder: Path, settings: TokenizerSettings, source: Source, log) -> di
     except ValueError as error:  # chat templates whose names lead out of the folder
         name = quoted(settings.name)
         raise ConfigError(f"config.tokenizer.name={name} cannot be saved: {error}") from error
+    if settings.name != "train":  # a run goes on to end its texts as the model of the folder does
+        source = snapshot.find(settings.name, settings.revision, files=snapshot.TOKENIZER)
+        if ids := endings.listed(source):
+            endings.write(folder / "files", ids)
     found = vocab._asdict()
     tables = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
     np.savez(folder / "vocab.npz", **tables)
