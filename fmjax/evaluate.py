@@ -17,7 +17,7 @@ from fmjax import build, data, logs, needs, pretrained, processes, progress, sha
 from fmjax import losses as array_losses
 from fmjax import objectives as losses
 from fmjax.data.settings import ALONE, DataSettings, read
-from fmjax.errors import ConfigError, DataError
+from fmjax.errors import ConfigError, DataError, NumericsError
 from fmjax.models import AnyModel
 
 FILE = "evaluation.jsonl"
@@ -46,6 +46,11 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         with progress.part(_show, enabled=jax.process_index() == 0) as part:
             show = lambda done: part(done / steps, f"evaluated {done:,} of {steps:,} batches")
             metrics = measure(opened.model, opened.params, mesh, show)
+    if not np.isfinite(metrics["loss"]):  # and what is counted beside it counts noise
+        raise NumericsError(
+            f"the loss of {opened} is {metrics['loss']}: its weights are damaged, or it needs "
+            "config.precision=float32."
+        )
     metrics |= perplexity(metrics)
     for name, value in metrics.items():
         _show(f"  {name:<16} {value:>12,.4f}")

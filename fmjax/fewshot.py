@@ -161,6 +161,7 @@ def scorer_of(opened: pretrained.Opened, words: Any, batch_size: int, way: str) 
         trained=config.data.seq_len if config else None,
         batch_size=batch_size,
         prefix=bool(config) and "prefix_lm" in config.objectives,
+        decode=words.decode,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from fmjax import adapters, build, pretrained, processes
 from fmjax.data.tokenizer import load as load_tokenizer
-from fmjax.errors import ConfigError
+from fmjax.errors import ConfigError, NumericsError
 from fmjax.models import AnyModel
 
 
@@ -116,6 +116,11 @@ def guesses(
             where,
         )
     )
+    if not np.isfinite(probabilities[: len(masked)]).all():
+        raise NumericsError(
+            f"{opened.source} gives probabilities that are not finite: its weights are damaged, or "
+            "it needs config.precision=float32."
+        )
     found: list[list[list[Guess]]] = [[] for _ in rows]
     for (row, _), chances, chosen in zip(masked, probabilities, ids, strict=False):
         found[row].append(
