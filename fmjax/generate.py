@@ -75,17 +75,20 @@ def texts(opened: pretrained.Opened, how: Mapping[str, Any], seed: int) -> list[
 
 class Author:
     """A model that lies in a folder, with its tokenizer: text to text. Besides what ends its texts
-    the tokens `stop` do; `bits` are `weights` and `cache` of a `Writer`."""
+    the tokens `stop` do; `bits` are `weights` and `cache` of a `Writer`. What it writes is decoded
+    together with its prompt, or `alone` and without special tokens, as transformers does."""
 
     def __init__(
         self,
         opened: pretrained.Opened,
         stop: Sequence[int] = (),
         bits: Mapping[str, str] = MappingProxyType({}),
+        alone: bool = False,
     ):
         check_model(opened.model)
         opened.require_output()
         self.opened, self.model = opened, opened.model
+        self.alone = alone or opened.model.decodes
         self.words = tokenizers.load(opened.tokenizer)
         check_tokens(self.model, self.words)
         self.first, self.last = vocabulary.around(self.words)
@@ -198,7 +201,7 @@ class Author:
         row = [i for i in row if i >= 0]
         if row and row[-1] in self.writer.facts.stop:
             row = row[:-1]
-        if self.model.decodes:
+        if self.alone:
             return self.words.decode(row, skip_special_tokens=True)
         # Together with the prompt: alone, a first token may lose the space before it.
         before = self.words.decode(ids)

@@ -1,5 +1,6 @@
 """What an encoder–decoder makes of a file of sources, beside what it should: BLEU, chrF, ROUGE."""
 
+import importlib.util
 import json
 import os
 import time
@@ -37,15 +38,14 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         pairs = read(config.file, config.source, config.target, config.limit)
         prompts = [author.ids(how | {"prompt": source}) for source, _ in pairs]
         print(f"\n{opened}: {len(pairs):,} sources of {config.file}")
+        if config.target:
+            check_installed()
         if dry_run:
             return
         start = time.perf_counter()
         rows = written(author.writer, prompts, config)
         seconds = time.perf_counter() - start
         texts = [author.text([], row) for row in rows]
-    found = scores(texts, [targets for _, targets in pairs]) if config.target else {}
-    for name, value in found.items():
-        print(f"  {name:<12} {value}")
     out = Path(workdir) / TEXTS
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as file:
@@ -53,6 +53,9 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             row = {"source": source, "target": targets, "written": text}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print(f"written to {out}, in {seconds:.1f} s")
+    found = scores(texts, [targets for _, targets in pairs]) if config.target else {}
+    for name, value in found.items():
+        print(f"  {name:<12} {value}")
     record = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "folder": opened.source,
@@ -83,6 +86,8 @@ def read(file: str, source: str, target: str, limit: int = 0) -> list[tuple[str,
         given = _texts(row[source], f"{where}: column {source!r}")
         wanted = _texts(row[target], f"{where}: column {target!r}") if target else []
         pairs.append((" ".join(given), wanted))
+    if not pairs:
+        raise DataError(f"config.file={file!r} has no row.")
     return pairs
 
 
@@ -114,16 +119,22 @@ def written(writer: Writer, prompts: Sequence[list[int]], config: Any) -> list[l
     return [found[i] for i in range(len(prompts))]
 
 
+def check_installed() -> None:
+    """Raises ConfigError where what `scores` needs is not installed."""
+    missing = [name for name in ("sacrebleu", "rouge_score") if not importlib.util.find_spec(name)]
+    if missing:
+        raise ConfigError(
+            f"config.target asks for BLEU and ROUGE, but {missing[0]} is not installed: pip "
+            "install 'fmjax[eval]', or set it to ''."
+        )
+
+
 def scores(texts: Sequence[str], targets: Sequence[Sequence[str]]) -> dict[str, float | str]:
     """BLEU and chrF of the corpus with their signature (sacreBLEU: Post 2018), and the means of
     ROUGE's F1 (Lin 2004), of several references the best, in percent."""
-    try:
-        import sacrebleu
-        from rouge_score import rouge_scorer
-    except ImportError as error:
-        raise ConfigError(
-            "config.target asks for BLEU and ROUGE: pip install 'fmjax[eval]', or set it to ''."
-        ) from error
+    import sacrebleu  # slow to import, and an extra
+    from rouge_score import rouge_scorer
+
     most = max(map(len, targets))
     references = [[one[min(i, len(one) - 1)] for one in targets] for i in range(most)]
     bleu, chrf = sacrebleu.BLEU(), sacrebleu.CHRF()

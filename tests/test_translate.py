@@ -36,8 +36,19 @@ def test_sources_are_joined_and_targets_are_references(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"s": "a", "t": "b"}\n' + '{"s": ' + "[" * 100_000)
     with pytest.raises(DataError, match="a.jsonl:2: JSON that is nested too deeply"):
         translate.read(str(tmp_path / "a.jsonl"), "s", "t")
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="a.jsonl' has no row"):
+        translate.read(str(tmp_path / "a.jsonl"), "s", "t")
     with pytest.raises(ConfigError, match="config.file='none'"):
         translate.read("none", "s", "t")
+
+
+def test_what_scores_need_is_asked_for_before_anything_is_written(monkeypatch):
+    monkeypatch.setattr(translate.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match="config.target asks for BLEU.*sacrebleu is not installed"
+    ):
+        translate.check_installed()
 
 
 def test_scores_are_of_the_best_reference():
