@@ -144,8 +144,8 @@ class Model(TemplateLM):
         _, _, reader = generate.template_of(self.opened, self.tokenizer)
         try:
             if add_generation_prompt:
-                return reader.text(chat_history, add_generation_prompt=True)
-            return reader.unfinished(chat_history)
+                return reader.turns.text(chat_history, add_generation_prompt=True)
+            return reader.turns.unfinished(chat_history)
         except chat.Unfit as error:
             raise ConfigError(f"config.chat=True: a conversation of a task: {error}.") from error
 

@@ -8,7 +8,7 @@ import pytest
 import tiny_folders
 from transformers import AutoTokenizer
 
-from fmjax.data import chat, records, templates
+from fmjax.data import chat, records, templates, turns
 from fmjax.data import tokenizer as tokenizers
 from fmjax.errors import ConfigError
 
@@ -50,7 +50,7 @@ def says(*turns):
 
 def learnt(folder, template, messages):
     """What is learnt of each answer."""
-    text, spans = chat.Reader(folder, template).spans(messages)
+    text, spans = turns.Turns(tokenizers.load(folder), template).spans(messages)
     assert text == tokenizers.load(folder).apply_chat_template(
         messages, chat_template=template, tokenize=False
     )
@@ -72,7 +72,7 @@ def test_a_prompt_that_begins_the_answer_is_not_learnt(words):
     kept = PROMPTS.replace(".split('</think>')[-1]", "")
     assert learnt(words, kept, says("a", "<think>\nb</think>c")) == ["b</think>c<|end|>"]
     reader = chat.Reader(words, PROMPTS)
-    assert reader.text(says("a"), add_generation_prompt=True).endswith("<|start|><think>\n")
+    assert reader.turns.text(says("a"), add_generation_prompt=True).endswith("<|start|><think>\n")
 
 
 def test_what_is_before_an_answer_may_depend_on_what_follows(words):
@@ -114,7 +114,7 @@ def test_a_conversation_is_gone_on_with_behind_its_last_words(words):
             tokenize=False,
             continue_final_message=True,
         )
-        assert reader.unfinished(messages) == theirs
+        assert reader.turns.unfinished(messages) == theirs
 
 
 def test_the_text_is_that_of_transformers(words):
@@ -127,7 +127,7 @@ def test_the_text_is_that_of_transformers(words):
     theirs = AutoTokenizer.from_pretrained(words).apply_chat_template(
         messages, chat_template=template, tokenize=False
     )
-    assert chat.Reader(words, template).text(messages) == theirs
+    assert chat.Reader(words, template).turns.text(messages) == theirs
 
 
 # ---- weights ----
