@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 from fmjax import (
     adapters,
     build,
+    conversations,
     convert,
     evaluate,
-    generate,
     groups,
     pretrained,
     processes,
@@ -85,14 +85,14 @@ def _stop_tokens(opened: pretrained.Opened) -> tuple[int, ...]:
     """The tokens that end what the model writes, where it does."""
     if not opened.model.causal and not opened.model.decodes:
         return ()
-    return generate.stop_tokens(opened, tokenizers.load(opened.tokenizer))
+    return conversations.stop_tokens(opened, tokenizers.load(opened.tokenizer))
 
 
 def write_template(opened: pretrained.Opened, output: Path) -> None:
     """The chat template that the run was trained with, which may be another than its tokenizer's,
     or the only one."""
-    if jax.process_index() == 0 and generate.learnt_to_answer(opened):
-        _, template, _ = generate.template_of(opened, tokenizers.load(opened.tokenizer))
+    if jax.process_index() == 0 and conversations.learnt_to_answer(opened):
+        _, template, _ = conversations.template_of(opened, tokenizers.load(opened.tokenizer))
         (output / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 

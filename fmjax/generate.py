@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmjax import adapters, beams, pretrained, processes, speculative
-from fmjax.data import chat, endings, vocabulary
+from fmjax import adapters, beams, conversations, pretrained, processes, speculative
 from fmjax.data import tokenizer as tokenizers
+from fmjax.data import vocabulary
 from fmjax.decoding import Writer
 from fmjax.errors import ConfigError
 from fmjax.sampling import Sampling
@@ -96,7 +96,7 @@ class Author:
         self.writer = Writer(
             self.model,
             opened.params,
-            stop=tuple(dict.fromkeys((*stop_tokens(opened, self.words), *stop))),
+            stop=tuple(dict.fromkeys((*conversations.stop_tokens(opened, self.words), *stop))),
             tokens=min(len(self.words), self.model.cfg.vocab_size),
             prefix="prefix_lm" in goals,
             first=self.words.pad_token_id or 0,
@@ -206,32 +206,6 @@ class Author:
         # Together with the prompt: alone, a first token may lose the space before it.
         before = self.words.decode(ids)
         return self.words.decode([*ids, *row]).removeprefix(before)
-
-
-def stop_tokens(opened: pretrained.Opened, words: Any) -> tuple[int, ...]:
-    """The tokens that end what a model writes: those that its folder lists, else the end of a text
-    of its tokenizer `words`; and the end of an answer, where it was trained on conversations."""
-    ids = endings.listed(opened.tokenizer)
-    if ids is None:
-        ids = vocabulary.around(words)[1][:1]
-    if learnt_to_answer(opened):
-        ids = (*ids, template_of(opened, words)[2].end())
-    # Some folders list ids that the model has no row for, which it never writes.
-    return tuple(i for i in dict.fromkeys(ids) if 0 <= i < opened.model.cfg.vocab_size)
-
-
-def learnt_to_answer(opened: pretrained.Opened) -> bool:
-    """Whether the model is of a run on conversations."""
-    return opened.config is not None and opened.config.data.format in ("chat", "chat_padded")
-
-
-def template_of(
-    opened: pretrained.Opened, words: Any, name: str = "auto", key: str = "config.data.template"
-) -> tuple[str, str, chat.Reader]:
-    """As `chat.fitting`, where "auto" is the template that the run was trained with, else the
-    tokenizer's own, else "plain"."""
-    trained = opened.config.data.get("template") if opened.config else None
-    return chat.fitting(opened.tokenizer, words, name if name != "auto" else trained or name, key)
 
 
 def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:

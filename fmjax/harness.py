@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from fmjax import evaluate, fewshot, generate, logs, pretrained, processes
+from fmjax import conversations, evaluate, fewshot, generate, logs, pretrained, processes
 from fmjax.data import chat
 from fmjax.data import tokenizer as tokenizers
 from fmjax.errors import ConfigError
@@ -141,7 +141,7 @@ class Model(TemplateLM):
     ) -> str:
         """The conversation as one text, by the template that the run was trained with, else by
         the tokenizer's own, else by "plain"."""
-        _, _, reader = generate.template_of(self.opened, self.tokenizer)
+        _, _, reader = conversations.template_of(self.opened, self.tokenizer)
         try:
             if add_generation_prompt:
                 return reader.turns.text(chat_history, add_generation_prompt=True)
