@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import pytest
+import tiny
 import tiny_folders
 from common import ROOT
 
@@ -127,6 +128,10 @@ def test_a_decoder_without_its_output_neither_writes_nor_judges(folder, tmp_path
     )
     with refused:
         evaluate.Measure(given, lacking, sharding.make_mesh())
+    # An encoder–decoder's too.
+    both = lacking._replace(model=tiny.model("t5", tied=False))
+    with pytest.raises(ConfigError, match="no trained head 'lm'.*seq2seq.py"):
+        generate.Author(both)
     # One that is tied has no tensor of its own, and lacks nothing.
     words = folder.parent / "words"
     tied = tiny_folders.opened(tiny_folders.decoder(tmp_path / "tied", words, tied=True))
