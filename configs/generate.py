@@ -25,16 +25,14 @@ def get_config():
     config.folder = ""
     config.step = placeholder(int)  # of a run; None: its newest
     config.prompt = ""
-    config.count = 3  # texts, each drawn by itself
+    config.count = 3  # texts, each drawn by itself; one where nothing is drawn (temperature=0)
     config.length = 100  # tokens at most, beside the prompt
     config.temperature = 0.8
     config.top_k = placeholder(int)  # the most probable to draw from; None: all
     config.top_p = 1.0  # the fewest most probable that are so probable together
     config.min_p = 0.0  # those at least this share as probable as the most probable
     config.repetition_penalty = 1.0  # above 1: tokens that the text has get less probable
-    config.beams = (
-        1  # above 1: the likeliest text, found among so many; with temperature=0, count=1
-    )
+    config.beams = 1  # above 1: the likeliest text, found among so many; with temperature=0
     config.length_penalty = 1.0  # of beams: above 0 for longer texts
     config.stop = ()  # texts that end what is written, and are not part of it
     config.long = (

@@ -49,6 +49,7 @@ class Search(NamedTuple):
     running: Kept  # with the sums of log probabilities
     over: Kept  # with scores; NEVER where there is none yet
     open: Bool[Array, "B"]  # where something better can be found
+    broken: Bool[Array, "B"]  # as of `decoding.Texts`
     hidden: Float[Array, "R D"]  # of the last token of each running text
     cache: Any
 
@@ -56,9 +57,11 @@ class Search(NamedTuple):
 def search(
     writer: Writer, prompts: Sequence[Sequence[int]], length: int, how: Beams
 ) -> list[tuple[list[int], float]]:
-    """(the best text behind each prompt, of at most `length` tokens, its score)."""
+    """(the best text behind each prompt, of at most `length` tokens, its score). Raises
+    NumericsError as a `Writer` does."""
     given, room = writer.given(prompts, length, 0), decoding.room(length)
-    over = _searched(writer.model, writer.params, given, writer.facts, how, room, length)
+    over, broken = _searched(writer.model, writer.params, given, writer.facts, how, room, length)
+    decoding.check(broken)
     best, scores = np.asarray(over.ids[:, 0]), np.asarray(over.scores[:, 0])
     rows = zip(best.tolist(), scores.tolist(), strict=True)
     return [([i for i in row if i >= 0], score) for row, score in rows]
@@ -73,7 +76,7 @@ def _searched(
     how: Beams,
     room: int,
     length: Int[Array, ""],
-) -> Kept:
+) -> tuple[Kept, Bool[Array, "B"]]:
     rows, beams = len(given.ids), how.count
     hidden, cache = decoding.read(model, params, given, facts, room)
     repeated = lambda x: jnp.repeat(x, beams, axis=0) if x.ndim else x
@@ -82,7 +85,8 @@ def _searched(
     one = jnp.full((rows, beams), NEVER).at[:, 0].set(0)  # the others are the same text
     none = jnp.full((rows, beams), NEVER)
     opened = jnp.ones(rows, bool)
-    first = Search(jnp.int32(0), Kept(ids, one), Kept(ids, none), opened, hidden, cache)
+    texts = Kept(ids, one), Kept(ids, none)
+    first = Search(jnp.int32(0), *texts, opened, ~opened, hidden, cache)
 
     def unfinished(now):
         return (now.step < length) & jnp.any(now.open)
@@ -95,13 +99,16 @@ def _searched(
         hidden, cache = decoding.read_more(model, params, several, cache, last, now.step)
         return now._replace(hidden=hidden[:, 0], cache=cache)
 
-    return jax.lax.while_loop(unfinished, longer, first).over
+    last = jax.lax.while_loop(unfinished, longer, first)
+    return last.over, last.broken
 
 
 def _stepped(model, params, facts, how, length, now) -> tuple[Search, Int[Array, "B K"]]:
     """(the search one token on, of which running text each of the new ones is longer)."""
     (rows, beams), tokens = now.running.scores.shape, facts.tokens
-    found = jax.nn.log_softmax(decoding.logits(model, params, now.hidden, facts))
+    logits = decoding.logits(model, params, now.hidden, facts)
+    broken = now.broken | (now.open & ~decoding.usable(logits).reshape(rows, beams).all(axis=1))
+    found = jax.nn.log_softmax(logits)
     sums = now.running.scores[:, :, None] + found.reshape(rows, beams, tokens)
     # So many that enough go on where all the likeliest end.
     width = min((1 + max(1, len(facts.stop))) * beams, beams * tokens)
@@ -118,8 +125,8 @@ def _stepped(model, params, facts, how, length, now) -> tuple[Search, Int[Array,
     over, _ = _best(both, beams)
     running, which = _best(Kept(ids, jnp.where(end, sums + NEVER, sums)), beams)
     hope = running.scores[:, 0] / step.astype(jnp.float32) ** how.length_penalty
-    opened = now.open & (hope > over.scores[:, -1])
-    now = now._replace(step=step, running=running, over=over, open=opened)
+    opened = now.open & ~broken & (hope > over.scores[:, -1])
+    now = now._replace(step=step, running=running, over=over, open=opened, broken=broken)
     return now, jnp.take_along_axis(parents, which, axis=1)
 
 

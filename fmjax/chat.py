@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from fmjax import generate, pretrained, processes
+from fmjax import conversations, generate, pretrained, processes
 from fmjax.data import chat
 from fmjax.data import tokenizer as tokenizers
 from fmjax.errors import ConfigError
@@ -59,9 +59,7 @@ class Talk:
 
     def __init__(self, opened: pretrained.Opened, how: dict[str, Any]):
         words = tokenizers.load(opened.tokenizer)
-        trained = opened.config.data.get("template") if opened.config else None
-        named = how["template"] if how["template"] != "auto" else trained or "auto"
-        found = chat.fitting(opened.tokenizer, words, named, "config.template")
+        found = conversations.template_of(opened, words, how["template"], "config.template")
         self.name, _, self.reader = found
         self.author = generate.Author(opened, (self.reader.end(),), generate.bits_of(how))
         if opened.model.decodes:

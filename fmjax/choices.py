@@ -2,10 +2,11 @@
 
 An `Item` is a context and what could follow it. Of several choices the model's is the likeliest by
 the sum of the logarithms of its tokens' probabilities, by their mean, or by that over its bytes
-(Gao et al. 2023, lm-evaluation-harness: `acc` is by the sum, `acc_norm` by bytes); or by its gain,
-the sum less that behind the same words with nothing in them, which takes out what the model says
-anyway (Zhao et al. 2021; Holtzman et al. 2021). Of a single one is measured whether it is what the
-model would write, and its perplexity.
+(Gao et al. 2023, lm-evaluation-harness: `acc` is by the sum, `acc_bytes` by bytes, of which the
+space that joins a choice to its context is none); or by its gain, the sum less that behind the same
+words with nothing in them, which takes out what the model says anyway (Zhao et al. 2021; Holtzman
+et al. 2021). Of a single one is measured whether it is what the model would write, and its
+perplexity.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,7 +73,7 @@ def judged(
             Found(
                 tuple(x.nats for x in likely),
                 tuple(x.tokens for x in likely),
-                tuple(len(choice.encode()) for choice in item.choices),
+                tuple(len(choice.removeprefix(" ").encode()) for choice in item.choices),
                 tuple(x.greedy for x in likely),
                 tuple(said[one, choice].nats for one in bare for choice in item.choices),
             )

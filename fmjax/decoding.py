@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fmjax import adapters, bits, precision, streams, trees
 from fmjax.data import vocabulary
-from fmjax.errors import ConfigError
+from fmjax.errors import ConfigError, NumericsError
 from fmjax.models import AnyModel, layers
 from fmjax.sampling import Sampling, chosen
 
@@ -41,6 +41,7 @@ class Texts(NamedTuple):
     ids: Int[Array, "B L"]
     step: Int[Array, ""]
     done: Bool[Array, "B"]  # rows whose last token ended them
+    broken: Bool[Array, "B"]  # rows that had to go on by logits that are no numbers
     seen: Bool[Array, "B V"] | None  # tokens of the texts, where it matters
     cache: Any
 
@@ -94,7 +95,8 @@ class Writer:
 
         Row i is drawn by `seed` and the number `first` + i, however the prompts are split. `told`
         is called each `every` tokens with those written so far (padded with -1), and says of each
-        row whether it is to end.
+        row whether it is to end. Raises NumericsError for logits that are not finite, of which any
+        token would be as good.
         """
         given = self.given(prompts, length, seed, first)
         rows = max(self.least, len(prompts))
@@ -103,6 +105,7 @@ class Writer:
         while True:
             until = length if told is None else min(int(texts.step) + every, length)
             texts = go_on(self.model, self.params, given, texts, until, self.facts, how)
+            check(texts.broken[: len(prompts)], first)
             written, over = np.asarray(texts.ids[:, :length]), np.array(texts.done)
             if told is not None:
                 over[: len(prompts)] |= told(written[: len(prompts), :until])
@@ -128,6 +131,20 @@ class Writer:
         key = jax.random.fold_in(jax.random.key(seed), 0)  # whose words are as good as random
         seeds = streams.named(streams.seeds(key, numbers), "text")
         return Given(jnp.asarray(ids), jnp.asarray(lengths, jnp.int32), seeds)
+
+
+def check(broken: Bool[Array, "B"], first: int = 0) -> None:
+    """Raises NumericsError where one of the texts, whose numbers begin at `first`, is `broken`."""
+    if (rows := np.flatnonzero(np.asarray(broken))).size:
+        raise NumericsError(
+            f"the model's logits for the next token of text {first + rows[0] + 1} are not finite: "
+            "its weights are damaged, or it needs config.precision=float32."
+        )
+
+
+def usable(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
+    """Where a token can be chosen: none is NaN, and the largest is finite."""
+    return jnp.isfinite(jnp.max(logits, axis=-1))
 
 
 def room(length: int) -> int:
@@ -233,6 +250,7 @@ def begin(
         ids=jnp.full((rows, room), -1, jnp.int32),
         step=jnp.int32(0),
         done=jnp.zeros(rows, bool),
+        broken=jnp.zeros(rows, bool),
         seen=seen,
         cache=cache,
     )
@@ -288,11 +306,13 @@ def _added(model, params, given, texts, hidden, facts, how) -> Texts:
     seen = texts.seen
     if how.remembers:
         seen = seen.at[jnp.arange(len(ids)), ids].set(True)
+    broken = texts.broken | ~(texts.done | usable(found))
     column = jnp.where(texts.done, -1, ids)[:, None]
     return texts._replace(
         ids=jax.lax.dynamic_update_slice(texts.ids, column, (0, texts.step)),
         step=texts.step + 1,
-        done=texts.done | ends(ids, facts),
+        done=texts.done | broken | ends(ids, facts),
+        broken=broken,
         seen=seen,
     )
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fmjax import build, data, logs, pretrained, processes, progress, sharding
+from fmjax import build, data, logs, needs, pretrained, processes, progress, sharding
 from fmjax import losses as array_losses
 from fmjax import objectives as losses
 from fmjax.data.settings import ALONE, DataSettings, read
@@ -46,6 +46,11 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         with progress.part(_show, enabled=jax.process_index() == 0) as part:
             show = lambda done: part(done / steps, f"evaluated {done:,} of {steps:,} batches")
             metrics = measure(opened.model, opened.params, mesh, show)
+    if not np.isfinite(metrics["loss"]):  # and what is counted beside it counts noise
+        raise NumericsError(
+            f"the loss of {opened} is {metrics['loss']}: its weights are damaged, or it needs "
+            "config.precision=float32."
+        )
     metrics |= perplexity(metrics)
     for name, value in metrics.items():
         _show(f"  {name:<16} {value:>12,.4f}")
@@ -321,6 +326,8 @@ def settings_of(
 def check_labels(dataset: data.Dataset, opened: pretrained.Opened, goals: Iterable[str]) -> None:
     """Refuses heads that are not trained, or whose outputs are not as many as the names."""
     for name in goals:
+        if needs.vocabulary([name]):
+            opened.require_output()
         opened.require_head(name)
         outputs = dict(opened.model.cfg.classes).get(name)
         named = dataset.target in ("classes", "tags")

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from fmjax import (
     adapters,
     build,
+    conversations,
     convert,
     evaluate,
     groups,
@@ -26,6 +27,7 @@ from fmjax import (
 from fmjax.adapters import peft, peft_formats
 from fmjax.adapters.lora import Lora
 from fmjax.adapters.wrapper import Adapted
+from fmjax.data import tokenizer as tokenizers
 from fmjax.errors import CheckpointError, ConfigError, FmjaxError
 from fmjax.models import TOKEN_HEADS, AnyModel
 
@@ -56,8 +58,14 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             _compare(opened, model, params, mesh, config.limit)
         opened = opened._replace(model=model, params=params)
         left_out = convert.export(
-            output, opened.model, opened.params, opened.tokenizer, labels=opened.labels
+            output,
+            opened.model,
+            opened.params,
+            opened.tokenizer,
+            labels=opened.labels,
+            stop=_stop_tokens(opened),
         )
+        write_template(opened, output)
         check(output, opened, left_out, state.abstract_params(opened.model, mesh))
     if jax.process_index() != 0:
         return
@@ -71,6 +79,21 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     if getattr(opened.model.cfg, "prefix", False):
         print("the model reads a prompt in both directions, but with transformers only forwards")
     print(f"to load: transformers.{architecture}.from_pretrained({str(output)!r})")
+
+
+def _stop_tokens(opened: pretrained.Opened) -> tuple[int, ...]:
+    """The tokens that end what the model writes, where it does."""
+    if not opened.model.causal and not opened.model.decodes:
+        return ()
+    return conversations.stop_tokens(opened, tokenizers.load(opened.tokenizer))
+
+
+def write_template(opened: pretrained.Opened, output: Path) -> None:
+    """The chat template that the run was trained with, which may be another than its tokenizer's,
+    or the only one."""
+    if jax.process_index() == 0 and conversations.learnt_to_answer(opened):
+        _, template, _ = conversations.template_of(opened, tokenizers.load(opened.tokenizer))
+        (output / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _adapter(output: Path, opened: pretrained.Opened) -> None:
@@ -98,6 +121,7 @@ def _adapter(output: Path, opened: pretrained.Opened) -> None:
     heads = sorted({name.split("/")[1] for name in moving if name.startswith("head/")})
     peft.write(output, opened.model, opened.params, heads="|".join(map(re.escape, heads)))
     convert.copy_tokenizer(opened.tokenizer, output)
+    write_template(opened, output)
     size = sum(path.stat().st_size for path in output.iterdir() if path.is_file()) / 2**20
     print(f"wrote the adapter of {opened} and the heads {heads} to {output}: {size:,.1f} MiB")
     print("read back: equal to the run's parameters bit by bit")

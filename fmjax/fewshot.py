@@ -140,8 +140,7 @@ def summarise(
 def scorer_of(opened: pretrained.Opened, words: Any, batch_size: int, way: str) -> Scorer:
     """What judges texts with the model of a folder. Raises ConfigError for one that cannot."""
     model = opened.model
-    if not model.causal and not model.decodes:
-        opened.require_head("mlm")
+    opened.require_output()
     generate.check_tokens(model, words)
     found = vocabulary.of(words, str(opened.tokenizer))
     config = opened.config
@@ -157,6 +156,7 @@ def scorer_of(opened: pretrained.Opened, words: Any, batch_size: int, way: str) 
         trained=config.data.seq_len if config else None,
         batch_size=batch_size,
         prefix=bool(config) and "prefix_lm" in config.objectives,
+        decode=words.decode,
     )
 
 

@@ -36,7 +36,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
                 f"config.folder={config.folder!r} has a model that writes on, and fills no gaps: "
                 "use configs/generate.py."
             )
-        opened.require_head("mlm")
+        opened.require_output()
         tokenizer = load_tokenizer(opened.tokenizer)
         rows = encode(sentences, tokenizer, _room(opened.model))
         if dry_run:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmjax import adapters, beams, pretrained, processes, speculative
+from fmjax import adapters, beams, conversations, pretrained, processes, speculative
 from fmjax.data import tokenizer as tokenizers
 from fmjax.data import vocabulary
 from fmjax.decoding import Writer
@@ -22,7 +22,7 @@ EVERY = 8  # tokens between looks at what is written, where somebody waits for i
 
 def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
     """The task: prints `config.count` continuations of `config.prompt`, each drawn by itself; a
-    single one while it is written.
+    single one while it is written, as there is where nothing is drawn.
 
     The folder is a run's, one in Hugging Face format, or a hub id.
     """
@@ -39,7 +39,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         first = jax.process_index() == 0
         if first:
             print(f"\n{opened}\n")
-        if config.count > 1:
+        if config.count > 1 and sampling_of(how).draws:
             found = author.texts(how, config.seed)
             if first:
                 print(shown(author.before(how["prompt"]), found))
@@ -58,6 +58,12 @@ def bits_of(how: Mapping[str, Any]) -> dict[str, str]:
     return {key: how.get(key, "") for key in ("weights", "cache")}
 
 
+def sampling_of(how: Mapping[str, Any]) -> Sampling:
+    """How tokens are chosen, of the keys of configs/generate.py."""
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    return Sampling(**{name: how[name] for name in names if name in how})
+
+
 def shown(prompt: str, texts: Sequence[str]) -> str:
     """The continuations behind their prompt, a line between them."""
     return "\n---\n".join(prompt + text for text in texts)
@@ -70,16 +76,20 @@ def texts(opened: pretrained.Opened, how: Mapping[str, Any], seed: int) -> list[
 
 class Author:
     """A model that lies in a folder, with its tokenizer: text to text. Besides what ends its texts
-    the tokens `stop` do; `bits` are `weights` and `cache` of a `Writer`."""
+    the tokens `stop` do; `bits` are `weights` and `cache` of a `Writer`. What it writes is decoded
+    together with its prompt, or `alone` and without special tokens, as transformers does."""
 
     def __init__(
         self,
         opened: pretrained.Opened,
         stop: Sequence[int] = (),
         bits: Mapping[str, str] = MappingProxyType({}),
+        alone: bool = False,
     ):
         check_model(opened.model)
+        opened.require_output()
         self.opened, self.model = opened, opened.model
+        self.alone = alone or opened.model.decodes
         self.words = tokenizers.load(opened.tokenizer)
         check_tokens(self.model, self.words)
         self.first, self.last = vocabulary.around(self.words)
@@ -88,7 +98,7 @@ class Author:
         self.writer = Writer(
             self.model,
             opened.params,
-            stop=(*self.last[:1], *stop),
+            stop=tuple(dict.fromkeys((*conversations.stop_tokens(opened, self.words), *stop))),
             tokens=min(len(self.words), self.model.cfg.vocab_size),
             prefix="prefix_lm" in goals,
             first=pad if pad < self.model.cfg.vocab_size else 0,
@@ -128,13 +138,14 @@ class Author:
         seed: int,
         show: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """`how["count"]` texts behind the tokens, each up to its end, to one of the texts
-        `how["stop"]`, or of `how["length"]` tokens. `show` is given the first as it grows."""
+        """`how["count"]` texts behind the tokens, one where nothing is drawn; each up to its end,
+        to one of the texts `how["stop"]`, or of `how["length"]` tokens. `show` is given the first
+        as it grows."""
         stop = tuple(how.get("stop", ()))
         if how.get("beams", 1) > 1:
             return [self._likeliest(ids, how, show)]
-        names = [field.name for field in dataclasses.fields(Sampling)]
-        sampling = Sampling(**{name: how[name] for name in names if name in how})
+        sampling = sampling_of(how)
+        count = how["count"] if sampling.draws else 1
         text = lambda row: cut(self.text(ids, row), stop)
         printed = 0
 
@@ -148,7 +159,7 @@ class Author:
             return [over for _, over in found]
 
         given = dict(told=told, every=EVERY) if show or stop else {}
-        rows = self.writer([ids] * how["count"], how["length"], sampling, seed, **given)
+        rows = self.writer([ids] * count, how["length"], sampling, seed, **given)
         found = [text(row)[0] for row in rows]
         if show:
             show(found[0][printed:])
@@ -173,7 +184,7 @@ class Author:
 
     def _likeliest(self, ids, how, show) -> str:
         """What beam search finds behind the tokens."""
-        taken = dict(temperature=0, top_k=None, count=1, repetition_penalty=1, stop=(), draft="")
+        taken = dict(temperature=0, top_k=None, repetition_penalty=1, stop=(), draft="")
         for key, value in taken.items():
             if how.get(key, value) != value:
                 raise ConfigError(
@@ -192,7 +203,7 @@ class Author:
         row = [i for i in row if i >= 0]
         if row and row[-1] in self.writer.facts.stop:
             row = row[:-1]
-        if self.model.decodes:
+        if self.alone:
             return self.words.decode(row, skip_special_tokens=True)
         # Together with the prompt: alone, a first token may lose the space before it.
         before = self.words.decode(ids)

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from fmjax import evaluate, fewshot, generate, logs, pretrained, processes
+from fmjax import conversations, evaluate, fewshot, generate, logs, pretrained, processes
 from fmjax.data import chat
 from fmjax.data import tokenizer as tokenizers
 from fmjax.errors import ConfigError
@@ -95,8 +95,11 @@ class Model(TemplateLM):
         if not begins:
             raise ConfigError("the tokenizer has no token that begins or ends a text.")
         self._begins = begins[0]
-        if opened.model.causal:  # whose contexts have it from the harness, where it wants one
-            self.scorer.first = []
+        self._put: list[int] = []  # before each text by the tokenizer, as in transformers
+        if opened.model.causal:
+            whole, inner = (self._ids("a", special) for special in (True, False))
+            self._put = whole[: next(i for i in range(len(whole)) if whole[i:][:1] == inner[:1])]
+            self.scorer.first = []  # a context has it from `tok_encode`
         self._author = None
 
     @property
@@ -122,22 +125,29 @@ class Model(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Tokens of a text, without those around one where nothing is said of them."""
-        given = bool(add_special_tokens)
-        return list(self.tokenizer(string, add_special_tokens=given)["input_ids"])
+        """Tokens of a text. Where nothing is said of special ones, that of a decoder has those that
+        its tokenizer puts before a text, unless it begins so already, as by a chat template.
+        `Scorer` puts them around the texts of other models."""
+        if add_special_tokens is None:
+            begun = string.startswith(self.tokenizer.decode([self._begins]))
+            return self._ids(string, False) if begun else [*self._put, *self._ids(string, False)]
+        return self._ids(string, add_special_tokens)
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The conversation as one text, by the template that the run was trained with, else by
         the tokenizer's own, else by "plain"."""
-        config = self.opened.config
-        named = (config.data.get("template") if config else None) or "auto"
-        where = self.opened.tokenizer, self.tokenizer
-        _, template, _ = chat.fitting(*where, named, "config.data.template")
-        how = dict(tokenize=False, add_generation_prompt=add_generation_prompt)
-        how |= dict(continue_final_message=not add_generation_prompt)
-        return self.tokenizer.apply_chat_template(chat_history, chat_template=template, **how)
+        _, _, reader = conversations.template_of(self.opened, self.tokenizer)
+        try:
+            if add_generation_prompt:
+                return reader.turns.text(chat_history, add_generation_prompt=True)
+            return reader.turns.unfinished(chat_history)
+        except chat.Unfit as error:
+            raise ConfigError(f"config.chat=True: a conversation of a task: {error}.") from error
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple]:
         """(log probability, whether it is greedy) of each continuation behind its context."""
@@ -176,8 +186,9 @@ class Model(TemplateLM):
         return [answers[i] for i in range(len(requests))]
 
     def _written(self, contexts: list[str], how: dict[str, Any]) -> list[str]:
-        author = self._author or generate.Author(self.opened)
-        self._author = author
+        if self._author is None:
+            self._author = generate.Author(self.opened, (self.eot_token_id,), alone=True)
+        author = self._author
         length = int(how.get("max_gen_toks", how.get("max_new_tokens", LENGTH)))
         until = how.get("until") or ()
         stop = (until,) if isinstance(until, str) else tuple(until)

@@ -12,7 +12,7 @@ masked too, else a rare word of several is given away by its parts (Kauf and Iva
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fmjax import adapters
 from fmjax.data import vocabulary
 from fmjax.decoding import room
-from fmjax.errors import ConfigError
+from fmjax.errors import ConfigError, NumericsError, quoted
 from fmjax.models import AnyModel
 
 LOGITS_BYTES = 2**26  # of what exists at once
@@ -59,6 +59,7 @@ class Scorer:
         mask_id: what hides a token, of an encoder; `word_start` (bool [V]) and `way` say what more.
         trained: longest rows of training; None: nobody knows.
         start: what begins the target of an encoder–decoder.
+        decode: the text of tokens, for an error.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Scorer:
         trained: int | None = None,
         batch_size: int = 32,
         prefix: bool = False,
+        decode: Callable[[Ids], str] = repr,
     ):
         if not model.causal and not model.decodes and mask_id is None:
             raise ConfigError("the tokenizer has no mask, by which an encoder judges texts.")
@@ -83,14 +85,15 @@ class Scorer:
         self.model, self.params = model, params
         self.first, self.last, self.start = list(first), list(last), start
         self.mask_id, self.word_start, self.way = mask_id, word_start, way
-        self.batch_size, self.prefix = batch_size, prefix
+        self.batch_size, self.prefix, self.decode = batch_size, prefix, decode
         self.width = model.cfg.max_len - adapters.positions(model)
         if trained is not None and not adapters.base(model).endless:
             self.width = min(self.width, trained)
 
     def __call__(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Likely]:
         """What the model says of each (context, continuation); without a context, of the whole
-        text behind the tokens that begin one."""
+        text behind the tokens that begin one. Raises NumericsError where that is no number: the
+        least of several NaN is the first, which would often be the right choice."""
         if empty := [i for i, (_, said) in enumerate(pairs) if not len(said)]:
             raise ConfigError(f"text {empty[0]} has no tokens of which to ask how likely they are.")
         pieces = [
@@ -110,6 +113,14 @@ class Scorer:
                     nats[piece.request] -= values[start:stop].sum(dtype=np.float64)
                     greedy[piece.request] &= bool(hits[start:stop].all())
                     start = stop
+        if (broken := np.flatnonzero(~np.isfinite(nats))).size:
+            context, said = pairs[broken[0]]
+            raise NumericsError(
+                f"the log probability of {quoted(self.decode(said))} behind "
+                f"{quoted(self.decode(context))} is {-nats[broken[0]]}, and of {broken.size:,} of "
+                f"{len(pairs):,} texts it is not finite: the model's weights are damaged, or it "
+                "needs config.precision=float32."
+            )
         return [
             Likely(float(n), bool(g), len(said))
             for n, g, (_, said) in zip(nats, greedy, pairs, strict=True)

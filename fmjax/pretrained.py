@@ -56,13 +56,20 @@ class Opened(NamedTuple):
         return dataset
 
     def require_head(self, name: str) -> None:
-        """Refuses to go on with a head whose numbers would be noise."""
+        """Refuse to go on with a head whose numbers would be noise."""
         if any(parameter.startswith(f"head/{name}/") for parameter in self.missing):
+            trained_by = {"mlm": "mlm", "lm": "seq2seq" if self.model.decodes else "clm"}
             raise ConfigError(
                 f"config.folder={self.source!r} has no trained head {name!r}: its predictions "
                 "would be random. Use a folder of a model trained for it, or train one with "
-                f"--config=configs/mlm.py --config.init={self.source}"
+                f"--config=configs/{trained_by.get(name, 'finetune')}.py "
+                f"--config.init={self.source}"
             )
+
+    def require_output(self) -> None:
+        """Refuse to go on without a trained output, which gives the logits of tokens. One that is
+        tied to the embedding has no parameters of its own."""
+        self.require_head("lm" if self.model.causal or self.model.decodes else "mlm")
 
 
 def resolved(config: Any) -> Any:

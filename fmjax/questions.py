@@ -17,11 +17,10 @@ from typing import Any
 
 from fmjax import prompts
 from fmjax.choices import Item
-from fmjax.data import json_text, lines
+from fmjax.data import json_rows, records
 from fmjax.errors import ConfigError, DataError, quoted
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
-EXCERPT = 200  # characters of an error that a message repeats
 
 
 def blimp(row: Mapping[str, Any]) -> Item:
@@ -34,16 +33,33 @@ def lambada(row: Mapping[str, Any]) -> Item:
 
 
 def hellaswag(row: Mapping[str, Any]) -> Item:
-    return Item(row["ctx"], tuple(f" {ending}" for ending in row["endings"]), int(row["label"]))
+    endings = tuple(" " + ending for ending in _list(row, "endings"))
+    return Item(row["ctx"], endings, _label(row))
 
 
 def choices(row: Mapping[str, Any]) -> Item:
-    given = row["context"], tuple(row["choices"]), int(row["label"])
+    given = row["context"], tuple(_list(row, "choices")), _label(row)
     return Item(*given, str(row.get("group", "")))
 
 
 def gsm8k(row: Mapping[str, Any]) -> Item:
-    return Item(f"Question: {row['question']}\nAnswer:", (f" {row['answer']}",), 0)
+    return Item("Question: " + row["question"] + "\nAnswer:", (" " + row["answer"],), 0)
+
+
+def _list(row: Mapping[str, Any], key: str) -> list[Any]:
+    if not isinstance(row[key], list):  # a text would be taken for a choice a letter
+        raise TypeError(f"{key} is {type(row[key]).__name__}, not a list")
+    return row[key]
+
+
+def _label(row: Mapping[str, Any]) -> int:
+    """The number of the right choice; HellaSwag has it as text."""
+    label = row["label"]
+    if isinstance(label, str) and label.isascii() and label.isdigit() and len(label) < 10:
+        return int(label)
+    if not isinstance(label, int) or isinstance(label, bool):
+        raise TypeError(f"the label {label!r} is no whole number")
+    return label
 
 
 READERS: dict[str, Callable[[Mapping[str, Any]], Item]] = {
@@ -119,23 +135,22 @@ def prompted(
 
 
 def _of_file(reader, name: str, file: Path, limit: int) -> Iterator[Item]:
-    count = 0
-    for line in lines.good(file, "benchmark.path"):
+    for count, (where, row) in enumerate(json_rows.read(file, "benchmark.path")):
         if limit and count == limit:
             return
-        where = f"{file}:{line.number}"
         try:
-            item = reader(json_text.record(line.text))
+            item = reader(row)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            why = f"no {error}" if isinstance(error, KeyError) else quoted(str(error))
             raise DataError(
-                f"{where} is no row of {name!r} ({type(error).__name__}: {str(error)[:EXCERPT]}); "
-                "fmjax/questions.py lists what each has."
+                f"{where} is no row of {name!r} ({why}); fmjax/questions.py lists what each has."
             ) from error
         texts = (item.context, *item.choices)
         if not all(isinstance(text, str) for text in texts) or not all(item.choices):
             raise DataError(f"{where}: a context and its choices are texts, choices of something.")
+        if bad := next(filter(None, map(records.fault, (*texts, item.group))), ""):
+            raise DataError(f"{where}: {bad}")
         if not 0 <= item.label < len(item.choices):
             label = quoted(item.label)
             raise DataError(f"{where}: label {label} of {len(item.choices)} choices.")
-        count += 1
         yield item

@@ -39,6 +39,11 @@ class Sampling:
                 raise ConfigError(f"config.{name}={getattr(self, name)!r}: give {words}.")
 
     @property
+    def draws(self) -> bool:
+        """Whether a text depends on the seed."""
+        return self.temperature > 0 and self.top_k != 1
+
+    @property
     def remembers(self) -> bool:
         """Whether it matters which tokens the text has."""
         return self.repetition_penalty != 1

@@ -29,6 +29,7 @@ class Draft(NamedTuple):
     ids: Int[Array, "B L"]
     step: Int[Array, ""]  # tokens that are written, of which the last was read by neither
     done: Any
+    broken: Any  # as of `decoding.Texts`
     rounds: Int[Array, ""]
     caches: tuple[Any, Any]  # of the model, of the one that guesses
 
@@ -87,6 +88,7 @@ class Speculator:
             ids=texts[0].ids,
             step=texts[0].step,
             done=texts[0].done,
+            broken=texts[0].broken | texts[1].broken,
             rounds=jnp.int32(1),
             caches=tuple(one.cache for one in texts),
         )
@@ -96,6 +98,7 @@ class Speculator:
         while True:
             until = length if told is None else min(int(now.step) + every, length)
             now = _go_on(models, params, given, now, until, facts, how, self.ahead)
+            decoding.check(now.broken[:1], number)
             over = bool(now.done[0]) or int(now.step) >= length
             written = np.asarray(now.ids[:1, :length])
             if over or (told is not None and told(written)[0]):
@@ -160,21 +163,27 @@ def _go_on(
         return decoding.logits(model, own, hidden[0], facts), cache
 
     def guess(i, cache, last, step):
-        """(probabilities, cache, the next guess behind the token `last`)."""
+        """(whether there is one, probabilities, cache, the next guess behind the token `last`)."""
         logits, cache = read(1, cache, jnp.full((rows, 1), last), step + i)
         q = probabilities(logits, how)
-        return q[0], cache, sampling.drawn(_logits(q), seeds(step + i, "guess"))[0]
+        return (
+            decoding.usable(logits)[0],
+            q[0],
+            cache,
+            sampling.drawn(_logits(q), seeds(step + i, "guess"))[0],
+        )
 
     def round(now):
         last = jax.lax.dynamic_slice(now.ids, (0, now.step - 1), (1, 1))[0, 0]
-        tokens, q, (cache, guesses) = [last], [], now.caches
+        tokens, q, (cache, guesses), usable = [last], [], now.caches, []
         for i in range(ahead):
-            found, guesses, token = guess(i, guesses, tokens[-1], now.step)
-            tokens.append(token), q.append(found)
+            fine, found, guesses, token = guess(i, guesses, tokens[-1], now.step)
+            tokens.append(token), q.append(found), usable.append(fine)
         # The last guess is read as well, so that both have read the same.
         _, guesses = read(1, guesses, jnp.full((rows, 1), tokens[-1]), now.step + ahead)
         ids = jnp.stack(tokens)
         logits, cache = read(0, cache, jnp.broadcast_to(ids[None], (rows, ahead + 1)), now.step)
+        broken = ~(jnp.stack(usable).all() & decoding.usable(logits).all())
         p = probabilities(logits, how)
         uniform = streams.uniform(seeds(now.step, "stands"), (ahead,))[0]
         count, token = verified(p, jnp.stack(q), ids[1:], uniform, seeds(now.step, "text"))
@@ -186,7 +195,8 @@ def _go_on(
         return Draft(
             ids=jax.lax.dynamic_update_slice(now.ids, new, (0, now.step)),
             step=now.step + length,
-            done=now.done | jnp.any(ends),
+            done=now.done | jnp.any(ends) | broken,
+            broken=now.broken | broken,
             rounds=now.rounds + 1,
             caches=tuple(decoding.rewound(x, ahead + 1 - length) for x in (cache, guesses)),
         )

@@ -1,5 +1,6 @@
 """What an encoder–decoder makes of a file of sources, beside what it should: BLEU, chrF, ROUGE."""
 
+import importlib.util
 import json
 import os
 import time
@@ -10,12 +11,11 @@ from typing import Any
 import jax
 
 from fmjax import beams, evaluate, generate, pretrained, processes
-from fmjax.data import json_text, lines
+from fmjax.data import json_rows, records
 from fmjax.decoding import Writer
-from fmjax.errors import ConfigError, DataError
+from fmjax.errors import ConfigError, DataError, quoted
 from fmjax.sampling import Sampling
 
-EXCERPT = 200  # characters of an error that a message repeats
 FILE, TEXTS = "translate.jsonl", "translations.jsonl"
 ROUGE = ("rouge1", "rouge2", "rougeLsum")
 
@@ -38,15 +38,14 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         pairs = read(config.file, config.source, config.target, config.limit)
         prompts = [author.ids(how | {"prompt": source}) for source, _ in pairs]
         print(f"\n{opened}: {len(pairs):,} sources of {config.file}")
+        if config.target:
+            check_installed()
         if dry_run:
             return
         start = time.perf_counter()
         rows = written(author.writer, prompts, config)
         seconds = time.perf_counter() - start
         texts = [author.text([], row) for row in rows]
-    found = scores(texts, [targets for _, targets in pairs]) if config.target else {}
-    for name, value in found.items():
-        print(f"  {name:<12} {value}")
     out = Path(workdir) / TEXTS
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as file:
@@ -54,6 +53,9 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             row = {"source": source, "target": targets, "written": text}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print(f"written to {out}, in {seconds:.1f} s")
+    found = scores(texts, [targets for _, targets in pairs]) if config.target else {}
+    for name, value in found.items():
+        print(f"  {name:<12} {value}")
     record = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "folder": opened.source,
@@ -73,30 +75,30 @@ def read(file: str, source: str, target: str, limit: int = 0) -> list[tuple[str,
     path, pairs = Path(os.path.expanduser(file)), []
     if not path.is_file():
         raise ConfigError(f"config.file={file!r}: no such file.")
-    for line in lines.good(path, "file"):
+    for where, row in json_rows.read(path, "file"):
         if limit and len(pairs) == limit:
             break
-        try:
-            row = json_text.record(line.text)
-            given, wanted = row[source], row[target] if target else []
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {str(error)[:EXCERPT]}"
+        if missing := [name for name in (source, target) if name and name not in row]:
             raise DataError(
-                f"{path}:{line.number} has no column {source!r} or {target!r} ({reason}): set "
+                f"{where} has no column {missing[0]!r}, but {quoted(list(row))}: set "
                 "config.source and config.target."
-            ) from error
-        given, wanted = _texts(given), _texts(wanted)
-        if given is None or wanted is None:
-            raise DataError(f"{path}:{line.number}: {source!r} and {target!r} are not texts.")
+            )
+        given = _texts(row[source], f"{where}: column {source!r}")
+        wanted = _texts(row[target], f"{where}: column {target!r}") if target else []
         pairs.append((" ".join(given), wanted))
+    if not pairs:
+        raise DataError(f"config.file={file!r} has no row.")
     return pairs
 
 
-def _texts(value: Any) -> list[str] | None:
-    """A text or several as a list, None where it is neither."""
+def _texts(value: Any, where: str) -> list[str]:
+    """A text, or a list of some, as a list. Raises DataError for anything else."""
     texts = [value] if isinstance(value, str) else value
-    valid = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-    return texts if valid else None
+    if not isinstance(texts, list) or not texts:
+        raise DataError(f"{where}: {quoted(value)} is neither text nor a list of texts.")
+    if bad := next(filter(None, map(records.fault, texts)), ""):
+        raise DataError(f"{where}: {bad}")
+    return texts
 
 
 def written(writer: Writer, prompts: Sequence[list[int]], config: Any) -> list[list[int]]:
@@ -117,16 +119,22 @@ def written(writer: Writer, prompts: Sequence[list[int]], config: Any) -> list[l
     return [found[i] for i in range(len(prompts))]
 
 
+def check_installed() -> None:
+    """Raises ConfigError where what `scores` needs is not installed."""
+    missing = [name for name in ("sacrebleu", "rouge_score") if not importlib.util.find_spec(name)]
+    if missing:
+        raise ConfigError(
+            f"config.target asks for BLEU and ROUGE, but {missing[0]} is not installed: pip "
+            "install 'fmjax[eval]', or set it to ''."
+        )
+
+
 def scores(texts: Sequence[str], targets: Sequence[Sequence[str]]) -> dict[str, float | str]:
     """BLEU and chrF of the corpus with their signature (sacreBLEU: Post 2018), and the means of
     ROUGE's F1 (Lin 2004), of several references the best, in percent."""
-    try:
-        import sacrebleu
-        from rouge_score import rouge_scorer
-    except ImportError as error:
-        raise ConfigError(
-            "config.target asks for BLEU and ROUGE: pip install 'fmjax[eval]', or set it to ''."
-        ) from error
+    import sacrebleu  # slow to import, and an extra
+    from rouge_score import rouge_scorer
+
     most = max(map(len, targets))
     references = [[one[min(i, len(one) - 1)] for one in targets] for i in range(most)]
     bleu, chrf = sacrebleu.BLEU(), sacrebleu.CHRF()

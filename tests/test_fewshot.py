@@ -59,6 +59,15 @@ def test_each_choice_is_judged_behind_its_context():
     assert first.nats == (3.0, 1.0) and first.choice("sum") == 1 and second.bytes == (2,)
 
 
+def test_the_space_that_joins_a_choice_to_its_context_is_none_of_its_bytes():
+    """4 nats of "cat" are 1.33 a byte, 6 of "house" 1.2; with the space 1.0 and 1.0."""
+    nats = {" cat": 4.0, " house": 6.0}
+    items = [Item("q", tuple(nats), 1)]
+    scorer = lambda pairs: [Likely(nats[said], False, 1) for _, said in pairs]
+    (told,) = choices.judged(scorer, lambda context, said: (context, said), items)
+    assert told.bytes == (3, 5) and told.choice("byte") == 1 and told.choice("sum") == 0
+
+
 def test_a_gain_is_over_what_is_said_anyway():
     """Behind nothing " no" is likelier by 3 nats, behind the question by 2 alone: " yes" gained."""
     nats = {("q", " no"): 1.0, ("q", " yes"): 3.0, ("", " no"): 2.0, ("", " yes"): 5.0}
@@ -117,8 +126,17 @@ def test_files_become_items(tmp_path):
 @pytest.mark.parametrize(
     "row, words",
     [
-        ("{}", "is no row of 'choices' .KeyError: 'context'"),
-        ("[1", "JSONDecodeError"),
+        ("{}", "is no row of 'choices' .no 'context'"),
+        ("[1", "not JSON .*Expecting"),
+        ("[1]", "is no JSON object"),
+        ("[" * 100_000, "JSON that is nested too deeply"),
+        ('{"context": "a", "choices": ["b"], "label": 1e400}', "the label inf is no whole number"),
+        ('{"context": "a", "choices": ["b"], "label": Infinity}', "label inf is no whole number"),
+        ('{"context": "a", "choices": ["b", "c"], "label": 0.5}', "label 0.5 is no whole number"),
+        ('{"context": "a", "choices": ["b"], "label": 1%s}' % ("0" * 400), "label 10.* of 1 choic"),
+        ('{"context": "a", "choices": ["b"], "label": %s}' % ("9" * 5000), "not JSON .*digits"),
+        ('{"context": "a", "choices": "bc", "label": 0}', "choices is str, not a list"),
+        ('{"context": "a", "choices": ["\\ud800"], "label": 0}', "lone surrogate at character 0"),
         ('{"context": "a", "choices": ["b"], "label": 1}', "label 1 of 1 choices"),
         ('{"context": "a", "choices": ["b", ""], "label": 0}', "choices of something"),
         ('{"context": 1, "choices": ["b"], "label": 0}', "a context and its choices are texts"),
@@ -127,8 +145,9 @@ def test_files_become_items(tmp_path):
 def test_rows_that_are_no_items_are_named(tmp_path, row, words):
     file = tmp_path / "bad.jsonl"
     file.write_text(json.dumps(ROWS["choices"]) + "\n" + row)
-    with pytest.raises(DataError, match=f"bad.jsonl:2.*{words}"):
+    with pytest.raises(DataError, match=f"bad.jsonl:2.*{words}") as error:
         questions.items("choices", file)
+    assert len(str(error.value)) < 500 + len(str(file)) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["clm", "mlm"])

@@ -119,3 +119,10 @@ def test_some_rows_are_taken_evenly(limit, rows):
     given = [prompts.Row({"text": str(i)}, i) for i in range(7)]
     assert prompts.spread(given, limit) == [given[i] for i in rows]
     assert prompts.spread([], limit) == []
+
+
+def test_a_text_of_a_file_of_glue_may_be_long_and_hold_any_character(tmp_path):
+    text = "a \r \x85 b " * 20_000  # beyond what the csv module takes for a value
+    (tmp_path / "dev.tsv").write_text(f"sentence\tlabel\n{text}\t1\n", newline="")
+    (row,) = prompts.glue("sst2", tmp_path / "dev.tsv")
+    assert row.columns == {"sentence": text} and row.label == 1

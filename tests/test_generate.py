@@ -76,6 +76,19 @@ def test_a_text_ends_at_a_token_that_ends_texts_and_not_behind_it(opened):
     assert free.writer([ids], 12, generate.Sampling(temperature=0)) == [row[: at + 1]]
 
 
+def test_where_nothing_is_drawn_there_is_one_text_shown_while_it_is_written(
+    folder, tmp_path, capsys
+):
+    words = [f"--config.folder={folder}", "--config.prompt=The", "--config.length=12"]
+    for greedy in ("--config.temperature=0", "--config.top_k=1"):
+        config = configs.load(f"{ROOT}/configs/generate.py", [*words, greedy])
+        with pytest.MonkeyPatch.context() as patch:  # printed whole, several would be
+            patch.setattr(generate, "shown", None)
+            generate.run(config, tmp_path)
+        out = capsys.readouterr().out
+        assert config.count == 3 and out.count("The") == 1 and "---" not in out
+
+
 def test_texts_that_end_what_is_written_may_be_parts_of_tokens(opened):
     whole = said(opened, count=1, length=16)[0]
     middle = whole[5:8]
@@ -99,8 +112,8 @@ def test_beams_find_a_text_that_is_as_likely_or_likelier(opened):
         said_ids = author.words("The function" + text)["input_ids"][len(ids) :]
         nats[count] = Scorer(opened.model, opened.params)([(ids, said_ids)])[0].nats
     assert nats[5] <= nats[1] + 1e-4
-    with pytest.raises(ConfigError, match="config.count=2 does not go with config.beams=5"):
-        said(opened, **how | dict(count=2), beams=5)
+    with pytest.raises(ConfigError, match="config.top_k=2 does not go with config.beams=5"):
+        said(opened, **how | dict(top_k=2), beams=5)
 
 
 def test_what_could_still_be_a_stop_or_half_a_character_is_not_shown():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+import tiny_folders
 from common import ROOT
 
 from fmjax import config as configs
@@ -97,6 +98,53 @@ def test_what_is_written_is_what_its_own_backend_writes(both):
     other = how | {"max_gen_toks": 3}
     requests = asked(*[(text or "A", how) for text, _ in PAIRS[:4]], ("The", other))
     assert ours.generate_until(requests) == theirs.generate_until(requests, disable_tqdm=True)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """(ours, that of the harness on torch) of a decoder whose tokenizer puts <s> before a text."""
+    torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
+    from lm_eval.models.huggingface import HFLM
+
+    torch.set_num_threads(1)
+    home = tmp_path_factory.mktemp("begun")
+    words = tiny_folders.tokenizer(home / "words", begins=True, chat_template=tiny_folders.CHATML)
+    made = tiny_folders.decoder(home / "model", words)
+    tiny_folders.settings(made / "generation_config.json", eos_token_id=[2, 4])
+    theirs = HFLM(pretrained=str(made), device="cpu", dtype="float32", batch_size=2)
+    return harness.Model(opened(made), batch_size=2), theirs
+
+
+BEGUN = [*PAIRS[:3], ("<s>already", " begun"), ("a <s> inside", " of it")]
+
+
+def test_a_text_begins_as_in_its_own_backend_and_not_twice(begun):
+    ours, theirs = begun
+    for context, said in BEGUN:
+        assert ours.tok_encode(context + said) == theirs.tok_encode(context + said)
+    assert ours.tok_encode("<s>a")[:2] == [1, ours.tok_encode("a")[1]]
+    for name, requests in (
+        ("loglikelihood", asked(*BEGUN)),
+        ("loglikelihood_rolling", asked(*[(said,) for _, said in BEGUN])),
+    ):
+        found, expected = (getattr(x, name)(requests, disable_tqdm=True) for x in begun)
+        firsts = lambda rows: [row[0] if isinstance(row, tuple) else row for row in rows]
+        assert firsts(found) == pytest.approx(firsts(expected), rel=1e-4, abs=1e-3)
+
+
+def test_what_is_written_ends_as_in_its_own_backend(begun):
+    ours, theirs = begun
+    how = {"until": ["zzz"], "max_gen_toks": 12, "do_sample": False}
+    requests = asked(*[(context or "A", how) for context, _ in BEGUN[:3]])
+    assert ours.generate_until(requests) == theirs.generate_until(requests, disable_tqdm=True)
+
+
+def test_a_conversation_is_rendered_as_in_its_own_backend(begun):
+    ours, theirs = begun
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for turns, prompt in ((said[:1], True), (said, False)):
+        found = ours.apply_chat_template(turns, add_generation_prompt=prompt)
+        assert found == theirs.apply_chat_template(turns, add_generation_prompt=prompt)
 
 
 def test_a_batch_of_any_size_says_the_same(folder, both):

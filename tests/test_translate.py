@@ -24,12 +24,31 @@ def test_sources_are_joined_and_targets_are_references(tmp_path):
     file = rows(tmp_path / "a.jsonl", dict(s=["a", "b"], t=["c", "d"]), dict(s="e", t="f"))
     assert translate.read(file, "s", "t") == [("a b", ["c", "d"]), ("e", ["f"])]
     assert translate.read(file, "s", "", limit=1) == [("a b", [])]
-    with pytest.raises(DataError, match="a.jsonl:1 has no column 's' or 'x'.*config.target"):
+    with pytest.raises(DataError, match="a.jsonl:1 has no column 'x', but .*'t'.*config.target"):
         translate.read(file, "s", "x")
-    with pytest.raises(DataError, match="a.jsonl:1: 's' and 't' are not texts"):
-        translate.read(rows(tmp_path / "a.jsonl", dict(s=1, t="b")), "s", "t")
+    for wrong, words in (
+        (1, "1 is neither"),
+        ([], r"\[\] is neither"),
+        ("\ud800", "lone surrogate"),
+    ):
+        with pytest.raises(DataError, match=f"a.jsonl:1: column 's': {words}"):
+            translate.read(rows(tmp_path / "a.jsonl", dict(s=wrong, t="b")), "s", "t")
+    (tmp_path / "a.jsonl").write_text('{"s": "a", "t": "b"}\n' + '{"s": ' + "[" * 100_000)
+    with pytest.raises(DataError, match="a.jsonl:2: JSON that is nested too deeply"):
+        translate.read(str(tmp_path / "a.jsonl"), "s", "t")
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="a.jsonl' has no row"):
+        translate.read(str(tmp_path / "a.jsonl"), "s", "t")
     with pytest.raises(ConfigError, match="config.file='none'"):
         translate.read("none", "s", "t")
+
+
+def test_what_scores_need_is_asked_for_before_anything_is_written(monkeypatch):
+    monkeypatch.setattr(translate.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match="config.target asks for BLEU.*sacrebleu is not installed"
+    ):
+        translate.check_installed()
 
 
 def test_scores_are_of_the_best_reference():

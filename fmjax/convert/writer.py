@@ -16,12 +16,14 @@ from safetensors.numpy import save_file
 
 from fmjax import trees
 from fmjax.convert.files import INDEX, Place
+from fmjax.data import endings
 from fmjax.errors import ConfigError
 from fmjax.snapshot import find, read_json
 
 _TOKENIZER = (
     "tokenizer*.json", "vocab.txt", "vocab.json", "merges.txt", "*.model",
     "special_tokens_map.json", "added_tokens.json",
+    "*.jinja", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 _SPECIAL = ("pad", "bos", "eos", "cls", "sep")
 
@@ -33,13 +35,15 @@ def export(
     tokenizer_dir: str | Path | None = None,
     *,
     labels: Sequence[str] = (),
+    stop: Sequence[int] = (),
     max_file_bytes: int = 5 * 10**9,
 ) -> tuple[str, ...]:
     """Writes config.json, model.safetensors (more files above `max_file_bytes`) and the tokenizer.
 
     `params` may be stacked and sharded; every process must call, process 0 writes. `labels` are the
-    names of the classes of a head, if any. Returns the names of the heads' parameters that no class
-    of transformers has, and that are left out.
+    names of the classes of a head, if any; `stop` are the tokens that end what the model writes,
+    for generation_config.json. Returns the names of the heads' parameters that no class of
+    transformers has, and that are left out.
 
     Raises ConfigError when the folder is not empty or the model has no counterpart in transformers.
     """
@@ -94,6 +98,8 @@ def export(
         copy_tokenizer(tokenizer_dir, folder)
     _write(folder, {key: nbytes(key) for key in tensors}, value, max_file_bytes)
     if jax.process_index() == 0:
+        if stop:
+            endings.write(folder, stop, config)
         # Last, so that a folder that can be opened is complete.
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return tuple(left_out)
@@ -168,8 +174,11 @@ def _to_host(array: jax.Array) -> np.ndarray:
 
 def copy_tokenizer(source: str | Path | None, folder: Path) -> None:
     if source is not None:
-        for path in {path for pattern in _TOKENIZER for path in find(source).glob(pattern)}:
-            shutil.copyfile(path, folder / path.name)
+        source = find(source)
+        for path in {path for pattern in _TOKENIZER for path in source.glob(pattern)}:
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
 
 
 def _write(

@@ -1,29 +1,26 @@
 """Conversations to tokens, and which of them are learnt: the assistant's words, and what ends them.
 
 A chat template makes one text of a conversation: the tokenizer's own, or one of `TEMPLATES`. It is
-Jinja, which transformers runs in jinja2's immutable sandbox, where it reaches no file and no
-attribute of Python's, but may run for ever. What an assistant's turn adds to the text is found by
-rendering: the conversation up to it, with the template's prompt for an answer, and with it. Of what
-the turn adds is learnt all up to its last special token, which ends it; a line break behind that is
-the template's, not the model's.
+Jinja of whoever made the tokenizer, and is rendered under bounds (templates.py). Where the text has
+the answers says turns.py.
 
 The text is then tokenised as a whole, but a model that answers is given what is before the answer
 alone: where that has other tokens alone, as one would reach into the answer, the text is cut there.
 """
 
 import dataclasses
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fmjax.data import sources, store, vocabulary
+from fmjax.data import sources, store, turns
 from fmjax.data import tokenizer as tokenizers
 from fmjax.data.records import EXCERPT
 from fmjax.data.settings import DataSettings
 from fmjax.data.sources import Document
+from fmjax.data.turns import Unfit
 from fmjax.errors import ConfigError, quoted
 
 # Begins as a document of the tokenizer does; what ends a document ends each answer.
@@ -48,10 +45,6 @@ TEMPLATES = {
 # Between an instruction and its input, where these are columns of their own.
 INPUT = {"alpaca": "\n\n### Input:\n"}
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-
-
-class Unfit(Exception):
-    """Why a conversation cannot be learnt from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +102,8 @@ def writer(folder: Path, settings: DataSettings, log: Callable[[str], None]) -> 
     words = tokenizers.load(folder)
     name, template, _ = fitting(folder, words, settings.template, "config.data.template")
     log(f"data: conversations have the template {name!r}")
-    return Writer(template, settings, [name, template, words.special_tokens_map])
+    version = 2  # of what is learnt of a conversation
+    return Writer(template, settings, [name, template, words.special_tokens_map, version])
 
 
 def fitting(folder: Path, words: Any, name: str, key: str) -> tuple[str, str, "Reader"]:
@@ -137,7 +131,7 @@ def fitting(folder: Path, words: Any, name: str, key: str) -> tuple[str, str, "R
     return name, template, reader
 
 
-def messages(document: Document, settings: DataSettings) -> list[dict[str, str]]:
+def messages(document: Document, settings: DataSettings) -> list[dict[str, Any]]:
     """The conversation of a record: its messages, or a question and the answer."""
     values = [document.fields[name] for name in settings.column_names]
     if len(values) == 1:
@@ -152,28 +146,26 @@ class Reader:
     """Turns conversations into tokens by a template."""
 
     def __init__(self, folder: Path, template: str):
-        self._words, self._template = tokenizers.load(folder), template
-        self._encode = tokenizers.encoder_of(self._words)
+        words = tokenizers.load(folder)
+        self.turns = turns.Turns(words, template)
+        self._encode = tokenizers.encoder_of(words)
         self._encode.encode_special_tokens = False  # those of the template
         self._encode.post_processor = None  # which would trim the offsets of spaces
-        added = self._words.added_tokens_decoder.values()
-        self._ends = _any_of([token.content for token in added])
-        self._special = _any_of([token.content for token in added if token.special])
 
-    def tokens(self, messages: list[dict[str, str]]) -> tuple[np.ndarray, np.ndarray]:
+    def tokens(self, messages: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
         """(ids [n], bool [n]: which are learnt) of a conversation. Raises Unfit."""
         self._refuse_special(messages)
-        text, spans = self.spans(messages)
+        text, spans = self.turns.spans(messages)
         ids, begins = self._tokenised(text, [start for start, _ in spans])
         learnt = np.zeros(len(ids), bool)
         for start, end in spans:
             learnt |= (begins >= start) & (begins < end)
         return ids, learnt
 
-    def opening(self, messages: list[dict[str, str]]) -> list[int]:
+    def opening(self, messages: list[dict[str, Any]]) -> list[int]:
         """The tokens that an answer to the messages comes behind. Raises Unfit."""
         self._refuse_special(messages)
-        text = self._rendered(messages, add_generation_prompt=True)
+        text = self.turns.text(messages, add_generation_prompt=True)
         return self._encode.encode(text, add_special_tokens=False).ids
 
     def end(self) -> int:
@@ -183,35 +175,8 @@ class Reader:
 
     def _refuse_special(self, messages):
         for number, message in enumerate(messages, 1):
-            if found := self._special.search(message["content"]):
+            if found := self.turns.special.search(message["content"]):
                 raise Unfit(f"message {number} holds {quoted(found[0])}, a special token")
-
-    def spans(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-        """(text, (first character, last + 1) of each of the assistant's turns). Raises Unfit."""
-        text, found = self._rendered(messages), []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._rendered(messages[:i], add_generation_prompt=True)
-            after = self._rendered(messages[: i + 1])
-            if not (text.startswith(after) and after.startswith(before)):
-                raise Unfit(
-                    f"message {i + 1}: the chat template writes it, or what is before it, in "
-                    "another way when more follows, so that nobody can tell what it says"
-                )
-            said = after[len(before) :]
-            end = max((match.end() for match in self._ends.finditer(said)), default=0)
-            if not end or said[end:].strip():
-                raise Unfit(f"message {i + 1}: the chat template has no special token at its end")
-            found.append((len(before), len(before) + end))
-        return text, found
-
-    def _rendered(self, messages: list[dict[str, str]], **how: bool) -> str:
-        how |= dict(chat_template=self._template, tokenize=False)
-        try:
-            return self._words.apply_chat_template(messages, **how)
-        except Exception as error:  # a template may raise whatever it likes
-            raise Unfit(f"the chat template fails: {quoted(str(error))}") from error
 
     def _tokenised(self, text: str, borders: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """(ids [n], first characters [n]) of the text, cut at borders before which it would have
@@ -227,8 +192,3 @@ class Reader:
         ids = [i for _, part in parts for i in part.ids]
         begins = [start + begin for start, part in parts for begin, _ in part.offsets]
         return np.array(ids, np.int64), np.array(begins, np.int64)
-
-
-def _any_of(texts: list[str]) -> re.Pattern:
-    """Matches each of the texts, and nothing where there are none."""
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")

@@ -24,6 +24,13 @@ KINDS = {
     "messages": "a list of {'role': ..., 'content': ...}",
 }
 ROLES = ("system", "user", "assistant")
+# Of a message: what is used, and what published conversations have that says nothing of how one is
+# written or learnt. Files for fine-tuning by OpenAI, Mistral and axolotl have weights.
+MESSAGE_KEYS = frozenset(
+    "role content weight id message_id parent_id turn_id turn_identifier timestamp created_at date "
+    "model language lang country state hashed_ip header toxic redacted tokens token_count "
+    "metadata source".split()
+)
 
 
 class Record(NamedTuple):
@@ -126,19 +133,30 @@ def _answers(value: Any) -> tuple[Any, str]:
 
 
 def _messages(value: Any) -> tuple[Any, str]:
-    """The turns of a conversation as [{"role", "content"}, …], whichever way they are written."""
+    """The turns of a conversation as [{"role", "content"}, …], whichever way they are written; with
+    "weight" where it has one, 0 for an answer that is not to be learnt and 1 for one that is."""
     if isinstance(value, dict) and all(isinstance(value.get(x), list) for x in ("role", "content")):
-        pairs = itertools.zip_longest(value["role"], value["content"])
-        value = [{"role": role, "content": content} for role, content in pairs]
+        if single := [key for key, row in value.items() if not isinstance(row, list)]:
+            return None, f"{quoted(single[0])} is not a list, as the roles and contents are"
+        rows = itertools.zip_longest(*value.values())
+        value = [dict(zip(value, row, strict=True)) for row in rows]
     if not isinstance(value, list | tuple) or not value:
         empty = "an empty list" if isinstance(value, list | tuple) else _type(value)
         return None, f"the value is {empty}, not {KINDS['messages']}"
     for number, message in enumerate(value, 1):
         if bad := _message_fault(message):
             return None, f"message {number}: {bad}"
-    if not any(message["role"] == "assistant" for message in value):
+    answers = [message for message in value if message["role"] == "assistant"]
+    if not answers:
         return None, "no message of the assistant, from which alone is learnt"
-    return [{key: message[key] for key in ("role", "content")} for message in value], ""
+    if not any(_weight(message) for message in answers):
+        return None, "the weight of each message of the assistant is 0: nothing is learnt"
+    keys = lambda message: ("role", "content") + ("weight",) * (_weight(message) == 0)
+    return [{key: message[key] for key in keys(message)} for message in value], ""
+
+
+def _weight(message: dict[str, Any]) -> Any:
+    return 1 if message.get("weight") is None else message["weight"]
 
 
 def _message_fault(message: Any) -> str:
@@ -149,5 +167,16 @@ def _message_fault(message: Any) -> str:
             names = ", ".join(quoted(name, 80) for name in list(message)[:20])
             return f"it has no {key!r}, but {names}"
     if message["role"] not in ROLES:
-        return f"the role {quoted(message['role'])} is none of {', '.join(ROLES)}"
+        return f"the role {quoted(str(message['role']))} is none of {', '.join(ROLES)}"
+    said = lambda value: value is not None and value not in ("", [], {})
+    if lost := [key for key in message if key not in MESSAGE_KEYS and said(message[key])]:
+        return (
+            f"the key {quoted(lost[0])} would be lost, which may change what is to be learnt: take "
+            "it out"
+        )
+    weight = _weight(message)
+    if weight not in (0, 1):
+        return f"the weight {quoted(weight)} is neither 0, not to be learnt, nor 1"
+    if message["role"] != "assistant" and message.get("weight"):
+        return f"weight 1 of the {message['role']}, from whom nothing is learnt"
     return _value(message["content"], "filled")[1]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fmjax import snapshot
-from fmjax.data import cache, lines, tokenizer_training, vocabulary
+from fmjax.data import cache, endings, lines, tokenizer_training, vocabulary
 from fmjax.data.backend import Backend, guarded, reason
 from fmjax.data.settings import TokenizerSettings
 from fmjax.data.sources import Source
@@ -197,6 +197,10 @@ def _write(folder: Path, settings: TokenizerSettings, source: Source, log, poll)
     except ValueError as error:  # chat templates whose names lead out of the folder
         name = quoted(settings.name)
         raise ConfigError(f"config.tokenizer.name={name} cannot be saved: {error}") from error
+    if settings.name != "train":  # a run goes on to end its texts as the model of the folder does
+        source = snapshot.find(settings.name, settings.revision, files=snapshot.TOKENIZER)
+        if ids := endings.listed(source):
+            endings.write(folder / "files", ids)
     found = vocab._asdict()
     tables = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
     np.savez(folder / "vocab.npz", **tables)

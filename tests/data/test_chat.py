@@ -274,8 +274,8 @@ def test_known_templates(name, real):
         ("{% if %}", "the chat template fails"),
         ("{{ ''.__class__.__mro__ }}[SEP]", "the chat template fails: .*unsafe"),
         (
-            "{% for m in messages %}{{ loop.revindex ~ m['content'] + '[SEP]' }}{% endfor %}",
-            "message 2: the chat template writes it, or what is before it, in another way",
+            "{% for m in messages %}{{ m['content'] ~ m['content'] + '[SEP]' }}{% endfor %}",
+            "message 2: the chat template does not write it just once",
         ),
     ],
 )
