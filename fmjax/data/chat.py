@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fmjax.data import sources, store, turns
+from fmjax.data import sources, store, turns, vocabulary
 from fmjax.data import tokenizer as tokenizers
 from fmjax.data.records import EXCERPT
 from fmjax.data.settings import DataSettings
