@@ -104,32 +104,31 @@ def check(template: str, columns: Sequence[str]) -> None:
 
 def glue(name: str, path: Path, limit: int = 0) -> Iterator[Row]:
     """The rows of a file of GLUE (.tsv). Raises DataError for one that is none of `name`."""
-    kind, count = GLUE[name], 0
-    rows = _rows(path)
-    heads = list(kind.heads) or next(rows, [])
+    kind, rows = GLUE[name], _rows(path)
+    heads = list(kind.heads) or next(rows, ("", []))[1]
     if missing := {*kind.columns.values(), kind.label} - set(heads):
         raise DataError(f"{path} is no file of {name!r}: it has no column {sorted(missing)[0]!r}.")
-    for number, values in enumerate(rows, 1):
+    for count, (where, values) in enumerate(rows):
         if limit and count == limit:
             return
         row = dict(zip(heads, values, strict=False))
         if len(values) != len(heads) or row[kind.label] not in kind.classes:
             raise DataError(
-                f"{path}: row {number} is none of {name!r}: {len(values)} columns of {len(heads)}, "
+                f"{where} is no row of {name!r}: {len(values)} columns of {len(heads)}, "
                 f"label {quoted(row.get(kind.label))} of {', '.join(kind.classes)}."
             )
-        count += 1
         columns = {ours: row[theirs] for ours, theirs in kind.columns.items()}
         yield Row(columns, kind.classes.index(row[kind.label]), row.get(kind.group, ""))
 
 
-def _rows(path: Path) -> Iterator[list[str]]:
-    """The values of each line."""
+def _rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """("file:line", values) of each line that is not empty."""
     for line in lines.read(path):
         if line.bad:
             raise DataError(f"{path}:{line.number}: {line.bad}")
         if line.text:
-            yield line.text.split("\t")  # a quote is a character, whatever it opens
+            # No quotes: one is a character of the text, whatever it opens.
+            yield f"{path}:{line.number}", line.text.split("\t")
 
 
 def labelled(data: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[Row]]:
