@@ -104,25 +104,25 @@ def check(template: str, columns: Sequence[str]) -> None:
 
 def glue(name: str, path: Path, limit: int = 0) -> Iterator[Row]:
     """The rows of a file of GLUE (.tsv). Raises DataError for one that is none of `name`."""
-    kind, count = GLUE[name], 0
-    texts = (line.text for line in lines.good(path, "benchmark.path"))
-    split = lambda text: text.split("\t")  # a quotation mark is a character like any other
-    heads = list(kind.heads) or next(map(split, texts), [])
+    kind = GLUE[name]
+    # No quotes: a quotation mark is a character of the text, whatever it opens.
+    rows = ((line.number, line.text.split("\t")) for line in lines.good(path, "benchmark.path"))
+    heads = list(kind.heads) or next(rows, (0, []))[1]
     used = [*kind.columns.values(), kind.label]
     if missing := set(used) - set(heads):
         raise DataError(f"{path} is no file of {name!r}: it has no column {sorted(missing)[0]!r}.")
     if twice := [head for head in used if heads.count(head) > 1]:
         raise DataError(f"{path} is no file of {name!r}: it has the column {twice[0]!r} twice.")
-    for number, values in enumerate(map(split, texts), 1):
+    for count, (line, values) in enumerate(rows):
+        where = f"{path}:{line}"
         if limit and count == limit:
             return
         row = dict(zip(heads, values, strict=False))
         if len(values) != len(heads) or row[kind.label] not in kind.classes:
             raise DataError(
-                f"{path}: row {number} is none of {name!r}: {len(values)} columns of {len(heads)}, "
+                f"{where} is no row of {name!r}: {len(values)} columns of {len(heads)}, "
                 f"label {quoted(row.get(kind.label))} of {', '.join(kind.classes)}."
             )
-        count += 1
         columns = {ours: row[theirs] for ours, theirs in kind.columns.items()}
         yield Row(columns, kind.classes.index(row[kind.label]), row.get(kind.group, ""))
 

@@ -81,8 +81,8 @@ def row_label(name):
     "rows, words",
     [
         (["text\tlabel", "a\t1"], "no column 'sentence'"),
-        (["sentence\tlabel", "a\t1", "b"], "row 2 is none of 'sst2': 1 columns of 2"),
-        (["sentence\tlabel", "a\t2"], "row 1 is none of 'sst2'.*label '2' of 0, 1"),
+        (["sentence\tlabel", "a\t1", "b"], "dev.tsv:3 is no row of 'sst2': 1 columns of 2"),
+        (["sentence\tlabel", "a\t2"], "dev.tsv:2 is no row of 'sst2'.*label '2' of 0, 1"),
     ],
 )
 def test_files_that_are_no_glue_are_named(tmp_path, rows, words):
