@@ -230,6 +230,13 @@ def test_a_file_of_a_bad_disk(tmp_path):
         documents(tmp_path / "a.txt")
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux has a file of no size")
+def test_a_file_of_no_size_is_not_read_without_end(tmp_path):
+    (tmp_path / "a.txt").symlink_to("/proc/self/pagemap")
+    with pytest.raises(DataError, match=r"a\.txt: has content but no size.*config\.data\.train"):
+        documents(tmp_path / "a.txt")
+
+
 # ---- files that change while they are read ----
 
 TEXT = "".join(f"words of document {i}{' and more' * 100}\n\n" for i in range(400))
