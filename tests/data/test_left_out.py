@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from common import ROOT
 
-from fmjax.data import cache, digests, files, sources
+from fmjax.data import cache, digests, files, labelled, sources
 from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError, DataError, Preempted
 
@@ -346,3 +346,20 @@ def test_a_signal_is_heard_while_digests_are_taken(tmp_path, monkeypatch):
     assert calm.identity["hub"]
     with pytest.raises(Preempted):
         sources.read(settings, print, stopped)
+
+
+@pytest.mark.parametrize("polls", [1, 5, 12])
+def test_a_signal_while_examples_are_made_leaves_nothing(prepare, tmp_path, monkeypatch, polls):
+    monkeypatch.setattr(labelled, "CHUNK", 1)
+    path, left = tmp_path / "a.jsonl", iter(range(polls))
+    path.write_text("".join(f'{{"text": "a", "label": "{i % 2}"}}\n' for i in range(20)))
+
+    def poll():
+        if next(left, None) is None:
+            stopped()
+
+    settings = dict(format="classes", long="truncate")
+    with pytest.raises(Preempted):
+        prepare(path, poll=poll, **settings)
+    assert not list((tmp_path / "cache").glob("examples-*/"))
+    assert prepare(path, **settings).counts["train"]["rows"] == 20
