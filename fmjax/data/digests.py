@@ -25,6 +25,11 @@ class Digests:
         """The digest of a file. Raises DataError where it cannot be read."""
         with lines.readable(path, self._key):
             self._states[path] = _state(path)
+            if self._states[path][0] == 0 and _first_byte(path):
+                raise DataError(
+                    f"{path}: has content but no size, as files of /proc, which may be endless. "
+                    f"Copy it to a disk; config.{self._key}"
+                )
             digest = cache.file_digest(path)
         self.check(path)
         return digest
@@ -43,6 +48,11 @@ class Digests:
         """`check` of every file whose digest was taken."""
         for path in self._states:
             self.check(path)
+
+
+def _first_byte(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(1)
 
 
 def _state(path: Path) -> tuple[int, int, int]:

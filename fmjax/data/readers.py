@@ -112,22 +112,27 @@ def _rows(path: Path, check: Callable) -> Iterator[tuple[list[str], lines.Line, 
     if ".tsv" in path.name.lower():
         dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     source = lines.read(path, check)
-    first = last = None
-    bad = ""
+    last, begins, bad = None, True, ""
 
     def texts() -> Iterator[str]:
-        """Those of one row, which goes on over several lines within quotes."""
-        nonlocal last, bad
-        yield first.text + "\n"
-        for last in source:
-            bad = bad or (last.bad and f"line {last.number}: {last.bad}")
+        """The first line of each row, and the further lines of one that continues within quotes."""
+        nonlocal last, begins, bad
+        while True:
+            if not begins:
+                following = next(source, None)
+                if following is None:
+                    return
+                last = following
+                bad = bad or (last.bad and f"line {last.number}: {last.bad}")
+            begins = False
             yield last.text + "\n"
 
+    reader = csv.reader(texts(), strict=True, **dialect)
     for first in source:
-        row, last, bad = [], first, first.bad
+        row, last, begins, bad = [], first, True, first.bad
         if not bad:
             try:
-                row = next(csv.reader(texts(), strict=True, **dialect))
+                row = next(reader)
             except csv.Error as error:
                 bad = bad or f"not CSV ({error})"
         if row or bad:

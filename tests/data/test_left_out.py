@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from common import ROOT
 
-from fmjax.data import cache, digests, files, sources
+from fmjax.data import cache, digests, files, labelled, sources
 from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError, DataError, Preempted
 
@@ -230,6 +230,13 @@ def test_a_file_of_a_bad_disk(tmp_path):
         documents(tmp_path / "a.txt")
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux has a file of no size")
+def test_a_file_of_no_size_is_not_read_without_end(tmp_path):
+    (tmp_path / "a.txt").symlink_to("/proc/self/pagemap")
+    with pytest.raises(DataError, match=r"a\.txt: has content but no size.*config\.data\.train"):
+        documents(tmp_path / "a.txt")
+
+
 # ---- files that change while they are read ----
 
 TEXT = "".join(f"words of document {i}{' and more' * 100}\n\n" for i in range(400))
@@ -339,3 +346,20 @@ def test_a_signal_is_heard_while_digests_are_taken(tmp_path, monkeypatch):
     assert calm.identity["hub"]
     with pytest.raises(Preempted):
         sources.read(settings, print, stopped)
+
+
+@pytest.mark.parametrize("polls", [1, 5, 12])
+def test_a_signal_while_examples_are_made_leaves_nothing(prepare, tmp_path, monkeypatch, polls):
+    monkeypatch.setattr(labelled, "CHUNK", 1)
+    path, left = tmp_path / "a.jsonl", iter(range(polls))
+    path.write_text("".join(f'{{"text": "a", "label": "{i % 2}"}}\n' for i in range(20)))
+
+    def poll():
+        if next(left, None) is None:
+            stopped()
+
+    settings = dict(format="classes", long="truncate")
+    with pytest.raises(Preempted):
+        prepare(path, poll=poll, **settings)
+    assert not list((tmp_path / "cache").glob("examples-*/"))
+    assert prepare(path, **settings).counts["train"]["rows"] == 20
