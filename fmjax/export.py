@@ -95,7 +95,8 @@ def _adapter(output: Path, opened: pretrained.Opened) -> None:
             f"The run trained {others[0]} beside its adapter (config.groups), which an adapter's "
             "folder has no place for. Leave config.merge at True."
         )
-    heads = sorted({name.split("/")[1] for name in moving if name.startswith("head/")})
+    whole = [name for name in moving if not re.fullmatch(adapters.LEAVES, name)]
+    heads = sorted({name.split("/")[1] for name in whole})
     peft.write(output, opened.model, opened.params, heads="|".join(map(re.escape, heads)))
     convert.copy_tokenizer(opened.tokenizer, output)
     size = sum(path.stat().st_size for path in output.iterdir() if path.is_file()) / 2**20

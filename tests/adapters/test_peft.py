@@ -13,7 +13,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from fmjax import convert, state, trees
-from fmjax.adapters import ia3, lora, merge, peft, prefix, prompt
+from fmjax.adapters import ia3, lora, merge, peft, peft_settings, prefix, prompt
 from fmjax.errors import CheckpointError, ConfigError
 from fmjax.models import bert
 
@@ -21,6 +21,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # PEFT 0.21 asks transformers 5.23 for a name that is being given up, and warns of tied tables.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
 SIZES = dict(vocab_size=61, width=16, depth=3, heads=2, mlp=24, max_len=20)
@@ -266,7 +267,11 @@ def test_tensors_that_do_not_fit_are_refused(damage, message, written):
     [
         (dict(peft_type="BOFT"), "reads LORA, IA3"),
         (dict(bias="all"), "bias='all' is not supported"),
+        (dict(kasa_config={"beta": 1e-4}), "kasa_config={'beta': 0.0001} is not supported"),
+        (dict(of_next_year=0), "of_next_year=0 is not supported"),
+        (dict(ensure_weight_tying=True), "ensure_weight_tying=True is not supported"),
         (dict(init_lora_weights="pissa_niter_4"), "changes the base"),
+        (dict(init_lora_weights="lora_ga"), "changes the base"),
         (dict(lora_alpha="much"), "lora_alpha='much' is not understood"),
         (dict(alpha_pattern={"(": 1}), "alpha_pattern has"),
     ],
@@ -277,6 +282,23 @@ def test_configs_of_another_kind_are_refused(change, message, written):
     (folder / peft.CONFIG).write_text(json.dumps(config | change))
     with pytest.raises(ConfigError, match=message):
         peft.read(folder, model, base)
+
+
+def test_settings_that_are_null_or_harmless_are_read(written):
+    folder, model, base, *_ = written
+    config = json.loads((folder / peft.CONFIG).read_text())
+    config |= dict(of_next_year=None, eva_config={"rho": 2.0}, init_lora_weights="eva")
+    (folder / peft.CONFIG).write_text(json.dumps(config))
+    peft.read(folder, model, base)
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "PromptTuningConfig"])
+def test_defaults_of_peft_are_known(kind, reference):
+    """What PEFT writes by default is no reason to refuse; so fails a PEFT with new settings."""
+    _, reference_peft, *_ = reference
+    settings = getattr(reference_peft, kind)().to_dict()
+    unknown = {key for key, value in settings.items() if value is not None}
+    assert unknown <= peft_settings.KNOWN
 
 
 def test_a_folder_in_use_is_not_overwritten(written):
@@ -295,6 +317,63 @@ def test_a_write_that_reads_back_differently_is_not_trusted(tmp_path, monkeypatc
     monkeypatch.setattr(peft, "save_file", save)
     with pytest.raises(CheckpointError, match="reads back differently"):
         peft.write(tmp_path / "out", model, params)
+
+
+# --- tables of tokens and outputs, of which PEFT writes the base's own too ---
+
+
+def adapted_tables(reference, modules, family="llama", tied=False, **settings):
+    """(the base, its parameters, PEFT's model with an adapter of `modules` away from zero)."""
+    torch, reference_peft, load, _ = reference
+    base_model, base = model_and_base(family, tied=tied)
+    folder = settings.pop("folder")
+    convert.export(folder, base_model, base)
+    config = reference_peft.LoraConfig(r=3, lora_alpha=6, target_modules=modules, **settings)
+    theirs = reference_peft.get_peft_model(load(folder=folder), config).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return base_model, base, theirs
+
+
+@pytest.mark.parametrize(
+    "modules, tied",
+    [(["embed_tokens", "q_proj"], True), (["embed_tokens", "lm_head"], False)],
+)
+def test_an_adapter_of_the_table_or_the_output_is_read(modules, tied, reference, tmp_path):
+    *_, run = reference
+    base_model, base, theirs = adapted_tables(reference, modules, tied=tied, folder=tmp_path / "b")
+    theirs.save_pretrained(tmp_path / "theirs")
+    keys = load_file(tmp_path / "theirs" / peft.WEIGHTS).keys()
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in keys
+    model, params = peft.read(tmp_path / "theirs", base_model, base)
+    assert np.abs(run(theirs) - logits(base_model, base)).max() > 0.05
+    np.testing.assert_allclose(logits(model, params), run(theirs), atol=1e-5)
+
+
+def test_another_table_than_the_base_has_is_refused(reference, tmp_path):
+    base_model, base, theirs = adapted_tables(reference, ["embed_tokens"], folder=tmp_path / "b")
+    theirs.save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / peft.WEIGHTS
+    tensors, key = load_file(file), "base_model.model.model.embed_tokens.base_layer.weight"
+    table = tensors[key]
+    save_file(tensors | {key: table + np.eye(*table.shape, dtype=np.float32)}, file)
+    with pytest.raises(CheckpointError, match=r"holds another model.embed_tokens.base_layer"):
+        peft.read(tmp_path / "theirs", base_model, base)
+    save_file(tensors | {key: np.concatenate([table, table[:2]])}, file)
+    with pytest.raises(CheckpointError, match=r"\(63, 16\), the base one of \(61, 16\).*resized"):
+        peft.read(tmp_path / "theirs", base_model, base)
+
+
+def test_an_adapter_of_a_tied_output_is_refused_by_its_name(reference, tmp_path):
+    base_model, base, theirs = adapted_tables(
+        reference, ["lm_head"], tied=True, folder=tmp_path / "b"
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match="adapts lm_head, which in this model is the table"):
+        peft.read(tmp_path / "theirs", base_model, base)
 
 
 # --- prompts and prefixes, which PEFT puts before a model for a task ---
