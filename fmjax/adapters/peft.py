@@ -40,9 +40,12 @@ from fmjax.snapshot import find, read_json
 BASE = "base.json"
 
 
-def write(folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str = "") -> None:
+def write(
+    folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str = "", source: str = ""
+) -> dict[str, Any]:
     """Writes the adapter, and the heads `head/<name>` whose name matches `heads`, to a new folder.
 
+    `source` is where the base came from, as `config.init` has it. Returns adapter_config.json.
     Raises ConfigError for what PEFT has no place for, CheckpointError if it reads back otherwise.
     """
     folder, kind = Path(folder), peft_formats.of(model)
@@ -73,8 +76,8 @@ def write(folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str 
     saved = sorted({peft_tensors.module(places[name]) for name in saving})
     common = {
         "peft_type": kind,
-        "base_model_name_or_path": None,
-        "task_type": None,
+        **peft_settings.origin(source),
+        "task_type": peft_settings.task(model, own or dict(model.cfg.classes)),
         "inference_mode": True,
         "modules_to_save": saved or None,
     }
@@ -85,7 +88,8 @@ def write(folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str 
     described = {"sha256": digest(params)} | ({"parts": parts} if parts else {})
     _write_json(folder / BASE, described | _quantised(model.model))
     # Last, so that a folder that can be opened is complete.
-    _write_json(folder / CONFIG, common | config)
+    written = common | peft_settings.shortened(config, peft_tensors.modules(model, named))
+    _write_json(folder / CONFIG, written)
 
     again = trees.unstack(read(folder, model.model, merge.separate(params)[0])[1])
     if wrong := [name for name in named if not _same(name, named[name], again.get(name))]:
@@ -93,6 +97,7 @@ def write(folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str 
             f"{folder} was written, but reads back differently: {', '.join(wrong[:5])}. Do not use "
             "it; write to another folder, on another disk if it happens again."
         )
+    return written
 
 
 def read(folder: str | Path, model: Any, params: trees.Tree) -> tuple[Adapted, trees.Tree]:

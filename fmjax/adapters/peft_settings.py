@@ -1,5 +1,10 @@
-"""adapter_config.json as PEFT writes it, checked: a setting that fmjax does not know is refused."""
+"""adapter_config.json: what an adapter is for and where it sits, and the check of one by PEFT.
 
+A setting that fmjax does not know is refused, since it may change what the adapter computes.
+"""
+
+import os
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +38,8 @@ HARMLESS = (
     *("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers"),
     "encoder_dropout",
 )
+# {head: the task_type of PEFT}
+TASKS = dict(classify="SEQ_CLS", regress="SEQ_CLS", tag="TOKEN_CLS", span="QUESTION_ANS")
 KNOWN = frozenset({*OFF, *FOLLOWED, *HARMLESS})
 
 
@@ -57,3 +64,47 @@ def read(folder: Path, kinds: tuple[str, ...]) -> dict[str, Any]:
             "that and use it in its place."
         )
     return given
+
+
+def task(model: Any, heads: Iterable[str]) -> str | None:
+    """The task_type of a model with these heads, None where PEFT has none, or several fit."""
+    tasks = {TASKS[head] for head in heads if head in TASKS}
+    if not tasks and model.cfg.lm_head and model.causal:
+        tasks = {"CAUSAL_LM"}
+    if not tasks and model.cfg.lm_head and model.decodes:
+        tasks = {"SEQ_2_SEQ_LM"}
+    return tasks.pop() if len(tasks) == 1 else None
+
+
+def origin(source: str) -> dict[str, str | None]:
+    """Where transformers finds the base of an adapter: the folder, or the hub id, in `source`, and
+    its revision; of a run the folder that it was exported to, if it was."""
+    if os.path.isdir(os.path.expanduser(source)):
+        exported = os.path.join(source, "export")
+        folder = exported if os.path.isdir(os.path.join(source, "checkpoints")) else source
+        known = os.path.isfile(os.path.join(os.path.expanduser(folder), "config.json"))
+        return {"base_model_name_or_path": folder if known else None, "revision": None}
+    name, _, revision = source.partition("@")
+    return {"base_model_name_or_path": name or None, "revision": revision or None}
+
+
+def shortened(config: Mapping[str, Any], everything: Collection[str]) -> dict[str, Any]:
+    """`config` with the shortest names that mean the same modules, of all that there are."""
+    inputs = config.get("feedforward_modules", [])
+    short = _suffixes(inputs, everything)
+    changed = {"feedforward_modules": sorted(short)} if "feedforward_modules" in config else {}
+    if "target_modules" in config:
+        others = _suffixes(set(config["target_modules"]) - set(inputs), everything)
+        changed["target_modules"] = sorted(short | others)
+    return {**config, **changed}
+
+
+def _suffixes(wanted: Iterable[str], everything: Collection[str]) -> set[str]:
+    """For each module the shortest end of its name that only `wanted` ones have: "query"."""
+    wanted, found = set(wanted), set()
+    for name in sorted(wanted):
+        parts = name.split(".")
+        ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        means = lambda end: {m for m in everything if m == end or m.endswith(f".{end}")}
+        found.add(next(end for end in ends if means(end) <= wanted))
+    return found

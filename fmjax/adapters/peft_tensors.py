@@ -77,6 +77,13 @@ def module(place: Place) -> str:
     return place.key.rpartition(".")[0]
 
 
+def modules(model: Any, named: Iterable[str]) -> set[str]:
+    """All modules of transformers that hold a parameter of the model, of experts a pattern."""
+    locate = writer.located(base(model))
+    names = {name.partition("/codes")[0] for name in named}
+    return {module(place) for name in names if (place := locate(name))}
+
+
 def held(found: Mapping[str, Place]) -> dict[str, Held]:
     """{module in transformers: what it holds}."""
     parts: dict[str, dict[int, str]] = {}

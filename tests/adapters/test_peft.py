@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from fmjax import convert, state, trees
-from fmjax.adapters import ia3, lora, merge, peft, peft_settings, prefix, prompt
+from fmjax.adapters import ia3, lora, merge, peft, peft_loading, peft_settings, prefix, prompt
 from fmjax.errors import CheckpointError, ConfigError
 from fmjax.models import bert
 
@@ -216,6 +217,98 @@ def test_the_file_is_what_peft_documents(written):
     key = f"base_model.model.{value.format(1)}.lora_{{}}.weight"
     np.testing.assert_array_equal(tensors[key.format("A")], leaves["lora_a"].T)
     np.testing.assert_array_equal(tensors[key.format("B")], leaves["lora_b"].T)
+
+
+def test_target_modules_are_the_shortest_names_of_what_is_adapted_alone():
+    layer = "bert.encoder.layer.{}.{}"
+    attention = ("attention.self.query", "attention.self.key", "attention.output.dense")
+    parts = (*attention, "output.dense")
+    everything = {layer.format(i, part) for i in range(3) for part in parts}
+    short = lambda names, **more: peft_settings.shortened(
+        {"target_modules": sorted(names), **more}, everything
+    )
+    queries = {name for name in everything if name.endswith("query")}
+    assert short(queries)["target_modules"] == ["query"]
+    outside = {layer.format(i, "attention.output.dense") for i in range(3)}
+    assert short(queries | outside)["target_modules"] == ["attention.output.dense", "query"]
+    dense = {name for name in everything if name.endswith("dense")}
+    assert short(dense)["target_modules"] == ["dense"]
+    some = {layer.format(i, "attention.self.key") for i in (0, 2)}
+    assert short(some)["target_modules"] == ["0.attention.self.key", "2.attention.self.key"]
+    # IA³'s feedforward modules are target modules too, by the same names.
+    both = short(dense, feedforward_modules=sorted(outside))
+    assert both["feedforward_modules"] == ["attention.output.dense"]
+    inner = {f"{i}.output.dense" for i in range(3)}
+    assert both["target_modules"] == sorted({"attention.output.dense"} | inner)
+
+
+def test_the_base_is_a_folder_a_hub_id_or_an_export(tmp_path):
+    origin = lambda source: tuple(peft_settings.origin(str(source)).values())
+    assert origin("google-bert/bert-base-uncased@1a2b") == ("google-bert/bert-base-uncased", "1a2b")
+    assert origin("") == (None, None)
+    (tmp_path / "config.json").write_text("{}")
+    assert origin(tmp_path) == (str(tmp_path), None)
+    (tmp_path / "checkpoints").mkdir()  # a run, which transformers does not open
+    assert origin(tmp_path) == (None, None)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text("{}")
+    assert origin(tmp_path) == (f"{tmp_path}/export", None)
+
+
+@pytest.mark.parametrize(
+    "family, changes, head, task",
+    [
+        ("bert", dict(lm_head=False, classes={"classify": 3}), "classify|pooler", "SEQ_CLS"),
+        ("bert", dict(lm_head=False, classes={"tag": 3}), "tag", "TOKEN_CLS"),
+        ("bert", dict(lm_head=False, classes={"span": 2}), "span", "QUESTION_ANS"),
+        ("llama", dict(lm_head=False, classes={"regress": 1}), "regress", "SEQ_CLS"),
+        ("gpt2", {}, "", "CAUSAL_LM"),
+        ("t5", {}, "", "SEQ_2_SEQ_LM"),
+    ],
+)
+def test_the_printed_command_loads_base_adapter_and_labels(
+    family, changes, head, task, reference, tmp_path
+):
+    torch, reference_peft, *_ = reference
+    base_model, base = model_and_base(family, **changes)
+    # The base is one without the head, as a published one is.
+    bare, trunk = model_and_base(family)
+    whole = trees.unstack(base)
+    shared = {name: whole.get(name, x) for name, x in trees.unstack(trunk).items()}
+    convert.export(tmp_path / "base", bare, trees.stack(shared, bare.stacks))
+    model = lora.wrap(base_model, targets=((".*/query", 2),))
+    params = moved(model.add(base, jax.random.key(2)))
+    folder = str(tmp_path / "out")
+    settings = peft.write(folder, model, params, heads=head, source=str(tmp_path / "base"))
+    assert settings["task_type"] == task
+    assert settings["target_modules"] in (["query"], ["q_proj"], ["c_attn"], ["q"])
+    names = ("bad", "so so", "good")
+    opened = SimpleNamespace(model=model, labels=names, config=SimpleNamespace(init="given"))
+    line = peft_loading.command(folder, settings, opened)
+    loaded = eval(line.removeprefix("to load: "), {"peft": reference_peft}).eval()  # noqa: S307
+    if task in ("SEQ_CLS", "TOKEN_CLS") and "regress" not in head:
+        assert loaded.config.id2label == dict(enumerate(names))
+    loaded.config.pad_token_id = 0
+    given = dict(input_ids=torch.tensor(IDS))
+    if family == "t5":
+        given["decoder_input_ids"] = given["input_ids"]
+    with torch.no_grad():
+        found = loaded(**given)
+    if family == "bert" and task == "SEQ_CLS":
+        np.testing.assert_allclose(found.logits, classes(model, params), atol=2e-5)
+    if head == "":
+        np.testing.assert_allclose(found.logits, logits(model, params), atol=2e-5)
+
+
+def test_the_command_names_what_is_missing():
+    settings = {"task_type": None, "base_model_name_or_path": None}
+    model = SimpleNamespace(cfg=SimpleNamespace(classes=()))
+    opened = SimpleNamespace(model=model, labels=(), config=SimpleNamespace(init="runs/mlm-1"))
+    line = peft_loading.command("a", settings, opened)
+    assert "--config=configs/export.py --config.folder=runs/mlm-1, then" in line
+    assert "AutoModelForMaskedLM.from_pretrained('runs/mlm-1/export'), 'a')" in line
+    opened.config.init = ""
+    assert "made itself" in peft_loading.command("a", settings, opened)
 
 
 def test_another_base_is_refused(written):
