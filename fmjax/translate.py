@@ -121,7 +121,8 @@ def scores(texts: Sequence[str], targets: Sequence[Sequence[str]]) -> dict[str, 
         from rouge_score import rouge_scorer
     except ImportError as error:
         raise ConfigError(
-            "config.target asks for BLEU and ROUGE: pip install 'fmjax[eval]', or set it to ''."
+            "config.target asks for BLEU and ROUGE: pip install sacrebleu rouge-score, or set it "
+            "to ''."
         ) from error
     most = max(map(len, targets))
     references = [[one[min(i, len(one) - 1)] for one in targets] for i in range(most)]
