@@ -1,6 +1,6 @@
 """Tasks of lm-evaluation-harness on a run or a folder in Hugging Face format.
 
-    pip install 'fmjax[eval]'
+    pip install lm-eval
     python run.py --config=configs/harness.py --config.folder=runs/clm-1a2b3c4d \\
         --config.include=my_tasks --config.tasks="('mine',)"
 

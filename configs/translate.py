@@ -1,6 +1,6 @@
 """What an encoder–decoder makes of a file of sources, and BLEU, chrF and ROUGE against targets.
 
-    pip install 'fmjax[eval]'
+    pip install sacrebleu rouge-score
     python run.py --config=configs/translate.py --config.folder=runs/seq2seq-1a2b3c4d \\
         --config.file=test.jsonl --config.source=en --config.target=de
 

@@ -24,7 +24,7 @@ from fmjax import (
     state,
     trees,
 )
-from fmjax.adapters import peft, peft_formats
+from fmjax.adapters import peft, peft_formats, peft_loading
 from fmjax.adapters.lora import Lora
 from fmjax.adapters.wrapper import Adapted
 from fmjax.data import tokenizer as tokenizers
@@ -118,14 +118,21 @@ def _adapter(output: Path, opened: pretrained.Opened) -> None:
             f"The run trained {others[0]} beside its adapter (config.groups), which an adapter's "
             "folder has no place for. Leave config.merge at True."
         )
-    heads = sorted({name.split("/")[1] for name in moving if name.startswith("head/")})
-    peft.write(output, opened.model, opened.params, heads="|".join(map(re.escape, heads)))
+    whole = [name for name in moving if not re.fullmatch(adapters.LEAVES, name)]
+    heads = sorted({name.split("/")[1] for name in whole})
+    written = peft.write(
+        output,
+        opened.model,
+        opened.params,
+        heads="|".join(map(re.escape, heads)),
+        source=opened.config.init,
+    )
     convert.copy_tokenizer(opened.tokenizer, output)
     write_template(opened, output)
     size = sum(path.stat().st_size for path in output.iterdir() if path.is_file()) / 2**20
     print(f"wrote the adapter of {opened} and the heads {heads} to {output}: {size:,.1f} MiB")
     print("read back: equal to the run's parameters bit by bit")
-    print(f"to load: peft.PeftModel.from_pretrained(<the model that it was made for>, '{output}')")
+    print(peft_loading.command(str(output), written, opened))
 
 
 def check(

@@ -1,6 +1,6 @@
 """Models in lm-evaluation-harness (Gao et al. 2023): its tasks, prompts and metrics over our runs.
 
-    pip install 'fmjax[eval]'
+    pip install lm-eval
     python run.py --config=configs/harness.py --config.folder=runs/clm-… --config.tasks="('mine',)"
 
 Masked models are judged by their pseudo-log-likelihood, which the harness itself does not have.
@@ -29,7 +29,7 @@ try:
     from lm_eval.tasks import TaskManager
 except ImportError as error:
     raise ConfigError(
-        "config.task='harness' needs lm-evaluation-harness: pip install 'fmjax[eval]'; "
+        "config.task='harness' needs lm-evaluation-harness: pip install lm-eval; "
         "configs/fewshot.py does without."
     ) from error
 

@@ -30,8 +30,7 @@ def require_wandb() -> None:
     """Raises ConfigError where Weights & Biases is not installed."""
     if "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            "config.wandb=True needs Weights & Biases: pip install 'fmjax[wandb]', "
-            "or set config.wandb=False"
+            "config.wandb=True needs Weights & Biases: pip install wandb, or set config.wandb=False"
         )
 
 

@@ -125,7 +125,7 @@ def check_installed() -> None:
     if missing:
         raise ConfigError(
             f"config.target asks for BLEU and ROUGE, but {missing[0]} is not installed: pip "
-            "install 'fmjax[eval]', or set it to ''."
+            "install sacrebleu rouge-score, or set it to ''."
         )
 
 

@@ -94,11 +94,20 @@ def test_frozen_parameters_of_another_run_are_refused(adapted, home, encoder, co
         pretrained.open_folder(str(again), sharding.make_mesh())
 
 
-def test_the_adapter_alone_is_written_with_its_head_and_tokenizer(adapted, tmp_path, capsys):
+def test_the_adapter_alone_is_written_with_its_head_and_tokenizer(
+    adapted,
+    encoder,  # noqa: F811
+    tmp_path,
+    capsys,
+):
     words = [f"--config.folder={adapted}", "--config.merge=False", f"--config.output={tmp_path}/a"]
     export.run(configs.load(str(ROOT / "configs/export.py"), words), tmp_path)
-    assert "read back: equal" in capsys.readouterr().out
-    folder = tmp_path / "a"
+    told, folder = capsys.readouterr().out, tmp_path / "a"
+    assert "read back: equal" in told
+    # Its base is a run, which PEFT cannot open before it is exported.
+    assert f"--config=configs/export.py --config.folder={encoder}, then peft.PeftModel" in told
+    settings = json.loads((folder / peft.CONFIG).read_text())
+    assert settings["task_type"] == "SEQ_CLS" and settings["base_model_name_or_path"] is None
     assert (folder / "tokenizer.json").exists() and (folder / peft.BASE).exists()
     opened = pretrained.open_folder(str(adapted), sharding.make_mesh())
     base, _ = opened.model.model, None

@@ -14,7 +14,7 @@ from fmjax import export, generate, pretrained, sharding, train
 from fmjax.data import chat
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'fmjax[eval]'")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
 from fmjax import harness  # noqa: E402
 
 PAIRS = [

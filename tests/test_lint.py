@@ -5,6 +5,7 @@ files are code that its user names, so `runpy` is allowed.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -182,3 +183,10 @@ def test_each_is_caught(snippet):
 )
 def test_nothing_else_is(snippet):
     assert not problems(snippet)
+
+
+@pytest.mark.parametrize("file", [*FILES, "README.md", "CONTRIBUTING.md"], ids=str)
+def test_no_text_sends_to_a_package_index_for_fmjax(file):
+    """It is installed from its checkout; on an index the name could be anybody's."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert not re.search(r"pip install ['\"]?fmjax\b|\bfmjax\[\w", text)

@@ -1,6 +1,6 @@
 """Training steps compiled for TPU slices without a TPU: they fit, and move no more than they must.
 
-Needs libtpu, the compiler (`pip install fmjax[tpu]`), and a quarter of an hour on two cores. Each
+Needs libtpu, the compiler (`pip install -e '.[tpu]'`), and a quarter of an hour on two cores. Each
 case prints a row of the table in benchmarks/RESULTS.md (`-s` shows it).
 """
 
@@ -22,7 +22,8 @@ from fmjax.step import make_train_step
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None, reason="libtpu is missing: fmjax[tpu] has it"
+        importlib.util.find_spec("libtpu") is None,
+        reason="libtpu is missing: pip install -e '.[tpu]'",
     ),
 ]
 GIB = 2**30

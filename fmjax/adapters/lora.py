@@ -27,6 +27,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fmjax import precision
 from fmjax.adapters import low_rank, quantise
 from fmjax.adapters.wrapper import (
     Adapted,
@@ -39,7 +40,7 @@ from fmjax.adapters.wrapper import (
     chosen,
 )
 from fmjax.errors import ConfigError, did_you_mean
-from fmjax.models import layers
+from fmjax.models import layers, trunk
 
 # The modules that the path can be added to, and the parameter that it stands beside.
 MATMULS: dict[type[nn.Module], str] = {
@@ -48,6 +49,7 @@ MATMULS: dict[type[nn.Module], str] = {
     nn.Conv: "kernel",
     layers.Embedding: "embedding",
     nn.Embed: "embedding",
+    trunk.Output: "kernel",
 }
 
 INITS = ("uniform", "pissa", "loftq")
@@ -69,6 +71,7 @@ class Site(NamedTuple):
     rank: int
     scale: float  # s
     shared: bool  # a table that the model also reads otherwise, for its output
+    output: bool  # the matrix of an output, whose product is taken elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +99,8 @@ class Lora(Adapter):
             module = modules[path]
             weight = _weight(module.module)
             shape, scale = module.leaves[weight], self.scale(target)
-            found[path] = Site(weight, shape, target.rank, scale, module.shared)
+            output = isinstance(module.module, trunk.Output)
+            found[path] = Site(weight, shape, target.rank, scale, module.shared, output)
         return found
 
     def start(self, site: Site, key: jax.Array, own: Leaves) -> Leaves:
@@ -124,6 +128,8 @@ class Lora(Adapter):
             here.seeds,
             here.adapter_ids,
         )
+        if site.output:
+            return _of_vocabulary(here.run(), leaves)
         weight = quantise.dense(here.leaf(site.weight)) if self.dora else None
         finish = lambda base, path: low_rank.add(base, path, here.leaf("bias"), weight, leaves)
         return _with_path(here.module, leaves, finish, here.run, *args, **options)
@@ -164,7 +170,14 @@ def wrap(
         raise ConfigError(f"config.adapter.init={init!r} is not known.{did_you_mean(init, INITS)}")
     check_numbers(targets)
     rows = tuple(Target(t, rank if r is None else r, float(alpha)) for t, r in targets)
-    return around(model, Lora(rows, dropout, scaling == "rslora", dora, init))
+    adapted = around(model, Lora(rows, dropout, scaling == "rslora", dora, init))
+    outputs = [path for path, site in adapted.sites().items() if site.output]
+    if dropout and outputs:
+        raise ConfigError(
+            f"config.adapter.dropout={dropout} has no place in an adapter of the output matrix: "
+            f"set it to 0, or put ({outputs[0]!r}, 0) first in config.adapter.targets."
+        )
+    return adapted
 
 
 def _with_path(module, leaves, finish, call, x, out_dtype=None, **options):
@@ -180,6 +193,16 @@ def _with_path(module, leaves, finish, call, x, out_dtype=None, **options):
     else:
         path = low_rank.linear(x, leaves, base.dtype)
     return finish(base.astype(jnp.float32), path).astype(base.dtype)
+
+
+def _of_vocabulary(vocabulary: trunk.Vocabulary, leaves: low_rank.Leaves) -> trunk.Vocabulary:
+    """The output matrix W + s A B, since losses over a vocabulary take one matrix in pieces."""
+    if leaves.ids is not None:
+        raise ConfigError("Adapters of the output matrix are not chosen by example: merge them.")
+    kernel = vocabulary.kernel
+    if isinstance(kernel, precision.Rows):
+        kernel = kernel.rows(jnp.arange(len(kernel.matrix))).T
+    return vocabulary._replace(kernel=low_rank.merged(kernel, leaves))
 
 
 def _convolved(module, leaves, x, dtype):

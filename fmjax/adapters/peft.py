@@ -11,32 +11,41 @@ back what we write, and beside it lies `BASE`, a digest of the base's parameters
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from fmjax import adapters, rules, trees
-from fmjax.adapters import merge, peft_formats, peft_prompts, quantise
-from fmjax.adapters.peft_formats import FORMATS, UNUSED
+from fmjax.adapters import (
+    merge,
+    peft_formats,
+    peft_prompts,
+    peft_settings,
+    peft_tensors,
+    quantise,
+)
+from fmjax.adapters.peft_formats import FORMATS
 from fmjax.adapters.peft_matrices import Held, adapted
-from fmjax.adapters.wrapper import Adapted, base
-from fmjax.convert import writer
-from fmjax.convert.files import Place
+from fmjax.adapters.peft_settings import CONFIG
+from fmjax.adapters.peft_tensors import WEIGHTS
+from fmjax.adapters.wrapper import Adapted
 from fmjax.errors import CheckpointError, ConfigError, quoted
 from fmjax.snapshot import find, read_json
 
-CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+BASE = "base.json"
 
 
-def write(folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str = "") -> None:
+def write(
+    folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str = "", source: str = ""
+) -> dict[str, Any]:
     """Writes the adapter, and the heads `head/<name>` whose name matches `heads`, to a new folder.
 
+    `source` is where the base came from, as `config.init` has it. Returns adapter_config.json.
     Raises ConfigError for what PEFT has no place for, CheckpointError if it reads back otherwise.
     """
     folder, kind = Path(folder), peft_formats.of(model)
@@ -44,8 +53,8 @@ def write(folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str 
         raise ConfigError(f"{folder} is not empty; write to a new folder.")
     model, params = peft_prompts.plain(model, params)
     named = {name: np.asarray(leaf) for name, leaf in trees.unstack(params).items()}
-    places = _places(model, named)
-    held = _held(places)
+    places = peft_tensors.places(model, named)
+    held = peft_tensors.held(places)
     beside, paths = {}, ()
     if kind in ("LORA", "IA3"):
         beside, paths = adapted(model, held), model.sites()
@@ -53,6 +62,7 @@ def write(folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str 
     if lost := [path for path in paths if path not in there]:
         raise ConfigError(f"PEFT has no place for an adapter of {lost[0]}: no matrix of its own.")
     saving = [name for name in named if re.fullmatch(f"head/({heads})/.*", name)]
+    saving = [name for name in saving if not re.fullmatch(merge.LEAVES, name)]
     if lost := [name for name in saving if name not in places]:
         raise ConfigError(f"transformers has no place for {lost[0]}, which the adapter needs.")
     own = sorted({name.split("/")[1] for name in saving})
@@ -63,11 +73,11 @@ def write(folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str 
         tensors[before + places[name].key] = (
             named[name].T if places[name].transposed else named[name]
         )
-    saved = sorted({_module(places[name]) for name in saving})
+    saved = sorted({peft_tensors.module(places[name]) for name in saving})
     common = {
         "peft_type": kind,
-        "base_model_name_or_path": None,
-        "task_type": None,
+        **peft_settings.origin(source),
+        "task_type": peft_settings.task(model, own or dict(model.cfg.classes)),
         "inference_mode": True,
         "modules_to_save": saved or None,
     }
@@ -78,7 +88,8 @@ def write(folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str 
     described = {"sha256": digest(params)} | ({"parts": parts} if parts else {})
     _write_json(folder / BASE, described | _quantised(model.model))
     # Last, so that a folder that can be opened is complete.
-    _write_json(folder / CONFIG, common | config)
+    written = common | peft_settings.shortened(config, peft_tensors.modules(model, named))
+    _write_json(folder / CONFIG, written)
 
     again = trees.unstack(read(folder, model.model, merge.separate(params)[0])[1])
     if wrong := [name for name in named if not _same(name, named[name], again.get(name))]:
@@ -86,6 +97,7 @@ def write(folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str 
             f"{folder} was written, but reads back differently: {', '.join(wrong[:5])}. Do not use "
             "it; write to another folder, on another disk if it happens again."
         )
+    return written
 
 
 def read(folder: str | Path, model: Any, params: trees.Tree) -> tuple[Adapted, trees.Tree]:
@@ -98,11 +110,12 @@ def read(folder: str | Path, model: Any, params: trees.Tree) -> tuple[Adapted, t
     was made for another base, or is damaged.
     """
     folder = find(folder, files=(CONFIG, WEIGHTS, BASE))
-    config, named = _read_config(folder), trees.unstack(params)
+    config = peft_settings.read(folder, tuple(FORMATS))
+    named = trees.unstack(params)
     _check_base(folder, model, params)
     kind = FORMATS[config["peft_type"]]
-    heads, tensors, held = _read_tensors(folder, kind.before, model, named)
-    held = _with_parts(folder, held)
+    heads, tensors = peft_tensors.read(folder, kind.before, model, named)
+    held = _with_parts(folder, peft_tensors.held(peft_tensors.places(model, named)))
     settings, leaves = kind.read(folder, config, tensors, model, named, held)
     adapted = Adapted(model, settings)
     stacks = None if model.stacks is None else trees.runs(adapted.kinds)
@@ -120,37 +133,6 @@ def digest(params: trees.Tree) -> str:
     return total.hexdigest()
 
 
-def _places(model: Any, named: Iterable[str]) -> dict[str, Place]:
-    """{our parameter: where transformers keeps it}; a quantised one as the whole that it was. Not
-    those that are several matrices there, or strewn over one, nor an encoder–decoder's table of
-    tokens, of which transformers looks rows up in copies."""
-    located = writer.located(base(model))
-    names = [name.rpartition("/")[0] if name.endswith("/codes") else name for name in named]
-    names = [name for name in names if not (model.decodes and name == "embed/token/embedding")]
-    places = {name: located(name) for name in names}
-    whole = lambda place: place and not place.each and not place.heads
-    return {name: place for name, place in places.items() if whole(place)}
-
-
-def _module(place: Place) -> str:
-    return place.key.rpartition(".")[0]
-
-
-def _held(places: Mapping[str, Place]) -> dict[str, Held]:
-    """{module in transformers: what it holds}."""
-    parts: dict[str, dict[int, str]] = {}
-    for name, place in places.items():
-        if name.endswith(("/kernel", "/embedding")):
-            parts.setdefault(_module(place), {})[place.part] = name
-    return {
-        module: Held(
-            tuple(own[part] for part in sorted(own)),
-            own[0].endswith("/kernel") and not places[own[0]].transposed,
-        )
-        for module, own in parts.items()
-    }
-
-
 def _with_parts(folder: Path, held: Mapping[str, Held]) -> dict[str, Held]:
     """`held`, with the ranks of parts that a folder of ours tells."""
     if not (folder / BASE).is_file():
@@ -165,53 +147,6 @@ def _with_parts(folder: Path, held: Mapping[str, Held]) -> dict[str, Held]:
             f"{folder / BASE}: {wrong[0]} has {len(held[wrong[0]].weights)} parts."
         )
     return {name: one._replace(ranks=ranks.get(name)) for name, one in held.items()}
-
-
-def _read_tensors(
-    folder: Path, before: str, model: Any, named: Mapping[str, jax.Array]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Held]]:
-    """(heads, the adapter's tensors by their name in transformers, {module: what it holds})."""
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
-    places = _places(model, named)
-    whole = {name: place for name, place in places.items() if place.parts == 1}
-    ours = {place.key: (name, place.transposed) for name, place in whole.items()}
-    heads, rest = {}, {}
-    for key, value in tensors.items():
-        bare = key.removeprefix(before)
-        name, transposed = ours.get(bare, ("", False))
-        value_ = value.T if transposed else value
-        if name.startswith("head/") and bare != key and value_.shape == named[name].shape:
-            heads[name] = value_.astype(np.float32)
-        elif name or (bare == key and key != "prompt_embeddings"):
-            raise CheckpointError(
-                f"{folder}: the model has no place for {quoted(key)} {value.shape}: the adapter is "
-                f"for another model, or not of PEFT, whose keys begin with {before!r}."
-            )
-        else:
-            rest[bare] = value
-    if not rest:
-        raise CheckpointError(f"{folder / WEIGHTS} holds no adapter.")
-    return heads, rest, _held(places)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json, of a kind that we have."""
-    try:
-        given = read_json(folder / CONFIG)
-        kind = given.get("peft_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{folder / CONFIG} cannot be read: {error!r}") from error
-    if kind not in FORMATS:
-        raise ConfigError(
-            f"{folder / CONFIG} has peft_type={quoted(kind)}; fmjax reads {', '.join(FORMATS)}."
-        )
-    for key, possible in UNUSED.items():
-        if given.get(key, possible[0]) not in possible:
-            raise ConfigError(f"{folder / CONFIG}: {key}={quoted(given[key])} is not supported.")
-    return given
 
 
 def _quantised(model: Any) -> dict[str, Any]:

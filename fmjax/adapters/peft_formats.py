@@ -19,18 +19,6 @@ from fmjax.adapters.wrapper import Adapted
 from fmjax.errors import ConfigError
 
 Named = Mapping[str, Any]  # our parameters by name
-# What changes outputs and fmjax does not have, with the values that mean "not used".
-UNUSED: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "lora_bias": (False,),
-    "use_qalora": (False,),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "num_transformer_submodules": (1, None),
-}
 
 
 class Format(NamedTuple):

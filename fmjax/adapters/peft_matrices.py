@@ -29,7 +29,8 @@ DEFAULTS: dict[str, Any] = {
     "use_rslora": False,
     "use_dora": False,
 }
-OTHER_BASES = r"pissa.*|olora|corda|loftq"  # initialisations that change the base they start from
+# Initialisations that leave the base as it is; others take what they start with out of it.
+SAME_BASE = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 
 
 class Held(NamedTuple):
@@ -191,10 +192,12 @@ def _apart(held: Held, named: Mapping[str, Any], whole: Tensors) -> dict[str, Te
 
 def _lora_settings(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """Those of adapter_config.json with their defaults, checked."""
-    if re.fullmatch(OTHER_BASES, str(given.get("init_lora_weights", True))):
+    initial = given.get("init_lora_weights")
+    if initial is not None and str(initial).lower() not in SAME_BASE:
         raise ConfigError(
-            f"{folder}: init_lora_weights={given['init_lora_weights']!r} changes the base, which "
-            "the folder does not hold: have PEFT convert it to plain LoRA."
+            f"{folder}: init_lora_weights={quoted(initial)} changes the base, which the folder "
+            "does not hold, or is not known: have PEFT convert it to plain LoRA "
+            "(path_initial_model_for_weight_conversion)."
         )
     config = {key: given.get(key, default) for key, default in DEFAULTS.items()}
     for key, default in DEFAULTS.items():
@@ -270,6 +273,7 @@ def _module(folder: Path, key: str, match: re.Match | None, held: Mapping[str, H
     """The module in transformers that a tensor belongs to."""
     if match is None or match[1] not in held:
         raise CheckpointError(
-            f"{folder}: the model has no place for {quoted(key)}: the adapter is for another model."
+            f"{folder}: the model has no place for {quoted(key)}: the adapter is for another "
+            "model, or for a module that fmjax does not adapt."
         )
     return match[1]

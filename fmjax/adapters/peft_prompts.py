@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import trees
-from fmjax.adapters import prefix, prompt
+from fmjax.adapters import peft_settings, prefix, prompt
 from fmjax.adapters.wrapper import Adapted, base
 from fmjax.errors import CheckpointError, ConfigError
 
 Tensors = dict[str, np.ndarray]
-TASKS = dict(classify="SEQ_CLS", regress="SEQ_CLS", tag="TOKEN_CLS", span="QUESTION_ANS")
 
 
 def plain(model: Adapted, params: trees.Tree) -> tuple[Adapted, trees.Tree]:
@@ -95,16 +94,14 @@ def _virtual(model: Adapted, length: int, heads: list[str]) -> dict[str, Any]:
             "PEFT puts prompts before an encoder–decoder in a form of its own, which fmjax does "
             "not have: keep the run's folder, or train another adapter."
         )
-    cfg, tasks = base(model).cfg, {TASKS[head] for head in heads if head in TASKS}
-    if not tasks and model.causal and cfg.lm_head:
-        tasks = {"CAUSAL_LM"}
-    if not tasks:
+    cfg, task = base(model).cfg, peft_settings.task(model, heads)
+    if task is None:
         raise ConfigError(
             "PEFT puts a prompt before a model for one of its tasks only, and the run has none of "
-            f"the heads {', '.join(TASKS)}, nor does it write text."
+            f"the heads {', '.join(peft_settings.TASKS)}, nor does it write text."
         )
     return {
-        "task_type": tasks.pop(),
+        "task_type": task,
         "num_virtual_tokens": length,
         "token_dim": cfg.width,
         "num_transformer_submodules": 1,

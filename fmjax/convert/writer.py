@@ -145,9 +145,19 @@ def family_of(model: Any) -> ModuleType:
 
 def located(model: Any) -> Callable[[str], Place | None]:
     """Where transformers keeps a parameter of `model`; None: it has no place for it."""
+    return functools.partial(family_of(model).place, _config(model))
+
+
+def tied(model: Any) -> dict[str, str]:
+    """{tensor in transformers: the one that it repeats}."""
+    return family_of(model).tied(_config(model))
+
+
+def _config(model: Any) -> dict[str, Any]:
+    """config.json of `model` with the heads that all classes of transformers have."""
     family = family_of(model)
-    _, heads = family.ARCHITECTURES[family.type_of(model.cfg)][-1]  # which all others have too
-    return functools.partial(family.place, family.hf_config(model.cfg, heads, {}))
+    _, heads = family.ARCHITECTURES[family.type_of(model.cfg)][-1]
+    return family.hf_config(model.cfg, heads, {})
 
 
 def _head(name: str) -> str:

@@ -276,6 +276,33 @@ def test_a_table_beside_which_the_output_has_its_own_is_merged():
     np.testing.assert_allclose(outputs(model.model, merged), outputs(model, params), atol=1e-5)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_the_output_matrix_has_an_adapter(dora):
+    model = wrapped(((r"head/lm", 2),), "llama", dora=dora, alpha=4)
+    params = moved(fresh(model))
+    hidden = jax.random.normal(KEY, (2, 5, 32))
+    logits = lambda model, params: model.apply({"params": params}, hidden, method="logits")
+    found = logits(model, params)
+    np.testing.assert_allclose(logits(model.model, merge.merge(model, params)), found, atol=1e-5)
+    own = params["head"]["lm"]
+    if not dora:
+        whole = own["kernel"] + 2 * own["lora_a"] @ own["lora_b"]
+        np.testing.assert_allclose(found, hidden @ whole, atol=1e-5)
+    kept = {**own, "kernel": precision.Rows(own["kernel"].T)}  # as what writes text keeps it
+    kept = {**params, "head": {**params["head"], "lm": kept}}
+    np.testing.assert_allclose(logits(model, kept), found, atol=1e-5)
+
+
+def test_the_output_matrix_has_no_dropout_and_no_adapter_by_example():
+    with pytest.raises(ConfigError, match="config.adapter.dropout=0.1 has no place.*'head/lm', 0"):
+        wrapped(((r"head/lm", 2),), "llama", dropout=0.1)
+    model = wrapped(((r"head/lm", 2),), "llama")
+    params = fresh(model)
+    both, ids = merge.combine(params, [params, params]), jnp.zeros(2, jnp.int32)
+    with pytest.raises(ConfigError, match="not chosen by example"):
+        model.apply({"params": both}, jnp.ones((2, 32)), method="logits", adapter_ids=ids)
+
+
 @pytest.mark.parametrize("dora, family", [(False, "bert"), (True, "bert"), (True, "llama")])
 def test_each_example_has_the_adapter_it_asks_for(dora, family):
     model = wrapped((*MIXED, (r"embed/token", 2)), family, dora=dora)

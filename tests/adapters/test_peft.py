@@ -1,9 +1,11 @@
 """PEFT's format: the same logits in torch, both ways, and what is refused."""
 
+import ast
 import dataclasses
 import functools
 import json
 import os
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from fmjax import convert, state, trees
-from fmjax.adapters import ia3, lora, merge, peft, prefix, prompt
+from fmjax.adapters import ia3, lora, merge, peft, peft_loading, peft_settings, prefix, prompt
 from fmjax.errors import CheckpointError, ConfigError
 from fmjax.models import bert
 
@@ -21,6 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # PEFT 0.21 asks transformers 5.23 for a name that is being given up, and warns of tied tables.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
 SIZES = dict(vocab_size=61, width=16, depth=3, heads=2, mlp=24, max_len=20)
@@ -217,6 +220,102 @@ def test_the_file_is_what_peft_documents(written):
     np.testing.assert_array_equal(tensors[key.format("B")], leaves["lora_b"].T)
 
 
+def test_target_modules_are_the_shortest_names_of_what_is_adapted_alone():
+    layer = "bert.encoder.layer.{}.{}"
+    attention = ("attention.self.query", "attention.self.key", "attention.output.dense")
+    parts = (*attention, "output.dense")
+    everything = {layer.format(i, part) for i in range(3) for part in parts}
+    short = lambda names, **more: peft_settings.shortened(
+        {"target_modules": sorted(names), **more}, everything
+    )
+    queries = {name for name in everything if name.endswith("query")}
+    assert short(queries)["target_modules"] == ["query"]
+    outside = {layer.format(i, "attention.output.dense") for i in range(3)}
+    assert short(queries | outside)["target_modules"] == ["attention.output.dense", "query"]
+    dense = {name for name in everything if name.endswith("dense")}
+    assert short(dense)["target_modules"] == ["dense"]
+    some = {layer.format(i, "attention.self.key") for i in (0, 2)}
+    assert short(some)["target_modules"] == ["0.attention.self.key", "2.attention.self.key"]
+    # IA³'s feedforward modules are target modules too, by the same names.
+    both = short(dense, feedforward_modules=sorted(outside))
+    assert both["feedforward_modules"] == ["attention.output.dense"]
+    inner = {f"{i}.output.dense" for i in range(3)}
+    assert both["target_modules"] == sorted({"attention.output.dense"} | inner)
+
+
+def test_the_base_is_a_folder_a_hub_id_or_an_export(tmp_path):
+    origin = lambda source: tuple(peft_settings.origin(str(source)).values())
+    assert origin("google-bert/bert-base-uncased@1a2b") == ("google-bert/bert-base-uncased", "1a2b")
+    assert origin("") == (None, None)
+    (tmp_path / "config.json").write_text("{}")
+    assert origin(tmp_path) == (str(tmp_path), None)
+    (tmp_path / "checkpoints").mkdir()  # a run, which transformers does not open
+    assert origin(tmp_path) == (None, None)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text("{}")
+    assert origin(tmp_path) == (f"{tmp_path}/export", None)
+
+
+@pytest.mark.parametrize(
+    "family, changes, head, task",
+    [
+        ("bert", dict(lm_head=False, classes={"classify": 3}), "classify|pooler", "SEQ_CLS"),
+        ("bert", dict(lm_head=False, classes={"tag": 3}), "tag", "TOKEN_CLS"),
+        ("bert", dict(lm_head=False, classes={"span": 2}), "span", "QUESTION_ANS"),
+        ("llama", dict(lm_head=False, classes={"regress": 1}), "regress", "SEQ_CLS"),
+        ("gpt2", {}, "", "CAUSAL_LM"),
+        ("t5", {}, "", "SEQ_2_SEQ_LM"),
+    ],
+)
+def test_the_printed_command_loads_base_adapter_and_labels(
+    family, changes, head, task, reference, tmp_path
+):
+    torch, reference_peft, *_ = reference
+    base_model, base = model_and_base(family, **changes)
+    # The base is one without the head, as a published one is.
+    bare, trunk = model_and_base(family)
+    whole = trees.unstack(base)
+    shared = {name: whole.get(name, x) for name, x in trees.unstack(trunk).items()}
+    convert.export(tmp_path / "base", bare, trees.stack(shared, bare.stacks))
+    model = lora.wrap(base_model, targets=((".*/query", 2),))
+    params = moved(model.add(base, jax.random.key(2)))
+    folder = str(tmp_path / "out")
+    settings = peft.write(folder, model, params, heads=head, source=str(tmp_path / "base"))
+    assert settings["task_type"] == task
+    assert settings["target_modules"] in (["query"], ["q_proj"], ["c_attn"], ["q"])
+    names = ("bad", "so so", "good")
+    opened = SimpleNamespace(model=model, labels=names, config=SimpleNamespace(init="given"))
+    line = peft_loading.command(folder, settings, opened)
+    call = ast.parse(line.removeprefix("to load: "), mode="eval").body
+    assert call.func.value.value.id == "peft" and call.func.attr == "from_pretrained"
+    options = {one.arg: ast.literal_eval(one.value) for one in call.keywords}
+    auto = getattr(reference_peft, call.func.value.attr)
+    loaded = auto.from_pretrained(*map(ast.literal_eval, call.args), **options).eval()
+    if task in ("SEQ_CLS", "TOKEN_CLS") and "regress" not in head:
+        assert loaded.config.id2label == dict(enumerate(names))
+    loaded.config.pad_token_id = 0
+    given = dict(input_ids=torch.tensor(IDS))
+    if family == "t5":
+        given["decoder_input_ids"] = given["input_ids"]
+    with torch.no_grad():
+        found = loaded(**given)
+    if family == "bert" and task == "SEQ_CLS":
+        np.testing.assert_allclose(found.logits, classes(model, params), atol=2e-5)
+    if head == "":
+        np.testing.assert_allclose(found.logits, logits(model, params), atol=2e-5)
+
+
+def test_the_command_names_what_is_missing():
+    settings = {"task_type": None, "base_model_name_or_path": None}
+    model = SimpleNamespace(cfg=SimpleNamespace(classes=()))
+    opened = SimpleNamespace(model=model, labels=(), config=SimpleNamespace(init="runs/mlm-1"))
+    line = peft_loading.command("a", settings, opened)
+    assert "--config=configs/export.py --config.folder=runs/mlm-1, then" in line
+    assert "AutoModelForMaskedLM.from_pretrained('runs/mlm-1/export'), 'a')" in line
+    opened.config.init = ""
+    assert "made itself" in peft_loading.command("a", settings, opened)
+
+
 def test_another_base_is_refused(written):
     folder, model, *_ = written
     with pytest.raises(CheckpointError, match="made for another base"):
@@ -266,7 +365,11 @@ def test_tensors_that_do_not_fit_are_refused(damage, message, written):
     [
         (dict(peft_type="BOFT"), "reads LORA, IA3"),
         (dict(bias="all"), "bias='all' is not supported"),
+        (dict(kasa_config={"beta": 1e-4}), "kasa_config={'beta': 0.0001} is not supported"),
+        (dict(of_next_year=0), "of_next_year=0 is not supported"),
+        (dict(ensure_weight_tying=True), "ensure_weight_tying=True is not supported"),
         (dict(init_lora_weights="pissa_niter_4"), "changes the base"),
+        (dict(init_lora_weights="lora_ga"), "changes the base"),
         (dict(lora_alpha="much"), "lora_alpha='much' is not understood"),
         (dict(alpha_pattern={"(": 1}), "alpha_pattern has"),
     ],
@@ -277,6 +380,23 @@ def test_configs_of_another_kind_are_refused(change, message, written):
     (folder / peft.CONFIG).write_text(json.dumps(config | change))
     with pytest.raises(ConfigError, match=message):
         peft.read(folder, model, base)
+
+
+def test_settings_that_are_null_or_harmless_are_read(written):
+    folder, model, base, *_ = written
+    config = json.loads((folder / peft.CONFIG).read_text())
+    config |= dict(of_next_year=None, eva_config={"rho": 2.0}, init_lora_weights="eva")
+    (folder / peft.CONFIG).write_text(json.dumps(config))
+    peft.read(folder, model, base)
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "PromptTuningConfig"])
+def test_defaults_of_peft_are_known(kind, reference):
+    """What PEFT writes by default is no reason to refuse; so fails a PEFT with new settings."""
+    _, reference_peft, *_ = reference
+    settings = getattr(reference_peft, kind)().to_dict()
+    unknown = {key for key, value in settings.items() if value is not None}
+    assert unknown <= peft_settings.KNOWN
 
 
 def test_a_folder_in_use_is_not_overwritten(written):
@@ -295,6 +415,63 @@ def test_a_write_that_reads_back_differently_is_not_trusted(tmp_path, monkeypatc
     monkeypatch.setattr(peft, "save_file", save)
     with pytest.raises(CheckpointError, match="reads back differently"):
         peft.write(tmp_path / "out", model, params)
+
+
+# --- tables of tokens and outputs, of which PEFT writes the base's own too ---
+
+
+def adapted_tables(reference, modules, family="llama", tied=False, **settings):
+    """(the base, its parameters, PEFT's model with an adapter of `modules` away from zero)."""
+    torch, reference_peft, load, _ = reference
+    base_model, base = model_and_base(family, tied=tied)
+    folder = settings.pop("folder")
+    convert.export(folder, base_model, base)
+    config = reference_peft.LoraConfig(r=3, lora_alpha=6, target_modules=modules, **settings)
+    theirs = reference_peft.get_peft_model(load(folder=folder), config).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return base_model, base, theirs
+
+
+@pytest.mark.parametrize(
+    "modules, tied",
+    [(["embed_tokens", "q_proj"], True), (["embed_tokens", "lm_head"], False)],
+)
+def test_an_adapter_of_the_table_or_the_output_is_read(modules, tied, reference, tmp_path):
+    *_, run = reference
+    base_model, base, theirs = adapted_tables(reference, modules, tied=tied, folder=tmp_path / "b")
+    theirs.save_pretrained(tmp_path / "theirs")
+    keys = load_file(tmp_path / "theirs" / peft.WEIGHTS).keys()
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in keys
+    model, params = peft.read(tmp_path / "theirs", base_model, base)
+    assert np.abs(run(theirs) - logits(base_model, base)).max() > 0.05
+    np.testing.assert_allclose(logits(model, params), run(theirs), atol=1e-5)
+
+
+def test_another_table_than_the_base_has_is_refused(reference, tmp_path):
+    base_model, base, theirs = adapted_tables(reference, ["embed_tokens"], folder=tmp_path / "b")
+    theirs.save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / peft.WEIGHTS
+    tensors, key = load_file(file), "base_model.model.model.embed_tokens.base_layer.weight"
+    table = tensors[key]
+    save_file(tensors | {key: table + np.eye(*table.shape, dtype=np.float32)}, file)
+    with pytest.raises(CheckpointError, match=r"holds another model.embed_tokens.base_layer"):
+        peft.read(tmp_path / "theirs", base_model, base)
+    save_file(tensors | {key: np.concatenate([table, table[:2]])}, file)
+    with pytest.raises(CheckpointError, match=r"\(63, 16\), the base one of \(61, 16\).*resized"):
+        peft.read(tmp_path / "theirs", base_model, base)
+
+
+def test_an_adapter_of_a_tied_output_is_refused_by_its_name(reference, tmp_path):
+    base_model, base, theirs = adapted_tables(
+        reference, ["lm_head"], tied=True, folder=tmp_path / "b"
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match="adapts lm_head, which in this model is the table"):
+        peft.read(tmp_path / "theirs", base_model, base)
 
 
 # --- prompts and prefixes, which PEFT puts before a model for a task ---
