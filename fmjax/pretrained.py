@@ -75,24 +75,30 @@ def resolved(config: Any) -> Any:
             "makes the default one; or set --config.init to another run folder, a folder in "
             "Hugging Face format, or a hub id."
         )
+    if not (config.new_head or is_run(config.init)):
+        convert.check_class(convert.find(config.init))
     config = ConfigDict(config.to_dict())
     if "tokenizer" in wanted:
         config.tokenizer.name = str(_tokenizer(config.init))
     if "model" in wanted:
-        name, options = described(config.init)
+        goes_on = () if config.new_head else tuple(config.objectives)
+        name, options = described(config.init, goes_on)
         own = {key: value for key, value in config.model.items() if value is not None}
         config.model = options | own | {"name": name}
     return config.lock()
 
 
-def described(source: str) -> tuple[str, dict[str, Any]]:
+def described(source: str, heads: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
     """(name, arguments of its `Model`) of the model in a run folder, in a folder in Hugging Face
-    format, or of a hub id; without its heads and its precision."""
+    format, or of a hub id; without its heads and its precision, but with what is before those of
+    its `heads` that are named."""
     if is_run(source):
         name, options = _described(checkpoint.load_meta(source), source)
     else:
         name, options = convert.describe(convert.find(source))
     own = ("classes", "lm_head", "prefix", "dtype")  # what follows from a config's objectives
+    if not options.get("classes", {}).keys() & set(heads):
+        own += ("pooler", "pool")
     return name, {key: value for key, value in options.items() if key not in own}
 
 
@@ -283,6 +289,7 @@ def open_folder(
     folder = convert.find(source)
     if not _has_tokenizer(folder):
         raise ConfigError(f"config.folder={source!r} has no tokenizer (tokenizer.json).")
+    convert.check_class(folder)
     name, options = convert.describe(folder)
     built = importlib.import_module(f"fmjax.models.{name}").Model(
         **options, dtype=precision or "float32"

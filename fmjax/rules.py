@@ -422,7 +422,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"tokenizer\.special", ("bert", "gpt", "t5", "fim")),
     (r"data\.frame", ("piece", "document")),
     (r"objectives\.mlm\.(validation\.)?mask", MASKS),
-    (r"(objectives\.[^.]+\.)?pool", POOLS),
+    (r"((objectives\.[^.]+|model)\.)?pool", POOLS),
     (r"model\.name", Modules("models", "Model", also=("init",))),
     ("task", Modules("", "run")),
 )

@@ -27,6 +27,7 @@ from jax.sharding import SingleDeviceSharding
 from fmjax import rules, trees
 from fmjax.convert import files
 from fmjax.convert.files import Place, Tensors
+from fmjax.convert.options import check_architecture
 from fmjax.convert.writer import copy_tokenizer, export, family_of, located
 from fmjax.errors import CheckpointError, ConfigError, did_you_mean, quoted
 from fmjax.snapshot import find, read_json
@@ -34,6 +35,7 @@ from fmjax.snapshot import find, read_json
 __all__ = [
     "copy_tokenizer",
     "Report",
+    "check_class",
     "describe",
     "export",
     "family_of",
@@ -74,6 +76,18 @@ def describe(source: str | Path) -> tuple[str, dict[str, Any]]:
     folder = find(source)
     hf, family = _read_config(folder)
     return MODEL_TYPES[hf["model_type"]], _options(folder, hf, family)
+
+
+def check_class(source: str | Path) -> None:
+    """Raises ConfigError for a checkpoint of a class with a head that fmjax does not read."""
+    folder = find(source)
+    hf, family = _read_config(folder)
+    try:
+        check_architecture(hf, family.ARCHITECTURES[hf["model_type"]])
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from error
+    except TypeError as error:
+        raise ConfigError(f"{folder}/config.json has no names in architectures: {error}") from error
 
 
 def labels(source: str | Path) -> tuple[str, ...]:

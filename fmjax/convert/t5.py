@@ -12,7 +12,7 @@ from fmjax.convert.files import Place
 from fmjax.errors import ConfigError, did_you_mean, quoted
 
 # Classes of transformers and the heads they have, the richest first.
-ARCHITECTURES: dict[str, tuple[tuple[str, frozenset[str]], ...]] = {
+ARCHITECTURES: dict[str, options.Architectures] = {
     "t5": (
         ("T5ForConditionalGeneration", frozenset({"lm"})),
         ("T5ForConditionalGeneration", frozenset()),
