@@ -8,7 +8,7 @@ import functools
 import importlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ class Opened(NamedTuple):
     config: ConfigDict | None  # what the run was started with; None for Hugging Face format
     step: int | None  # of the run
     labels: tuple[str, ...] = ()  # names of the classes that it was trained for
+    several: bool = False  # whether several of these may be true of an example, each by itself
     averaged: bool = False  # the run's moving average, which its validation measures too
 
     def __str__(self) -> str:
@@ -232,10 +233,19 @@ def check_head(config: Any, labels: Sequence[str]) -> None:
     if is_run(config.init):
         meta = checkpoint.load_meta(config.init)
         has, names = _described(meta, config.init)[1].get("classes", {}), _labels(meta)
+        several = configs.load(str(Path(config.init, "config.json"))).data.format == "labels"
     else:
         source = convert.find(config.init)
         has, names = convert.describe(source)[1].get("classes", {}), convert.labels(source)
+        several = convert.several_labels(source)
     wanted = needs.heads(config.objectives, labels)
+    if "classify" in wanted.keys() & has.keys() and several != (config.data.format == "labels"):
+        kind, form = ("several labels", "labels") if several else ("one class", "classes")
+        raise ConfigError(
+            f"config.init={config.init!r} has a head 'classify' for {kind} an example, but "
+            f"config.data.format={config.data.format!r}. Set it to {form!r} to go on with the "
+            "head, or config.new_head=True to start a new one."
+        )
     for head in wanted.keys() & has.keys():
         same = names == tuple(labels) or not (names and labels) or config.data.classes
         if has[head] == wanted[head] and same:
@@ -307,6 +317,7 @@ def open_folder(
         config=None,
         step=None,
         labels=convert.labels(folder),
+        several=convert.several_labels(folder),
     )
 
 
@@ -347,6 +358,7 @@ def _open_run(
         config=saved,
         step=meta["step"],
         labels=_labels(meta),
+        several=saved.data.format == "labels",
         averaged=averaged,
     )
 
@@ -354,6 +366,15 @@ def _open_run(
 def _labels(meta: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the classes that a run was trained for."""
     return tuple(configs.flatten(meta).get("fingerprint.labels") or ())
+
+
+def _begun_poolers(have: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+    """The layer before linear heads that `have` lacks, of a vocabulary head with the same layer,
+    ModernBERT's: from_pretrained of transformers starts a task with that, too."""
+    lacking = [name for name in wanted if name not in have]
+    layer = re.compile(r"head/pooler/((dense|norm)/\w+)")
+    twins = {name: f"head/mlm/{match[1]}" for name in lacking if (match := layer.fullmatch(name))}
+    return {name: have[twin] for name, twin in twins.items() if twin in have}
 
 
 def _laid_out(
@@ -373,6 +394,8 @@ def _laid_out(
     """
     have, wanted = trees.unstack(found), trees.unstack(abstract)
     have = {name: leaf for name, leaf in have.items() if not re.fullmatch(leave, name)}
+    if fresh:
+        have |= _begun_poolers(have, wanted)
     for name, (shape, pack) in (packings or {}).items():
         if name in have and have[name].shape == shape:
             whole = have.pop(name)

@@ -11,6 +11,7 @@ from typing import Any
 
 from fmjax.convert.bert_config import (
     ARCHITECTURES,
+    POOLED,
     hf_config,
     labels,
     model_options,
@@ -20,6 +21,7 @@ from fmjax.convert.files import Place
 
 __all__ = [
     "ARCHITECTURES",
+    "POOLED",
     "SHARED",
     "canonical",
     "hf_config",

@@ -37,6 +37,8 @@ ARCHITECTURES: dict[str, options.Architectures] = {
         ("ModernBertForMaskedLM", frozenset({"mlm"})),
     ),
 }
+# What stands for the whole text before a head.
+POOLED = dict.fromkeys(ARCHITECTURES, ("first",)) | {"modernbert": ("mean", "first")}
 
 # config.json key -> (field of models.bert.Config, what transformers assumes when the key is absent)
 _POST_NORM_OPTIONS: dict[str, tuple[str, Any]] = {

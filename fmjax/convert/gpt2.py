@@ -21,6 +21,7 @@ ARCHITECTURES: dict[str, options.Architectures] = {
         ("GPT2LMHeadModel", frozenset()),
     )
 }
+POOLED = {"gpt2": ("last",)}  # what stands for the whole before a head
 OPTIONS: options.Table = {
     "vocab_size": ("vocab_size", 50257),
     "n_embd": ("width", 768),

@@ -24,6 +24,7 @@ from fmjax.convert.llama_options import ANSWERED_AS_TRANSFORMER
 
 __all__ = [
     "ARCHITECTURES",
+    "POOLED",
     "SHARED",
     "canonical",
     "hf_config",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 ARCHITECTURES = {kind: architectures(kind) for kind in PREFIXES}
+POOLED = dict.fromkeys(PREFIXES, ("last",))  # what stands for the whole before a head
 _LAYER = "model.layers.{}"
 _COMMON = {
     "embed/token": "model.embed_tokens",

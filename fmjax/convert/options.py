@@ -133,19 +133,18 @@ def check_architecture(hf: Mapping[str, Any], architectures: Architectures) -> N
 
 
 def named_outputs(
-    outputs: Mapping[str, int], heads: Iterable[str], labels: Sequence[str], problem: str = ""
+    outputs: Mapping[str, int], heads: Iterable[str], labels: Sequence[str]
 ) -> dict[str, Any]:
-    """What config.json says of the classes of a head; `problem` is its `problem_type` where that
-    is not the usual one."""
+    """What config.json says of the classes of a head."""
     head = next((name for name in ("classify", "tag", "regress") if name in heads), None)
     if head is None:
         return {}
     names = list(labels) if head != "regress" else []
     if len(names) != outputs[head]:  # as transformers calls those without a name
         names = [f"LABEL_{i}" for i in range(outputs[head])]
-    kinds = {"classify": problem or SINGLE_LABEL, "regress": REGRESSION}
-    problem_type = {"problem_type": kinds[head]} if head in kinds else {}
-    return problem_type | {
+    kinds = {"classify": SINGLE_LABEL, "regress": REGRESSION}
+    problem = {"problem_type": kinds[head]} if head in kinds else {}
+    return problem | {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
     }

@@ -18,6 +18,7 @@ ARCHITECTURES: dict[str, options.Architectures] = {
         ("T5ForConditionalGeneration", frozenset()),
     )
 }
+POOLED: dict[str, tuple[str, ...]] = {"t5": ()}  # what stands for the whole before a head
 OPTIONS: options.Table = {
     "vocab_size": ("vocab_size", 32128),
     "d_model": ("width", 512),

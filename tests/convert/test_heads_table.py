@@ -1,6 +1,5 @@
 """Heads of every family against transformers: read from a folder and written to one, by class."""
 
-import dataclasses
 import importlib
 import json
 import os
