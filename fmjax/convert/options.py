@@ -117,6 +117,11 @@ def classes(hf: Mapping[str, Any], architectures: Architectures) -> dict[str, in
             f"config.json has problem_type={quoted(problem)}, which fmjax does not have."
             + did_you_mean(str(problem), _PROBLEMS)
         )
+    if problem == REGRESSION and outputs > 1:
+        raise ConfigError(
+            f"config.json has problem_type='regression' with {outputs} labels; fmjax's regress has "
+            "one number an example."
+        )
     return {_PROBLEMS[problem]: outputs}
 
 
