@@ -10,8 +10,9 @@ The second, from the encoder of the first, on two cores and Python 3.11 (2026-11
 84.6 ± 0.8 % of 762 docstrings get the right one of 15 packages, in 40 seconds; the most frequent
 one is 17 % of them. The encoder has read the docstrings before, without their packages. A model of
 BERT's size wants the learning rate of the last command; the small one has its own. With MiniLM,
-beside transformers: benchmarks/RESULTS.md. Pairs of texts are `columns="first,second"`. Other
-tasks, each with files of its own:
+beside transformers: benchmarks/RESULTS.md. Pairs of texts are `columns="first,second"`; with
+`--config.data.format=labels` the label is a list, of any number of classes. Other tasks, each with
+files of its own:
 
     finetune.py:regress   a number, in the column `label`
     finetune.py:tag       a class for each word; of .conll files (word TAB tag), or lists in columns

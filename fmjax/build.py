@@ -26,6 +26,8 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
     fields = {key: value for key, value in config.model.to_dict().items() if value is not None}
     name, wanted = fields.pop("name"), fields.pop("vocab_size", None)
     heads = fields.pop("classes", {}) | needs.heads(config.objectives, labels)
+    if name == "bert" and (pool := needs.pool(config.objectives.to_dict())):
+        fields["pool"] = pool
     if wanted and wanted < vocab_size:
         raise ConfigError(
             f"config.model.vocab_size={wanted} is smaller than the tokenizer's {vocab_size}: its "

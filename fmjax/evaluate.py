@@ -312,6 +312,8 @@ def settings_of(
     given = {key: value for key, value in config.data.items() if value is not None}
     if opened.labels and not given.get("classes"):
         given["classes"] = opened.labels  # what its outputs mean, whichever labels the data have
+    if opened.several and given.get("format") == "classes":
+        given["format"] = "labels"  # as its outputs are read, whether there are labels or not
     kept = saved.data.to_dict() if saved else {}
     if given.keys() & {"name", "train", "path"}:
         kept = {key: kept[key] for key in ROWS if key in kept}
@@ -330,7 +332,13 @@ def check_labels(dataset: data.Dataset, opened: pretrained.Opened, goals: Iterab
             opened.require_output()
         opened.require_head(name)
         outputs = dict(opened.model.cfg.classes).get(name)
-        named = dataset.target in ("classes", "tags")
+        if name == "classify" and opened.several != (dataset.target == "labels"):
+            form = "labels" if opened.several else "classes"
+            raise ConfigError(
+                f"The head 'classify' of {opened.source} is not for config.data.format="
+                f"{dataset.target!r}: set it to {form!r}."
+            )
+        named = dataset.target in ("classes", "labels", "tags")
         if named and outputs is not None and outputs != len(dataset.labels):
             raise ConfigError(
                 f"The head {name!r} of {opened.source} has {outputs} outputs, but there are "

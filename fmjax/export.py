@@ -18,6 +18,7 @@ from fmjax import (
     conversations,
     convert,
     evaluate,
+    export_tokenizer,
     groups,
     pretrained,
     processes,
@@ -43,11 +44,11 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
                 "give the folder of a run."
             )
         output = Path(config.output or Path(config.folder) / "export")
+        _check_class(opened)
         if dry_run:
             if jax.process_index() == 0:
                 print(f"would export {opened} to {output}")
             return
-        _check_pool(opened)
         if not config.merge:
             _adapter(output, opened)
             return
@@ -57,16 +58,18 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             _check_merged(apart, config.max_kl)
             _compare(opened, model, params, mesh, config.limit)
         opened = opened._replace(model=model, params=params)
-        left_out = convert.export(
-            output,
-            opened.model,
-            opened.params,
-            opened.tokenizer,
-            labels=opened.labels,
-            stop=_stop_tokens(opened),
-        )
-        write_template(opened, output)
-        check(output, opened, left_out, state.abstract_params(opened.model, mesh))
+        with export_tokenizer.prepared(opened, mesh) as complete:
+            left_out = convert.export(
+                output,
+                complete.model,
+                complete.params,
+                complete.tokenizer,
+                labels=complete.labels,
+                several=complete.several,
+                stop=_stop_tokens(complete),
+            )
+            write_template(complete, output)
+            check(output, complete, left_out, state.abstract_params(complete.model, mesh))
     if jax.process_index() != 0:
         return
     files = [path for path in output.iterdir() if path.is_file()]
@@ -94,6 +97,13 @@ def write_template(opened: pretrained.Opened, output: Path) -> None:
     if jax.process_index() == 0 and conversations.learnt_to_answer(opened):
         _, template, _ = conversations.template_of(opened, tokenizers.load(opened.tokenizer))
         (output / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _check_class(opened: pretrained.Opened) -> None:
+    """Raises ConfigError for a run with heads that no class of transformers has."""
+    model = adapters.base(opened.model)
+    convert.check_pool(model, opened.config.objectives.to_dict())
+    convert.architecture(model, trees.unstack(opened.params))
 
 
 def _adapter(output: Path, opened: pretrained.Opened) -> None:
@@ -222,20 +232,6 @@ def _compare(
         told = f"merged, on {measure.rows:,} rows of its validation split: {', '.join(pairs)}"
     if jax.process_index() == 0:
         print(told)
-
-
-def _check_pool(opened: pretrained.Opened) -> None:
-    """Refuses a head on what the classes of transformers do not take for the whole."""
-    model = adapters.base(opened.model)
-    located = convert.located(model)
-    for name, args in opened.config.objectives.items():
-        written = located(f"head/{name}/kernel")
-        pool, theirs = args.get("pool", ""), model.heads.pool
-        if pool not in ("", theirs) and name in dict(model.cfg.classes) and written:
-            raise ConfigError(
-                f"The run has config.objectives.{name}.pool={pool!r}, but the classes of "
-                f"transformers take {theirs!r}: outputs would differ. Train with that to export."
-            )
 
 
 def _same_bits(one: jax.Array, other: jax.Array) -> bool:

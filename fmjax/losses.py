@@ -60,6 +60,21 @@ def pooled(
     return total / jnp.maximum(jnp.sum(real, axis=1), 1.0)
 
 
+def each_label(
+    logits: Float[Array, "B C"], batch: Mapping[str, jax.Array]
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """(sum, weight) of the mean cross-entropy in nats of the yes and no of each of `labels` (B, C),
+    0 or 1, and of how often all of an example are right."""
+    labels, weights = batch["labels"].astype(jnp.float32), real_rows(batch)
+    nats = jnp.mean(jax.nn.softplus(logits) - labels * logits, axis=-1)
+    right = jnp.all((logits > 0) == (labels > 0), axis=-1).astype(jnp.float32)
+    weight = jnp.sum(weights)
+    return {
+        "loss": (jnp.sum(nats * weights), weight),
+        "accuracy": (jnp.sum(right * weights), weight),
+    }
+
+
 def classification(
     logits: Float[Array, "B C"], batch: Mapping[str, jax.Array]
 ) -> dict[str, tuple[jax.Array, jax.Array]]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fmjax.errors import ConfigError
-from fmjax.models import AnyModel
+from fmjax.models import WHOLE_HEADS, AnyModel
 
 
 def heads(objectives: Iterable[str], labels: Sequence[str]) -> dict[str, int]:
@@ -21,6 +21,12 @@ def vocabulary(objectives: Iterable[str]) -> bool:
     """Whether one of the objectives predicts tokens."""
     modules = (importlib.import_module(f"fmjax.objectives.{name}") for name in objectives)
     return any(getattr(module, "VOCABULARY", False) for module in modules)
+
+
+def pool(objectives: Mapping[str, Mapping[str, Any]]) -> str:
+    """What stands for the whole sequence before linear heads; "": not said, or not the same."""
+    pools = {args.get("pool", "") for name, args in objectives.items() if name in WHOLE_HEADS}
+    return pools.pop() if len(pools) == 1 else ""
 
 
 def prefix(objectives: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -74,13 +80,14 @@ def check_model(objectives: Mapping[str, Mapping[str, Any]], model: AnyModel) ->
             )
 
 
-def check_target(objective: str, needs: str, target: str) -> None:
+def check_target(objective: str, needs: str | tuple[str, ...], target: str) -> None:
     """Refuses labels that mean something else than the objective says."""
-    if needs in ("", target):
+    if target in needs if isinstance(needs, tuple) else needs in ("", target):
         return
     made = f"made for {target!r}" if target else "without labels"
     pairs = needs in ("nsp", "sop")
     form = f"pairs and config.data.pair={needs}" if pairs else needs
+    form = " or ".join(needs) if isinstance(needs, tuple) else form
     raise ConfigError(
         f"config.objectives.{objective} cannot use these data, which are {made}: set "
         f"config.data.format={form}."

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import adapters, communication, flops, objectives, trees
+from fmjax import adapters, communication, convert, flops, objectives, trees
 from fmjax.arms import Arms
 from fmjax.data import check_drawn
 from fmjax.data.tokenizer import load as load_tokenizer
+from fmjax.errors import ConfigError
 from fmjax.progress import count
 from fmjax.setup import batch_spec
 
@@ -31,9 +32,20 @@ def show(together: Arms, batch: Mapping[str, np.ndarray]) -> None:
     if not together.alone:
         print(f"arms        {len(together.runs)} in one program; what follows is of the widest,")
         print("            time and memory of the step of all")
+    print(f"export      {_export(run)}")
     _parameters(run)
     _cost(together)
     _batch(run, together.batch(batch, 0))
+
+
+def _export(run: Any) -> str:
+    """The class of transformers that the run could be exported as, or why there is none."""
+    model, names = adapters.base(run.model), trees.unstack(run.abstract.params)
+    try:
+        convert.check_pool(model, run.config.objectives.to_dict())
+        return f"transformers.{convert.architecture(model, names)[0]}"
+    except ConfigError as error:
+        return f"none. {error}"
 
 
 def _parameters(run: Any) -> None:

@@ -8,7 +8,7 @@ import functools
 import importlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ class Opened(NamedTuple):
     config: ConfigDict | None  # what the run was started with; None for Hugging Face format
     step: int | None  # of the run
     labels: tuple[str, ...] = ()  # names of the classes that it was trained for
+    several: bool = False  # whether several of these may be true of an example, each by itself
     averaged: bool = False  # the run's moving average, which its validation measures too
 
     def __str__(self) -> str:
@@ -93,26 +94,32 @@ def resolved(config: Any) -> Any:
             "makes the default one; or set --config.init to another run folder, a folder in "
             "Hugging Face format, or a hub id."
         )
+    if not (config.new_head or is_run(config.init)):
+        convert.check_class(convert.find(config.init))
     config = ConfigDict(config.to_dict())
     if "tokenizer" in wanted:
         if is_run(config.init):
             check_unchanged(Path(config.init), checkpoint.load_meta(config.init))
         config.tokenizer.name = str(_tokenizer(config.init))
     if "model" in wanted:
-        name, options = described(config.init)
+        goes_on = () if config.new_head else tuple(config.objectives)
+        name, options = described(config.init, goes_on)
         own = {key: value for key, value in config.model.items() if value is not None}
         config.model = options | own | {"name": name}
     return config.lock()
 
 
-def described(source: str) -> tuple[str, dict[str, Any]]:
+def described(source: str, heads: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
     """(name, arguments of its `Model`) of the model in a run folder, in a folder in Hugging Face
-    format, or of a hub id; without its heads and its precision."""
+    format, or of a hub id; without its heads and its precision, but with what is before those of
+    its `heads` that are named."""
     if is_run(source):
         name, options = _described(checkpoint.load_meta(source), source)
     else:
         name, options = convert.describe(convert.find(source))
     own = ("classes", "lm_head", "prefix", "dtype")  # what follows from a config's objectives
+    if not options.get("classes", {}).keys() & set(heads):
+        own += ("pooler", "pool")
     return name, {key: value for key, value in options.items() if key not in own}
 
 
@@ -262,10 +269,19 @@ def check_head(config: Any, labels: Sequence[str]) -> None:
     if is_run(config.init):
         meta = checkpoint.load_meta(config.init)
         has, names = _described(meta, config.init)[1].get("classes", {}), _labels(meta)
+        several = configs.load(str(Path(config.init, "config.json"))).data.format == "labels"
     else:
         source = convert.find(config.init)
         has, names = convert.describe(source)[1].get("classes", {}), convert.labels(source)
+        several = convert.several_labels(source)
     wanted = needs.heads(config.objectives, labels)
+    if "classify" in wanted.keys() & has.keys() and several != (config.data.format == "labels"):
+        kind, form = ("several labels", "labels") if several else ("one class", "classes")
+        raise ConfigError(
+            f"config.init={config.init!r} has a head 'classify' for {kind} an example, but "
+            f"config.data.format={config.data.format!r}. Set it to {form!r} to go on with the "
+            "head, or config.new_head=True to start a new one."
+        )
     for head in wanted.keys() & has.keys():
         same = names == tuple(labels) or not (names and labels) or config.data.classes
         if has[head] == wanted[head] and same:
@@ -319,6 +335,7 @@ def open_folder(
     folder = convert.find(source)
     if not _has_tokenizer(folder):
         raise ConfigError(f"config.folder={source!r} has no tokenizer (tokenizer.json).")
+    convert.check_class(folder)
     name, options = convert.describe(folder)
     built = importlib.import_module(f"fmjax.models.{name}").Model(
         **options, dtype=precision or "float32"
@@ -336,6 +353,7 @@ def open_folder(
         config=None,
         step=None,
         labels=convert.labels(folder),
+        several=convert.several_labels(folder),
     )
 
 
@@ -378,6 +396,7 @@ def _open_run(
         config=saved,
         step=meta["step"],
         labels=_labels(meta),
+        several=saved.data.format == "labels",
         averaged=averaged,
     )
 
@@ -385,6 +404,15 @@ def _open_run(
 def _labels(meta: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the classes that a run was trained for."""
     return tuple(configs.flatten(meta).get("fingerprint.labels") or ())
+
+
+def _begun_poolers(have: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+    """The layer before linear heads that `have` lacks, of a vocabulary head with the same layer,
+    ModernBERT's: from_pretrained of transformers starts a task with that, too."""
+    lacking = [name for name in wanted if name not in have]
+    layer = re.compile(r"head/pooler/((dense|norm)/\w+)")
+    twins = {name: f"head/mlm/{match[1]}" for name in lacking if (match := layer.fullmatch(name))}
+    return {name: have[twin] for name, twin in twins.items() if twin in have}
 
 
 def _laid_out(
@@ -404,6 +432,8 @@ def _laid_out(
     """
     have, wanted = trees.unstack(found), trees.unstack(abstract)
     have = {name: leaf for name, leaf in have.items() if not re.fullmatch(leave, name)}
+    if fresh:
+        have |= _begun_poolers(have, wanted)
     for name, (shape, pack) in (packings or {}).items():
         if name in have and have[name].shape == shape:
             whole = have.pop(name)

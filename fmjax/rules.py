@@ -258,7 +258,7 @@ MASKS = ("token", "word", "span")  # what masked language modelling chooses
 POOLS = ("", "first", "last", "mean")  # what stands for a whole sequence; "": as models have it
 # How documents become rows, or what kind of example a record is.
 FORMATS = ("packed", "padded", "pairs", "chat", "chat_padded")
-FORMATS += ("classes", "values", "tags", "spans", "choices", "texts", "seq2seq")
+FORMATS += ("classes", "labels", "values", "tags", "spans", "choices", "texts", "seq2seq")
 TEMPLATES = ("auto", "tokenizer", "plain", "alpaca")  # how conversations become one text
 
 DURATION_TEXT = re.compile(
@@ -422,7 +422,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"tokenizer\.special", ("bert", "gpt", "t5", "fim")),
     (r"data\.frame", ("piece", "document")),
     (r"objectives\.mlm\.(validation\.)?mask", MASKS),
-    (r"(objectives\.[^.]+\.)?pool", POOLS),
+    (r"((objectives\.[^.]+|model)\.)?pool", POOLS),
     (r"model\.name", Modules("models", "Model", also=("init",))),
     ("task", Modules("", "run")),
 )

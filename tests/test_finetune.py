@@ -119,10 +119,8 @@ def test_the_model_and_the_tokenizer_are_those_of_init(encoder, tuned):
     assert after.model.cfg.width == 32 and not after.model.cfg.lm_head
     assert dict(after.model.cfg.classes) == {"classify": 3}
     names = trees.unstack(after.params).keys()
-    assert {name.split("/")[1] for name in names if name.startswith("head/")} == {
-        "classify",
-        "pooler",
-    }
+    # BERT's pooler is of the first token alone, and the head here is on the mean.
+    assert {name.split("/")[1] for name in names if name.startswith("head/")} == {"classify"}
     assert trees.unstack(before.params)["embed/token/embedding"].shape[0] == len(
         load_tokenizer(after.tokenizer)
     )
@@ -492,7 +490,7 @@ def test_a_head_on_the_mean_is_not_exported(home, encoder):
     train.run(load("finetune.py", *words), home / "mean")
     words = [f"--config.folder={home}/mean", f"--config.output={home}/none"]
     with pytest.raises(
-        ConfigError, match="pool='mean', but the classes of transformers take 'first'"
+        ConfigError, match="pool='mean', but the classes of transformers for bert take 'first'"
     ):
         export.run(configs.load(str(ROOT / "configs/export.py"), words), home)
 

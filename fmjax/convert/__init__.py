@@ -27,13 +27,24 @@ from jax.sharding import SingleDeviceSharding
 from fmjax import rules, trees
 from fmjax.convert import files
 from fmjax.convert.files import Place, Tensors
-from fmjax.convert.writer import copy_tokenizer, export, family_of, located
+from fmjax.convert.options import MULTI_LABEL, check_architecture
+from fmjax.convert.writer import (
+    architecture,
+    check_pool,
+    copy_tokenizer,
+    export,
+    family_of,
+    located,
+)
 from fmjax.errors import CheckpointError, ConfigError, did_you_mean, quoted
 from fmjax.snapshot import find, read_json
 
 __all__ = [
     "copy_tokenizer",
     "Report",
+    "architecture",
+    "check_class",
+    "check_pool",
     "describe",
     "export",
     "family_of",
@@ -41,6 +52,7 @@ __all__ = [
     "labels",
     "load",
     "located",
+    "several_labels",
 ]
 
 # `model_type` of config.json -> the file in fmjax/models and in fmjax/convert
@@ -76,6 +88,18 @@ def describe(source: str | Path) -> tuple[str, dict[str, Any]]:
     return MODEL_TYPES[hf["model_type"]], _options(folder, hf, family)
 
 
+def check_class(source: str | Path) -> None:
+    """Raises ConfigError for a checkpoint of a class with a head that fmjax does not read."""
+    folder = find(source)
+    hf, family = _read_config(folder)
+    try:
+        check_architecture(hf, family.ARCHITECTURES[hf["model_type"]])
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from error
+    except TypeError as error:
+        raise ConfigError(f"{folder}/config.json has no names in architectures: {error}") from error
+
+
 def labels(source: str | Path) -> tuple[str, ...]:
     """The names of the classes of a checkpoint's head, from its config.json; () if it has none."""
     folder = find(source)
@@ -84,6 +108,15 @@ def labels(source: str | Path) -> tuple[str, ...]:
         return family.labels(hf)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise ConfigError(f"{folder}/config.json has no id2label of names: {error!r}") from error
+
+
+def several_labels(source: str | Path) -> bool:
+    """Whether several classes of a checkpoint's head may be true at once, each by itself."""
+    folder = find(source)
+    hf, family = _read_config(folder)
+    return hf.get("problem_type") == MULTI_LABEL and "classify" in _options(folder, hf, family).get(
+        "classes", {}
+    )
 
 
 def load(

@@ -11,6 +11,7 @@ from typing import Any
 
 from fmjax.convert.bert_config import (
     ARCHITECTURES,
+    POOLED,
     hf_config,
     labels,
     model_options,
@@ -20,6 +21,7 @@ from fmjax.convert.files import Place
 
 __all__ = [
     "ARCHITECTURES",
+    "POOLED",
     "SHARED",
     "canonical",
     "hf_config",
@@ -69,6 +71,12 @@ TABLES: dict[str, dict[str, str | tuple[str, int, int]]] = {
         "head/mlm/dense": "lm_head.dense",
         "head/mlm/norm": "lm_head.layer_norm",
         "head/mlm": "lm_head",
+        "head/pooler": "classifier.dense",
+        "head/classify": "classifier.out_proj",
+        "head/regress": "classifier.out_proj",
+        "head/tag": "classifier",
+        "head/choose": "classifier",
+        "head/span": "qa_outputs",
     },
     "distilbert": {
         "embed/token": "distilbert.embeddings.word_embeddings",
@@ -85,6 +93,9 @@ TABLES: dict[str, dict[str, str | tuple[str, int, int]]] = {
         "head/mlm/dense": "vocab_transform",
         "head/mlm/norm": "vocab_layer_norm",
         "head/mlm": "vocab_projector",
+        "head/pooler": "pre_classifier",
+        **dict.fromkeys(("head/classify", "head/regress", "head/tag", "head/choose"), "classifier"),
+        "head/span": "qa_outputs",
     },
     "modernbert": {
         "embed/token": "model.embeddings.tok_embeddings",
@@ -103,10 +114,17 @@ TABLES: dict[str, dict[str, str | tuple[str, int, int]]] = {
         "head/mlm/dense": "head.dense",
         "head/mlm/norm": "head.norm",
         "head/mlm": "decoder",
+        # The two have one name: a task goes on with what a masked language model has learnt.
+        "head/pooler/dense": "head.dense",
+        "head/pooler/norm": "head.norm",
+        **dict.fromkeys(("head/classify", "head/regress", "head/tag", "head/choose"), "classifier"),
+        "head/span": "classifier",
     },
 }
+# What a class calls otherwise than the others of its family.
+OF_CLASS = {"RobertaForMultipleChoice": {"head/pooler": "roberta.pooler.dense"}}
 # Heads that have one name in files: which of them it is, only the class of the file tells.
-SHARED = frozenset({"classify", "regress", "tag", "choose"})
+SHARED = frozenset({"classify", "regress", "tag", "choose", "span"})
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
 TIED: dict[str, str] = {
@@ -129,7 +147,10 @@ def place(hf: Mapping[str, Any], name: str) -> Place | None:
     """Where the parameter `name` lies in files beside a config.json; None: in none of them."""
     module, leaf = name.rsplit("/", 1)
     layer = re.match(r"block_(\d+)/", module)
-    entry = TABLES[hf["model_type"]].get(re.sub(r"^block_\d+/", "block_{}/", module))
+    table = TABLES[hf["model_type"]]
+    for kind in hf.get("architectures") or ():
+        table = table | OF_CLASS.get(kind, {})
+    entry = table.get(re.sub(r"^block_\d+/", "block_{}/", module))
     if entry is None or leaf not in LEAVES:
         return None
     module, part, parts = (entry, 0, 1) if isinstance(entry, str) else entry

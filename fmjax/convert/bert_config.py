@@ -8,22 +8,37 @@ from typing import Any
 
 from fmjax.convert import options
 from fmjax.errors import ConfigError
+from fmjax.models import WHOLE_HEADS
+
+
+def _tasks(prefix: str, each: tuple[str, ...] = ()) -> options.Architectures:
+    """Classes of one family for tasks on a whole text, and on `each` token with these heads too."""
+    return (
+        (f"{prefix}ForSequenceClassification", frozenset({"pooler", "classify"})),
+        (f"{prefix}ForSequenceClassification", frozenset({"pooler", "regress"})),
+        (f"{prefix}ForMultipleChoice", frozenset({"pooler", "choose"})),
+        (f"{prefix}ForTokenClassification", frozenset({*each, "tag"})),
+        (f"{prefix}ForQuestionAnswering", frozenset({*each, "span"})),
+    )
+
 
 # Classes of transformers and the heads they have, the richest first.
-ARCHITECTURES: dict[str, tuple[tuple[str, frozenset[str]], ...]] = {
+ARCHITECTURES: dict[str, options.Architectures] = {
     "bert": (
         ("BertForPreTraining", frozenset({"mlm", "pooler", "nsp"})),
-        ("BertForSequenceClassification", frozenset({"pooler", "classify"})),
-        ("BertForSequenceClassification", frozenset({"pooler", "regress"})),
-        ("BertForMultipleChoice", frozenset({"pooler", "choose"})),
-        ("BertForTokenClassification", frozenset({"tag"})),
-        ("BertForQuestionAnswering", frozenset({"span"})),
+        *_tasks("Bert"),
+        ("BertForNextSentencePrediction", frozenset({"pooler", "nsp"})),
         ("BertForMaskedLM", frozenset({"mlm"})),
     ),
-    "roberta": (("RobertaForMaskedLM", frozenset({"mlm"})),),
-    "distilbert": (("DistilBertForMaskedLM", frozenset({"mlm"})),),
-    "modernbert": (("ModernBertForMaskedLM", frozenset({"mlm"})),),
+    "roberta": (*_tasks("Roberta"), ("RobertaForMaskedLM", frozenset({"mlm"}))),
+    "distilbert": (*_tasks("DistilBert"), ("DistilBertForMaskedLM", frozenset({"mlm"}))),
+    "modernbert": (
+        *_tasks("ModernBert", each=("pooler",)),
+        ("ModernBertForMaskedLM", frozenset({"mlm"})),
+    ),
 }
+# What stands for the whole text before a head.
+POOLED = dict.fromkeys(ARCHITECTURES, ("first",)) | {"modernbert": ("mean", "first")}
 
 # config.json key -> (field of models.bert.Config, what transformers assumes when the key is absent)
 _POST_NORM_OPTIONS: dict[str, tuple[str, Any]] = {
@@ -86,6 +101,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "rope_scaling": None,
     },
 }
+POOLS = {"cls": "first", "mean": "mean"}  # classifier_pooling of ModernBERT: `pool` here
 TOKEN_IDS = {
     "bert": ("pad",),
     "roberta": ("pad", "bos", "eos"),
@@ -101,11 +117,11 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
     """
     model_type = hf["model_type"]
     found = options.read(hf, OPTIONS[model_type], FIXED[model_type])
-    constant: dict[str, Any] = dict(position_shift=0, pooler=model_type == "bert", modern=False)
+    constant: dict[str, Any] = dict(position_shift=0, modern=False)
+    if classes := classes_of(hf):
+        constant["classes"] = classes
     if model_type == "bert":
         constant["head_activation"] = found["activation"]
-        if classes := classes_of(hf):
-            constant["classes"] = classes
     elif model_type == "roberta":
         pad = hf.get("pad_token_id", 1)
         if not isinstance(pad, int):
@@ -118,6 +134,8 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
         constant |= dict(types=0, eps=1e-12, head_activation=found["activation"])
     else:
         constant |= dict(modern=True, types=0, **_local_attention(hf, found["depth"]))
+        pool = options.one_of(hf, "classifier_pooling", POOLS, "cls")
+        constant |= {"pool": pool} if classes.keys() & {*WHOLE_HEADS} else {}
     return found | constant
 
 
@@ -157,6 +175,7 @@ def hf_config(
             "global_attn_every_n_layers": cfg.full_every,
             "global_rope_theta": cfg.theta_full,
             "local_rope_theta": cfg.theta_local,
+            "classifier_pooling": "mean" if cfg.pool == "mean" else "cls",
         }
         return config
     if family == "roberta":
@@ -185,10 +204,7 @@ def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
 
 def classes_of(hf: Mapping[str, Any]) -> dict[str, int]:
     """{head: outputs} of the class of transformers that wrote a config.json."""
-    if hf["model_type"] != "bert":
-        return {}
-    nsp = dict.fromkeys(("ForPreTraining", "ForNextSentencePrediction"), {"nsp": 2})
-    return options.classes(hf, "Bert", nsp)
+    return options.classes(hf, ARCHITECTURES[hf["model_type"]])
 
 
 def _local_attention(hf: Mapping[str, Any], depth: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fmjax.convert import options
 from fmjax.convert.files import Place
 
 # Classes of transformers and the heads they have, the richest first.
-ARCHITECTURES: dict[str, tuple[tuple[str, frozenset[str]], ...]] = {
+ARCHITECTURES: dict[str, options.Architectures] = {
     "gpt2": (
         ("GPT2ForSequenceClassification", frozenset({"classify"})),
         ("GPT2ForSequenceClassification", frozenset({"regress"})),
@@ -21,6 +21,7 @@ ARCHITECTURES: dict[str, tuple[tuple[str, frozenset[str]], ...]] = {
         ("GPT2LMHeadModel", frozenset()),
     )
 }
+POOLED = {"gpt2": ("last",)}  # what stands for the whole before a head
 OPTIONS: options.Table = {
     "vocab_size": ("vocab_size", 50257),
     "n_embd": ("width", 768),
@@ -61,7 +62,7 @@ TABLE: dict[str, tuple[str, bool, int, int]] = {
     "head/tag": ("classifier", False, 0, 1),
     "head/span": ("qa_outputs", False, 0, 1),
 }
-SHARED = frozenset({"classify", "regress"})  # heads that have one name in files
+SHARED = frozenset({"classify", "regress", "tag", "span"})  # heads of which a class has one
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 BUFFERS = r".*\.attn\.(masked_)?bias"  # the triangle in old files, no parameter
 
@@ -99,7 +100,7 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
     found = options.read(hf, OPTIONS, FIXED)
     if found["mlp"] is None:
         found["mlp"] = 4 * found["width"]
-    classes = options.classes(hf, "GPT2")
+    classes = options.classes(hf, ARCHITECTURES["gpt2"])
     return found | {"variant": "gpt2", "biases": True} | ({"classes": classes} if classes else {})
 
 
@@ -136,4 +137,4 @@ def hf_config(
 
 def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the classes that a config.json gives; () where it has none for a head."""
-    return options.labels(hf, options.classes(hf, "GPT2"))
+    return options.labels(hf, options.classes(hf, ARCHITECTURES["gpt2"]))

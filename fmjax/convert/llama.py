@@ -20,9 +20,11 @@ from fmjax.convert.llama_config import (
     model_options,
     type_of,
 )
+from fmjax.convert.llama_options import ANSWERED_AS_TRANSFORMER
 
 __all__ = [
     "ARCHITECTURES",
+    "POOLED",
     "SHARED",
     "canonical",
     "hf_config",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 ARCHITECTURES = {kind: architectures(kind) for kind in PREFIXES}
+POOLED = dict.fromkeys(PREFIXES, ("last",))  # what stands for the whole before a head
 _LAYER = "model.layers.{}"
 _COMMON = {
     "embed/token": "model.embed_tokens",
@@ -48,8 +51,8 @@ _COMMON = {
     "block_{}/mlp/down": f"{_LAYER}.mlp.down_proj",
     "norm": "model.norm",
     "head/lm": "lm_head",
-    "head/classify": "score",
-    "head/regress": "score",
+    **dict.fromkeys(("head/classify", "head/regress", "head/tag"), "score"),
+    "head/span": "qa_outputs",
 }
 _BEFORE = {
     "block_{}/attn_norm": f"{_LAYER}.input_layernorm",
@@ -95,13 +98,14 @@ _BLOOM = {
     "block_{}/mlp/up": f"{_BLOOM_LAYER}.mlp.dense_h_to_4h",
     "block_{}/mlp/down": f"{_BLOOM_LAYER}.mlp.dense_4h_to_h",
     "norm": "transformer.ln_f",
-    "head/classify": "score",
-    "head/regress": "score",
+    **dict.fromkeys(("head/classify", "head/regress"), "score"),
+    "head/tag": "classifier",
+    "head/span": "qa_outputs",
 }
 _PARTS = ("query", "key", "value")  # of BLOOM's tensor
 TABLES = {kind: _COMMON | _NORMS.get(kind, _BEFORE) | _EXPERTS.get(kind, {}) for kind in PREFIXES}
 TABLES["bloom"] = _BLOOM
-SHARED = frozenset({"classify", "regress"})  # heads that have one name in files
+SHARED = frozenset({"classify", "regress", "tag", "span"})  # heads of which a class has one
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 BUFFERS = r".*\.rotary_emb\.inv_freq"  # constants in old files, no parameters
 
@@ -120,12 +124,20 @@ def place(hf: Mapping[str, Any], name: str) -> Place | None:
     if entry is None or leaf not in LEAVES:
         return None
     key = entry.format(int(layer[1])) if layer else entry
+    if _trunk_is_transformer(hf):
+        key = re.sub(r"^model\.", "transformer.", key)
     each = "experts" if "/experts/" in module else 0
     name = module.rpartition("/")[2]
     if hf["model_type"] == "bloom" and name in _PARTS:
         part = _PARTS.index(name)
         return Place(f"{key}.{LEAVES[leaf]}", leaf == "kernel", part, 3, heads="heads")
     return Place(f"{key}.{LEAVES[leaf]}", leaf == "kernel", each=each)
+
+
+def _trunk_is_transformer(hf: Mapping[str, Any]) -> bool:
+    """Whether the class of a config.json calls its trunk so, where others have "model"."""
+    answers = any(kind.endswith("ForQuestionAnswering") for kind in hf.get("architectures") or ())
+    return answers and hf["model_type"] in ANSWERED_AS_TRANSFORMER
 
 
 def canonical(model_type: str, key: str) -> str:

@@ -11,13 +11,15 @@ import numpy as np
 from fmjax.convert import options
 from fmjax.convert.llama_options import (
     ALIASES,
+    ANSWERED,
+    CLASSIFIED,
     CONSTANT,
     FIXED,
     NULLABLE,
     OPTIONS,
     PLAIN,
     PREFIXES,
-    UNCLASSIFIED,
+    TAGGED,
 )
 from fmjax.errors import ConfigError
 
@@ -29,14 +31,16 @@ _BASES = {"gemma3_text": 1e6, "mixtral": 1e6, "smollm3": 2e6}  # of positions, w
 _SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
-def architectures(model_type: str) -> tuple[tuple[str, frozenset[str]], ...]:
+def architectures(model_type: str) -> options.Architectures:
     """Classes of transformers and the heads they have, the richest first."""
-    prefix, classified = PREFIXES[model_type], ()
-    if model_type not in UNCLASSIFIED:
-        name = f"{prefix}ForSequenceClassification"
-        classified = tuple((name, frozenset({head})) for head in ("classify", "regress"))
+    prefix, classified = PREFIXES[model_type], f"{CLASSIFIED[model_type]}ForSequenceClassification"
+    tasks = [(classified, frozenset({head})) for head in ("classify", "regress")]
+    if model_type in TAGGED:
+        tasks.append((f"{prefix}ForTokenClassification", frozenset({"tag"})))
+    if model_type in ANSWERED:
+        tasks.append((f"{prefix}ForQuestionAnswering", frozenset({"span"})))
     causal = f"{prefix}ForCausalLM"
-    return (*classified, (causal, frozenset({"lm"})), (causal, frozenset()))
+    return (*tasks, (causal, frozenset({"lm"})), (causal, frozenset()))
 
 
 def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +67,7 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
     if kind in _FULL_EVERY:
         found["query_scale"] = float(hf.get("query_pre_attn_scalar", 256)) ** -0.5
         found["full_every"] = _full_every(hf, kind, found["depth"])
-    classes = options.classes(hf, PREFIXES[kind])
+    classes = options.classes(hf, architectures(kind))
     return found | {"variant": "llama2_7b"} | ({"classes": classes} if classes else {})
 
 
@@ -147,7 +151,7 @@ def hf_config(
 
 def labels(hf: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the classes that a config.json gives; () where it has none for a head."""
-    return options.labels(hf, options.classes(hf, PREFIXES[hf["model_type"]]))
+    return options.labels(hf, options.classes(hf, architectures(hf["model_type"])))
 
 
 def _is_null(cfg: Any, field: str) -> bool:

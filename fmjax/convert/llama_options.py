@@ -20,8 +20,13 @@ PREFIXES = {
     "smollm3": "SmolLM3",
     "bloom": "Bloom",
 }
-# What of these transformers has no class for texts to be classified by.
-UNCLASSIFIED = ("olmo2",)
+# The classes of transformers for texts to be classified by have all; gemma3_text its own name.
+CLASSIFIED = PREFIXES | {"gemma3_text": "Gemma3Text"}
+# Those that have a class for each token to be classified by, and one to answer questions.
+TAGGED = frozenset(PREFIXES) - {"gemma3_text", "olmo", "olmo2"}
+ANSWERED = TAGGED - {"gemma", "gemma2"}
+# Of the latter those whose class calls its trunk "transformer", and not "model".
+ANSWERED_AS_TRANSFORMER = frozenset({"llama", "qwen2", "qwen3", "qwen3_moe", "smollm3"})
 # Our options where a member of the family says nothing of them, and those that make it what it is.
 PLAIN = dict(
     norm_offset=0.0, embed_scale=False, norms="before", qk_norm="", norm="rms", embed_norm=False,

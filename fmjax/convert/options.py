@@ -4,14 +4,27 @@ A family's table is {key of config.json: (field of our Config, what transformers
 key is absent)}, read in both directions.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fmjax.errors import ConfigError, did_you_mean
+from fmjax.errors import ConfigError, did_you_mean, quoted
 
 Table = Mapping[str, tuple[str, Any]]
+# (class of transformers, the heads that it has), the richest first.
+Architectures = Sequence[tuple[str, frozenset[str]]]
 
 MAX_OUTPUTS = 2**24  # of a head, which a config.json may ask for
+SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
+REGRESSION = "regression"
+_PROBLEMS = {SINGLE_LABEL: "classify", MULTI_LABEL: "classify", REGRESSION: "regress"}
+_SIZES = {"span": 2, "choose": 1, "nsp": 2}  # of heads that have as many outputs in any model
+_NAMED = {"classify", "regress", "tag"}  # heads whose outputs have names in config.json
+# Classes without a linear head: trunks, and what predicts tokens.
+_NO_HEAD = (
+    r"(?!.*(For|DoubleHeads))\w+Model|\w+(LMHead|WithLMHead)Model"
+    r"|\w+For(MaskedLM|CausalLM|PreTraining|ConditionalGeneration)"
+)
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -46,6 +59,17 @@ def read(hf: Mapping[str, Any], table: Table, fixed: Mapping[str, Any]) -> dict[
     return found
 
 
+def one_of(hf: Mapping[str, Any], key: str, possible: Mapping[str, Any], default: str) -> Any:
+    """Our value for one of the `possible` values of a key of config.json."""
+    value = hf.get(key, default)
+    if value not in possible:
+        raise ConfigError(
+            f"config.json has {key}={quoted(value)}, which fmjax does not have."
+            + did_you_mean(str(value), possible)
+        )
+    return possible[value]
+
+
 def written(cfg: Any, table: Table) -> dict[str, Any]:
     """The keys of `table` for a Config of ours."""
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
@@ -75,24 +99,42 @@ def labels(hf: Mapping[str, Any], classes: Mapping[str, int]) -> tuple[str, ...]
     return () if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
 
 
-def classes(
-    hf: Mapping[str, Any], prefix: str, more: Mapping[str, dict[str, int]] | None = None
-) -> dict[str, int]:
-    """{head: outputs} of the class of transformers that wrote a config.json: "Bert" and what it is
-    for, of which a family may have `more`."""
-    kinds = hf.get("architectures") or ()
+def classes(hf: Mapping[str, Any], architectures: Architectures) -> dict[str, int]:
+    """{head: outputs} of the class of transformers that wrote a config.json."""
+    kind = next((kind for kind in hf.get("architectures") or () if kind in dict(architectures)), "")
+    heads = {head for name, has in architectures if name == kind for head in has}
+    sizes: dict[str, int] = {name: size for name, size in _SIZES.items() if name in heads}
+    if not heads & _NAMED:
+        return sizes
     outputs = len(hf.get("id2label") or ()) or hf.get("num_labels", 2)
     if not (isinstance(outputs, int) and 0 < outputs <= MAX_OUTPUTS):
         raise ConfigError(f"config.json has num_labels={outputs!r}, not a number of classes.")
-    number = hf.get("problem_type") == "regression" or outputs == 1
-    possible = {
-        "ForSequenceClassification": {"regress" if number else "classify": outputs},
-        "ForTokenClassification": {"tag": outputs},
-        "ForQuestionAnswering": {"span": 2},
-        "ForMultipleChoice": {"choose": 1},
-    } | dict(more or {})
-    named = {f"{prefix}{name}": heads for name, heads in possible.items()}
-    return next((named[kind] for kind in kinds if kind in named), {})
+    if "tag" in heads:
+        return {"tag": outputs}
+    problem = hf.get("problem_type") or (REGRESSION if outputs == 1 else SINGLE_LABEL)
+    if problem not in _PROBLEMS:
+        raise ConfigError(
+            f"config.json has problem_type={quoted(problem)}, which fmjax does not have."
+            + did_you_mean(str(problem), _PROBLEMS)
+        )
+    if problem == REGRESSION and outputs > 1:
+        raise ConfigError(
+            f"config.json has problem_type='regression' with {outputs} labels; fmjax's regress has "
+            "one number an example."
+        )
+    return {_PROBLEMS[problem]: outputs}
+
+
+def check_architecture(hf: Mapping[str, Any], architectures: Architectures) -> None:
+    """Raises ConfigError if a config.json is of a class with a head that `architectures` lacks."""
+    kinds = hf.get("architectures") or ()
+    readable = dict.fromkeys(name for name, _ in architectures)
+    if not kinds or any(kind in readable or re.fullmatch(_NO_HEAD, kind) for kind in kinds):
+        return
+    raise ConfigError(
+        f"config.json is of a {quoted(kinds[0])}, whose head fmjax does not read; of "
+        f"{hf['model_type']} it reads {', '.join(readable)}."
+    )
 
 
 def named_outputs(
@@ -105,7 +147,7 @@ def named_outputs(
     names = list(labels) if head != "regress" else []
     if len(names) != outputs[head]:  # as transformers calls those without a name
         names = [f"LABEL_{i}" for i in range(outputs[head])]
-    kinds = {"classify": "single_label_classification", "regress": "regression"}
+    kinds = {"classify": SINGLE_LABEL, "regress": REGRESSION}
     problem = {"problem_type": kinds[head]} if head in kinds else {}
     return problem | {
         "id2label": {str(i): name for i, name in enumerate(names)},

@@ -12,12 +12,13 @@ from fmjax.convert.files import Place
 from fmjax.errors import ConfigError, did_you_mean, quoted
 
 # Classes of transformers and the heads they have, the richest first.
-ARCHITECTURES: dict[str, tuple[tuple[str, frozenset[str]], ...]] = {
+ARCHITECTURES: dict[str, options.Architectures] = {
     "t5": (
         ("T5ForConditionalGeneration", frozenset({"lm"})),
         ("T5ForConditionalGeneration", frozenset()),
     )
 }
+POOLED: dict[str, tuple[str, ...]] = {"t5": ()}  # what stands for the whole before a head
 OPTIONS: options.Table = {
     "vocab_size": ("vocab_size", 32128),
     "d_model": ("width", 512),

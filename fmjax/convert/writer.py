@@ -4,7 +4,7 @@ import functools
 import importlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +16,10 @@ from safetensors.numpy import save_file
 
 from fmjax import trees
 from fmjax.convert.files import INDEX, Place
+from fmjax.convert.options import MULTI_LABEL
 from fmjax.data import endings
 from fmjax.errors import ConfigError
+from fmjax.models import TOKEN_HEADS, WHOLE_HEADS
 from fmjax.snapshot import find, read_json
 
 _TOKENIZER = (
@@ -35,15 +37,16 @@ def export(
     tokenizer_dir: str | Path | None = None,
     *,
     labels: Sequence[str] = (),
+    several: bool = False,
     stop: Sequence[int] = (),
     max_file_bytes: int = 5 * 10**9,
 ) -> tuple[str, ...]:
     """Writes config.json, model.safetensors (more files above `max_file_bytes`) and the tokenizer.
 
     `params` may be stacked and sharded; every process must call, process 0 writes. `labels` are the
-    names of the classes of a head, if any; `stop` are the tokens that end what the model writes,
-    for generation_config.json. Returns the names of the heads' parameters that no class of
-    transformers has, and that are left out.
+    names of the classes of a head, if any, of which `several` may be true at once; `stop` are the
+    tokens that end what the model writes, for generation_config.json. Returns the names of the
+    heads' parameters that no class of transformers has, and that are left out.
 
     Raises ConfigError when the folder is not empty or the model has no counterpart in transformers.
     """
@@ -59,9 +62,11 @@ def export(
         for layer, name in enumerate(trees.names(path))
     }
     kind = family.type_of(model.cfg)
-    heads = _heads(family, kind, where)
-    left_out = [name for name in where if _head(name) not in heads]
+    _, heads = architecture(model, where)
+    left_out = [name for name in where if _head(name) not in {"", *heads}]
     config = family.hf_config(model.cfg, heads, special_ids(tokenizer_dir), labels)
+    if several and "problem_type" in config:
+        config["problem_type"] = MULTI_LABEL
 
     # A fused tensor has several parameters; of one with experts each tensor has a part.
     tensors: dict[str, list[tuple[Place, str, int | None]]] = {}
@@ -165,15 +170,43 @@ def _head(name: str) -> str:
     return name.split("/")[1] if name.startswith("head/") else ""
 
 
-def _heads(family: ModuleType, kind: str, names: Mapping[str, Any]) -> set[str]:
-    """What to write: the trunk ("") and the heads of the richest class that the model can fill."""
-    present = {_head(name) for name in names}
-    for _, heads in family.ARCHITECTURES[kind]:
-        if heads <= present:
-            return {"", *heads}
-    raise ConfigError(
-        f"No class of transformers for {kind} has the heads {sorted(present - {''})}."
-    )
+def architecture(model: Any, names: Iterable[str]) -> tuple[str, frozenset[str]]:
+    """(class of transformers, its heads): the richest that a model with parameters of these `names`
+    can fill.
+
+    Raises ConfigError if there is none, or if it had none of the heads for tasks of the model.
+    """
+    family = family_of(model)
+    kind = family.type_of(model.cfg)
+    present = {_head(name) for name in names} - {""}
+    tasks = present & {*WHOLE_HEADS, *TOKEN_HEADS}
+    for name, heads in family.ARCHITECTURES[kind]:
+        if heads <= present and (heads & tasks or not tasks):
+            family.hf_config(model.cfg, heads, {})  # which refuses options that no class has
+            return name, heads
+    possible = {head for _, heads in family.ARCHITECTURES[kind] for head in heads} - {"pooler"}
+    message = f"No class of transformers for {kind} has the heads {sorted(present)}"
+    if tasks & possible:
+        raise ConfigError(
+            f"{message} without the layer that it has before them: set config.init to what this "
+            "run started from and train again, which adds the layer."
+        )
+    raise ConfigError(f"{message}; fmjax writes {kind} with {' or '.join(sorted(possible))} alone.")
+
+
+def check_pool(model: Any, objectives: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ConfigError for a head on what no class of transformers takes for the whole."""
+    family = family_of(model)
+    kind = family.type_of(model.cfg)
+    possible = family.POOLED[kind]
+    for name in dict(model.cfg.classes).keys() & {*WHOLE_HEADS}:
+        pool = objectives.get(name, {}).get("pool") or getattr(model.cfg, "pool", "")
+        if pool and possible and pool not in possible:
+            raise ConfigError(
+                f"The run has config.objectives.{name}.pool={pool!r}, but the classes of "
+                f"transformers for {kind} take {' or '.join(map(repr, possible))}: outputs would "
+                f"differ. Train with config.objectives.{name}.pool={possible[0]} to export."
+            )
 
 
 def _to_host(array: jax.Array) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Records of labelled formats to examples: sequences of tokens and a label, as the format asks."""
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -55,6 +56,11 @@ class Reader:
             special_tokens=list(named.items()),
         )
 
+    @property
+    def post_processor(self) -> dict[str, Any] | None:
+        """What puts tokens around a text, as tokenizer.json has it."""
+        return json.loads(self._encode.to_str())["post_processor"]
+
     def examples(self, documents: list[Document]) -> Iterator[list[Example]]:
         """The examples of each document: one, or the windows of a context."""
         if not documents:
@@ -95,7 +101,7 @@ class Reader:
         """The sequences of an example as the tokenizer takes them."""
         form = self.settings.format
         values = [document.fields[name] for name in self.settings.column_names]
-        if form in ("classes", "values"):
+        if form in ("classes", "labels", "values"):
             return [tuple(values) if len(values) == 2 else values[0]]
         if form == "choices":
             return [(values[0], choice) for choice in values[1]]

@@ -3,10 +3,11 @@
 An example is one or several token sequences (the choices of a question, an anchor and its positive)
 and a label. A folder holds for each split `tokens` and `types` (all sequences one after the other),
 `ends.npy` [N · K + 1] (where each starts), and `labels.npy`: [N] classes, numbers or places among
-choices; [N, 2] first and last tokens of spans; for tags one a token, -1 where there is none, -2 - i
-for word i where it is not known; for sequences that have a sequence as their target all of its
-tokens, with `label_ends.npy` [N + 1] (where each starts), and where a row holds several of these,
-`rows.npy` [R + 1], the first of each. What else spans keep is in spans.py.
+choices; [N, C], 1 for each of several labels that an example has, 0 for the others; [N, 2] first
+and last tokens of spans; for tags one a token, -1 where there is none, -2 - i for word i where it
+is not known; for sequences that have a sequence as their target all of its tokens, with
+`label_ends.npy` [N + 1] (where each starts), and where a row holds several of these, `rows.npy`
+[R + 1], the first of each. What else spans keep is in spans.py.
 
 Names of classes are those of the training split, sorted; a label that only the validation split has
 is an error, not a new class.
@@ -58,7 +59,7 @@ class ExampleSplit:
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Those of all rows, if there are any: [N]; of tags, those of all tokens."""
+        """Those of all rows, if there are any: [N], or [N, C]; of tags, those of all tokens."""
         return self._labels
 
     def extent(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -82,8 +83,8 @@ class ExampleSplit:
         self, index: np.ndarray, examples: np.ndarray | None = None, seed: int = 0
     ) -> dict[str, np.ndarray]:
         """The rows `index` [n]: int32 [n, T], or [n, K, T] with K > 1 sequences an example, and
-        `labels`: [n], [n, 2] for spans, or [n, T] for tags; for targets that are sequences
-        `target_ids`, `target_segment_ids` and `target_positions`, [n, S]."""
+        `labels`: [n], [n, C] of several each, [n, 2] for spans, or [n, T] for tags; for targets
+        that are sequences `target_ids`, `target_segment_ids` and `target_positions`, [n, S]."""
         first, last = self._sequences_of(index)
         real, place, batch = self._padded(self._ids, self._ends, first, last, self.seq_len)
         batch["input_ids"] = batch.pop("ids")
@@ -262,13 +263,7 @@ class _Writer:
             if self.settings.format == "seq2seq":
                 label_ends = np.cumsum([0, *map(len, self.labels)])
                 np.save(self.folder / f"{self.split}.label_ends.npy", label_ends)
-            ids = {name: i for i, name in enumerate(names)}
-            number = lambda x: ids[x] if isinstance(x, str) else NONE if x is None else x
-            flat = [x for y in self.labels for x in (y if isinstance(y, list) else [y])]
-            dtype = np.float32 if isinstance(flat[0], float) else np.int32
-            np.save(
-                self.folder / f"{self.split}.labels.npy", np.array([number(x) for x in flat], dtype)
-            )
+            np.save(self.folder / f"{self.split}.labels.npy", self._numbers(names))
         rows, target_len = self.rows, self.settings.target_len or seq_len
         if self.settings.pack:
             both = np.array(self.ends), label_ends if self.labels else np.zeros(rows + 1, np.int64)
@@ -287,6 +282,16 @@ class _Writer:
             "target_len": target_len,
             **self.lost,
         }
+
+    def _numbers(self, names: list[str]) -> np.ndarray:
+        """The labels of all rows, as `labels.npy` has them."""
+        if self.settings.format == "labels":
+            return np.array([[name in row for name in names] for row in self.labels], np.int32)
+        ids = {name: i for i, name in enumerate(names)}
+        number = lambda x: ids[x] if isinstance(x, str) else NONE if x is None else x
+        flat = [x for y in self.labels for x in (y if isinstance(y, list) else [y])]
+        dtype = np.float32 if isinstance(flat[0], float) else np.int32
+        return np.array([number(x) for x in flat], dtype)
 
 
 def _joined(
@@ -320,6 +325,11 @@ def _class_names(settings: DataSettings, splits: dict[str, _Writer]) -> list[str
                     f"{where}: the label {quoted(name)} of the {split} split is none of those of "
                     f"{source}." + did_you_mean(name, names)
                 )
+    if settings.format == "labels" and settings.label and not names:
+        raise DataError(
+            f"No example has a label: there is nothing to learn. See config.data.label="
+            f"{settings.label!r}."
+        )
     if settings.format in ("classes", "tags") and settings.label and len(names) < 2:
         raise DataError(
             f"All examples have the label {quoted(names)}: there is nothing to tell apart. See "

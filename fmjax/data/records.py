@@ -19,6 +19,7 @@ KINDS = {
     "label": "text or a whole number",
     "number": "a finite number of 32 bits",
     "labels": "a list of texts or whole numbers",
+    "set": "a list of texts or whole numbers, none of them twice",
     "answers": "{'text': [...], 'answer_start': [...]}",
     "filled": "text that is not empty",
     "messages": "a list of {'role': ..., 'content': ...}",
@@ -100,6 +101,10 @@ def _value(value: Any, kind: str) -> tuple[Any, str]:
             return None, f"the value is {empty}, not {KINDS[kind]}"
         pairs = [_value(item, kind[:-1]) for item in value]
         return [item for item, _ in pairs], next((bad for _, bad in pairs if bad), "")
+    if kind == "set":
+        labels, bad = ([], "") if value in ([], ()) else _value(value, "labels")
+        bad = bad or ("a label twice" if len(set(labels)) < len(labels) else "")
+        return labels, bad.replace(KINDS["labels"], KINDS["set"])
     if kind == "label":
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole and not isinstance(value, str):

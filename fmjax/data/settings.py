@@ -13,6 +13,7 @@ from fmjax.errors import ConfigError, did_you_mean
 # columns, kind of the columns, kind of the label)}. Of "choices" the last column is the choices.
 LABELLED = {
     "classes": ((1, 2), "text", "label"),
+    "labels": ((1, 2), "text", "set"),
     "values": ((1, 2), "text", "number"),
     "tags": ((1,), "texts", "labels"),
     "spans": ((2,), "text", "answers"),

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-TOKEN_HEADS = ("tag", "span")  # on every token, which need no pooler; the others: on the whole
+TOKEN_HEADS = ("tag", "span")  # linear heads on every token; the others: on the whole
+WHOLE_HEADS = ("classify", "regress", "choose")  # those on the whole that transformers has too
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@
 |---|---|---|---|---|---|
 | BERT | after | learned, token types | GELU | full | Devlin et al. 2019 |
 | RoBERTa | after | learned, shifted by two | GELU | full | Liu et al. 2019 |
-| DistilBERT | after | learned, no types, no pooler | GELU | full | Sanh et al. 2019 |
+| DistilBERT | after | learned, no types | GELU | full | Sanh et al. 2019 |
 | ModernBERT | before | rotary | GeGLU, no biases | full every third | Warner et al. 2024 |
 
 Several documents can share a row: `segment_ids` keep them from seeing each other and `positions`
@@ -17,13 +17,14 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fmjax import precision, sharding, streams
 from fmjax.errors import ConfigError
-from fmjax.models import layers, trunk
+from fmjax.models import TOKEN_HEADS, WHOLE_HEADS, layers, trunk
 from fmjax.models.attention import attention, mask
 from fmjax.models.rope import rope
 from fmjax.precision import DTYPES
@@ -41,7 +42,8 @@ class Config:
     max_len: int = 512
     types: int = 2  # token types (sentence A, B); 0 = none
     position_shift: int = 0  # RoBERTa's table starts two rows later, after its padding id
-    pooler: bool = True
+    pooler: bool | None = None  # a layer before linear heads; None: where the family has one
+    pool: str = ""  # what stands for the whole sequence; "": its first token
     lm_head: bool = True  # the vocabulary head
     classes: tuple[tuple[str, int], ...] = ()  # linear heads: (name, outputs)
     dropout: float = 0.1
@@ -66,12 +68,11 @@ _MODERN = dict(
     vocab_size=50368,
     max_len=8192,
     types=0,
-    pooler=False,
     dropout=0.0,
     attention_dropout=0.0,
     eps=1e-5,
 ) | dict(modern=True)
-_ROBERTA = dict(vocab_size=50265, types=1, position_shift=2, pooler=False, eps=1e-5)
+_ROBERTA = dict(vocab_size=50265, types=1, position_shift=2, eps=1e-5)
 _SIZES = {  # Turc et al. 2019, "Well-Read Students Learn Better", table 1
     "tiny": dict(depth=2, width=128, heads=2, mlp=512),
     "mini": dict(depth=4, width=256, heads=4, mlp=1024),
@@ -88,7 +89,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # difference: BERT's own layout of the same size learns little more than frequencies in that
     # time.
     "modernbert_tiny": _MODERN | dict(depth=2, width=128, heads=2, mlp=256, window=16),
-    "distilbert": _SIZES["base"] | dict(depth=6, types=0, pooler=False),
+    "distilbert": _SIZES["base"] | dict(depth=6, types=0),
     "modernbert_base": _MODERN | dict(depth=22, width=768, heads=12, mlp=1152),
     "modernbert_large": _MODERN | dict(depth=28, width=1024, heads=16, mlp=2624),
 }
@@ -104,7 +105,18 @@ def Model(variant: str = "base", **overrides: Any) -> "Encoder":
     for key in ("window", "full_every"):
         if getattr(cfg, key) < 1:
             raise ConfigError(f"config.model.{key}={getattr(cfg, key)} must be at least 1 here.")
+    if cfg.pooler is None:
+        cfg = dataclasses.replace(cfg, pooler=_has_pooler(cfg))
     return Encoder(cfg)
+
+
+def _has_pooler(cfg: Config) -> bool:
+    """Whether transformers has a layer between the trunk and the linear heads of `cfg`."""
+    heads = {name for name, _ in cfg.classes}
+    if cfg.modern:
+        return bool(heads & {*WHOLE_HEADS, *TOKEN_HEADS})
+    is_bert = cfg.types and not cfg.position_shift
+    return bool(is_bert or heads & {*WHOLE_HEADS})
 
 
 class Block(nn.Module):
@@ -201,29 +213,56 @@ class MlmHead(nn.Module):
     @nn.compact
     def __call__(self, x, table, spec):
         cfg, dtype = self.cfg, DTYPES[self.cfg.dtype]
-        h = layers.Linear(cfg.width, not cfg.modern, dtype, name="dense")(x, jnp.float32)
-        h = layers.ACTIVATIONS[cfg.head_activation](h)
-        h = layers.LayerNorm(cfg.eps, not cfg.modern, dtype, name="norm")(h)
+        h = _transformed(cfg, x)
         bias = self.param("bias", nn.initializers.zeros, (cfg.vocab_size,), jnp.float32)
         logits = precision.linear(h, table, dtype, out_in=True, spec=spec)
         return precision.add_bias(logits, bias)
 
 
+class ModernPooler(nn.Module):
+    """What ModernBERT has before a linear head: dense, activation, norm."""
+
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, x):
+        return _transformed(self.cfg, x)
+
+
+def _transformed(cfg: Config, x):
+    """Dense, activation, norm: submodules of the module that calls."""
+    dtype = DTYPES[cfg.dtype]
+    h = layers.Linear(cfg.width, not cfg.modern, dtype, name="dense")(x, jnp.float32)
+    h = layers.ACTIVATIONS[cfg.head_activation](h)
+    return layers.LayerNorm(cfg.eps, not cfg.modern, dtype, name="norm")(h)
+
+
 class Heads(trunk.Heads):
-    """The vocabulary head, and linear heads behind the pooler."""
+    """The vocabulary head, and linear heads after the family's pooler: dense and tanh of the first
+    token (BERT, RoBERTa), dense and ReLU (DistilBERT), or `ModernPooler` of anything."""
 
     def setup(self):
         super().setup()
         if self.cfg.lm_head:
             self.mlm = MlmHead(self.cfg)
-        if self.cfg.pooler:
+        if self.cfg.pooler and self.cfg.modern:
+            self.pooler = ModernPooler(self.cfg)
+        elif self.cfg.pooler:
             self.pooler = layers.Linear(self.cfg.width, dtype=DTYPES[self.cfg.dtype])
 
     def summary(self, hidden, segment_ids, pool):
-        whole = super().summary(hidden, segment_ids, pool)
-        if self.cfg.pooler and pool == "first":
-            whole = jnp.tanh(self.pooler(whole, jnp.float32))
-        return whole
+        cfg, whole = self.cfg, super().summary(hidden, segment_ids, pool)
+        if cfg.pooler and cfg.modern:
+            return self.pooler(whole)
+        if not cfg.pooler or pool != "first":
+            return whole
+        activation = jnp.tanh if cfg.types or cfg.position_shift else jax.nn.relu
+        return activation(self.pooler(whole, jnp.float32))
+
+    def tokens(self, hidden, name, seeds):
+        if self.cfg.pooler and self.cfg.modern:
+            hidden = self.pooler(hidden)
+        return super().tokens(hidden, name, seeds)
 
 
 class Encoder(trunk.Trunk):

@@ -75,7 +75,11 @@ class Heads(nn.Module):
         return losses.pooled(hidden, segment_ids, pool)
 
     def whole(self, hidden, segment_ids, name, pool, seeds):
-        return self.each(self.summary(hidden, segment_ids, pool or self.pool), name, seeds)
+        pool = pool or getattr(self.cfg, "pool", "") or self.pool
+        return self.each(self.summary(hidden, segment_ids, pool), name, seeds)
+
+    def tokens(self, hidden, name, seeds):
+        return self.each(hidden, name, seeds)
 
     def each(self, hidden, name, seeds):
         return getattr(self, name)(layers.dropout(hidden, self.cfg.dropout, seeds), jnp.float32)
@@ -197,7 +201,7 @@ class Trunk(nn.Module):
         self, hidden: Float[Array, "B T D"], name: str, seeds: streams.Seeds | None = None
     ) -> Float[Array, "B T C"]:
         """Outputs in float32 of the linear head `name` on every token. `seeds` turn dropout on."""
-        return self.head.each(hidden, name, self._head_site(name, seeds))
+        return self.head.tokens(hidden, name, self._head_site(name, seeds))
 
     def _head_site(self, name: str, seeds: streams.Seeds | None) -> streams.Seeds | None:
         """The seeds of dropout before the head `name`, which the model must have."""

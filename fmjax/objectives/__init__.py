@@ -18,15 +18,15 @@ plus facts about the data (the vocabulary) that a function asks for by name; wha
 `score` and `describe` may ask for `names` (of the classes), `split` (the data) and `rows` (numbers
 of its rows, one for each of the outputs), `describe` for `words`, how many a record has. A module
 also says what it needs: `TARGET`, what the labels of the data must mean
-(`fmjax.data.Dataset.target`); `heads(labels)`, the linear heads of the model; `SCORES`, the metrics
-of `score`; `WHOLE_BATCH`, that a row's loss depends on the others, which forbids accumulation;
-`VOCABULARY`, that the model needs its vocabulary head; `DECODES`, that it needs a decoder behind
-its encoder; `CAUSAL`, whether a token of the model may see only what is before it; `PREFIX`, that
-those of type 1 are seen by all of their document (`Config.prefix` of decoders, which an argument
-`prefix` asks for too); `MASKS`, that the tokenizer needs a token for what is hidden; `FIM`, those
-that mark a middle to fill in; `ROOM`, how many tokens it adds to a document; `DURATIONS`, arguments
-that are several of them, which it is given in steps. A `prepare` that asks for `step` is given that
-of the run, and None in evaluation.
+(`fmjax.data.Dataset.target`, a fact too), or a tuple of what they may; `heads(labels)`, the linear
+heads of the model; `SCORES`, the metrics of `score`; `WHOLE_BATCH`, that a row's loss depends on
+the others, which forbids accumulation; `VOCABULARY`, that the model needs its vocabulary head;
+`DECODES`, that it needs a decoder behind its encoder; `CAUSAL`, whether a token of the model may
+see only what is before it; `PREFIX`, that those of type 1 are seen by all of their document
+(`Config.prefix` of decoders, which an argument `prefix` asks for too); `MASKS`, that the tokenizer
+needs a token for what is hidden; `FIM`, those that mark a middle to fill in; `ROOM`, how many
+tokens it adds to a document; `DURATIONS`, arguments that are several of them, which it is given in
+steps. A `prepare` that asks for `step` is given that of the run, and None in evaluation.
 
 What an objective holds as `start` and `stop`, durations, says between which steps it is learnt.
 Those that are learnt at once share a forward pass, but for those that read a decoder's documents in
@@ -82,6 +82,7 @@ def build(
     Raises ConfigError for an argument that the objective does not take, and where the labels of the
     data mean something else than it says.
     """
+    facts["target"] = target
     return [_bind(name, dict(args), target, steps, facts) for name, args in objectives.items()]
 
 
