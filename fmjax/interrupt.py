@@ -1,34 +1,56 @@
 """Signals that ask a run to stop: the handlers only set a flag, the loop decides when to honour it.
 
-A scheduler sends SIGTERM or SIGUSR1 some seconds before the machine goes, a person presses Ctrl-C.
-Saving inside a handler would run in the middle of anything, a save included.
+A scheduler sends SIGTERM or SIGUSR1 some seconds before the machine goes, a person presses Ctrl-C,
+a terminal that closes sends SIGHUP. Saving inside a handler would run in the middle of anything, a
+save included.
 """
 
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+PREEMPTED = 75  # the exit code of errors.Preempted
+INTERRUPTED = 130
+# What the first signal says will happen, after its name.
+STEPPING = "finishing the step, then saving"
+COMPILING = "compiling, then saving"
+PREPARING = "stopping, while data is prepared"
 
 
 class Stop:
     """`signal` is the name of the first signal, "" before; `requested` whether the last poll said
-    to stop. With several processes both may come from another (fmjax/processes.py)."""
+    to stop. With several processes both may come from another (fmjax/processes.py).
+
+    `plan` is what will be done after a signal that comes now; `polls` counts calls of `poll`.
+    """
 
     def __init__(self):
         self.signal, self.requested = "", False
+        self.plan, self.polls = STEPPING, 0
         self.peers = None  # the other processes, if there are any
+        self.last_words: Callable[[BaseException], None] = lambda error: None
 
     def poll(self) -> bool:
         """Whether to stop now; all processes poll equally often, and stop at the same poll."""
         self.requested = self.peers.poll() if self.peers else bool(self.signal)
+        self.polls += 1
         return self.requested
+
+    @contextlib.contextmanager
+    def planning(self, plan: str) -> Iterator[None]:
+        """Let a signal that comes in the block say `plan`."""
+        before, self.plan = self.plan, plan
+        try:
+            yield
+        finally:
+            self.plan = before
 
 
 @contextlib.contextmanager
 def catch() -> Iterator[Stop]:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into `stop.signal` until the block ends.
+    """Turns SIGTERM, SIGINT, SIGUSR1 and SIGHUP into `stop.signal` until the block ends.
 
     Poll it wherever the program waits: between steps, evaluation batches and pieces of data
     preparation. During compilation the signal is kept and seen at the next poll. Repeats change
@@ -43,15 +65,56 @@ def catch() -> Iterator[Stop]:
         if interrupts == 2:
             # The default action is the kernel's: the third works even while Python is blocked.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        again = ". Press Ctrl-C again to kill without saving" if interrupts == 2 else ""
+        ways_out = {
+            1: ". Ctrl-C twice more kills at once, without saving",
+            2: ". Press Ctrl-C again to kill without saving",
+        }
         name = signal.Signals(number).name
         stop.signal = stop.signal or name
-        # os.write, because print may be what the signal interrupted.
-        os.write(2, f"{name}: finishing the step, then saving{again}\n".encode())
+        _say(
+            f"{name}: {stop.plan}{ways_out.get(interrupts, '') if number == signal.SIGINT else ''}"
+        )
 
-    previous = {number: signal.signal(number, handle) for number in SIGNALS}
+    previous = {number: signal.signal(number, handle) for number in _heard()}
     try:
         yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def end_at_once() -> None:
+    """Let signals end the process in silence, as long as nothing that it holds could be lost.
+
+    A KeyboardInterrupt in the seconds that imports take would show dozens of frames of libraries,
+    or be swallowed by a callback of theirs.
+    """
+    for number in _heard():
+        signal.signal(number, _end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see startup.use_huge_pages
+
+
+def raise_interrupts() -> None:
+    """Undo `end_at_once`: Ctrl-C raises KeyboardInterrupt again, the others kill."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is _end:
+            usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, usual)
+
+
+def _heard() -> list[signal.Signals]:
+    """All SIGNALS, but for SIGHUP where nohup has it ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
+
+
+def _end(number, frame) -> None:
+    os._exit(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
+
+
+def _say(text: str) -> None:
+    """A line on standard error; on a terminal in place of the progress bar, which is drawn anew."""
+    with contextlib.suppress(OSError):  # the terminal may be what has gone
+        clear = "\r\x1b[2K\n" if os.isatty(2) else ""
+        # os.write, because print may be what the signal interrupted.
+        os.write(2, f"{clear}{text}\n".encode())

@@ -25,7 +25,8 @@ class Check(NamedTuple):
 
 
 class Modules(NamedTuple):
-    """The files of a folder of the package that define a function or class of this name."""
+    """The files of a folder of the package that define a function or class, given as a regular
+    expression over the text after `def` or `class`."""
 
     folder: str
     defines: str
@@ -424,5 +425,5 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"objectives\.mlm\.(validation\.)?mask", MASKS),
     (r"(objectives\.[^.]+\.)?pool", POOLS),
     (r"model\.name", Modules("models", "Model", also=("init",))),
-    ("task", Modules("", "run")),
+    ("task", Modules("", r"run\(\s*config")),  # trials.py has a `run` that is no task
 )

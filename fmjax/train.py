@@ -80,8 +80,7 @@ def run(
             pretrained.check_head(together.wide.config, together.wide.dataset.labels)
             with contextlib.closing(train_batches(together)) as batches:
                 return plan.show(together, next(batches))
-        if table := sharding.table(mesh):
-            print(table)
+        print(sharding.table(mesh))
         writes = jax.process_index() == 0
 
         how = dict(fresh=fresh, writes=writes, first=processes.first)
