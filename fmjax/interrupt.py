@@ -8,7 +8,10 @@ save included.
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
+
+from fmjax import watchdog
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PREEMPTED = 75  # the exit code of errors.Preempted
@@ -23,41 +26,51 @@ class Stop:
     """`signal` is the name of the first signal, "" before; `requested` whether the last poll said
     to stop. With several processes both may come from another (fmjax/processes.py).
 
-    `plan` is what will be done after a signal that comes now; `polls` counts calls of `poll`.
+    `plan` is what a signal that comes now leads to. For fmjax/watchdog.py: `polls` counts the calls
+    of `poll`, `longest_sec` is the longest time between two, compilation apart, `allowance_sec`
+    what may pass before the next; `last_words` is called with the error that ends a stuck process.
     """
 
     def __init__(self):
-        self.signal, self.requested = "", False
-        self.plan, self.polls = STEPPING, 0
+        self.signal, self.requested, self.plan = "", False, STEPPING
+        self.polls, self.longest_sec, self.allowance_sec = 0, 0.0, 0.0
+        self._polled = float("inf")
         self.peers = None  # the other processes, if there are any
         self.last_words: Callable[[BaseException], None] = lambda error: None
 
     def poll(self) -> bool:
         """Whether to stop now; all processes poll equally often, and stop at the same poll."""
         self.requested = self.peers.poll() if self.peers else bool(self.signal)
-        self.polls += 1
+        now = time.monotonic()
+        self.longest_sec = max(self.longest_sec, now - self._polled)
+        self.polls, self._polled = self.polls + 1, now
         return self.requested
 
     @contextlib.contextmanager
-    def planning(self, plan: str) -> Iterator[None]:
-        """Let a signal that comes in the block say `plan`."""
-        before, self.plan = self.plan, plan
+    def compiling(self) -> Iterator[None]:
+        """Let nobody expect a poll while the block compiles."""
+        plan, self.plan, self.allowance_sec = self.plan, COMPILING, watchdog.COMPILING_SEC
         try:
             yield
         finally:
-            self.plan = before
+            self.plan, self.allowance_sec, self._polled = plan, 0.0, time.monotonic()
 
 
 @contextlib.contextmanager
-def catch() -> Iterator[Stop]:
+def catch(grace_sec: float = watchdog.GRACE_SEC) -> Iterator[Stop]:
     """Turns SIGTERM, SIGINT, SIGUSR1 and SIGHUP into `stop.signal` until the block ends.
 
     Poll it wherever the program waits: between steps, evaluation batches and pieces of data
     preparation. During compilation the signal is kept and seen at the next poll. Repeats change
-    nothing, so that a save completes, except that a third SIGINT kills. Main thread only.
+    nothing, so that a save completes, except that a third SIGINT kills. A process that does not
+    poll for `grace_sec` after a signal is stuck, and ended. Main thread only.
     """
     stop = Stop()
     interrupts = 0
+    ways_out = {
+        1: ". Ctrl-C twice more kills at once, without saving",
+        2: ". Press Ctrl-C again to kill without saving",
+    }
 
     def handle(number, frame):
         nonlocal interrupts
@@ -65,22 +78,20 @@ def catch() -> Iterator[Stop]:
         if interrupts == 2:
             # The default action is the kernel's: the third works even while Python is blocked.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        ways_out = {
-            1: ". Ctrl-C twice more kills at once, without saving",
-            2: ". Press Ctrl-C again to kill without saving",
-        }
+        way_out = ways_out.get(interrupts, "") if number == signal.SIGINT else ""
         name = signal.Signals(number).name
-        stop.signal = stop.signal or name
-        _say(
-            f"{name}: {stop.plan}{ways_out.get(interrupts, '') if number == signal.SIGINT else ''}"
-        )
+        _say(f"{name}: {stop.plan}{way_out}")
+        if not stop.signal:
+            stop.signal = name
+            watch()
 
-    previous = {number: signal.signal(number, handle) for number in _heard()}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with watchdog.watching(stop, grace_sec) as watch:
+        previous = {number: signal.signal(number, handle) for number in _heard()}
+        try:
+            yield stop
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def end_at_once() -> None:

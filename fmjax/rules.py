@@ -350,7 +350,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"distributed\.num_processes|beams", POSITIVE),
     ("length_penalty", NON_NEGATIVE),
     (r"distributed\.coordinator", ADDRESS),
-    (r"distributed\.(timeout|heartbeat)_sec", _whole(10, 86400)),
+    (r"distributed\.(timeout|heartbeat|grace)_sec", _whole(10, 86400)),
     (
         r"seed|limit|step|layer|keep_best|data\.(max_documents|examples)|distributed\.process_id",
         COUNT,

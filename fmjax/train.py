@@ -39,6 +39,7 @@ from fmjax import (
     report,
     sharding,
     trees,
+    watchdog,
     workdir,
 )
 from fmjax import config as configs
@@ -66,7 +67,9 @@ def run(
     """
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(interrupt.catch())
+        grace_sec = config.distributed.get("grace_sec", watchdog.GRACE_SEC)
+        stop = stack.enter_context(interrupt.catch(grace_sec))
+        stop.plan = interrupt.PREPARING
 
         def poll():
             if stop.signal:
@@ -85,6 +88,7 @@ def run(
 
         how = dict(fresh=fresh, writes=writes, first=processes.first)
         folder = stack.enter_context(workdir.open(workdir_path, config, **how))
+        stop.last_words = folder.close
         with processes.together(folder.close), workdir.memory_errors():
             with contextlib.ExitStack() as opened:
                 each = zip(workdir.of_arms(folder.path, config), configs.arms(config), strict=True)
@@ -157,7 +161,7 @@ def loop(
         ]
         timed = functools.partial(monitor.timed, monitors)
         asked = [exams.Exams(run) for run in runs]
-        train_step, eval_step = compiled(together, monitors, asked[0].names)
+        train_step, eval_step = compiled(together, monitors, asked[0].names, stop)
 
         def evaluate_all():
             seen = dataclasses.replace(current, params=measured_params(together.wide, current))
@@ -175,6 +179,7 @@ def loop(
                     own = begin.moving(run, together.apart(current, arm))
                     one.save(saver, step, own, meta(run, batches, one, still))
 
+        stop.plan = interrupt.STEPPING
         if due("eval") and any(one.owes_evaluation(step) for one in monitors):
             evaluate_all()
         while step < total and not stop.poll():
@@ -238,7 +243,7 @@ def meta(run: Run, batches: Any, monitor: Monitor, still: str) -> dict[str, Any]
 
 
 def compiled(
-    together: Arms, monitors: Sequence[Monitor], asked: Sequence[str]
+    together: Arms, monitors: Sequence[Monitor], asked: Sequence[str], stop: interrupt.Stop
 ) -> tuple[Callable, Callable]:
     """The train step, with the state donated, and the jitted evaluation step; the former is
     compiled when the first batch of each width comes. `asked` are metrics of `exams`."""
@@ -248,7 +253,11 @@ def compiled(
     def program(state, batch):
         width = batch["segment_ids"].shape[-1]
         if width not in programs:
-            with monitor.timed(monitors, "compile"):
+            with (
+                monitor.timed(monitors, "compile"),
+                monitors[0].doing("compiling …"),
+                stop.compiling(),
+            ):
                 traced = jitted.trace(together.abstract, together.batch_spec(width))
                 for one, flops in zip(monitors, together.flops(width, traced), strict=True):
                     one.flops[width] = flops
