@@ -23,6 +23,7 @@ from fmjax.errors import Preempted
 GRACE_SEC = 60.0
 COMPILING_SEC = 900.0  # large models take minutes
 TICK_SEC = 1.0
+_ENDING = threading.Lock()  # taken by the first of the two that watch
 LAST_WORDS_SEC = 5.0  # for writing down how it ended, on storage that may be what is stuck
 
 
@@ -88,6 +89,8 @@ def watching(stop: Any, grace_sec: float = GRACE_SEC) -> Iterator[Callable[[], N
 
 def end(stop: Any, reason: str) -> None:
     """End the process with the exit code of a preemption, after saying where its threads are."""
+    if not _ENDING.acquire(blocking=False):
+        return
     error = Preempted(
         f"stopped by {stop.signal or 'a signal'}, but {reason}: the process is stuck where its "
         "threads are shown above. What was saved is safe; the same command goes on"
