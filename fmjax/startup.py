@@ -5,9 +5,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from fmjax import interrupt, output
 from fmjax.errors import FmjaxError, Preempted
+
+LOOP_CLOSED = "Event loop is closed"  # asyncio's words
 
 
 def prepare() -> None:
@@ -17,6 +20,7 @@ def prepare() -> None:
     use_huge_pages()
     output.protect()
     logging.basicConfig(format="%(levelname)s: %(message)s")  # else a library sets another format
+    sys.unraisablehook = show_unraisable
 
 
 def use_huge_pages() -> None:
@@ -31,6 +35,13 @@ def use_huge_pages() -> None:
         # A signal in between waits for the handlers of the new program.
         signal.pthread_sigmask(signal.SIG_BLOCK, interrupt.SIGNALS)
         os.execv(sys.executable, sys.orig_argv)
+
+
+def show_unraisable(found: Any) -> None:
+    """sys.unraisablehook without what tensorstore's threads report of a save that has failed: each
+    write that nobody waits for any more, after checkpoint.py said what went wrong."""
+    if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == LOOP_CLOSED):
+        sys.__unraisablehook__(found)
 
 
 def exit_code(main: Callable[[list[str]], None], words: list[str]) -> int:

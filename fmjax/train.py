@@ -44,6 +44,7 @@ from fmjax import (
 )
 from fmjax import config as configs
 from fmjax.arms import Arms
+from fmjax.cleanup import FirstError
 from fmjax.errors import ConfigError, NumericsError, Preempted, did_you_mean
 from fmjax.monitor import Monitor
 from fmjax.progress import FALLING
@@ -125,7 +126,7 @@ def loop(
     config = together.wide.config  # for what the runs share
     every = {name: together.wide.steps(config[f"{name}_every"]) for name in ("log", "eval", "save")}
     due = lambda name: step == total or (every[name] and step % every[name] == 0)
-    with contextlib.ExitStack() as cleanup:
+    with FirstError() as cleanup:
         mode = "min" if config.best.endswith(FALLING) else "max"
         kept = dict(keep=config.keep, keep_best=config.keep_best, best=config.best, best_mode=mode)
         paths = [folder.path for folder in folders]

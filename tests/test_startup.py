@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from common import ROOT
 
 from fmjax import config as configs
-from fmjax import config_files, output
+from fmjax import config_files, output, startup
 from fmjax.errors import CheckpointError, ConfigError, did_you_mean
 
 RUN = [sys.executable, str(ROOT / "run.py")]
@@ -177,3 +178,12 @@ def test_only_tasks_are_tasks():
     with pytest.raises(ConfigError, match="config.task: got 'trials'"):
         configs.load(str(ROOT / "configs/mlm.py"), ["--config.task=trials"])
     configs.load(str(ROOT / "configs/mlm.py"), ["--config.task=report"])
+
+
+def test_only_what_follows_from_a_failed_save_is_not_shown(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "__unraisablehook__", lambda found: shown.append(found.exc_value))
+    another = [RuntimeError("another"), OSError("Event loop is closed")]
+    for error in (RuntimeError("Event loop is closed"), *another):
+        startup.show_unraisable(SimpleNamespace(exc_value=error))
+    assert shown == another
