@@ -11,17 +11,34 @@ A config file is executed, with the argument after its colon; a saved config.jso
 """
 
 import argparse
-import logging
-import os
 import sys
 from pathlib import Path
 
-from fmjax import config as configs
-from fmjax import evidence, tasks, trials
-from fmjax.errors import ConfigError, FmjaxError, Preempted, did_you_mean
+from fmjax import config_files, output, startup
+from fmjax.errors import ConfigError
 
 
 def main(words: list[str]) -> None:
+    flags, overrides = parse(words)
+    if not flags.config:
+        raise ConfigError(f"--config is missing.{config_files.usage(overrides)}")
+    # Imported when needed: a question that is answered without a library does not wait for it.
+    if flags.verify:
+        if flags.sweep is not None or flags.print_config or flags.dry_run:
+            raise ConfigError("--verify runs all that the config expects: leave the other flag out")
+        verify(flags, overrides)
+    elif flags.sweep is not None:
+        if flags.print_config:
+            raise ConfigError(
+                "--print_config shows one config: start it with a trial's own command"
+            )
+        sweep(flags, overrides)
+    else:
+        run(flags, overrides)
+
+
+def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and the other words, which are overrides of the config."""
     # No abbreviations: --f must not remove a run.
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -38,55 +55,47 @@ def main(words: list[str]) -> None:
         "--verify", action="store_true", help="run what the config expects, write its evidence"
     )
     parser.add_argument("--print_config", action="store_true", help="print the resolved config")
-    flags, overrides = parser.parse_known_args(words)
-    if not flags.config:
-        raise ConfigError(f"--config is missing.{did_you_mean('', Path('configs').glob('*.py'))}")
-    file = Path(flags.config.partition(":")[0])
-    if flags.verify:
-        if flags.sweep is not None or flags.print_config or flags.dry_run:
-            raise ConfigError("--verify runs all that the config expects: leave the other flag out")
-        folder = flags.workdir or f"runs/verify-{file.stem}"
-        evidence.verify(flags.config, overrides, folder, fresh=flags.fresh)
-        return
-    if flags.sweep is not None:
-        if flags.print_config:
-            raise ConfigError(
-                "--print_config shows one config: start it with a trial's own command"
-            )
-        folder, how = flags.workdir or f"runs/{file.stem}", dict(fresh=flags.fresh)
-        trials.start(flags.config, overrides, flags.sweep, folder, dry_run=flags.dry_run, **how)
-        return
-    config = configs.load(flags.config, overrides)
+    return parser.parse_known_args(words)
+
+
+def verify(flags: argparse.Namespace, overrides: list[str]) -> None:
+    from fmjax import evidence
+
+    folder = flags.workdir or f"runs/verify-{config_file(flags).stem}"
+    evidence.verify(flags.config, overrides, folder, fresh=flags.fresh)
+
+
+def sweep(flags: argparse.Namespace, overrides: list[str]) -> None:
+    from fmjax import trials
+
+    folder = flags.workdir or f"runs/{config_file(flags).stem}"
+    which, dry_run = flags.sweep, flags.dry_run
+    trials.start(flags.config, overrides, which, folder, fresh=flags.fresh, dry_run=dry_run)
+    if which == "list" or dry_run:
+        output.check()
+
+
+def run(flags: argparse.Namespace, overrides: list[str]) -> None:
+    from fmjax import config as configs
+
+    config, file = configs.load(flags.config, overrides), config_file(flags)
     if flags.print_config:
         print(configs.to_json(configs.redact(config)), flush=True)
         for key, default, value in configs.changes(config, file):
             print(f"changed: {key}: {default!r} -> {value!r}", file=sys.stderr)
+        output.check()
         return
+    from fmjax import tasks
+
     own = file.parent if file.name == "config.json" else None  # the run that it was saved by
     folder = Path(flags.workdir or own or f"runs/{file.stem}-{configs.digest(config)}")
     tasks.start(config, folder, file=file, fresh=flags.fresh, dry_run=flags.dry_run)
 
 
-def use_huge_pages() -> None:
-    """Starts the program again, once, with memory in pages of 2 MiB where Linux has them.
-
-    On a CPU each training step takes its temporary arrays, gigabytes, from the system and gives
-    them back; in pages of 4 KiB that was a tenth to a third of the step (benchmarks/RESULTS.md).
-    The C library reads this setting only when a program starts.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, sys.orig_argv)
+def config_file(flags: argparse.Namespace) -> Path:
+    return Path(flags.config.partition(":")[0])
 
 
 if __name__ == "__main__":
-    use_huge_pages()
-    logging.basicConfig(format="%(levelname)s: %(message)s")  # else a library sets another format
-    sys.stdout.reconfigure(errors="backslashreplace")  # for texts that the terminal cannot show
-    try:
-        main(sys.argv[1:])
-    except FmjaxError as error:
-        print("" if isinstance(error, Preempted) else "error: ", error, sep="", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:  # Where nothing catches signals, because nothing could be saved.
-        sys.exit(130)
+    startup.prepare()
+    sys.exit(startup.exit_code(main, sys.argv[1:]))

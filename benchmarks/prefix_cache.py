@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from fmjax import config, prefix_cache, setup, sharding, state, train
+from fmjax import config, interrupt, prefix_cache, setup, sharding, state, train
 from fmjax.arms import Arms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,8 +85,9 @@ def side(flags: argparse.Namespace, cache: str, once: bool) -> Callable[[], floa
     run = together.wide
     if once:
         print(f"once    {time.perf_counter() - start:8.3f} s, compilation included, for the prefix")
-    nothing = SimpleNamespace(timed=lambda name: contextlib.nullcontext(), flops={})
-    train_step, _ = train.compiled(together, [nothing])
+    silent = lambda name: contextlib.nullcontext()
+    nothing = SimpleNamespace(timed=silent, doing=silent, flops={})
+    train_step, _ = train.compiled(together, [nothing], (), interrupt.Stop())
     batches = train.train_batches(together)
     steps = len(run.dataset.splits["train"]) // flags.batch
 

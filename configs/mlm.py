@@ -126,6 +126,7 @@ def get_config(arg=None):
         process_id=0,
         timeout_sec=300,  # of waiting for all to start
         heartbeat_sec=100,  # after which one that is dead, stuck or has failed ends the others
+        grace_sec=60,  # after a signal until a stuck process ends; below what schedulers wait
     )
     config.log_every = 50
     config.eval_every = 300

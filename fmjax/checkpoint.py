@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from fmjax import frozen, manifest, step_folders
-from fmjax.errors import CheckpointError, ConfigError, did_you_mean
+from fmjax.errors import CheckpointError, ConfigError, did_you_mean, first_line
 
 MAX_FAILURES = 3  # this many failed saves in a row end the run
 RETRY_SEC = 5.0  # pause after the first failure, doubled after each further one
@@ -35,6 +35,18 @@ RETRY_SEC = 5.0  # pause after the first failure, doubled after each further one
 AVERAGE = r"opt_state/(?:inner/)?\d+/average/(.*)"
 
 log = logging.getLogger(__name__)
+
+
+class _Handled(logging.Filter):
+    """Drops the tracebacks that orbax and asyncio log of a failed save: its error is one line,
+    and is raised or logged here."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        by_orbax = record.name == "asyncio" or "orbax" in record.pathname
+        return not (by_orbax and record.exc_info)
+
+
+_handled = _Handled()
 
 
 class Checkpointer:
@@ -69,6 +81,8 @@ class Checkpointer:
         self._beside = [_directory(other) for other in beside]
         self._keep, self._keep_best = keep, keep_best
         self._best, self._best_mode = best, best_mode
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_handled)  # once, however often
         atomicity = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(), atomicity_options=atomicity
@@ -141,12 +155,11 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits for a save in progress and frees the threads. An error is only logged."""
-        try:
-            self._collect(block=True)
-        except CheckpointError as error:
-            log.error("%s", error)
-        self._orbax.close()
-        self._worker.shutdown()
+        for finish in (lambda: self._collect(block=True), self._orbax.close, self._worker.shutdown):
+            try:
+                finish()
+            except Exception as error:  # orbax raises here what its threads have found
+                log.error("while checkpoints are closed: %s", first_line(error))
 
     def restore(
         self,

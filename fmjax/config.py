@@ -22,7 +22,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fmjax import combinations, command_line, rules
+from fmjax import combinations, command_line, config_files, rules
 from fmjax.errors import ConfigError, FmjaxError, did_you_mean, quoted
 from fmjax.plain import flatten, plain
 
@@ -291,8 +291,7 @@ def _read(path: Path, arg: str | None) -> ConfigDict:
 def _check_file(path: Path) -> None:
     # os.path: a Path raises for names that are too long.
     if path.suffix not in (".py", ".json") or not os.path.isfile(path):
-        folder = path.parent if os.path.isdir(path.parent) else Path("configs")
-        hint = did_you_mean(str(path), map(str, folder.glob("*.py")))
+        hint = config_files.hint(path)
         raise ConfigError(f"--config: got {quoted(str(path))}, no .py or .json file.{hint}")
 
 

@@ -8,6 +8,8 @@ and keeps its traceback.
 import difflib
 from collections.abc import Iterable
 
+LONGEST_NAME = 100  # characters of a name that a message shows
+
 
 class FmjaxError(Exception):
     """Base of all errors that `run.py` reports without a traceback."""
@@ -66,6 +68,12 @@ def quoted(value: object, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
 
 
+def first_line(text: object, most: int = 300) -> str:
+    """The first line of a message of somebody else, cut after `most` characters."""
+    line = next(iter(str(text).strip().splitlines()), "")
+    return line if len(line) <= most else f"{line[:most]}…"
+
+
 def of_exit_code(code: int) -> type[FmjaxError]:
     """The error that a process has ended with."""
     known = {error.exit_code: error for error in FmjaxError.__subclasses__()}
@@ -74,9 +82,9 @@ def of_exit_code(code: int) -> type[FmjaxError]:
 
 def did_you_mean(given: str, possible: Iterable[str]) -> str:
     """A sentence naming near misses of `given`, and all possibilities when they are few."""
-    possible = sorted(str(name) for name in possible)
-    close = difflib.get_close_matches(str(given), possible, n=3, cutoff=0.6)
+    possible = sorted(first_line(name, LONGEST_NAME) for name in possible)
+    close = difflib.get_close_matches(first_line(given, LONGEST_NAME), possible, n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
-    if len(possible) <= 20:
+    if 0 < len(possible) <= 20:
         hint += f" Possible: {', '.join(possible)}."
     return hint

@@ -1,41 +1,76 @@
 """Signals that ask a run to stop: the handlers only set a flag, the loop decides when to honour it.
 
-A scheduler sends SIGTERM or SIGUSR1 some seconds before the machine goes, a person presses Ctrl-C.
-Saving inside a handler would run in the middle of anything, a save included.
+A scheduler sends SIGTERM or SIGUSR1 some seconds before the machine goes, a person presses Ctrl-C,
+a terminal that closes sends SIGHUP. Saving inside a handler would run in the middle of anything, a
+save included.
 """
 
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from fmjax import watchdog
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+PREEMPTED = 75  # the exit code of errors.Preempted
+INTERRUPTED = 130
+# What the first signal says will happen, after its name.
+STEPPING = "finishing the step, then saving"
+COMPILING = "compiling, then saving"
+PREPARING = "stopping, while data is prepared"
 
 
 class Stop:
     """`signal` is the name of the first signal, "" before; `requested` whether the last poll said
-    to stop. With several processes both may come from another (fmjax/processes.py)."""
+    to stop. With several processes both may come from another (fmjax/processes.py).
+
+    `plan` is what a signal that comes now leads to. For fmjax/watchdog.py: `polls` counts the calls
+    of `poll`, `longest_sec` is the longest time between two, compilation apart, `allowance_sec`
+    what may pass before the next; `last_words` is called with the error that ends a stuck process.
+    """
 
     def __init__(self):
-        self.signal, self.requested = "", False
+        self.signal, self.requested, self.plan = "", False, STEPPING
+        self.polls, self.longest_sec, self.allowance_sec = 0, 0.0, 0.0
+        self._polled = float("inf")
         self.peers = None  # the other processes, if there are any
+        self.last_words: Callable[[BaseException], None] = lambda error: None
 
     def poll(self) -> bool:
         """Whether to stop now; all processes poll equally often, and stop at the same poll."""
         self.requested = self.peers.poll() if self.peers else bool(self.signal)
+        now = time.monotonic()
+        self.longest_sec = max(self.longest_sec, now - self._polled)
+        self.polls, self._polled = self.polls + 1, now
         return self.requested
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Let nobody expect a poll while the block compiles."""
+        plan, self.plan, self.allowance_sec = self.plan, COMPILING, watchdog.COMPILING_SEC
+        try:
+            yield
+        finally:
+            self.plan, self.allowance_sec, self._polled = plan, 0.0, time.monotonic()
 
 
 @contextlib.contextmanager
-def catch() -> Iterator[Stop]:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into `stop.signal` until the block ends.
+def catch(grace_sec: float = watchdog.GRACE_SEC) -> Iterator[Stop]:
+    """Turns SIGTERM, SIGINT, SIGUSR1 and SIGHUP into `stop.signal` until the block ends.
 
     Poll it wherever the program waits: between steps, evaluation batches and pieces of data
     preparation. During compilation the signal is kept and seen at the next poll. Repeats change
-    nothing, so that a save completes, except that a third SIGINT kills. Main thread only.
+    nothing, so that a save completes, except that a third SIGINT kills. A process that does not
+    poll for `grace_sec` after a signal is stuck, and ended. Main thread only.
     """
     stop = Stop()
     interrupts = 0
+    ways_out = {
+        1: ". Ctrl-C twice more kills at once, without saving",
+        2: ". Press Ctrl-C again to kill without saving",
+    }
 
     def handle(number, frame):
         nonlocal interrupts
@@ -43,15 +78,54 @@ def catch() -> Iterator[Stop]:
         if interrupts == 2:
             # The default action is the kernel's: the third works even while Python is blocked.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        again = ". Press Ctrl-C again to kill without saving" if interrupts == 2 else ""
+        way_out = ways_out.get(interrupts, "") if number == signal.SIGINT else ""
         name = signal.Signals(number).name
-        stop.signal = stop.signal or name
-        # os.write, because print may be what the signal interrupted.
-        os.write(2, f"{name}: finishing the step, then saving{again}\n".encode())
+        _say(f"{name}: {stop.plan}{way_out}")
+        if not stop.signal:
+            stop.signal = name
+            watch()
 
-    previous = {number: signal.signal(number, handle) for number in SIGNALS}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with watchdog.watching(stop, grace_sec) as watch:
+        previous = {number: signal.signal(number, handle) for number in _heard()}
+        try:
+            yield stop
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def end_at_once() -> None:
+    """Let signals end the process in silence, as long as nothing that it holds could be lost.
+
+    A KeyboardInterrupt in the seconds that imports take would show dozens of frames of libraries,
+    or be swallowed by a callback of theirs.
+    """
+    for number in _heard():
+        signal.signal(number, _end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see startup.use_huge_pages
+
+
+def raise_interrupts() -> None:
+    """Undo `end_at_once`: Ctrl-C raises KeyboardInterrupt again, the others kill."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is _end:
+            usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, usual)
+
+
+def _heard() -> list[signal.Signals]:
+    """All SIGNALS, but for SIGHUP where nohup has it ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
+
+
+def _end(number, frame) -> None:
+    os._exit(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
+
+
+def _say(text: str) -> None:
+    """A line on standard error; on a terminal in place of the progress bar, which is drawn anew."""
+    with contextlib.suppress(OSError):  # the terminal may be what has gone
+        clear = "\r\x1b[2K\n" if os.isatty(2) else ""
+        # os.write, because print may be what the signal interrupted.
+        os.write(2, f"{clear}{text}\n".encode())

@@ -12,6 +12,7 @@ resumes at step N cuts what came after step N, and its "resume" line says what t
 
 import contextlib
 import datetime
+import io
 import json
 import math
 import numbers
@@ -68,7 +69,7 @@ class Logger:
         self.spent |= {"init": now - started - restore_sec, "restore": restore_sec}
         self._told = dict.fromkeys(SPENT, 0.0)
         self._timing = False
-        self._file = self._tensorboard = self._wandb = None
+        self._file, self._trackers = None, []
         if process_index != 0:
             return
 
@@ -76,8 +77,7 @@ class Logger:
         lines, reached = _cut(workdir / FILE, resume_step)
         self._path = workdir / FILE
         self._pending = b""
-        # Unbuffered: a line is with the operating system when write() returns.
-        self._file = open(self._path, "ab", buffering=0)
+        self._failed = False
         self._zero = started - reached
         fields = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
         fields["command"] = command(sys.argv)
@@ -86,11 +86,14 @@ class Logger:
         if wandb:
             known = [line["wandb_id"] for line in lines if "wandb_id" in line]
             fields["wandb_id"] = known[-1] if known else secrets.token_hex(4)
-            self._wandb = trackers.wandb(workdir, fields["wandb_id"], config or {})
+            self._trackers.append(
+                trackers.Wandb(workdir, fields["wandb_id"], config or {}, resumed=bool(lines))
+            )
         if tensorboard:
             # What an earlier sitting wrote for the steps to be repeated is hidden.
             purge = resume_step + 1 if lines else None
-            self._tensorboard = trackers.tensorboard(workdir, purge)
+            self._trackers.append(trackers.TensorBoard(workdir / "tensorboard", purge))
+        self._file = _append_to(self._path)  # last, since nothing above closes it again
         self.event("resume" if lines else "start", step=resume_step, **fields)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -105,11 +108,8 @@ class Logger:
             return
         metrics = {name: _number(value) for name, value in metrics.items()}
         self._append({"step": step, **self._clock(), **metrics})
-        for name, value in metrics.items() if self._tensorboard else ():
-            self._tensorboard.add_scalar(name, value, step)
-        if self._wandb:
-            # Its own counter would drop the steps repeated after a resume; ours is a metric.
-            self._wandb.log({"step": step, **metrics})
+        for tracker in self._trackers:
+            tracker.write(step, metrics)
 
     def event(self, name: str, **fields: Any) -> None:
         """Append one event with fields that are JSON; pass `step=` where there is one.
@@ -140,10 +140,8 @@ class Logger:
         self._flush()
         self._file.close()
         self._file = None
-        if self._tensorboard:
-            self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish()
+        for tracker in self._trackers:
+            tracker.close()
         if self._pending:
             raise CheckpointError(
                 f"the last lines of {self._path} could not be written; free some space"
@@ -170,10 +168,16 @@ class Logger:
     def _flush(self) -> None:
         """Write what is pending; on a full disk it waits for the next line, and the run goes on."""
         try:
+            if self._pending and not self._path.exists():  # removed: lines would go nowhere
+                self._file.close()
+                self._file = _append_to(self._path)
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
+            self._failed = False
         except OSError as error:
-            print(f"warning: cannot write {self._path} now: {error.strerror}", file=sys.stderr)
+            if not self._failed:
+                print(f"warning: cannot write {self._path} now: {error.strerror}", file=sys.stderr)
+            self._failed = True
 
 
 def read(workdir: str | os.PathLike) -> tuple[list[dict], list[dict]]:
@@ -206,6 +210,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
+
+
+def _append_to(path: Path) -> io.FileIO:
+    # Unbuffered: a line is with the operating system when write() returns.
+    return open(path, "ab", buffering=0)
 
 
 def _cut(path: Path, last_step: int) -> tuple[list[dict], float]:

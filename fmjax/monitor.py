@@ -73,6 +73,7 @@ class Monitor:
         self._sums |= {name: np.asarray(pair) for name, pair in window["sums"].items()}
         self._scalars |= {name: list(map(float, past)) for name, past in window["scalars"].items()}
         self.timed, self.part = self._logger.timed, self._progress.part
+        self.doing = self._progress.doing
         if first and not arm:
             self._progress.print(f"resuming at step {first} of {run.total} (verified checkpoint)")
 

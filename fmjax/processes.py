@@ -19,7 +19,7 @@ import jax
 from jax._src import distributed as jax_distributed  # the one way to its key-value store
 
 from fmjax import config as configs
-from fmjax import sharding
+from fmjax import devices, sharding
 from fmjax.data import cache
 from fmjax.errors import ConfigError, ResourceError
 from fmjax.interrupt import Stop
@@ -40,7 +40,7 @@ def start(config: Any, stop: Stop | None = None) -> Iterator[jax.sharding.Mesh]:
     between all processes, and an error of one ends all with its exit code. Raises ConfigError where
     counts do not fit or the processes were started with different configs; ends the process with
     the exit code of a ResourceError where the others do not come within
-    config.distributed.timeout_sec.
+    config.distributed.timeout_sec. Raises ResourceError where there is no device.
     """
     global _peers
     _connect(config.distributed)
@@ -55,6 +55,7 @@ def start(config: Any, stop: Stop | None = None) -> Iterator[jax.sharding.Mesh]:
             if _peers.index > 0:
                 _silence()
         stack.enter_context(together())
+        devices.require()
         _compare(config)
         mesh = sharding.make_mesh(**config.mesh)
         stack.enter_context(jax.set_mesh(mesh))

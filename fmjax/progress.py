@@ -83,6 +83,19 @@ class Progress:
         show = self._bar.show if self._bar else seldom(self.print)
         return lambda share: show(f"{what} {percent(share)}")
 
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Show `what` in the bar, where there is one, until the block ends."""
+        if not self._bar:
+            yield
+            return
+        before = self._bar.numbers
+        self._bar.show(what)
+        try:
+            yield
+        finally:
+            self._bar.show(before)
+
     def saved(self, step: int) -> None:
         """Remember the last checkpoint, for the next `log`."""
         self._saved = step
@@ -212,6 +225,7 @@ class _Bar:
             refresh_per_second=4,
         )
         self._rich.start()
+        self.numbers = ""
         self._task = self._rich.add_task("", total=total, completed=start, numbers="")
         self.room = self._console.width - len(f"step {total}/{total}") - 16 - 3
 
@@ -219,6 +233,7 @@ class _Bar:
         self._rich.update(self._task, completed=step)
 
     def show(self, numbers: str) -> None:
+        self.numbers = numbers
         self._rich.update(self._task, numbers=numbers)
 
     def print(self, text: str) -> None:

@@ -25,7 +25,8 @@ class Check(NamedTuple):
 
 
 class Modules(NamedTuple):
-    """The files of a folder of the package that define a function or class of this name."""
+    """The files of a folder of the package that define a function or class, given as a regular
+    expression over the text after `def` or `class`."""
 
     folder: str
     defines: str
@@ -349,7 +350,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"distributed\.num_processes|beams", POSITIVE),
     ("length_penalty", NON_NEGATIVE),
     (r"distributed\.coordinator", ADDRESS),
-    (r"distributed\.(timeout|heartbeat)_sec", _whole(10, 86400)),
+    (r"distributed\.(timeout|heartbeat|grace)_sec", _whole(10, 86400)),
     (
         r"seed|limit|step|layer|keep_best|data\.(max_documents|examples)|distributed\.process_id",
         COUNT,
@@ -424,5 +425,5 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"objectives\.mlm\.(validation\.)?mask", MASKS),
     (r"((objectives\.[^.]+|model)\.)?pool", POOLS),
     (r"model\.name", Modules("models", "Model", also=("init",))),
-    ("task", Modules("", "run")),
+    ("task", Modules("", r"run\(\s*config")),  # trials.py has a `run` that is no task
 )

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fmjax import trees
+from fmjax import devices, trees
 from fmjax.errors import ConfigError
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -46,14 +46,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, expert: int = 1) -
     Raises ConfigError naming the legal counts.
     """
     sizes = dict(zip(AXES, (data, fsdp, expert, tensor), strict=True))
-    devices = jax.device_count()
+    available = jax.device_count()
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1 or devices % fixed or (not free and fixed != devices):
-        divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    if len(free) > 1 or available % fixed or (not free and fixed != available):
+        divisors = [n for n in range(1, available + 1) if available % n == 0]
         raise ConfigError(
-            f"config.mesh={sizes} does not fit {devices} devices: the product of the axes must be "
-            f"{devices}, one axis may be -1 (takes the rest), sizes can be {divisors}."
+            f"config.mesh={sizes} does not fit {available} devices: the product of the axes must "
+            f"be {available}, one axis may be -1 (takes the rest), sizes can be {divisors}."
         )
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
@@ -61,27 +61,25 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, expert: int = 1) -
             f"the processes have different numbers of devices ({dict(counts)}): give each the same "
             "number, for each feeds the same number of rows."
         )
-    shape = tuple(devices // fixed if size == -1 else size for size in sizes.values())
+    shape = tuple(available // fixed if size == -1 else size for size in sizes.values())
     # Auto: the compiler propagates layouts. Explicit axes (the default of make_mesh) reject Linen's
     # modules.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def table(mesh: jax.sharding.Mesh) -> str:
-    """What the program runs on, for people; "" for the one CPU device that every machine has.
+    """What the program runs on, for people.
 
-    devices     16 x TPU v5 lite, 15.7 GiB each, 4 in each of 4 processes
+    devices     16 x TPU v5 lite (tpu), 15.7 GiB each, 4 in each of 4 processes
     mesh        data 2 x fsdp 4 x tensor 2
     """
     device = mesh.local_mesh.devices.flat[0]
-    if mesh.size == 1 and device.platform == "cpu":
-        return ""
-    facts = [f"{mesh.size} x {device.device_kind}"]
-    if memory := (device.memory_stats() or {}).get("bytes_limit"):
-        facts.append(f"{memory / 2**30:.1f} GiB each")
+    facts = [devices.describe(device, mesh.size)]
     if jax.process_count() > 1:
         facts.append(f"{mesh.local_mesh.size} in each of {jax.process_count()} processes")
     lines = [f"devices     {', '.join(facts)}"]
+    if device.platform == "cpu" and (idle := devices.unused()):
+        lines.append(f"            {idle}")
     if mesh.size > 1:
         lines.append("mesh        " + " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items()))
     return "\n".join(lines)

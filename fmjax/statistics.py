@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize, stats
 
 EXACT = 12  # pairs up to which all 2^n signs are tried
 
@@ -60,6 +59,8 @@ def p_value(found: Estimate) -> float:
     where nothing varies, as with two seeds that agree to the last digit: that is no certainty."""
     if found.error <= 1e-9 * max(1.0, abs(found.mean)):
         return 1.0 if found.mean == 0 else float("nan")
+    from scipy import optimize  # inside, as its second is not for everybody who lists a sweep
+
     beyond = lambda log: _reach(found.parts, np.exp(log)) - abs(found.mean)
     least = np.log(1e-60)
     return float(np.exp(optimize.brentq(beyond, least, 0))) if beyond(least) > 0 else 0.0
@@ -67,6 +68,8 @@ def p_value(found: Estimate) -> float:
 
 def _reach(parts: Sequence[tuple[float, int]], miss: float) -> float:
     """Half of the interval that misses the mean in the share `miss` of all cases."""
+    from scipy import stats
+
     squares = [variance * stats.t.isf(miss / 2, freedom) ** 2 for variance, freedom in parts]
     return float(np.sqrt(sum(squares)))
 
@@ -100,6 +103,8 @@ def holm(p: Sequence[float] | np.ndarray) -> list[float]:
 def detectable(found: Estimate, level: float = 0.95, power: float = 0.8) -> float:
     """The true difference that an interval of this level would keep apart from zero in `power` of
     all cases, if errors are what they were found to be."""
+    from scipy import optimize, stats
+
     if not found.error:
         return 0.0
     # Over what the variances may be estimated as; of each as many as of the other, in no order.

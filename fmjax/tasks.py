@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from fmjax import config as configs
-from fmjax import rules, workdir
+from fmjax import interrupt, output, rules, workdir
 from fmjax.errors import ConfigError
 
 
@@ -34,4 +34,7 @@ def start(
         workdir.check(folder, config, fresh=fresh)  # Before the seconds that jax takes.
     with workdir.memory_errors(), configs.missing_keys(file):
         task = importlib.import_module(f"fmjax.{config.task}")
+        interrupt.raise_interrupts()
         task.run(config, Path(folder), **{key: given[key] for key in given if key in takes})
+    if "fresh" not in takes or dry_run:  # others keep in a folder all that they print
+        output.check()

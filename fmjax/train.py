@@ -39,10 +39,12 @@ from fmjax import (
     report,
     sharding,
     trees,
+    watchdog,
     workdir,
 )
 from fmjax import config as configs
 from fmjax.arms import Arms
+from fmjax.cleanup import FirstError
 from fmjax.errors import ConfigError, NumericsError, Preempted, did_you_mean
 from fmjax.monitor import Monitor
 from fmjax.progress import FALLING
@@ -66,7 +68,9 @@ def run(
     """
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(interrupt.catch())
+        grace_sec = config.distributed.get("grace_sec", watchdog.GRACE_SEC)
+        stop = stack.enter_context(interrupt.catch(grace_sec))
+        stop.plan = interrupt.PREPARING
 
         def poll():
             if stop.signal:
@@ -80,12 +84,12 @@ def run(
             pretrained.check_head(together.wide.config, together.wide.dataset.labels)
             with contextlib.closing(train_batches(together)) as batches:
                 return plan.show(together, next(batches))
-        if table := sharding.table(mesh):
-            print(table)
+        print(sharding.table(mesh))
         writes = jax.process_index() == 0
 
         how = dict(fresh=fresh, writes=writes, first=processes.first)
         folder = stack.enter_context(workdir.open(workdir_path, config, **how))
+        stop.last_words = folder.close
         with processes.together(folder.close), workdir.memory_errors():
             with contextlib.ExitStack() as opened:
                 each = zip(workdir.of_arms(folder.path, config), configs.arms(config), strict=True)
@@ -122,7 +126,7 @@ def loop(
     config = together.wide.config  # for what the runs share
     every = {name: together.wide.steps(config[f"{name}_every"]) for name in ("log", "eval", "save")}
     due = lambda name: step == total or (every[name] and step % every[name] == 0)
-    with contextlib.ExitStack() as cleanup:
+    with FirstError() as cleanup:
         mode = "min" if config.best.endswith(FALLING) else "max"
         kept = dict(keep=config.keep, keep_best=config.keep_best, best=config.best, best_mode=mode)
         paths = [folder.path for folder in folders]
@@ -158,7 +162,7 @@ def loop(
         ]
         timed = functools.partial(monitor.timed, monitors)
         asked = [exams.Exams(run) for run in runs]
-        train_step, eval_step = compiled(together, monitors, asked[0].names)
+        train_step, eval_step = compiled(together, monitors, asked[0].names, stop)
 
         def evaluate_all():
             seen = dataclasses.replace(current, params=measured_params(together.wide, current))
@@ -176,6 +180,7 @@ def loop(
                     own = begin.moving(run, together.apart(current, arm))
                     one.save(saver, step, own, meta(run, batches, one, still))
 
+        stop.plan = interrupt.STEPPING
         if due("eval") and any(one.owes_evaluation(step) for one in monitors):
             evaluate_all()
         while step < total and not stop.poll():
@@ -240,7 +245,7 @@ def meta(run: Run, batches: Any, monitor: Monitor, still: str) -> dict[str, Any]
 
 
 def compiled(
-    together: Arms, monitors: Sequence[Monitor], asked: Sequence[str]
+    together: Arms, monitors: Sequence[Monitor], asked: Sequence[str], stop: interrupt.Stop
 ) -> tuple[Callable, Callable]:
     """The train step, with the state donated, and the jitted evaluation step; the former is
     compiled when the first batch of each width comes. `asked` are metrics of `exams`."""
@@ -250,7 +255,11 @@ def compiled(
     def program(state, batch):
         width = batch["segment_ids"].shape[-1]
         if width not in programs:
-            with monitor.timed(monitors, "compile"):
+            with (
+                monitor.timed(monitors, "compile"),
+                monitors[0].doing("compiling …"),
+                stop.compiling(),
+            ):
                 traced = jitted.trace(together.abstract, together.batch_spec(width))
                 for one, flops in zip(monitors, together.flops(width, traced), strict=True):
                     one.flops[width] = flops

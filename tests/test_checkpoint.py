@@ -1,6 +1,7 @@
 """Saving and restoring. What `row12` in a name means is in faults/test_table.py; the values
 expected are derived by hand in each test."""
 
+import gc
 import os
 import resource
 import socket
@@ -28,7 +29,7 @@ from saved_states import (
     steps,
 )
 
-from fmjax import checkpoint, manifest, optim, spikes
+from fmjax import checkpoint, cleanup, manifest, optim, spikes
 from fmjax.checkpoint import Checkpointer, load_params
 from fmjax.errors import CheckpointError, ConfigError
 
@@ -180,6 +181,39 @@ def test_row23_disk_full_for_good_aborts(checkpointer, tmp_path, full_disk):
             until(ckpt.check)
     assert attempts == 3 and caught.value.exit_code == 4
     assert os.listdir(tmp_path / "checkpoints") == ["1"]
+
+
+def test_row23_a_failed_save_is_one_line(checkpointer, full_disk, caplog):
+    ckpt = checkpointer()
+    assert ckpt.save(1, large_state(), {})
+    until(lambda: ckpt.check() or ckpt._failures == 1)
+    gc.collect()  # where asyncio says what nobody asked for
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert line.startswith("saving step 1 failed (1 of 3); next attempt in ")
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_row23_errors_of_closing_are_lines(checkpointer, monkeypatch, caplog):
+    """orbax raises what its threads have found; the error before is the one that counts."""
+    ckpt, closed = checkpointer(), []
+
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ckpt._orbax, "close", fail)
+    monkeypatch.setattr(ckpt._worker, "shutdown", lambda: closed.append(True))
+    with pytest.raises(KeyError), cleanup.FirstError() as opened:
+        opened.callback(ckpt.close)
+        opened.callback(fail)
+        raise KeyError
+    assert closed == [True]
+    assert [record.getMessage() for record in caplog.records] == [
+        "while checkpoints are closed: [Errno 28] No space left on device",
+        "while ending: OSError: [Errno 28] No space left on device",
+    ]
+    with pytest.raises(OSError), cleanup.FirstError() as opened:
+        opened.callback(fail)
+    monkeypatch.undo()
 
 
 def test_row23_wait_repeats_the_last_save(checkpointer, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ def child(*signals):
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_row07_a_signal_is_noted_and_its_handler_given_back(number, capfd):
     before = signal.getsignal(number)
     with interrupt.catch() as stop:
@@ -54,3 +54,28 @@ def test_row06_the_first_signal_is_remembered_and_repeats_do_not_break_the_block
 def test_row06_the_third_interrupt_kills():
     done = child("SIGINT", "SIGINT", "SIGINT")
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "")
+
+
+def test_the_first_ctrl_c_says_how_to_leave_at_once():
+    assert (
+        "SIGINT: finishing the step, then saving. Ctrl-C twice more kills" in child("SIGINT").stderr
+    )
+
+
+def test_on_a_terminal_the_bar_makes_room_for_the_message(monkeypatch):
+    written = []
+    monkeypatch.setattr(os, "isatty", lambda descriptor: True)
+    monkeypatch.setattr(os, "write", lambda descriptor, text: written.append((descriptor, text)))
+    with interrupt.catch() as stop, stop.compiling():
+        signal.raise_signal(signal.SIGTERM)
+    assert written == [(2, b"\r\x1b[2K\nSIGTERM: compiling, then saving\n")]
+
+
+def test_a_terminal_that_has_gone_does_not_break_the_handler(monkeypatch):
+    def fail(*_):
+        raise OSError("Input/output error")
+
+    with interrupt.catch() as stop:
+        monkeypatch.setattr(os, "write", fail)
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.poll() and stop.signal == "SIGHUP"

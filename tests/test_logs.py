@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from common import ROOT
 
-from fmjax import logs
+from fmjax import logs, trackers
 from fmjax.errors import CheckpointError, ConfigError
 
 
@@ -234,7 +234,7 @@ def test_tensorboard_does_not_load_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise AssertionError")
     program = (
         "import sys; from pathlib import Path; from fmjax import trackers; "
-        "trackers.tensorboard(Path(sys.argv[1]), None); print('torch' in sys.modules)"
+        "trackers.TensorBoard(Path(sys.argv[1]), None); print('torch' in sys.modules)"
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-c", program, str(tmp_path)]
@@ -260,3 +260,88 @@ def test_missing_wandb_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     with pytest.raises(ConfigError, match=r"fmjax\[wandb\]"):
         open_log(tmp_path, wandb=True)
+
+
+def test_a_disk_that_is_full_for_a_time_costs_tensorboard_that_time(tmp_path, monkeypatch, capsys):
+    clock = SimpleNamespace(now=0.0)
+    times = SimpleNamespace(monotonic=lambda: clock.now, time=lambda: 1e9 + clock.now)
+    monkeypatch.setattr(trackers, "time", times)
+    board = trackers.TensorBoard(tmp_path, None)
+    board.write(1, {"before": 1.0})
+    writer = board._writer
+
+    def refuse(event):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "write_event", refuse)
+    for step in range(2, 100):  # more than any queue holds
+        board.write(step, {"meanwhile": 1.0})
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "No space left on device); the run continues" in said
+    clock.now += trackers.RETRY_SEC
+    board.write(100, {"after": 1.0})
+    board.close()
+    first, second = sorted(tmp_path.iterdir())
+    assert b"before" in first.read_bytes() and b"after" in second.read_bytes()
+    assert b"meanwhile" not in first.read_bytes() + second.read_bytes()
+
+
+def test_a_folder_of_tensorboard_that_cannot_be_made_is_left_out(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file")
+    with logs.Logger(tmp_path, tensorboard=True) as log:
+        log.write(1, {"loss": 1.0})
+    assert capsys.readouterr().err.count("TensorBoard's files") == 1
+    assert len(logs.read(tmp_path)[0]) == 1
+
+
+def broken_wandb(monkeypatch, name):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no network\nand more")
+
+    names = ("init", "define_metric", "log", "finish")
+    fake = SimpleNamespace(**dict.fromkeys(names, lambda *args, **kwargs: None) | {name: fail})
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+
+
+@pytest.mark.parametrize("name", ["log", "finish"])
+def test_wandb_that_fails_is_left_out_and_the_run_continues(tmp_path, monkeypatch, capsys, name):
+    broken_wandb(monkeypatch, name)
+    with open_log(tmp_path, wandb=True) as log:
+        for step in (1, 2):
+            log.write(step, {"loss": 1.0})
+    said = capsys.readouterr().err
+    assert said.count("Weights & Biases is left out from here on (no network); the run") == 1
+    assert len(logs.read(tmp_path)[0]) == 2
+
+
+def test_wandb_that_does_not_begin_refuses_a_new_run_and_not_one_that_resumes(
+    tmp_path, monkeypatch, capsys
+):
+    broken_wandb(monkeypatch, "init")
+    with pytest.raises(ConfigError, match="config.wandb=True: .*no network. Run `wandb login`"):
+        open_log(tmp_path, wandb=True)
+    open_log(tmp_path).close()
+    open_log(tmp_path, wandb=True).close()
+    assert "left out from here on" in capsys.readouterr().err
+
+
+def test_lines_go_to_a_new_file_where_the_old_one_was_removed(tmp_path):
+    with open_log(tmp_path) as log:
+        (tmp_path / logs.FILE).unlink()
+        log.write(1, {"loss": 1.0})
+        assert lines(tmp_path)[0]["loss"] == 1.0
+
+
+def test_a_disk_that_stays_full_is_said_once(tmp_path, capsys):
+    log = open_log(tmp_path)
+    real = log._file
+
+    def refuse(data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log._file = SimpleNamespace(write=refuse, close=real.close)
+    for step in range(5):
+        log.write(step, {})
+    assert capsys.readouterr().err.count("cannot write") == 1
+    log._file = real
+    log.close()

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,8 +20,8 @@ from common import ROOT
 from runs import TOTAL, contents, ended, history, reached, run, start, status, wait
 
 from fmjax import config as configs
-from fmjax import logs, sharding, workdir
-from fmjax.errors import ConfigError
+from fmjax import devices, logs, sharding, workdir
+from fmjax.errors import ConfigError, ResourceError
 
 pytest_plugins = ["runs"]
 
@@ -195,13 +196,45 @@ def test_row13_layouts_that_do_not_fit_the_processes_are_refused(monkeypatch):
         sharding.make_mesh()
 
 
-def test_the_devices_are_shown_unless_there_is_only_the_cpu():
+def test_the_devices_are_shown_also_where_there_is_only_the_cpu(monkeypatch):
     mesh = sharding.make_mesh(data=4, tensor=2)
     assert sharding.table(mesh) == (
         "devices     8 x cpu\nmesh        data 4 x fsdp 1 x expert 1 x tensor 2"
     )
     alone = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), sharding.AXES)
-    assert sharding.table(alone) == ""
+    assert sharding.table(alone) == "devices     1 x cpu"
+    monkeypatch.setattr(devices, "unused", lambda: "this machine has a GPU that jax cannot use")
+    assert sharding.table(alone).endswith(
+        "\n            this machine has a GPU that jax cannot use"
+    )
+
+
+def test_a_kind_of_device_is_shown_with_its_platform_and_memory():
+    stats = {"bytes_limit": 139 * 2**30}
+    gpu = SimpleNamespace(device_kind="NVIDIA H200", platform="gpu", memory_stats=lambda: stats)
+    assert devices.describe(gpu, 8) == "8 x NVIDIA H200 (gpu), 139.0 GiB each"
+
+
+@pytest.mark.parametrize(
+    "platform, error, advice",
+    [
+        ("cuda", AssertionError(), r"pip install -e '.\[gpu\]'"),  # jax as it is without the plugin
+        (
+            "tpu",
+            RuntimeError("Unable to initialize backend 'tpu': no libtpu\nmore"),
+            r"no libtpu\)",
+        ),
+    ],
+)
+def test_a_platform_without_a_device_is_an_error_of_one_line(platform, error, advice, monkeypatch):
+    def fail():
+        raise error
+
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(ResourceError, match=f"JAX_PLATFORMS={platform}: .*{advice}") as caught:
+        devices.require()
+    assert caught.value.exit_code == 6 and "\n" not in str(caught.value)
 
 
 # ---- Slow: four processes, and deaths that take a heartbeat to be noticed -------------------

@@ -180,3 +180,15 @@ def test_a_part_outside_the_loop_is_a_bar_or_lines(clock, monkeypatch):
     with progress.part(lines.append, enabled=False) as show:
         show(0.5, "6 files")
     assert not progress.sys.stderr.getvalue()
+
+
+def test_the_bar_says_what_is_done_meanwhile():
+    with progress.Progress(10, file=Terminal()) as shown:
+        shown.log(1, METRICS)
+        before = shown._bar.numbers
+        with shown.doing("compiling …"):
+            assert shown._bar.numbers == "compiling …"
+        assert shown._bar.numbers == before
+    with progress.Progress(10, file=io.StringIO()) as shown, shown.doing("compiling …"):
+        pass
+    assert shown._file.getvalue() == ""

@@ -30,7 +30,7 @@ from runs import (
     write_corpus,
 )
 
-from fmjax import checkpoint, evaluate, logs, workdir
+from fmjax import checkpoint, evaluate, interrupt, logs, workdir
 from fmjax import config as configs
 from fmjax.errors import NumericsError
 
@@ -76,6 +76,8 @@ MOMENTS = [  # (what happens, the step that is then reached)
     ("term:evaluate", [40]),
 ]
 
+PLANS = {"term:prepare": interrupt.PREPARING, "term:compile": interrupt.COMPILING}
+
 
 @pytest.mark.parametrize(
     "which", [(0, 2, 4), pytest.param(range(len(MOMENTS)), marks=pytest.mark.slow)], ids=str
@@ -98,7 +100,7 @@ def test_row04_row05_row06_stopped_at_every_moment_ends_bit_identical(
         assert status(folder)["state"] == "preempted" and status(folder)["exit_code"] == 75
         assert (resumed in done.stdout) == (step > 0)
         *notices, error = done.stderr.splitlines()
-        assert set(notices) == {"SIGTERM: finishing the step, then saving"}
+        assert set(notices) == {f"SIGTERM: {PLANS.get(faults, interrupt.STEPPING)}"}
         assert "stopped by SIGTERM" in error and "the same command goes on" in error
         step = status(folder)["step"]
         assert step in steps, faults

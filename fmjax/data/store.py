@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fmjax import progress
+from fmjax import interrupt, progress
 from fmjax.data import cache, vocabulary
 from fmjax.data.sources import Document, Source
 from fmjax.data.tokenizer import Prepared, encoder
@@ -154,8 +154,8 @@ def _died(chunk: list[Document]) -> DataError:
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # The parent decides when to stop: a Ctrl-C or a scheduler signals the whole group.
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+    for number in interrupt.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     # Without this a SIGKILLed parent leaves its workers waiting for ever.
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

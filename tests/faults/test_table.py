@@ -20,6 +20,7 @@ ROWS = {
     7: "SIGUSR1: as 4",
     8: "SIGTERM to one of several processes: all save the same step",
     9: "SIGKILL of one of several processes: the others end, a restart resumes",
+    10: "a process that is stuck when a signal comes: it says where, and ends with exit code 75",
     11: "a process that never comes: the others give up and say which",
     12: "another number of devices: the same data, losses to 1e-6, parameters close",
     13: "a batch or an axis that devices do not divide: refused before anything is compiled",
@@ -65,7 +66,6 @@ ROWS = {
     52: "a data worker that fails or dies: named, and no process is left behind",
 }
 WITHOUT = {
-    10: "A process that stands still is left to the scheduler: there is no watchdog yet.",
     17: "The wall clock is only printed; what is measured uses time.monotonic.",
     32: "Checkpoints lie on file systems; object stores come with a later part.",
 }
