@@ -12,7 +12,7 @@ from typing import Any
 import filelock
 from ml_collections import ConfigDict
 
-from fmjax import comparisons, sweep_report, workdir
+from fmjax import comparisons, lock, sweep_report, workdir
 from fmjax import config as configs
 from fmjax.logs import command
 from fmjax.progress import SCORES, duration, spread, table
@@ -215,7 +215,7 @@ def _number_of(results: Sequence[Mapping[str, Any]], metric: str) -> str:
 def _state(folder: Path, trial: Any) -> str:
     """How far one is that has no record."""
     held = [folder / "locks" / f"{trial.name}.json", folder / trial.name / "lock.json"]
-    runs = any(map(workdir.is_locked, held))
+    runs = any(map(lock.is_locked, held))
     own = workdir.of_arms(folder / trial.name, trial.config)
     steps = [status["step"] for path in own if (status := _json(path / "status.json"))]
     at = f" at step {min(steps)}" if steps else ""

@@ -38,6 +38,7 @@ from fmjax import (
     processes,
     report,
     sharding,
+    storage,
     trees,
     workdir,
 )
@@ -86,7 +87,8 @@ def run(
 
         how = dict(fresh=fresh, writes=writes, first=processes.first)
         folder = stack.enter_context(workdir.open(workdir_path, config, **how))
-        with processes.together(folder.close), workdir.memory_errors():
+        stack.enter_context(processes.together(folder.close))
+        with workdir.memory_errors(), storage.writing_in(folder.path):
             with contextlib.ExitStack() as opened:
                 each = zip(workdir.of_arms(folder.path, config), configs.arms(config), strict=True)
                 folders = [folder]

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from fmjax import config as configs
-from fmjax import sweep_results, tasks, workdir
+from fmjax import lock, sweep_results, tasks, workdir
 from fmjax.errors import (
     ConfigError,
     FmjaxError,
@@ -213,8 +213,8 @@ def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) ->
     file, where = folder / f"{trial.name}.json", folder / trial.name
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(workdir.locked(folder / "locks", print, f"{trial.name}.json"))
-        except workdir.InUse as error:
+            stack.enter_context(lock.locked(folder / "locks", print, f"{trial.name}.json"))
+        except lock.InUse as error:
             print(f"\ntrial {trial.number} is being run already: {error}", flush=True)
             return
         before = read(folder, trial)
@@ -226,9 +226,9 @@ def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) ->
                 return
         if fresh and where.exists():
             try:
-                with workdir.locked(where, print):
+                with lock.locked(where, print):
                     shutil.rmtree(where)
-            except workdir.InUse as error:
+            except lock.InUse as error:
                 print(f"\ntrial {trial.number} is being run already: {error}", flush=True)
                 return
         file.unlink(missing_ok=True)
@@ -249,7 +249,7 @@ def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) ->
                 tasks.start(trial.config, where, file=spec.partition(":")[0])
         except Preempted:
             raise
-        except workdir.InUse as error:  # by a command of its own
+        except lock.InUse as error:  # by a command of its own
             print(f"trial {trial.number} is being run already: {error}", flush=True)
             return
         except Exception as error:  # A bug too is no reason not to try the others.
