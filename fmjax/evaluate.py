@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fmjax import build, data, logs, pretrained, processes, progress, sharding
+from fmjax import build, data, logs, pretrained, processes, progress, sharding, storage
 from fmjax import losses as array_losses
 from fmjax import objectives as losses
 from fmjax.data.settings import ALONE, DataSettings, read
@@ -322,7 +322,8 @@ def _show(text: str) -> None:
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Adds a line to a file of results, and says so."""
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(logs.plain(record)) + "\n")
+        with storage.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(logs.plain(record)) + "\n")
         _show(f"added to {path}")

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from fmjax import config as configs
 from fmjax import logs, step_folders
 from fmjax.errors import CheckpointError, ConfigError
+from fmjax.storage import read_object
 
 FILE = "config.json"
 # Written by a run that has trained; its log and its checkpoints are looked into.
@@ -115,11 +116,8 @@ def is_trained(folder: Path) -> bool:
 def _has_steps(folder: Path) -> bool:
     """Whether metrics.jsonl has a line of metrics, or status.json a step."""
     rows, _ = logs.read(folder)
-    try:
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-        return bool(rows or status["step"] or status["checkpoint"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return bool(rows)
+    status = read_object(folder / "status.json")
+    return bool(rows or status.get("step") or status.get("checkpoint"))
 
 
 def _other_run(folder: Path, rows: Rows) -> ConfigError:

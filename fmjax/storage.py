@@ -1,9 +1,11 @@
 """Errors of the file system as errors that say which file cannot be written, and what to do."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fmjax.errors import CheckpointError, quoted
 
@@ -39,12 +41,21 @@ def unwritable(path: str | os.PathLike, error: OSError) -> CheckpointError:
     )
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file that informs and that nothing depends on, {} for anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def check_name(path: Path) -> None:
     """Raises CheckpointError for a path that is no UTF-8, by which arrays are written and read."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise CheckpointError(
-            f"{quoted(str(path))} is not UTF-8, which checkpoints need: use another --workdir, or "
+            f"{quoted(str(path))} is not UTF-8, which checkpoints need: use another folder, or "
             "start with PYTHONUTF8=1 where the name is right"
         ) from error

@@ -44,7 +44,7 @@ from fmjax import (
 )
 from fmjax import config as configs
 from fmjax.arms import Arms
-from fmjax.errors import ConfigError, NumericsError, Preempted, did_you_mean
+from fmjax.errors import CheckpointError, ConfigError, NumericsError, Preempted, did_you_mean
 from fmjax.monitor import Monitor
 from fmjax.progress import FALLING
 from fmjax.setup import Run
@@ -147,7 +147,7 @@ def loop(
                 folder.failure = NumericsError(reason)
                 if together.alone:
                     raise folder.failure
-        if step == total and all(folder.finished or folder.failure for folder in folders):
+        if step == total and all(folder.finished for folder in folders):
             where = folders[0].path if together.alone else folders[0].path.parent.parent
             print(f"{where}: already finished at step {step}; --fresh starts over")
             return
@@ -370,11 +370,16 @@ def numerics_error(
         "examples": multihost_utils.process_allgather(batch["index"], tiled=True).tolist(),
         "gradient_norms": {name: str(norm) for name, norm in gradients.items()},
     }
+    where = f"{dump} names the examples and each layer's gradient norm."
     if jax.process_index() == 0:
-        dump.parent.mkdir(exist_ok=True)
-        dump.write_text(json.dumps(facts, indent=2))
+        try:
+            with storage.writing(dump):
+                dump.parent.mkdir(exist_ok=True)
+            workdir.write_atomic(dump, json.dumps(facts, indent=2))
+        except CheckpointError as error:  # The numbers are what ended the run.
+            where = f"{error}."
     return NumericsError(
         f"{monitor.bad_in_a_row} updates in a row were not finite, the last at step {step}; none "
-        f"was applied or saved. {dump} names the examples and each layer's gradient norm. Lower "
-        "config.optim.lr, raise config.optim.warmup, or leave examples out with config.data.skip."
+        f"was applied or saved. {where} Lower config.optim.lr, raise config.optim.warmup, or leave "
+        "examples out with config.data.skip."
     )

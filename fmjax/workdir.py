@@ -22,10 +22,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fmjax import config as configs
-from fmjax import run_config
+from fmjax import run_config, summary
 from fmjax.errors import CheckpointError, ConfigError, Preempted, ResourceError
 from fmjax.lock import Lock, locked
-from fmjax.storage import check_name, writing, writing_in
+from fmjax.storage import check_name, read_object, writing, writing_in
 
 EXAMPLES = "examples.npz"  # what each example of the last evaluation adds to its means
 ABOUT_EXAMPLES = ("label", "tokens", "step")  # what else is there
@@ -97,7 +97,10 @@ class Folder:
 
     @property
     def finished(self) -> bool:
-        """Whether an earlier sitting came to the end of the run, report and all."""
+        """Whether an earlier sitting came to the end of the run, or of what is left of the others
+        after it has failed, report and all."""
+        if self.failure:
+            return self.previous.get("state") == "failed"
         return self.previous.get("state") == "done" and self.previous.get("exit_code") == 0
 
 
@@ -256,14 +259,15 @@ def _remove(path: Path) -> None:
 
 
 def _read_status(file: Path) -> dict[str, Any]:
-    """status.json as `Folder` writes it, or {} for anything else: it informs, nothing depends on
-    it."""
-    try:
-        status = json.loads(file.read_text(encoding="utf-8"))
-        counts = [status["step"], status["checkpoint"]]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    """status.json as `Folder` writes it, or {} for anything else.
+
+    A run whose summary.json is damaged has not ended, so that it is written again.
+    """
+    status = read_object(file)
+    if not all(type(status.get(key)) is int for key in ("step", "checkpoint")):
         return {}
-    return status if all(type(count) is int for count in counts) else {}
+    unended = {"state": "running", "exit_code": None} if summary.is_damaged(file.parent) else {}
+    return status | unended
 
 
 def _now() -> str:

@@ -156,7 +156,7 @@ class Task:
         self.ran.append(key)
         if key in self.failing:
             raise self.failing[key]
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         found = {"metrics": {"validation/loss": config.optim.lr + config.seed}, "seconds": 1.5}
         (folder / "summary.json").write_text(json.dumps(found))
 
