@@ -24,10 +24,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore  # what orbax stores arrays with
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental import multihost_utils
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
-from fmjax import frozen, manifest, step_folders
+from fmjax import frozen, manifest, processes, step_folders
 from fmjax.errors import CheckpointError, ConfigError, did_you_mean
 from fmjax.storage import check_name
 
@@ -298,24 +297,13 @@ def _directory(workdir: str | Path) -> Path:
 
 def _find(directory: Path, step: int | None, *, quarantine: bool) -> int | None:
     """The undamaged step to restore. Process 0 reads and decides for all processes."""
-    found, error = None, None
-    if jax.process_index() == 0:
-        try:
-            if step is None:
-                found = step_folders.newest(directory, quarantine=quarantine)
-            else:
-                found = step_folders.intact(directory, step)
-        except CheckpointError as caught:
-            error = caught
-    if jax.process_count() > 1:
-        code = -2 if error else -1 if found is None else found
-        code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
-        found = None if code < 0 else code
-        if code == -2 and error is None:
-            error = CheckpointError("no usable checkpoint; the message of process 0 says why.")
-    if error:
-        raise error
-    return found
+
+    def find():
+        if step is None:
+            return step_folders.newest(directory, quarantine=quarantine)
+        return step_folders.intact(directory, step)
+
+    return processes.first(find)
 
 
 def _path(keys: Iterable[Any]) -> str:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fmjax import build, data, logs, pretrained, processes, progress, sharding, storage
+from fmjax import agreement, build, data, logs, pretrained, processes, progress, sharding, storage
 from fmjax import losses as array_losses
 from fmjax import objectives as losses
 from fmjax.data.settings import ALONE, DataSettings, read
@@ -33,7 +33,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     Where the config has None, a run folder is measured as while it was trained, any other as
     configs/mlm.py trains. Adds a line to evaluation.jsonl in the run folder, else in `workdir`.
     """
-    with processes.start(config) as mesh:
+    with processes.start(config, dry_run=dry_run) as mesh:
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
         measure = Measure(config, opened, mesh)
         settings, split = measure.settings, measure.split
@@ -83,6 +83,7 @@ class Measure:
         build.check_rows(opened.model, settings)
         self.settings, self.limit = settings, config.limit
         self.dataset = data.prepare(settings, {"name": str(opened.tokenizer)})
+        agreement.check_data(self.dataset)
         self.split = split_of(self.dataset, config.split, opened)
         check_labels(self.dataset, opened, self.goals)
         self.rows = min(len(self.split), self.limit * self.batch_size or len(self.split))

@@ -251,7 +251,7 @@ def stale(spec: str) -> str:
     file = file_of(spec)
     if not file.exists():
         return f"{file.name} is missing"
-    row = _read(file)
+    row = _read(file, digests=dict, expected=list)
     if row["digests"]["config"] != digest(spec):
         return f"{file.name} is of another config, or of other expectations"
     broken = [one["metric"] for one in row["expected"] if one["verdict"] == "broken"]
@@ -267,7 +267,7 @@ def render(text: str) -> str:
 
     def again(match: re.Match) -> str:
         name, metric, form, *group = match["what"].split(maxsplit=3)
-        row = _read(FOLDER / f"{name}.json")
+        row = _read(FOLDER / f"{name}.json", groups=dict)
         groups = row["groups"]
         told = groups[group[0]] if group else next(iter(groups.values()))
         return f"{match[1]}{_shown(metric, told[metric], form)}{match[4]}"
@@ -275,9 +275,9 @@ def render(text: str) -> str:
     return MARKED.sub(again, text)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, **kinds: type) -> dict[str, Any]:
+    """A row that has keys of these kinds."""
     row = storage.read_object(file)
-    kinds = {"digests": dict, "expected": list, "groups": dict}
     if not all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
         raise CheckpointError(f"{file} is damaged: --verify of its config writes it again")
     return row

@@ -75,7 +75,9 @@ def run(
                     f"stopped by {stop.signal} while preparing data; the same command goes on"
                 )
 
-        mesh = stack.enter_context(processes.start(config, stop))
+        workdir_path = os.path.abspath(workdir_path)
+        flags = dict(dry_run=dry_run, fresh=fresh, workdir=workdir_path)
+        mesh = stack.enter_context(processes.start(config, stop, **flags))
         if dry_run:
             together = arms.prepare(config, mesh, poll)
             pretrained.check_head(together.wide.config, together.wide.dataset.labels)
@@ -259,6 +261,7 @@ def compiled(
                 scores = [f"{o.name}/{score}" for o in run.objectives for score in o.scores]
                 check_best(run.config.best, [*lowered.out_info[1]["sums"], *scores, *asked])
                 programs[width] = lowered.compile()
+            processes.meet()  # some compile faster
         return programs[width](state, batch)
 
     return program, jax.jit(together.eval_step())

@@ -38,7 +38,6 @@ def _problem(record: Record) -> str:
         "state": str,
         "reason": str,
         "command": str,
-        "folder": str,
         "exit_code": int,
         "seconds": int | float,
         "results": list,

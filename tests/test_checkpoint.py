@@ -386,8 +386,13 @@ import jax, numpy as np
 index, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", 2, index)
 from jax.experimental.multihost_utils import sync_global_devices
+from jax._src.distributed import global_state
+from fmjax import processes
 from fmjax.checkpoint import Checkpointer, load_params
+from fmjax.interrupt import Stop
+from fmjax.peers import Peers
 from saved_states import abstract, array_file, flip
+processes._peers = Peers(global_state.client, index, 2, Stop(), 60.0)
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
 sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 def state(value):
@@ -408,6 +413,8 @@ assert load_params(folder)[0]["w"].sum() == 16
 ckpt.save(3, state(3), {})
 ckpt.wait()
 ckpt.close()
+processes.meet()
+processes._leave()
 """
     with socket.socket() as free:
         free.bind(("localhost", 0))

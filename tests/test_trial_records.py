@@ -84,7 +84,7 @@ WRONG = [{"metrics": {"a": []}}, {"metrics": {"a": "x"}}, {"metrics": 3}, {"arm"
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_results_of_other_kinds_are_none(tmp_path, wrong, capsys):
-    text = dict.fromkeys(("state", "reason", "command", "folder"), "")
+    text = dict.fromkeys(("state", "reason", "command"), "")
     record = text | {"exit_code": 0, "seconds": 1.0, "results": [RESULT], "config": {}}
     file = tmp_path / "a.json"
     file.write_text(json.dumps(record))
