@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from fmjax import summary as summaries
 from fmjax import workdir
 from fmjax.logs import plain
 from fmjax.progress import SCORES, spread, table
@@ -11,7 +12,7 @@ from fmjax.progress import SCORES, spread, table
 
 def write(folder: workdir.Folder, config: Any, arms: Sequence[workdir.Folder]) -> None:
     """Prints what each of the `arms` was measured at last, and writes all of it."""
-    each = [json.loads((arm.path / "summary.json").read_text(encoding="utf-8")) for arm in arms]
+    each = [summaries.read(arm.path) for arm in arms]
     values = {key: row for key, row in config.arms}
     found = {
         "arms": [

@@ -15,6 +15,7 @@ from fmjax import (
     frozen,
     groups,
     pretrained,
+    run_config,
     state,
     step_folders,
     workdir,
@@ -24,6 +25,7 @@ from fmjax.data import tokenizer
 from fmjax.errors import CheckpointError, ConfigError
 from fmjax.setup import Run
 from fmjax.state import TrainState
+from fmjax.storage import writing
 
 
 def states(
@@ -56,7 +58,8 @@ def states(
         # A run folder reads alone: evaluation, export and people need the tokenizer.
         for folder in folders:
             source = together.wide.dataset.tokenizer_dir
-            shutil.copytree(source, folder.path / "tokenizer", dirs_exist_ok=True)
+            with writing(folder.path / "tokenizer"):
+                shutil.copytree(source, folder.path / "tokenizer", dirs_exist_ok=True)
     current = together.together(created(together.runs))
     rest = together.wide.split(current.params)[1]
     still = frozen.save(checkpoints[0], rest) if jax.tree.leaves(rest) else ""
@@ -88,11 +91,15 @@ def restored(
 ) -> list[tuple[TrainState, dict[str, Any]]]:
     """(what moves, meta) of each run, all at the same step; [] where one has no checkpoint yet."""
 
-    def newest(run, saver, step=None):
-        same_data = lambda saved: data.check_fingerprint(saved["fingerprint"], fingerprint(run))
-        return saver.restore(moving(run, run.abstract), step, check=same_data)
+    def newest(run, folder, saver, step=None):
+        def check(meta):
+            data.check_fingerprint(meta["fingerprint"], fingerprint(run))
+            run_config.check_meta(folder.path, meta, run.config)
 
-    found = [newest(run, saver) for run, saver in zip(together.runs, savers, strict=True)]
+        return saver.restore(moving(run, run.abstract), step, check=check)
+
+    each = list(zip(together.runs, folders, savers, strict=True))
+    found = [newest(*one) for one in each]
     for folder, one in zip(folders, found, strict=True):
         if one is None and folder.previous.get("checkpoint"):
             raise CheckpointError(
@@ -116,8 +123,7 @@ def restored(
             f"there is no step that all arms have a checkpoint of ({listed}), as where one has "
             "gone on alone. Put the missing ones back, or start over with --fresh."
         )
-    each = zip(together.runs, savers, strict=True)
-    return [newest(run, saver, both[-1]) for run, saver in each]
+    return [newest(*one, both[-1]) for one in each]
 
 
 def created(runs: Sequence[Run]) -> list[TrainState]:

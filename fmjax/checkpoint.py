@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore  # what orbax stores arrays with
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental import multihost_utils
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
-from fmjax import frozen, manifest, step_folders
+from fmjax import frozen, manifest, processes, step_folders
 from fmjax.errors import CheckpointError, ConfigError, did_you_mean, first_line
+from fmjax.storage import check_name
 
 MAX_FAILURES = 3  # this many failed saves in a row end the run
 RETRY_SEC = 5.0  # pause after the first failure, doubled after each further one
@@ -177,6 +178,7 @@ class Checkpointer:
         """
         leaves = jax.tree.leaves(abstract)
         assert all(leaf.sharding is not None for leaf in leaves), "abstract state without shardings"
+        wanted = _described(abstract)  # before the first step, so that no training is lost
         self._collect(block=True)
         found = _find(self._directory, step, quarantine=True)
         if found is None:
@@ -184,9 +186,9 @@ class Checkpointer:
         folder = self._directory / str(found)
         meta = step_folders.read_meta(folder)
         check(meta)
-        _require_equal(meta["arrays"], _described(abstract), folder)
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        state = self._orbax.restore(folder, args=arguments)["state"]
+        _require_equal(meta["arrays"], wanted, folder)
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(_without_empty(abstract)))
+        state = _with_empty(self._orbax.restore(folder, args=arguments)["state"], abstract)
         # After a roll-back, saving the requested step again is not idle: it deletes the newer ones.
         self.committed = found if step is None else None
         return state, meta
@@ -194,7 +196,7 @@ class Checkpointer:
     def _start(self, step: int, state: Any, meta: dict) -> None:
         self._latest = (step, state, meta)
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+            state=ocp.args.StandardSave(_without_empty(state)), meta=ocp.args.JsonSave(meta)
         )
         try:
             if jax.process_index() == 0:
@@ -301,29 +303,20 @@ def _verified(workdir: str | Path, step: int | None) -> Path:
 
 
 def _directory(workdir: str | Path) -> Path:
-    return Path(workdir).absolute() / "checkpoints"  # orbax fails late on a relative path
+    folder = Path(workdir).absolute()  # orbax fails late on a relative path
+    check_name(folder)
+    return folder / "checkpoints"
 
 
 def _find(directory: Path, step: int | None, *, quarantine: bool) -> int | None:
     """The undamaged step to restore. Process 0 reads and decides for all processes."""
-    found, error = None, None
-    if jax.process_index() == 0:
-        try:
-            if step is None:
-                found = step_folders.newest(directory, quarantine=quarantine)
-            else:
-                found = step_folders.intact(directory, step)
-        except CheckpointError as caught:
-            error = caught
-    if jax.process_count() > 1:
-        code = -2 if error else -1 if found is None else found
-        code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
-        found = None if code < 0 else code
-        if code == -2 and error is None:
-            error = CheckpointError("no usable checkpoint; the message of process 0 says why.")
-    if error:
-        raise error
-    return found
+
+    def find():
+        if step is None:
+            return step_folders.newest(directory, quarantine=quarantine)
+        return step_folders.intact(directory, step)
+
+    return processes.first(find)
 
 
 def _path(keys: Iterable[Any]) -> str:
@@ -354,6 +347,23 @@ def _described(tree: Any) -> dict[str, str]:
                     "uint8 (two 4-bit codes a byte) or keep it out of the training state."
                 ) from error
     return described
+
+
+def _without_empty(tree: Any) -> Any:
+    """The tree with None for arrays of no size, which Orbax does not write: `arrays` of the meta
+    has their shapes."""
+    return jax.tree.map(lambda leaf: leaf if math.prod(leaf.shape) else None, tree)
+
+
+def _with_empty(tree: Any, abstract: Any) -> Any:
+    """The tree with the arrays of no size that `abstract` has."""
+
+    def fill(like, leaf):
+        if leaf is not None:
+            return leaf
+        return jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
+
+    return jax.tree.map(fill, abstract, tree)
 
 
 def _require_equal(saved: dict[str, str], wanted: dict[str, str], folder: Path) -> None:

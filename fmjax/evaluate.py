@@ -13,7 +13,18 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fmjax import build, data, logs, needs, pretrained, processes, progress, sharding
+from fmjax import (
+    agreement,
+    build,
+    data,
+    logs,
+    needs,
+    pretrained,
+    processes,
+    progress,
+    sharding,
+    storage,
+)
 from fmjax import losses as array_losses
 from fmjax import objectives as losses
 from fmjax.data.settings import ALONE, DataSettings, read
@@ -33,7 +44,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     Where the config has None, a run folder is measured as while it was trained, any other as
     configs/mlm.py trains. Adds a line to evaluation.jsonl in the run folder, else in `workdir`.
     """
-    with processes.start(config) as mesh:
+    with processes.start(config, dry_run=dry_run) as mesh:
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
         measure = Measure(config, opened, mesh)
         settings, split = measure.settings, measure.split
@@ -89,6 +100,7 @@ class Measure:
         self.settings, self.limit = settings, config.limit
         self.source, self.name = opened.source, config.split
         self.dataset = opened.prepare(settings)
+        agreement.check_data(self.dataset)
         self.split = split_of(self.dataset, config.split)
         check_labels(self.dataset, opened, self.goals)
         self.rows = min(len(self.split), self.limit * self.batch_size or len(self.split))
@@ -365,7 +377,8 @@ def _show(text: str) -> None:
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Adds a line to a file of results, and says so."""
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(logs.plain(record)) + "\n")
+        with storage.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(logs.plain(record)) + "\n")
         _show(f"added to {path}")

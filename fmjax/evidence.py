@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmjax import comparisons, statistics, sweep_results, trials, workdir
+from fmjax import comparisons, statistics, storage, sweep_results, trials, workdir
 from fmjax import config as configs
-from fmjax.errors import Broken, ConfigError, did_you_mean, quoted
+from fmjax.errors import Broken, CheckpointError, ConfigError, did_you_mean, quoted
 from fmjax.logs import command, plain
 from fmjax.progress import duration, table
 
@@ -251,7 +251,7 @@ def stale(spec: str) -> str:
     file = file_of(spec)
     if not file.exists():
         return f"{file.name} is missing"
-    row = json.loads(file.read_text(encoding="utf-8"))
+    row = _read(file, digests=dict, expected=list)
     if row["digests"]["config"] != digest(spec):
         return f"{file.name} is of another config, or of other expectations"
     broken = [one["metric"] for one in row["expected"] if one["verdict"] == "broken"]
@@ -267,12 +267,20 @@ def render(text: str) -> str:
 
     def again(match: re.Match) -> str:
         name, metric, form, *group = match["what"].split(maxsplit=3)
-        row = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+        row = _read(FOLDER / f"{name}.json", groups=dict)
         groups = row["groups"]
         told = groups[group[0]] if group else next(iter(groups.values()))
         return f"{match[1]}{_shown(metric, told[metric], form)}{match[4]}"
 
     return MARKED.sub(again, text)
+
+
+def _read(file: Path, **kinds: type) -> dict[str, Any]:
+    """A row that has keys of these kinds."""
+    row = storage.read_object(file)
+    if not all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
+        raise CheckpointError(f"{file} is damaged: --verify of its config writes it again")
+    return row
 
 
 def _shown(metric: str, values: Sequence[float], form: str) -> str:

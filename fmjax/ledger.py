@@ -24,7 +24,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fmjax import arms, build, evaluate, generate, logs, plan, pretrained, report, trees, workdir
+from fmjax import (
+    arms,
+    build,
+    evaluate,
+    generate,
+    logs,
+    plan,
+    pretrained,
+    report,
+    storage,
+    trees,
+    workdir,
+)
 from fmjax import config as configs
 from fmjax.data import tokenizer
 from fmjax.errors import ConfigError
@@ -61,7 +73,7 @@ class Ledger:
             if "samples" in self.asked:
                 of["samples_of"] = run.config.samples.to_dict()
             of = json.loads(json.dumps(of))
-            before = json.loads(file.read_text()) if file.exists() else {}
+            before = storage.read_object(file)
             if of.items() <= before.items():
                 continue
             found = {name: getattr(self, f"_{name}")(folder.path, run) for name in self.asked}

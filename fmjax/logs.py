@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fmjax import trackers
+from fmjax import history, storage, trackers
 from fmjax.config import SECRET
 from fmjax.errors import CheckpointError
 
@@ -74,8 +74,10 @@ class Logger:
             return
 
         workdir = Path(workdir)
-        lines, reached = _cut(workdir / FILE, resume_step)
         self._path = workdir / FILE
+        lines, reached, damage = history.cut(self._path, resume_step)
+        if damage:
+            print(f"warning: {damage}", file=sys.stderr)
         self._pending = b""
         self._failed = False
         self._zero = started - reached
@@ -93,7 +95,8 @@ class Logger:
             # What an earlier sitting wrote for the steps to be repeated is hidden.
             purge = resume_step + 1 if lines else None
             self._trackers.append(trackers.TensorBoard(workdir / "tensorboard", purge))
-        self._file = _append_to(self._path)  # last, since nothing above closes it again
+        with storage.writing(self._path):  # last, since nothing above closes it again
+            self._file = _append_to(self._path)
         self.event("resume" if lines else "start", step=resume_step, **fields)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -182,7 +185,7 @@ class Logger:
 
 def read(workdir: str | os.PathLike) -> tuple[list[dict], list[dict]]:
     """(metric rows, events) of a run folder in the order written; both empty without a file."""
-    lines, _ = _history(Path(workdir) / FILE)
+    lines = history.read(Path(workdir) / FILE).lines
     return (
         [line for line in lines if "event" not in line],
         [line for line in lines if "event" in line],
@@ -215,44 +218,6 @@ def plain(value: Any) -> Any:
 def _append_to(path: Path) -> io.FileIO:
     # Unbuffered: a line is with the operating system when write() returns.
     return open(path, "ab", buffering=0)
-
-
-def _cut(path: Path, last_step: int) -> tuple[list[dict], float]:
-    """Cut the file after `last_step`; its remaining lines, and the time it had reached before."""
-    everything, _ = _history(path)
-    lines, end = _history(path, last_step)
-    if path.exists():
-        os.truncate(path, end)  # One system call: a kill leaves the old file or the new one.
-    return lines, everything[-1]["time"] if everything else 0.0
-
-
-def _history(path: Path, last_step: int | float = math.inf) -> tuple[list[dict], int]:
-    """The lines up to `last_step`, and the bytes they take.
-
-    History ends at a line that is torn (the writer was killed in the middle of it) or foreign.
-    """
-    lines, end = [], 0
-    if path.exists():
-        with open(path, "rb") as file:
-            for raw in file:
-                line = _parse(raw)
-                if line is None or line.get("step", 0) > last_step:
-                    break
-                lines.append(line)
-                end += len(raw)
-    return lines, end
-
-
-def _parse(raw: bytes) -> dict | None:
-    try:
-        line = json.loads(raw) if raw.endswith(b"\n") else None
-        if not isinstance(line, dict) or not isinstance(line.get("time"), numbers.Real):
-            return None
-        if "event" in line:
-            return line
-        return {key: float(v) if isinstance(v, str) else v for key, v in line.items()}
-    except ValueError:
-        return None
 
 
 def _number(value: Any) -> int | float:

@@ -19,6 +19,7 @@ import numpy as np
 from fmjax import adapters, build, data, evaluate, logs, processes, report, trees, workdir
 from fmjax import config as configs
 from fmjax import objectives as losses
+from fmjax.errors import CheckpointError
 from fmjax.progress import Progress
 
 
@@ -148,9 +149,10 @@ class Monitor:
         file = self.folder.path / workdir.EXAMPLES
         try:
             workdir.write_arrays(file, arrays)
-        except OSError as error:
-            file.unlink(missing_ok=True)
-            self._progress.print(f"{self._prefix}{file} cannot be written and is left out: {error}")
+        except CheckpointError as error:
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+            self._progress.print(f"{self._prefix}left out: {error}")
 
     def owes_evaluation(self, step: int) -> bool:
         """Whether a signal has cut the evaluation of `step` short, in this sitting or the last."""
@@ -158,6 +160,8 @@ class Monitor:
 
     def save(self, saver: Any, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Starts a checkpoint, with the validation metrics if they are of this very step."""
+        if self.folder.lock:
+            self.folder.lock.hold()
         measured, metrics = self._results
         if saver.save(step, state, meta, metrics if measured == step else None):
             self._logger.event("checkpoint", step=step)

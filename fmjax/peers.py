@@ -6,9 +6,11 @@ their computations.
 
 import itertools
 import json
+import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from fmjax.errors import FmjaxError, of_exit_code
 from fmjax.interrupt import Stop
 
 ECHO_SEC = 5.0
+PATIENCE_SEC = 10.0  # of waiting for another in silence
 
 
 class Peers:
@@ -55,13 +58,14 @@ class Peers:
         """Waits for all processes, or raises what one of them has failed with."""
         key = f"meeting/{next(self._meetings)}"
         self._set(f"{key}/{self.index}", None)
-        self.first(lambda: [self._wait(f"{key}/{index}") for index in range(self.count)])
+        self.first(lambda: [self._wait(f"{key}/{index}", index) for index in range(self.count)])
 
     def first(self, call: Callable[[], Any]) -> Any:
+        """What `call()` returns in process 0, in all of them."""
         key = f"meeting/{next(self._meetings)}"
         if self.index == 0:
             self._set(key, call())
-        return self._wait(key)
+        return self._wait(key, 0)
 
     def fail(self, error: BaseException) -> BaseException:
         """Tells the others of an error, and returns it; unless it only follows from one of theirs,
@@ -143,9 +147,24 @@ class Peers:
                 if "ALREADY_EXISTS" not in str(error):
                     raise
 
-    def _wait(self, key: str) -> Any:
-        """The value of a key, looking up once a second what else there is."""
-        return self._get(key, 1, self._look_up)
+    def _wait(self, key: str, source: int) -> Any:
+        """The value of a key that the process `source` sets; looks up once a second what else there
+        is, and says after a while for whom it waits."""
+        limit = time.monotonic() + PATIENCE_SEC
+
+        def look_up():
+            nonlocal limit
+            self._look_up()
+            if time.monotonic() > limit:
+                limit = math.inf
+                print(
+                    f"process {self.index} waits for process {source} of {self.count}, which may "
+                    "still prepare its data or compile",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+        return self._get(key, 1, look_up)
 
     def _set(self, key: str, value: Any) -> None:
         self._client.key_value_set(f"fmjax/{key}", json.dumps(value))

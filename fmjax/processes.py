@@ -7,7 +7,6 @@ and what the others do when one has failed. A single process needs none of this 
 """
 
 import contextlib
-import json
 import os
 import socket
 import sys
@@ -18,7 +17,6 @@ from typing import Any
 import jax
 from jax._src import distributed as jax_distributed  # the one way to its key-value store
 
-from fmjax import config as configs
 from fmjax import devices, sharding
 from fmjax.data import cache
 from fmjax.errors import ConfigError, ResourceError
@@ -26,21 +24,20 @@ from fmjax.interrupt import Stop
 from fmjax.peers import Peers
 
 PATIENCE_SEC = 10  # of waiting for the others in silence
-# What a process may have for itself.
-OWN = ("distributed.coordinator", "distributed.process_id", "data.cache", "data.workers")
 
 _peers: Peers | None = None  # None with a single process
 
 
 @contextlib.contextmanager
-def start(config: Any, stop: Stop | None = None) -> Iterator[jax.sharding.Mesh]:
+def start(config: Any, stop: Stop | None = None, **flags: Any) -> Iterator[jax.sharding.Mesh]:
     """Joins the other processes if the config says so; the mesh over all devices, which is set.
 
     From now on only process 0 writes to standard output. Until the block ends `stop.poll` is agreed
-    between all processes, and an error of one ends all with its exit code. Raises ConfigError where
-    counts do not fit or the processes were started with different configs; ends the process with
-    the exit code of a ResourceError where the others do not come within
-    config.distributed.timeout_sec. Raises ResourceError where there is no device.
+    between all processes, and an error of one ends all with its exit code. `flags` are words of the
+    command line that all have in common. Raises ConfigError where counts do not fit or the
+    processes were not started alike (fmjax/agreement.py), ResourceError where there is no device;
+    ends the process with the exit code of a ResourceError where the others do not come within
+    config.distributed.timeout_sec.
     """
     global _peers
     _connect(config.distributed)
@@ -56,20 +53,23 @@ def start(config: Any, stop: Stop | None = None) -> Iterator[jax.sharding.Mesh]:
                 _silence()
         stack.enter_context(together())
         devices.require()
-        _compare(config)
+        if _peers is not None:
+            from fmjax import agreement  # which brings much along
+
+            agreement.check_start(config, flags)
         mesh = sharding.make_mesh(**config.mesh)
         stack.enter_context(jax.set_mesh(mesh))
         yield mesh
 
 
 @contextlib.contextmanager
-def together(last_words: Callable[[BaseException], None] = lambda error: None) -> Iterator[None]:
+def together(last_words: Callable[[BaseException], None] | None = None) -> Iterator[None]:
     """All processes end the block well, or all raise: the others, what the first failed with.
 
     `last_words` is called with that error where the process has to be ended from outside, because
     it is stuck in a computation that needs the one that failed.
     """
-    if _peers is not None:
+    if _peers is not None and last_words is not None:
         _peers.last_words = last_words
     try:
         yield
@@ -87,7 +87,11 @@ def first(call: Callable[[], Any]) -> Any:
 
 
 def meet() -> None:
-    """Waits for all processes, or raises what one of them has failed with."""
+    """Waits for all processes, or raises what one of them has failed with.
+
+    To be called before a computation of all that some may reach much later than others: connections
+    are given up after half a minute, and here signals are heard.
+    """
     if _peers is not None:
         _peers.meet()
 
@@ -104,23 +108,6 @@ def _silence() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)
-
-
-def _compare(config: Any) -> None:
-    """Refuses processes that were started with another config than process 0."""
-    flat = configs.flatten(configs.redact(config))
-    mine = json.loads(json.dumps({key: flat[key] for key in flat if key not in OWN}))
-    with together():
-        theirs = first(lambda: mine)
-        keys = sorted(mine.keys() | theirs.keys())
-        if wrong := [key for key in keys if mine.get(key) != theirs.get(key)]:
-            raise ConfigError(
-                "all processes must be started with the same config: "
-                + ", ".join(
-                    f"config.{k}={mine.get(k)!r} here, {theirs.get(k)!r} in process 0"
-                    for k in wrong
-                )
-            )
 
 
 def _connect(distributed: Any) -> None:

@@ -19,7 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import arms, begin, build, logs, processes, progress, sharding, train, trees, workdir
+from fmjax import (
+    arms,
+    begin,
+    build,
+    logs,
+    processes,
+    progress,
+    sharding,
+    summary,
+    train,
+    trees,
+    workdir,
+)
 from fmjax import config as configs
 from fmjax import objectives as losses
 from fmjax.data.tokenizer import load as load_tokenizer
@@ -63,8 +75,7 @@ def run(config: Any, workdir_path: str | os.PathLike, *, dry_run: bool = False) 
 
 def _check_data(folder: Path, run: Run) -> None:
     """Refuses data that have changed since the run, where it has ended and tells."""
-    file = folder / "summary.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    before = summary.read(folder)
     if before.get("data_digest", run.dataset.digest) != run.dataset.digest:
         raise DataError(
             f"{folder} was trained on data with the digest {before['data_digest']}, but "

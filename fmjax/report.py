@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import fmjax
-from fmjax import logs, page, svg
+from fmjax import logs, page, storage, svg
 from fmjax.config import flatten
 from fmjax.errors import CheckpointError, ConfigError, quoted
 from fmjax.progress import count, duration
@@ -139,7 +139,7 @@ def write(workdir: str | os.PathLike) -> Path:
         f"<h1>{escape(name)}</h1>{verdict}",
         page.section("Final numbers", _results(summary)),
         page.section("Curves", f'<div class="grid">{"".join(_curves(rows))}</div>'),
-        page.section("Samples", _samples(config, _load(workdir / LEDGER))),
+        page.section("Samples", _samples(config, storage.read_object(workdir / LEDGER))),
         page.section("Where the time went", _goodput(summary["goodput"])),
         page.section("Commands", _commands(workdir, config, summary)),
         page.section("Configuration", _config(config, summary.get("config_difference", []))),
@@ -332,6 +332,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _replace(path: Path, text: str) -> None:
     """Write a file that is always whole: the old one or the new one."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    # Names of files that are no UTF-8 hold characters that cannot be encoded.
-    new.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(new, path)
+    with storage.writing(path):
+        # Names of files that are no UTF-8 hold characters that cannot be encoded.
+        new.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(new, path)

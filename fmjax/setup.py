@@ -10,6 +10,7 @@ import numpy as np
 
 from fmjax import (
     adapters,
+    agreement,
     build,
     data,
     flops,
@@ -76,6 +77,7 @@ def setup(config: Any, mesh: jax.sharding.Mesh, poll: Callable[[], None] = lambd
     dataset = data.prepare(
         config.data.to_dict(), config.tokenizer.to_dict(), embedding_rows=rows, poll=poll
     )
+    agreement.check_data(dataset)
     pretrained.check_tokenizer(config, dataset.tokenizer_dir)
     return with_data(config, mesh, dataset)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fmjax import manifest
 from fmjax.errors import CheckpointError
+from fmjax.storage import writing
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ def newest(directory: Path, *, quarantine: bool) -> int | None:
         kept = ""
         if quarantine:
             target = _unused(directory / f"{step}.corrupt")
-            folder.rename(target)
+            with writing(target):
+                folder.rename(target)
             kept = f", kept as {target.name}"
         log.error("CHECKPOINT %s IS DAMAGED%s. %s", folder, kept, "; ".join(found))
     if there or any(directory.glob("*.corrupt*")):

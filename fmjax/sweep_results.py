@@ -4,7 +4,7 @@ A record is what trials.py keeps of a trial that has ended, with the results of 
 Nothing here imports jax.
 """
 
-import json
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ from typing import Any
 import filelock
 from ml_collections import ConfigDict
 
-from fmjax import comparisons, sweep_report, workdir
+from fmjax import comparisons, lock, sealed, storage, sweep_report, trial_records, workdir
 from fmjax import config as configs
+from fmjax import summary as summaries
+from fmjax.errors import CheckpointError
 from fmjax.logs import command
 from fmjax.progress import SCORES, duration, spread, table
+from fmjax.trial_records import Record
 
 SWEEP = "sweep.json"
 # Of a run's summary.json.
@@ -31,14 +34,12 @@ KEPT = (
     "environment",
 )
 
-Record = dict[str, Any]
-
 
 def found(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
     """What each arm of a run came to, or the run itself; `failed` says why one did not end well."""
     results = []
     for single, own in zip(configs.arms(config), workdir.of_arms(folder, config), strict=True):
-        summary, status = _json(own / "summary.json"), _json(own / "status.json")
+        summary, status = summaries.read(own), storage.read_object(own / "status.json")
         if not summary:
             continue
         values = configs.flatten(single)
@@ -55,7 +56,7 @@ def found(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
         both = metrics.keys() >= {"train/loss", "validation/loss"}
         if both and not any("validation" in goal for goal in goals.values()):
             result["gap"] = float(metrics["validation/loss"]) - float(metrics["train/loss"])
-        if kept := _json(own / workdir.LEDGER):
+        if kept := storage.read_object(own / workdir.LEDGER):
             result["ledger"] = kept
         results.append(result)
     return results
@@ -111,24 +112,41 @@ def keep(
             for trial, _ in told
         ],
     }
-    (folder / "locks").mkdir(exist_ok=True)
-    with filelock.FileLock(folder / "locks" / "report.lock"):  # several commands may end at once
-        workdir.write_atomic(folder / SWEEP, json.dumps(sweep, indent=2))
+    with storage.writing(folder), contextlib.ExitStack() as stack:
+        (folder / "locks").mkdir(exist_ok=True)
+        # Several commands may end at once.
+        stack.enter_context(filelock.FileLock(folder / "locks" / "report.lock"))
+        sealed.write(folder / SWEEP, sweep)
         print(f"report: {report(folder)}")
 
 
 def report(folder: Path) -> Path:
-    """The page of the sweep that was run in `folder` last."""
-    sweep = json.loads((folder / SWEEP).read_text(encoding="utf-8"))
+    """The page of the sweep that was run in `folder` last. Raises CheckpointError where sweep.json
+    is damaged, or the page cannot be written."""
+    sweep = _sweep(folder / SWEEP)
     ended = []
     for trial in sweep["trials"]:
-        file = folder / f"{trial['name']}.json"
-        if file.exists():
+        if record := trial_records.read(folder / f"{trial['name']}.json"):
             now = {key: trial[key] for key in ("number", "settings")}
-            ended.append((trial["name"], json.loads(file.read_text(encoding="utf-8")) | now))
+            ended.append((trial["name"], record | now))
     records = [record for _, record in ended]
     of_all = dict(command=sweep["command"], total=len(sweep["trials"]))
-    return sweep_report.write(folder, records, families(ended, folder), **of_all)
+    with storage.writing(folder):
+        return sweep_report.write(folder, records, families(ended, folder), **of_all)
+
+
+def _sweep(file: Path) -> dict[str, Any]:
+    try:
+        sweep = sealed.read(file)
+        rows = [(row["name"], row["number"], row["settings"]) for row in sweep["trials"]]
+        kinds = {tuple(map(type, row)) for row in rows} | {(type(sweep["command"]),)}
+        if kinds != {(str, int, dict), (str,)}:
+            raise ValueError("not what fmjax writes")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{file} is damaged ({error!r}): the same command with --sweep writes it again"
+        ) from error
+    return sweep
 
 
 def families(
@@ -215,18 +233,15 @@ def _number_of(results: Sequence[Mapping[str, Any]], metric: str) -> str:
 def _state(folder: Path, trial: Any) -> str:
     """How far one is that has no record."""
     held = [folder / "locks" / f"{trial.name}.json", folder / trial.name / "lock.json"]
-    runs = any(map(workdir.is_locked, held))
+    runs = any(map(lock.is_locked, held))
     own = workdir.of_arms(folder / trial.name, trial.config)
-    steps = [status["step"] for path in own if (status := _json(path / "status.json"))]
+    steps = [
+        status["step"]
+        for path in own
+        if "step" in (status := storage.read_object(path / "status.json"))
+    ]
     at = f" at step {min(steps)}" if steps else ""
     return f"running{at}" if runs else f"stopped{at}" if at else ""
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def _short(value: Any, most: int = 32) -> str:

@@ -38,6 +38,7 @@ from fmjax import (
     processes,
     report,
     sharding,
+    storage,
     trees,
     watchdog,
     workdir,
@@ -45,7 +46,7 @@ from fmjax import (
 from fmjax import config as configs
 from fmjax.arms import Arms
 from fmjax.cleanup import FirstError
-from fmjax.errors import ConfigError, NumericsError, Preempted, did_you_mean
+from fmjax.errors import CheckpointError, ConfigError, NumericsError, Preempted, did_you_mean
 from fmjax.monitor import Monitor
 from fmjax.progress import FALLING
 from fmjax.setup import Run
@@ -78,7 +79,9 @@ def run(
                     f"stopped by {stop.signal} while preparing data; the same command goes on"
                 )
 
-        mesh = stack.enter_context(processes.start(config, stop))
+        workdir_path = os.path.abspath(workdir_path)
+        flags = dict(dry_run=dry_run, fresh=fresh, workdir=workdir_path)
+        mesh = stack.enter_context(processes.start(config, stop, **flags))
         if dry_run:
             together = arms.prepare(config, mesh, poll)
             pretrained.check_head(together.wide.config, together.wide.dataset.labels)
@@ -90,7 +93,8 @@ def run(
         how = dict(fresh=fresh, writes=writes, first=processes.first)
         folder = stack.enter_context(workdir.open(workdir_path, config, **how))
         stop.last_words = folder.close
-        with processes.together(folder.close), workdir.memory_errors():
+        stack.enter_context(processes.together(folder.close))
+        with workdir.memory_errors(), storage.writing_in(folder.path):
             with contextlib.ExitStack() as opened:
                 each = zip(workdir.of_arms(folder.path, config), configs.arms(config), strict=True)
                 folders = [folder]
@@ -149,7 +153,7 @@ def loop(
                 folder.failure = NumericsError(reason)
                 if together.alone:
                     raise folder.failure
-        if step == total and all(folder.finished or folder.failure for folder in folders):
+        if step == total and all(folder.finished for folder in folders):
             where = folders[0].path if together.alone else folders[0].path.parent.parent
             print(f"{where}: already finished at step {step}; --fresh starts over")
             return
@@ -267,6 +271,7 @@ def compiled(
                 scores = [f"{o.name}/{score}" for o in run.objectives for score in o.scores]
                 check_best(run.config.best, [*lowered.out_info[1]["sums"], *scores, *asked])
                 programs[width] = lowered.compile()
+            processes.meet()  # some compile faster
         return programs[width](state, batch)
 
     return program, jax.jit(together.eval_step())
@@ -378,11 +383,16 @@ def numerics_error(
         "examples": multihost_utils.process_allgather(batch["index"], tiled=True).tolist(),
         "gradient_norms": {name: str(norm) for name, norm in gradients.items()},
     }
+    where = f"{dump} names the examples and each layer's gradient norm."
     if jax.process_index() == 0:
-        dump.parent.mkdir(exist_ok=True)
-        dump.write_text(json.dumps(facts, indent=2))
+        try:
+            with storage.writing(dump):
+                dump.parent.mkdir(exist_ok=True)
+            workdir.write_atomic(dump, json.dumps(facts, indent=2))
+        except CheckpointError as error:  # The numbers are what ended the run.
+            where = f"{error}."
     return NumericsError(
         f"{monitor.bad_in_a_row} updates in a row were not finite, the last at step {step}; none "
-        f"was applied or saved. {dump} names the examples and each layer's gradient norm. Lower "
-        "config.optim.lr, raise config.optim.warmup, or leave examples out with config.data.skip."
+        f"was applied or saved. {where} Lower config.optim.lr, raise config.optim.warmup, or leave "
+        "examples out with config.data.skip."
     )

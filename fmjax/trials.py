@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from fmjax import config as configs
-from fmjax import sweep_results, tasks, workdir
+from fmjax import lock, sweep_results, tasks, trial_records
 from fmjax.errors import (
     ConfigError,
     FmjaxError,
@@ -40,9 +40,9 @@ from fmjax.errors import (
     Preempted,
     of_exit_code,
 )
-from fmjax.logs import command, plain
-
-Record = dict[str, Any]
+from fmjax.logs import command
+from fmjax.storage import writing
+from fmjax.trial_records import Record
 
 
 class Trial(NamedTuple):
@@ -143,11 +143,8 @@ def walk(
 def read(folder: Path, trial: Trial) -> Record | None:
     """The record of a trial, None where it has not ended; as the sweep has it now, which may have
     numbered it otherwise when it ran."""
-    try:
-        found = json.loads((folder / f"{trial.name}.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return found | {"number": trial.number, "settings": trial.settings}
+    record = trial_records.read(folder / f"{trial.name}.json")
+    return record and record | {"number": trial.number, "settings": trial.settings}
 
 
 def _trial(spec: str, overrides: Sequence[str], number: int, settings: Mapping[str, Any]) -> Trial:
@@ -213,8 +210,8 @@ def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) ->
     file, where = folder / f"{trial.name}.json", folder / trial.name
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(workdir.locked(folder / "locks", print, f"{trial.name}.json"))
-        except workdir.InUse as error:
+            stack.enter_context(lock.locked(folder / "locks", print, f"{trial.name}.json"))
+        except lock.InUse as error:
             print(f"\ntrial {trial.number} is being run already: {error}", flush=True)
             return
         before = read(folder, trial)
@@ -226,12 +223,13 @@ def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) ->
                 return
         if fresh and where.exists():
             try:
-                with workdir.locked(where, print):
+                with lock.locked(where, print), writing(where):
                     shutil.rmtree(where)
-            except workdir.InUse as error:
+            except lock.InUse as error:
                 print(f"\ntrial {trial.number} is being run already: {error}", flush=True)
                 return
-        file.unlink(missing_ok=True)
+        with writing(file):
+            file.unlink(missing_ok=True)
         print(f"\ntrial {trial.number}: {_told(trial.settings)}", flush=True)
         record = {
             "number": trial.number,
@@ -249,7 +247,7 @@ def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) ->
                 tasks.start(trial.config, where, file=spec.partition(":")[0])
         except Preempted:
             raise
-        except workdir.InUse as error:  # by a command of its own
+        except lock.InUse as error:  # by a command of its own
             print(f"trial {trial.number} is being run already: {error}", flush=True)
             return
         except Exception as error:  # A bug too is no reason not to try the others.
@@ -271,7 +269,7 @@ def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) ->
             )
             record |= {"state": "failed", "reason": reason, "exit_code": ConfigError.exit_code}
         record["config"] = json.loads(configs.to_json(configs.redact(trial.config)))
-        workdir.write_atomic(file, json.dumps(plain(record), indent=2))
+        trial_records.write(file, record)
 
 
 @contextlib.contextmanager

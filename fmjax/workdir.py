@@ -9,23 +9,23 @@ Nothing here imports jax.
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import shutil
-import socket
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from fmjax import config as configs
+from fmjax import run_config, summary
 from fmjax.errors import CheckpointError, ConfigError, Preempted, ResourceError
+from fmjax.lock import Lock, locked
+from fmjax.storage import check_name, read_object, writing, writing_in
 
 EXAMPLES = "examples.npz"  # what each example of the last evaluation adds to its means
 ABOUT_EXAMPLES = ("label", "tokens", "step")  # what else is there
@@ -51,16 +51,12 @@ WRITES = (
 MARKS = ("config.json", "status.json", "lock.json")
 
 
-class InUse(ConfigError):
-    """Another process works here."""
-
-
 class Folder:
-    """An opened run folder. `previous` is the status.json found in it, {} for a new run."""
+    """An opened run folder. `previous` is the status.json found in it, {} for a new run; `lock` is
+    held by the process that writes."""
 
-    def __init__(self, path: Path, previous: dict[str, Any], writes: bool):
-        self.path = path
-        self.previous = previous
+    def __init__(self, path: Path, previous: dict[str, Any], lock: Lock | None, writes: bool):
+        self.path, self.previous, self.lock = path, previous, lock
         self.failure: BaseException | None = None  # of this run alone, while others go on
         self._writes = writes
         self._status = {"state": "running", "step": 0, "checkpoint": 0, "reason": ""}
@@ -74,7 +70,7 @@ class Folder:
         """
         self._status |= facts
         if self._writes:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(CheckpointError):
                 status = self._status | {"time": _now()}
                 write_atomic(self.path / "status.json", json.dumps(status, indent=2))
 
@@ -85,7 +81,7 @@ class Folder:
             # The run had already ended: leave no trace of having looked.
             self._status = {k: v for k, v in before.items() if k != "time"}
             if self._writes:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(CheckpointError):
                     write_atomic(self.path / "status.json", json.dumps(before, indent=2))
         elif error is None:
             self.update(state="done", reason="", exit_code=0)
@@ -101,7 +97,10 @@ class Folder:
 
     @property
     def finished(self) -> bool:
-        """Whether an earlier sitting came to the end of the run, report and all."""
+        """Whether an earlier sitting came to the end of the run, or of what is left of the others
+        after it has failed, report and all."""
+        if self.failure:
+            return self.previous.get("state") == "failed"
         return self.previous.get("state") == "done" and self.previous.get("exit_code") == 0
 
 
@@ -125,25 +124,22 @@ def open(
       ConfigError: another process works here, or the folder holds a run with another config.
       CheckpointError: the folder cannot be written, or its config.json cannot be read.
     """
-    path = Path(path).absolute()
+    path, locks = Path(path).absolute(), []
     with contextlib.ExitStack() as stack:
 
         def begin():
             check(path, config, fresh=fresh)
-            stack.enter_context(locked(path, log))
+            locks.append(stack.enter_context(locked(path, log)))
             if fresh:
-                for arm in sorted(path.glob("arms/*")):  # where one may go on alone
-                    with locked(arm, log):
-                        pass
-                _remove(path)
+                _clear(path, log)
             check(path, config)
-            _keep_config(path / "config.json", config, log)
-            return _read_json(path / "status.json")
+            _keep_config(path, config, log)
+            return _read_status(path / "status.json")
 
-        folder = Folder(path, first(begin), writes)
+        folder = Folder(path, first(begin), locks[0] if locks else None, writes)
         folder.update(exit_code=None)
         try:
-            with memory_errors():
+            with memory_errors(), writing_in(path):
                 yield folder
         except BaseException as error:
             folder.close(error)
@@ -153,7 +149,8 @@ def open(
 
 def check(path: str | os.PathLike, config: ConfigDict, *, fresh: bool = False) -> None:
     """Refuses a folder that `open` would refuse for its content. Reads only; takes no lock."""
-    path = Path(path)
+    path = Path(path).absolute()
+    check_name(path)
     if os.path.exists(path) and not os.path.isdir(path):  # a Path raises for too long names
         raise ConfigError(f"--workdir={path} is a file: name a folder")
     if fresh:
@@ -164,12 +161,7 @@ def check(path: str | os.PathLike, config: ConfigDict, *, fresh: bool = False) -
                 "nothing was removed, use another --workdir"
             )
         return
-    changed = [row for row in _changes(path / "config.json", config) if not _free(row)]
-    if changed:
-        raise ConfigError(
-            f"{path} holds a run with another config ({_listed(changed)}): "
-            "use another --workdir, or --fresh to remove that run and start over"
-        )
+    run_config.check(path, config)
 
 
 def of_arms(path: Path, config: ConfigDict) -> list[Path]:
@@ -194,23 +186,26 @@ def memory_errors() -> Iterator[None]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes `text` so that readers, and a crash, see the old file or the new one, never a part."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Writes `text` so that readers, and a crash, see the old file or the new one, never a part.
+
+    Raises CheckpointError where it cannot be written.
+    """
+    _replace(path, lambda file: file.write(f"{text}\n".encode()))
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an .npz as a whole or not at all."""
+    """Writes an .npz as a whole or not at all; raises CheckpointError where it cannot be."""
+    _replace(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def read_examples(folder: Path) -> dict[str, np.ndarray]:
@@ -229,89 +224,29 @@ def read_examples(folder: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def is_locked(file: Path) -> bool:
-    """Whether a process holds this lock file."""
-    try:
-        with file.open("rb") as opened:
-            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+def _keep_config(path: Path, config: ConfigDict, log: Callable[[str], None]) -> None:
+    """Writes config.json, after the log of what has changed. A folder in which nothing has been
+    trained takes any config."""
+    rows, source = run_config.compare(path, config)
+    if source:
+        log(source)
+    if run_config.is_other(rows):
+        log(f"{path} holds no step of a run yet: starting over ({run_config.listed(rows)})")
+        _clear(path, log)
+    elif rows:
+        log(f"continuing with changed settings: {run_config.listed(rows)}")
+    text = configs.to_json(configs.redact(config))
+    if run_config.read(path) != f"{text}\n".encode():
+        write_atomic(path / run_config.FILE, text)
 
 
-def _keep_config(file: Path, config: ConfigDict, log: Callable[[str], None]) -> None:
-    changed = _changes(file, config)
-    if changed:
-        log(f"continuing with changed settings: {_listed(changed)}")
-    if changed or not file.exists():
-        write_atomic(file, configs.to_json(configs.redact(config)))
-
-
-def _changes(file: Path, config: ConfigDict) -> list[tuple[str, Any, Any]]:
-    try:
-        saved = configs.from_json(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}. --fresh starts over") from error
-    return configs.diff(saved, configs.redact(config))
-
-
-def _free(row: tuple[str, Any, Any]) -> bool:
-    return configs.may_change(row[0])
-
-
-def _listed(changed: list[tuple[str, Any, Any]], most: int = 8) -> str:
-    shown = [f"{key}: {old!r} -> {new!r}" for key, old, new in changed[:most]]
-    more = [f"and {len(changed) - most} more"] if len(changed) > most else []
-    return ", ".join(shown + more)
-
-
-@contextlib.contextmanager
-def locked(path: Path, log: Callable[[str], None], name: str = "lock.json") -> Iterator[None]:
-    """Holds the lock file `name` of a folder, after proving that the folder can be written.
-
-    Raises InUse where another process holds it.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((path / name).open("a+", encoding="utf-8"))
-            _flock(file, path, log)
-            file.seek(0)
-            stale = _parse_json(file.read())
-            if stale:
-                log(f"the previous run here ({_who(stale)}) did not end by itself")
-            file.truncate(0)
-            me = {"host": socket.gethostname(), "pid": os.getpid(), "start": _now()}
-            file.write(json.dumps(me))
-            file.flush()
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be written ({error.strerror or error}): use another --workdir"
-            ) from error
-        try:
-            yield
-        finally:  # Only a run that could not say goodbye leaves its name here.
-            with contextlib.suppress(OSError):
-                file.truncate(0)
-
-
-def _flock(file, path: Path, log: Callable[[str], None]) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        holder = _who(_parse_json(file.read()))
-        raise InUse(
-            f"{path} is in use ({holder}): wait for that run, stop it, or use another --workdir"
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        log(f"{path}: this file system has no locks; do not start two runs here")
+def _clear(path: Path, log: Callable[[str], None]) -> None:
+    """Removes a run, unless another process continues one of its arms alone."""
+    for arm in sorted(path.glob("arms/*")):
+        with locked(arm, log):
+            pass
+    with writing(path):
+        _remove(path)
 
 
 def _remove(path: Path) -> None:
@@ -323,25 +258,16 @@ def _remove(path: Path) -> None:
             item.unlink(missing_ok=True)
 
 
-def _who(holder: dict[str, Any]) -> str:
-    keys = ("host", "pid", "start")
-    return ", ".join(f"{key} {holder[key]}" for key in keys if key in holder) or "unknown process"
+def _read_status(file: Path) -> dict[str, Any]:
+    """status.json as `Folder` writes it, or {} for anything else.
 
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return _parse_json(file.read_text(encoding="utf-8"))
-    except OSError:
+    A run whose summary.json is damaged has not ended, so that it is written again.
+    """
+    status = read_object(file)
+    if not all(type(status.get(key)) is int for key in ("step", "checkpoint")):
         return {}
-
-
-def _parse_json(text: str) -> dict[str, Any]:
-    """A JSON object, or {} for anything else: these files inform, nothing depends on them."""
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+    unended = {"state": "running", "exit_code": None} if summary.is_damaged(file.parent) else {}
+    return status | unended
 
 
 def _now() -> str:

@@ -347,6 +347,34 @@ def test_row31_four_bit_leaves_are_refused_with_a_remedy(checkpointer, tmp_path)
     save(ckpt, 1)
 
 
+def test_row31_leaves_that_cannot_be_stored_are_refused_before_the_first_step(checkpointer):
+    state = {"params": {"codes": jnp.zeros((4, 6), jnp.uint4)}}
+    with pytest.raises(CheckpointError, match=r"params/codes is uint4\[4,6\].*uint8"):
+        checkpointer().restore(abstract(state))
+
+
+def test_arrays_of_no_size_are_saved(checkpointer, tmp_path):
+    """As of optimizers that keep something of matrices alone."""
+    empty = {"scale": jnp.zeros((0, 8)), "count": jnp.zeros((0,), jnp.int32)}
+    state = make_state(1).replace(opt_state=(empty, {"mu": jnp.ones(3)}))
+    ckpt = checkpointer()
+    ckpt.save(1, state, {})
+    ckpt.wait()
+    restored, meta = ckpt.restore(abstract(state))
+    assert_equal(restored, state)
+    assert meta["arrays"]["opt_state/0/scale"] == "float32[0,8]"
+    assert_equal(load_params(tmp_path)[0], jax.device_get(state.params))
+    other = state.replace(opt_state=(empty | {"scale": jnp.zeros((0, 4))}, {"mu": jnp.ones(3)}))
+    with pytest.raises(CheckpointError, match=r"checkpoint float32\[0,8\], model float32\[0,4\]"):
+        ckpt.restore(abstract(other))
+
+
+def test_a_folder_that_is_not_utf8_is_refused(tmp_path):
+    for use in (Checkpointer, load_params, checkpoint.load_meta):
+        with pytest.raises(CheckpointError, match="is not UTF-8"):
+            use(tmp_path / os.fsdecode(b"bad\xff"))
+
+
 def test_load_params_without_knowing_the_optimizer(checkpointer, tmp_path):
     with pytest.raises(CheckpointError, match="Is .* the folder of a single run"):
         load_params(tmp_path)
@@ -392,8 +420,13 @@ import jax, numpy as np
 index, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", 2, index)
 from jax.experimental.multihost_utils import sync_global_devices
+from jax._src.distributed import global_state
+from fmjax import processes
 from fmjax.checkpoint import Checkpointer, load_params
+from fmjax.interrupt import Stop
+from fmjax.peers import Peers
 from saved_states import abstract, array_file, flip
+processes._peers = Peers(global_state.client, index, 2, Stop(), 60.0)
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
 sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 def state(value):
@@ -414,6 +447,8 @@ assert load_params(folder)[0]["w"].sum() == 16
 ckpt.save(3, state(3), {})
 ckpt.wait()
 ckpt.close()
+processes.meet()
+processes._leave()
 """
     with socket.socket() as free:
         free.bind(("localhost", 0))

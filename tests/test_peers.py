@@ -146,6 +146,20 @@ def test_a_signal_reaches_those_who_wait_and_those_who_prepare_data(team):
             waiting.result(20)
 
 
+def test_whoever_waits_says_for_whom(team, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "PATIENCE_SEC", 0.5)
+    one, late = team(2)
+
+    def come_late(peer):
+        time.sleep(2.0 if peer is late else 0.0)
+        peer.meet()
+
+    assert in_all([one, late], come_late) == [None, None]
+    said = capsys.readouterr().err
+    assert said.startswith("process 0 waits for process 1 of 2, which may still prepare its data")
+    assert said.count("\n") == 1
+
+
 def test_all_get_what_process_0_finds(team):
     team = team()
     assert in_all(team, lambda peer: peer.first(lambda: {"from": peer.index})) == [{"from": 0}] * 4

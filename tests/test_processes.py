@@ -17,7 +17,18 @@ import numpy as np
 import pytest
 import saved_states
 from common import ROOT
-from runs import TOTAL, contents, ended, history, reached, run, start, status, wait
+from runs import (
+    TOTAL,
+    contents,
+    ended,
+    history,
+    reached,
+    run,
+    start,
+    status,
+    wait,
+    write_corpus,
+)
 
 from fmjax import config as configs
 from fmjax import devices, logs, sharding, workdir
@@ -32,12 +43,14 @@ def free_port():
         return free.getsockname()[1]
 
 
-def start_all(home, folder, *flags, count=2, only=None, devices=2, faults=None, own=None):
-    """`only` those of `count` processes; `faults` and `own` flags by index."""
+def start_all(
+    home, folder, *flags, count=2, only=None, devices=2, faults=None, own=None, homes=None
+):
+    """`only` those of `count` processes; `faults`, `own` flags and other `homes` by index."""
     address = f"127.0.0.1:{free_port()}"
     return [
         start(
-            home,
+            (homes or {}).get(index, home),
             folder,
             f"--config.distributed.coordinator={address}",
             f"--config.distributed.num_processes={count}",
@@ -140,6 +153,37 @@ def test_processes_with_different_configs_are_refused(home, tmp_path):
     for each in done:
         assert "config.optim.lr=0.5 here, 0.001 in process 0" in each.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "own, said",
+    [
+        ({0: ["--dry_run"]}, "--dry_run=False here, True in process 0"),
+        ({1: ["--dry_run"]}, "--dry_run=True here, False in process 0"),
+        ({1: ["--fresh"]}, "--fresh=True here, False in process 0"),
+        ({1: ["--workdir=elsewhere"]}, "--workdir='.*/elsewhere' here, '.*' in process 0"),
+    ],
+)
+def test_processes_with_different_flags_are_refused(home, tmp_path, own, said):
+    done = all_ended(start_all(home, tmp_path, own=own, devices=1))
+    assert codes(done) == [2, 2], done
+    for each in done:
+        assert re.search(f"started alike, with the same config: {said}", each.stderr), each.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_processes_with_different_data_are_refused(home, tmp_path):
+    other = shutil.copytree(home, tmp_path / "home", ignore=shutil.ignore_patterns("*straight*"))
+    write_corpus(other, seed=1)
+    own = {1: [f"--config.data.cache={tmp_path}/cache"]}
+    processes = start_all(home, tmp_path / "run", own=own, devices=1, homes={1: other})
+    done = all_ended(processes)
+    assert codes(done) == [5, 5], done
+    for each in done:
+        assert "all processes must have the same data: the digest of the tokens=" in each.stderr
+    assert saved_states.steps(tmp_path / "run") == []
 
 
 def test_row11_whoever_waits_for_the_others_says_for_whom_and_gives_up(home, tmp_path):

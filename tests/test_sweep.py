@@ -10,7 +10,7 @@ import pytest
 from common import ROOT
 
 from fmjax import config as configs
-from fmjax import sweep, sweep_results, tasks, trials, workdir
+from fmjax import lock, sweep, sweep_results, tasks, trials, workdir
 from fmjax.errors import (
     CheckpointError,
     ConfigError,
@@ -156,7 +156,7 @@ class Task:
         self.ran.append(key)
         if key in self.failing:
             raise self.failing[key]
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         found = {"metrics": {"validation/loss": config.optim.lr + config.seed}, "seconds": 1.5}
         (folder / "summary.json").write_text(json.dumps(found))
 
@@ -259,12 +259,12 @@ def test_a_trial_that_a_command_of_its_own_runs_is_left_alone(task, tmp_path, mo
     spec, folder, ran = write(tmp_path), tmp_path / "sweep", task()
     start(spec, folder)
     second = folder / walk(spec)[1].name
-    with workdir.locked(second, print):
+    with lock.locked(second, print):
         start(spec, folder, fresh=True)
         assert ran.ran == [*ALL, ALL[0], *ALL[2:]]
         assert (second / "summary.json").exists() and len(records(folder)) == 4
         assert "trial 2 is being run already" in capsys.readouterr().out
-    task(**{ALL[1]: workdir.InUse("in use")})
+    task(**{ALL[1]: lock.InUse("in use")})
     (folder / f"{second.name}.json").unlink()
     start(spec, folder)
     assert len(records(folder)) == 3 and "trial 2 is being run already" in capsys.readouterr().out
@@ -277,7 +277,7 @@ def test_the_list_says_how_far_each_is(task, tmp_path, capsys):
         (folder / trial.name).mkdir(parents=True)
         status = {"state": "running", "step": step}
         (folder / trial.name / "status.json").write_text(json.dumps(status))
-    with workdir.locked(folder / "locks", print, f"{first.name}.json"):
+    with lock.locked(folder / "locks", print, f"{first.name}.json"):
         start(spec, folder, "list")
     told = capsys.readouterr().out
     assert "running at step 7" in told and "stopped at step 9" in told
@@ -338,7 +338,7 @@ def test_a_signal_stops_all(task, tmp_path):
 def test_a_trial_that_runs_elsewhere_is_passed_by(task, tmp_path, capsys):
     spec, folder, ran = write(tmp_path), tmp_path / "sweep", task()
     third = walk(spec)[2]
-    with workdir.locked(folder / "locks", print, f"{third.name}.json"):
+    with lock.locked(folder / "locks", print, f"{third.name}.json"):
         start(spec, folder)
     assert ran.ran == [ALL[0], ALL[1], ALL[3]]
     assert "trial 3 is being run already" in capsys.readouterr().out

@@ -113,7 +113,7 @@ def test_a_reader_never_sees_a_part(tmp_path, monkeypatch):
     file = tmp_path / "status.json"
     workdir.write_atomic(file, "old")
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "full")))
-    with pytest.raises(OSError):
+    with pytest.raises(CheckpointError, match="status.json cannot be written"):
         workdir.write_atomic(file, "new")
     assert file.read_text() == "old\n"
 
