@@ -1,4 +1,4 @@
-"""Where Hugging Face's BERT, RoBERTa, DistilBERT and ModernBERT keep our parameters.
+"""Where the BERTs of Hugging Face (bert_config.py) keep our parameters.
 
 The table is read in both directions. Left is a module of `fmjax.models.bert`, right its name in a
 file that `transformers` wrote; `{}` is the layer number. Torch keeps a Linear's weight as
@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fmjax.convert.bert_config import (
+    ALIASES,
     ARCHITECTURES,
+    RELATIVES,
     hf_config,
     labels,
     model_options,
@@ -19,6 +21,7 @@ from fmjax.convert.bert_config import (
 from fmjax.convert.files import Place
 
 __all__ = [
+    "ALIASES",
     "ARCHITECTURES",
     "SHARED",
     "canonical",
@@ -31,7 +34,7 @@ __all__ = [
 ]
 
 
-def _post_norm(prefix: str) -> dict[str, str]:
+def _post_norm(prefix: str) -> dict[str, str | tuple[str, int, int]]:
     """The trunk that BERT and RoBERTa share."""
     layer = f"{prefix}.encoder.layer.{{}}"
     return {
@@ -57,6 +60,7 @@ TABLES: dict[str, dict[str, str | tuple[str, int, int]]] = {
         "head/mlm/dense": "cls.predictions.transform.dense",
         "head/mlm/norm": "cls.predictions.transform.LayerNorm",
         "head/mlm": "cls.predictions",
+        "head/mlm/lm": "cls.predictions.decoder",
         "head/nsp": "cls.seq_relationship",
         "head/classify": "classifier",
         "head/regress": "classifier",
@@ -69,6 +73,7 @@ TABLES: dict[str, dict[str, str | tuple[str, int, int]]] = {
         "head/mlm/dense": "lm_head.dense",
         "head/mlm/norm": "lm_head.layer_norm",
         "head/mlm": "lm_head",
+        "head/mlm/lm": "lm_head.decoder",
     },
     "distilbert": {
         "embed/token": "distilbert.embeddings.word_embeddings",
@@ -85,6 +90,13 @@ TABLES: dict[str, dict[str, str | tuple[str, int, int]]] = {
         "head/mlm/dense": "vocab_transform",
         "head/mlm/norm": "vocab_layer_norm",
         "head/mlm": "vocab_projector",
+    },
+    "electra": {
+        **_post_norm("electra"),
+        "embed/project": "electra.embeddings_project",
+        "head/mlm/dense": "generator_predictions.dense",
+        "head/mlm/norm": "generator_predictions.LayerNorm",
+        "head/mlm": "generator_lm_head",
     },
     "modernbert": {
         "embed/token": "model.embeddings.tok_embeddings",
@@ -109,11 +121,13 @@ TABLES: dict[str, dict[str, str | tuple[str, int, int]]] = {
 SHARED = frozenset({"classify", "regress", "tag", "choose"})
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
+TABLES |= dict.fromkeys(RELATIVES, TABLES["roberta"])
 TIED: dict[str, str] = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
     "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
     "lm_head.decoder.bias": "lm_head.bias",
+    "generator_lm_head.weight": "electra.embeddings.word_embeddings.weight",
     "vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight",
     "decoder.weight": "model.embeddings.tok_embeddings.weight",
 }
@@ -122,14 +136,18 @@ BUFFERS = r".*\.(position_ids|token_type_ids|\w*inv_freq)"  # constants in old f
 
 def tied(hf: Mapping[str, Any]) -> dict[str, str]:
     """{tensor: the one that it repeats}; older files hold both."""
-    return TIED
+    return TIED if hf.get("tie_word_embeddings", True) else {}
 
 
 def place(hf: Mapping[str, Any], name: str) -> Place | None:
     """Where the parameter `name` lies in files beside a config.json; None: in none of them."""
     module, leaf = name.rsplit("/", 1)
     layer = re.match(r"block_(\d+)/", module)
-    entry = TABLES[hf["model_type"]].get(re.sub(r"^block_\d+/", "block_{}/", module))
+    table = TABLES[hf["model_type"]]
+    if module in ("head/mlm", "head/mlm/lm") and not hf.get("tie_word_embeddings", True):
+        # Some have a module for it, whose bias counts, and another bias that is of use where tied.
+        module = "head/mlm/lm" if "head/mlm/lm" in table else "head/mlm"
+    entry = table.get(re.sub(r"^block_\d+/", "block_{}/", module))
     if entry is None or leaf not in LEAVES:
         return None
     module, part, parts = (entry, 0, 1) if isinstance(entry, str) else entry
@@ -142,6 +160,9 @@ def canonical(model_type: str, key: str) -> str:
     """A file's key as the tables have it: bare trunks get their prefix, norms today's names."""
     key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key)
     key = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
-    prefix = "model" if model_type == "modernbert" else model_type
-    bare = re.match(r"(embeddings|encoder|pooler|transformer|layers|final_norm)\.", key)
+    prefixes = {"modernbert": "model"} | dict.fromkeys(RELATIVES, "roberta")
+    prefix = prefixes.get(model_type, model_type)
+    bare = re.match(
+        r"(embeddings|embeddings_project|encoder|pooler|transformer|layers|final_norm)\.", key
+    )
     return f"{prefix}.{key}" if bare else key
