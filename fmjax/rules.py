@@ -343,7 +343,10 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"model\.depth", _whole(1, 1000)),
     (r"model\.(buckets|far)", _whole(1, 2**24)),
     (r"model\.(width|heads|mlp|max_len)", _whole(1, 2**24)),
-    (r"model\.(window|encoder_depth|(full|nope)_every|kv_heads|head_size)", _whole(0, 2**24)),
+    (
+        r"model\.(window|encoder_depth|(full|nope)_every|kv_heads|(head|embed)_size)",
+        _whole(0, 2**24),
+    ),
     (r"model\.(experts|expert_mlp|shared_mlp)", _whole(0, 2**24)),
     (r"model\.experts_per_token", POSITIVE),
     (r"model\.(capacity|router_(aux|z)_loss|clip_qkv)", NON_NEGATIVE),

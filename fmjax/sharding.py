@@ -34,7 +34,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r".*/(out|down)/kernel(/codes|/absmax)?", P("tensor", "fsdp")),
     (r"block_.*/(query|key|value|up|gate)/bias", P("tensor")),
     (r"head/mlm/bias", P("tensor")),
-    (r"head/lm/kernel", P("fsdp", "tensor")),
+    (r"head/(mlm/)?lm/kernel", P("fsdp", "tensor")),
     (r"head/.*/kernel", P("fsdp", None)),
     (r".*", P()),
 )

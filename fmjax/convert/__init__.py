@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from fmjax import rules, trees
-from fmjax.convert import files
+from fmjax.convert import files, options
 from fmjax.convert.files import Place, Tensors
 from fmjax.convert.options import MULTI_LABEL, check_architecture
 from fmjax.convert.writer import (
@@ -56,12 +56,13 @@ __all__ = [
 ]
 
 # `model_type` of config.json -> the file in fmjax/models and in fmjax/convert
-_LLAMA = "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo2 "
+_LLAMA = "llama mistral ministral qwen2 qwen3 gemma gemma2 gemma3_text olmo2 olmo3 "
 _LLAMA += "mixtral qwen2_moe qwen3_moe olmo smollm3 bloom"
+_BERTS = "bert roberta xlm-roberta camembert distilbert electra modernbert"
 MODEL_TYPES = {
-    **dict.fromkeys(("bert", "roberta", "distilbert", "modernbert"), "bert"),
+    **dict.fromkeys(_BERTS.split(), "bert"),
     "gpt2": "gpt2",
-    "t5": "t5",
+    **dict.fromkeys(("t5", "mt5", "umt5"), "t5"),
     **dict.fromkeys(_LLAMA.split(), "llama"),
 }
 
@@ -143,19 +144,21 @@ def load(
     """
     folder = find(source)
     hf, family = _read_config(folder)
-    options = _options(folder, hf, family)
+    sizes = _options(folder, hf, family)
     with files.open_folder(folder) as found_tensors:
         keys = _canonical_keys(family, hf, found_tensors)
         tensors = found_tensors.renamed(keys)
-        others = family.SHARED - options.get("classes", {}).keys()
+        others = family.SHARED - sizes.get("classes", {}).keys()
 
         def located(name: str) -> Place | None:
             place = family.place(hf, name)
             of_another = name.startswith("head/") and name.split("/")[1] in others
             if place is None or of_another or re.fullmatch(leave, name):
                 return None
-            place = place.sized(options)
-            return place if keys.keys() >= set(place.keys()) else None
+            place = place.sized(sizes)
+            # A config.json can ask for any number of experts: theirs are counted before named.
+            enough = place.each <= len(keys)
+            return place if enough and keys.keys() >= set(place.keys()) else None
 
         problems, missing, places, packed = [], {}, {}, {}
         for path, leaf in trees.flatten(like).items():
@@ -184,7 +187,7 @@ def load(
         if problems:
             raise CheckpointError(
                 f"{folder} does not fit the model:\n  " + _some(problems, "\n  ") + "\n"
-                f"Its options (config.model) are {json.dumps(options)}."
+                f"Its options (config.model) are {json.dumps(sizes)}."
             )
         loaded = {path: _read(path, leaf, row, tensors) for path, (leaf, row) in places.items()}
         for path, (leaves, row) in packed.items():
@@ -212,21 +215,25 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], ModuleType]:
             f"{folder}/config.json has model_type={quoted(model_type)}, which fmjax does not have."
             + did_you_mean(str(model_type), MODEL_TYPES)
         )
-    return hf, importlib.import_module(f"fmjax.convert.{MODEL_TYPES[model_type]}")
+    family = importlib.import_module(f"fmjax.convert.{MODEL_TYPES[model_type]}")
+    try:
+        return options.renamed(hf, family.ALIASES.get(model_type, {})), family
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from error
 
 
 def _options(folder: Path, hf: Mapping[str, Any], family: ModuleType) -> dict[str, Any]:
     """The arguments of `Model` for config.json, which anybody may have written."""
     try:
-        options = family.model_options(hf)
-        rules.check({"model": options})
-        if empty := [name for name, value in options.items() if value is None]:
+        found = family.model_options(hf)
+        rules.check({"model": found})
+        if empty := [name for name, value in found.items() if value is None]:
             raise ConfigError(f"config.json has no value for what is config.model.{empty[0]} here.")
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from error
-    except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise ConfigError(f"{folder}/config.json is not one of a model: {error!r}") from error
-    return options
+    return found
 
 
 def _canonical_keys(family: ModuleType, hf: Mapping[str, Any], tensors: Tensors) -> dict[str, str]:
@@ -246,7 +253,8 @@ def _canonical_keys(family: ModuleType, hf: Mapping[str, Any], tensors: Tensors)
                     "not tied to the embedding, which fmjax does not have."
                 )
         del keys[copy]
-    return keys
+    borrowed = family.borrowed(hf) if hasattr(family, "borrowed") else {}
+    return {name: keys[key] for name, key in borrowed.items() if key in keys} | keys
 
 
 def _problem(name: str, place: Place | None, shape: tuple[int, ...], tensors: Tensors) -> str:

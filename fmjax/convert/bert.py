@@ -1,4 +1,4 @@
-"""Where Hugging Face's BERT, RoBERTa, DistilBERT and ModernBERT keep our parameters.
+"""Where the BERTs of Hugging Face (bert_config.py) keep our parameters.
 
 The table is read in both directions. Left is a module of `fmjax.models.bert`, right its name in a
 file that `transformers` wrote; `{}` is the layer number. Torch keeps a Linear's weight as
@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from fmjax.convert.bert_config import (
+    ALIASES,
     ARCHITECTURES,
     POOLED,
+    RELATIVES,
     hf_config,
     labels,
     model_options,
@@ -20,6 +22,7 @@ from fmjax.convert.bert_config import (
 from fmjax.convert.files import Place
 
 __all__ = [
+    "ALIASES",
     "ARCHITECTURES",
     "POOLED",
     "SHARED",
@@ -33,7 +36,7 @@ __all__ = [
 ]
 
 
-def _post_norm(prefix: str) -> dict[str, str]:
+def _post_norm(prefix: str) -> dict[str, str | tuple[str, int, int]]:
     """The trunk that BERT and RoBERTa share."""
     layer = f"{prefix}.encoder.layer.{{}}"
     return {
@@ -59,6 +62,7 @@ TABLES: dict[str, dict[str, str | tuple[str, int, int]]] = {
         "head/mlm/dense": "cls.predictions.transform.dense",
         "head/mlm/norm": "cls.predictions.transform.LayerNorm",
         "head/mlm": "cls.predictions",
+        "head/mlm/lm": "cls.predictions.decoder",
         "head/nsp": "cls.seq_relationship",
         "head/classify": "classifier",
         "head/regress": "classifier",
@@ -77,6 +81,7 @@ TABLES: dict[str, dict[str, str | tuple[str, int, int]]] = {
         "head/tag": "classifier",
         "head/choose": "classifier",
         "head/span": "qa_outputs",
+        "head/mlm/lm": "lm_head.decoder",
     },
     "distilbert": {
         "embed/token": "distilbert.embeddings.word_embeddings",
@@ -95,6 +100,15 @@ TABLES: dict[str, dict[str, str | tuple[str, int, int]]] = {
         "head/mlm": "vocab_projector",
         "head/pooler": "pre_classifier",
         **dict.fromkeys(("head/classify", "head/regress", "head/tag", "head/choose"), "classifier"),
+        "head/span": "qa_outputs",
+    },
+    "electra": {
+        **_post_norm("electra"),
+        "embed/project": "electra.embeddings_project",
+        "head/mlm/dense": "generator_predictions.dense",
+        "head/mlm/norm": "generator_predictions.LayerNorm",
+        "head/mlm": "generator_lm_head",
+        "head/tag": "classifier",
         "head/span": "qa_outputs",
     },
     "modernbert": {
@@ -122,16 +136,21 @@ TABLES: dict[str, dict[str, str | tuple[str, int, int]]] = {
     },
 }
 # What a class calls otherwise than the others of its family.
-OF_CLASS = {"RobertaForMultipleChoice": {"head/pooler": "roberta.pooler.dense"}}
+OF_CLASS = dict.fromkeys(
+    (f"{prefix}ForMultipleChoice" for prefix in ("Roberta", *RELATIVES.values())),
+    {"head/pooler": "roberta.pooler.dense"},
+)
 # Heads that have one name in files: which of them it is, only the class of the file tells.
 SHARED = frozenset({"classify", "regress", "tag", "choose", "span"})
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
+TABLES |= dict.fromkeys(RELATIVES, TABLES["roberta"])
 TIED: dict[str, str] = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
     "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
     "lm_head.decoder.bias": "lm_head.bias",
+    "generator_lm_head.weight": "electra.embeddings.word_embeddings.weight",
     "vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight",
     "decoder.weight": "model.embeddings.tok_embeddings.weight",
 }
@@ -140,7 +159,7 @@ BUFFERS = r".*\.(position_ids|token_type_ids|\w*inv_freq)"  # constants in old f
 
 def tied(hf: Mapping[str, Any]) -> dict[str, str]:
     """{tensor: the one that it repeats}; older files hold both."""
-    return TIED
+    return TIED if hf.get("tie_word_embeddings", True) else {}
 
 
 def place(hf: Mapping[str, Any], name: str) -> Place | None:
@@ -150,6 +169,9 @@ def place(hf: Mapping[str, Any], name: str) -> Place | None:
     table = TABLES[hf["model_type"]]
     for kind in hf.get("architectures") or ():
         table = table | OF_CLASS.get(kind, {})
+    if module in ("head/mlm", "head/mlm/lm") and not hf.get("tie_word_embeddings", True):
+        # Some have a module for it, whose bias counts, and another bias that is of use where tied.
+        module = "head/mlm/lm" if "head/mlm/lm" in table else "head/mlm"
     entry = table.get(re.sub(r"^block_\d+/", "block_{}/", module))
     if entry is None or leaf not in LEAVES:
         return None
@@ -163,6 +185,9 @@ def canonical(model_type: str, key: str) -> str:
     """A file's key as the tables have it: bare trunks get their prefix, norms today's names."""
     key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key)
     key = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
-    prefix = "model" if model_type == "modernbert" else model_type
-    bare = re.match(r"(embeddings|encoder|pooler|transformer|layers|final_norm)\.", key)
+    prefixes = {"modernbert": "model"} | dict.fromkeys(RELATIVES, "roberta")
+    prefix = prefixes.get(model_type, model_type)
+    bare = re.match(
+        r"(embeddings|embeddings_project|encoder|pooler|transformer|layers|final_norm)\.", key
+    )
     return f"{prefix}.{key}" if bare else key

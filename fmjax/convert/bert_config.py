@@ -1,4 +1,4 @@
-"""config.json of Hugging Face's BERT, RoBERTa, DistilBERT and ModernBERT against our options.
+"""config.json of Hugging Face's BERT and its relatives against our options.
 
 The tables are read in both directions; names of parameters are in bert.py.
 """
@@ -6,8 +6,9 @@ The tables are read in both directions; names of parameters are in bert.py.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fmjax.convert import layer_types as layers
 from fmjax.convert import options
-from fmjax.errors import ConfigError
+from fmjax.errors import ConfigError, quoted
 from fmjax.models import WHOLE_HEADS
 
 
@@ -22,6 +23,9 @@ def _tasks(prefix: str, each: tuple[str, ...] = ()) -> options.Architectures:
     )
 
 
+# Models that are a RoBERTa but for their tokenizer and their training, and their prefix there.
+RELATIVES = {"xlm-roberta": "XLMRoberta", "camembert": "Camembert"}
+
 # Classes of transformers and the heads they have, the richest first.
 ARCHITECTURES: dict[str, options.Architectures] = {
     "bert": (
@@ -30,8 +34,15 @@ ARCHITECTURES: dict[str, options.Architectures] = {
         ("BertForNextSentencePrediction", frozenset({"pooler", "nsp"})),
         ("BertForMaskedLM", frozenset({"mlm"})),
     ),
-    "roberta": (*_tasks("Roberta"), ("RobertaForMaskedLM", frozenset({"mlm"}))),
-    "distilbert": (*_tasks("DistilBert"), ("DistilBertForMaskedLM", frozenset({"mlm"}))),
+    **{
+        kind: (*_tasks(prefix), (f"{prefix}ForMaskedLM", frozenset({"mlm"})))
+        for kind, prefix in {"roberta": "Roberta", "distilbert": "DistilBert", **RELATIVES}.items()
+    },
+    "electra": (
+        ("ElectraForTokenClassification", frozenset({"tag"})),
+        ("ElectraForQuestionAnswering", frozenset({"span"})),
+        ("ElectraForMaskedLM", frozenset({"mlm"})),
+    ),
     "modernbert": (
         *_tasks("ModernBert", each=("pooler",)),
         ("ModernBertForMaskedLM", frozenset({"mlm"})),
@@ -53,10 +64,18 @@ _POST_NORM_OPTIONS: dict[str, tuple[str, Any]] = {
     "hidden_dropout_prob": ("dropout", 0.1),
     "attention_probs_dropout_prob": ("attention_dropout", 0.1),
     "layer_norm_eps": ("eps", 1e-12),
+    "tie_word_embeddings": ("tied", True),
 }
 OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
     "bert": _POST_NORM_OPTIONS,
     "roberta": _POST_NORM_OPTIONS | {"vocab_size": ("vocab_size", 50265)},
+    "electra": {key: value for key, value in _POST_NORM_OPTIONS.items() if "tie" not in key}
+    | {
+        "embedding_size": ("embed_size", 128),
+        "hidden_size": ("width", 256),
+        "num_attention_heads": ("heads", 4),
+        "intermediate_size": ("mlp", 1024),
+    },
     "distilbert": {
         "vocab_size": ("vocab_size", 30522),
         "dim": ("width", 768),
@@ -67,6 +86,7 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
         "activation": ("activation", "gelu"),
         "dropout": ("dropout", 0.1),
         "attention_dropout": ("attention_dropout", 0.1),
+        "tie_word_embeddings": ("tied", True),
     },
     "modernbert": {
         "vocab_size": ("vocab_size", 50368),
@@ -81,29 +101,38 @@ OPTIONS: dict[str, dict[str, tuple[str, Any]]] = {
         "mlp_dropout": ("dropout", 0.0),
         "attention_dropout": ("attention_dropout", 0.0),
         "norm_eps": ("eps", 1e-5),
+        "attention_bias": ("attention_bias", False),
+        "mlp_bias": ("mlp_bias", False),
+        "norm_bias": ("norm_bias", False),
+        "classifier_bias": ("head_bias", False),
+        "decoder_bias": ("output_bias", True),
+        "tie_word_embeddings": ("tied", True),
     },
 }
+OPTIONS |= dict.fromkeys(RELATIVES, _POST_NORM_OPTIONS)
 # Options of transformers that we have in one setting only; absent means that setting.
-_COMMON = {"tie_word_embeddings": True, "quantization_config": None}
-_ENCODER = {
+_ENCODER = options.FIXED | {
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
 }
 FIXED: dict[str, dict[str, Any]] = {
-    "bert": _COMMON | _ENCODER,
-    "roberta": _COMMON | _ENCODER,
-    "distilbert": _COMMON,
-    "modernbert": {
-        **_COMMON,
-        **dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), False),
-        "decoder_bias": True,
-        "rope_scaling": None,
-    },
+    **dict.fromkeys(("bert", "roberta", *RELATIVES), _ENCODER),
+    "distilbert": options.FIXED,
+    "electra": _ENCODER | {"tie_word_embeddings": True},
+    "modernbert": options.FIXED | {"rope_scaling": None},
+}
+ALIASES = {
+    "distilbert": {
+        "hidden_size": "dim",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+    }
 }
 POOLS = {"cls": "first", "mean": "mean"}  # classifier_pooling of ModernBERT: `pool` here
 TOKEN_IDS = {
     "bert": ("pad",),
+    "electra": ("pad",),
     "roberta": ("pad", "bos", "eos"),
     "distilbert": ("pad",),
     "modernbert": ("pad", "bos", "eos", "cls", "sep"),
@@ -122,7 +151,7 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
         constant["classes"] = classes
     if model_type == "bert":
         constant["head_activation"] = found["activation"]
-    elif model_type == "roberta":
+    elif model_type in ("roberta", *RELATIVES):
         pad = hf.get("pad_token_id", 1)
         if not isinstance(pad, int):
             raise ConfigError(
@@ -130,6 +159,10 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
             )
         found["max_len"] -= pad + 1
         constant |= dict(position_shift=pad + 1, head_activation="gelu")
+    elif model_type == "electra":
+        constant |= dict(head_activation="gelu", pooler=False)
+        if found["embed_size"] == found["width"]:
+            found["embed_size"] = 0
     elif model_type == "distilbert":
         constant |= dict(types=0, eps=1e-12, head_activation=found["activation"])
     else:
@@ -140,9 +173,11 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def type_of(cfg: Any) -> str:
-    """Which of the four a `models.bert.Config` describes."""
+    """`model_type` of a `models.bert.Config`, the plainest that has its options."""
     if cfg.modern:
         return "modernbert"
+    if cfg.embed_size:
+        return "electra"
     if cfg.position_shift:
         return "roberta"
     return "bert" if cfg.types else "distilbert"
@@ -163,7 +198,6 @@ def hf_config(
         ],
         "model_type": family,
         "dtype": "float32",
-        "tie_word_embeddings": True,
         **{f"{kind}_token_id": ids.get(kind) for kind in TOKEN_IDS[family]},
     }
     config |= options.named_outputs(dict(cfg.classes), heads, labels)
@@ -173,6 +207,7 @@ def hf_config(
         config |= {
             "local_attention": 2 * cfg.window,
             "global_attn_every_n_layers": cfg.full_every,
+            "layer_types": layers.kinds(cfg.full_layers),
             "global_rope_theta": cfg.theta_full,
             "local_rope_theta": cfg.theta_local,
             "classifier_pooling": "mean" if cfg.pool == "mean" else "cls",
@@ -186,13 +221,15 @@ def hf_config(
             raise ConfigError(
                 "A RoBERTa with config.model.types=0 has no counterpart in transformers."
             )
+    if family == "electra":
+        options.require(family, "position_shift", cfg.position_shift, 0)
     if family == "distilbert":
         options.require(family, "eps", cfg.eps, 1e-12)
     options.require(
         family,
         "head_activation",
         cfg.head_activation,
-        "gelu" if family == "roberta" else cfg.activation,
+        "gelu" if family in ("roberta", "electra") else cfg.activation,
     )
     return config
 
@@ -209,31 +246,31 @@ def classes_of(hf: Mapping[str, Any]) -> dict[str, int]:
 
 def _local_attention(hf: Mapping[str, Any], depth: int) -> dict[str, Any]:
     """ModernBERT's windows and rotary bases, in the keys of transformers 4 or 5."""
-    every = hf.get("global_attn_every_n_layers", 3)
-    if kinds := hf.get("layer_types"):
-        full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-        every = full[1] if len(full) > 1 else depth
-        expected = ["sliding_attention" if i % every else "full_attention" for i in range(depth)]
-        if kinds != expected:
-            raise ConfigError(
-                f"config.json has layer_types={kinds}; fmjax's ModernBERT has a full layer first "
-                "and then every n-th (config.model.full_every)."
-            )
+    every = hf.get("global_attn_every_n_layers") or 3
+    sliding = layers.listed(hf, depth)
+    if sliding is None:
+        sliding = [i % every != 0 for i in range(depth)]
+    window_layers = tuple(i for i, slides in enumerate(sliding) if slides)
+    for period in (every, *([sliding.index(False, 1)] if False in sliding[1:] else [depth])):
+        if sliding == [i % period != 0 for i in range(depth)]:
+            every, window_layers = period, ()
+            break
     rope = hf.get("rope_parameters") or {}
     bases = []
     for kind, old, default in (
         ("full_attention", "global_rope_theta", 160_000.0),
         ("sliding_attention", "local_rope_theta", 10_000.0),
     ):
-        options = rope.get(kind) or {}
-        if options.get("rope_type", "default") != "default":
+        given = rope.get(kind) or {}
+        if given.get("rope_type", "default") != "default":
             raise ConfigError(
-                f"config.json has rope_type={options['rope_type']!r}; fmjax has 'default' only."
+                f"config.json has rope_type={quoted(given['rope_type'])}; fmjax has 'default' only."
             )
-        bases.append(float(options.get("rope_theta", hf.get(old, default))))
+        bases.append(float(given.get("rope_theta") or hf.get(old) or default))
     return dict(
         window=hf.get("local_attention", 128) // 2,
         full_every=every,
+        window_layers=window_layers,
         theta_full=bases[0],
         theta_local=bases[1],
     )

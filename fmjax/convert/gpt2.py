@@ -18,6 +18,7 @@ ARCHITECTURES: dict[str, options.Architectures] = {
         ("GPT2ForSequenceClassification", frozenset({"regress"})),
         ("GPT2ForTokenClassification", frozenset({"tag"})),
         ("GPT2ForQuestionAnswering", frozenset({"span"})),
+        ("GPT2LMHeadModel", frozenset({"lm"})),
         ("GPT2LMHeadModel", frozenset()),
     )
 }
@@ -34,14 +35,18 @@ OPTIONS: options.Table = {
     "embd_pdrop": ("dropout", 0.1),
     "attn_pdrop": ("attention_dropout", 0.1),
     "layer_norm_epsilon": ("eps", 1e-5),
+    "scale_attn_weights": ("scaled", True),
+    "scale_attn_by_inverse_layer_idx": ("scaled_by_layer", False),
+    "tie_word_embeddings": ("tied", True),
 }
-FIXED = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-    "quantization_config": None,
+FIXED = options.FIXED | {"add_cross_attention": False}
+ALIASES = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
 }
 _LAYER = "transformer.h.{}"
 # Modules of ours: (name in files, is it a Conv1D, which part of it, of how many).
@@ -57,6 +62,7 @@ TABLE: dict[str, tuple[str, bool, int, int]] = {
     "block_{}/mlp/up": (f"{_LAYER}.mlp.c_fc", True, 0, 1),
     "block_{}/mlp/down": (f"{_LAYER}.mlp.c_proj", True, 0, 1),
     "norm": ("transformer.ln_f", False, 0, 1),
+    "head/lm": ("lm_head", False, 0, 1),
     "head/classify": ("score", False, 0, 1),
     "head/regress": ("score", False, 0, 1),
     "head/tag": ("classifier", False, 0, 1),
@@ -69,7 +75,8 @@ BUFFERS = r".*\.attn\.(masked_)?bias"  # the triangle in old files, no parameter
 
 def tied(hf: Mapping[str, Any]) -> dict[str, str]:
     """{tensor: the one that it repeats}; older files hold both."""
-    return {"lm_head.weight": "transformer.wte.weight"}
+    is_tied = hf.get("tie_word_embeddings", True)
+    return {"lm_head.weight": "transformer.wte.weight"} if is_tied else {}
 
 
 def place(hf: Mapping[str, Any], name: str) -> Place | None:
@@ -128,7 +135,6 @@ def hf_config(
         "architectures": [next(name for name, own in ARCHITECTURES["gpt2"] if own == has)],
         "model_type": "gpt2",
         "dtype": "float32",
-        "tie_word_embeddings": True,
         **{f"{kind}_token_id": ids.get(kind) for kind in ("bos", "eos", "pad")},
         **options.named_outputs(dict(cfg.classes), heads, labels),
         **config,

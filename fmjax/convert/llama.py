@@ -20,9 +20,10 @@ from fmjax.convert.llama_config import (
     model_options,
     type_of,
 )
-from fmjax.convert.llama_options import ANSWERED_AS_TRANSFORMER
+from fmjax.convert.llama_options import ALIASES, ANSWERED_AS_TRANSFORMER
 
 __all__ = [
+    "ALIASES",
     "ARCHITECTURES",
     "POOLED",
     "SHARED",
@@ -66,7 +67,7 @@ _AROUND = _BEHIND | {
     "block_{}/attn_norm": f"{_LAYER}.input_layernorm",
     "block_{}/mlp_norm": f"{_LAYER}.pre_feedforward_layernorm",
 }
-_NORMS = {"olmo2": _BEHIND, "gemma2": _AROUND, "gemma3_text": _AROUND}
+_NORMS = {"olmo2": _BEHIND, "olmo3": _BEHIND, "gemma2": _AROUND, "gemma3_text": _AROUND}
 _SPARSE = f"{_LAYER}.block_sparse_moe"
 _MIXTRAL = {
     "block_{}/mlp/router": f"{_SPARSE}.gate",
@@ -98,6 +99,7 @@ _BLOOM = {
     "block_{}/mlp/up": f"{_BLOOM_LAYER}.mlp.dense_h_to_4h",
     "block_{}/mlp/down": f"{_BLOOM_LAYER}.mlp.dense_4h_to_h",
     "norm": "transformer.ln_f",
+    "head/lm": "lm_head",
     **dict.fromkeys(("head/classify", "head/regress"), "score"),
     "head/tag": "classifier",
     "head/span": "qa_outputs",

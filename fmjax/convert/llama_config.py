@@ -6,11 +6,8 @@ The tables (llama_options.py) are read in both directions; names of parameters a
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from fmjax.convert import options
+from fmjax.convert import llama_layers, llama_rope, options
 from fmjax.convert.llama_options import (
-    ALIASES,
     ANSWERED,
     CLASSIFIED,
     CONSTANT,
@@ -21,13 +18,13 @@ from fmjax.convert.llama_options import (
     PREFIXES,
     TAGGED,
 )
-from fmjax.errors import ConfigError
+from fmjax.errors import ConfigError, quoted
 
-_FULL_EVERY = {"gemma2": 2, "gemma3_text": 6}
+_SCALED = ("gemma2", "gemma3_text")  # families with a key for the scale of queries
 _OWN_BIASES = (
-    *("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "qwen3_moe", "olmo", "smollm3"),
+    *("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "qwen3_moe", "olmo"),
+    "smollm3",
 )
-_BASES = {"gemma3_text": 1e6, "mixtral": 1e6, "smollm3": 2e6}  # of positions, where nothing is said
 _SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
@@ -49,24 +46,22 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
     Raises ConfigError for an option that the model does not have.
     """
     kind = hf["model_type"]
-    others = ALIASES.get(kind, {}).items()
-    hf = {**hf, **{key: hf[other] for other, key in others if hf.get(other) is not None}}
+    if kind == "gemma":
+        hf = {**hf, "hidden_act": _gemma_activation(hf)}
     found = options.read(hf, OPTIONS[kind], FIXED[kind])
     found |= {field: found[field] or 0 for field in NULLABLE if field in found}
     found |= CONSTANT[kind]
     if kind == "bloom":
         found["mlp"] = 4 * found["width"]
     else:
-        found |= _rope(hf, kind)
-    if kind == "smollm3":
-        found["nope_every"] = _nope_every(hf, found["depth"])
+        found |= llama_rope.read(hf, kind)
+    found |= llama_layers.read(hf, kind, found["depth"])
     if kind in _SPARSE:
         found |= _routing(hf, found["depth"])
     if kind in _OWN_BIASES:
         found |= dict.fromkeys(("qkv_bias", "out_bias"), bool(hf.get("attention_bias", False)))
-    if kind in _FULL_EVERY:
+    if kind in _SCALED:
         found["query_scale"] = float(hf.get("query_pre_attn_scalar", 256)) ** -0.5
-        found["full_every"] = _full_every(hf, kind, found["depth"])
     classes = options.classes(hf, architectures(kind))
     return found | {"variant": "llama2_7b"} | ({"classes": classes} if classes else {})
 
@@ -77,12 +72,12 @@ def type_of(cfg: Any) -> str:
         return "qwen2_moe" if cfg.shared_mlp else "qwen3_moe" if cfg.qk_norm else "mixtral"
     if cfg.alibi:
         return "bloom"
-    if cfg.nope_every:
+    if cfg.nope_every or cfg.nope_layers:
         return "smollm3"
     if cfg.norm == "plain":
         return "olmo"
     if cfg.norms == "behind":
-        return "olmo2"
+        return "olmo3" if cfg.window or cfg.theta_window else "olmo2"
     if cfg.norms == "around":
         return "gemma3_text" if cfg.qk_norm else "gemma2"
     if cfg.norm_offset:
@@ -91,7 +86,9 @@ def type_of(cfg: Any) -> str:
         return "qwen3"
     if cfg.qkv_bias and not cfg.out_bias:
         return "qwen2"
-    return "mistral" if cfg.window else "llama"
+    if cfg.window:
+        return "ministral" if any(cfg.full_layers) else "mistral"
+    return "llama"
 
 
 def hf_config(
@@ -121,22 +118,17 @@ def hf_config(
         options.require(kind, "mlp", cfg.mlp, 4 * cfg.width)
     else:
         config |= {"num_key_value_heads": cfg.key_heads, "head_dim": cfg.size}
-        config |= _written_rope(cfg, kind)
-    if kind == "smollm3":
-        needed["nope_every"] = config["no_rope_layer_interval"] = cfg.nope_every
-        config["no_rope_layers"] = _rotary(cfg.nope_every, cfg.depth)
+        config |= llama_rope.written(cfg, kind)
+    config |= llama_layers.written(cfg, kind)
     if kind in _SPARSE:
         config |= _written_routing(cfg, kind)
         needed |= dict(experts=cfg.experts)
         needed |= dict(dense_layers=(), expert_mlp=0) if kind == "mixtral" else {}
-    has = {field for field, _ in OPTIONS[kind].values()}
-    if kind in _FULL_EVERY:
-        has |= {"full_every", "theta_window"} if kind == "gemma3_text" else {"full_every"}
+    has = {field for field, _ in OPTIONS[kind].values()} | llama_layers.fields(kind)
+    has |= {"theta_window"} if kind in llama_rope.LOCAL else set()
+    if kind in _SCALED:
         scale = cfg.query_scale or cfg.size**-0.5
         config["query_pre_attn_scalar"] = round(scale**-2)
-        config["layer_types"] = [
-            "full_attention" if full else "sliding_attention" for full in cfg.full_layers
-        ]
         del needed["query_scale"]
     needed.setdefault("out_bias", False)
     if kind in _OWN_BIASES:
@@ -158,40 +150,28 @@ def _is_null(cfg: Any, field: str) -> bool:
     return field in NULLABLE and not getattr(cfg, field)
 
 
-def _full_every(hf: Mapping[str, Any], kind: str, depth: int) -> int:
-    """Of which layers every n-th has no window, in the keys of transformers 4 or 5."""
-    every = hf.get("sliding_window_pattern", _FULL_EVERY[kind])
-    if kinds := hf.get("layer_types"):
-        full = [i + 1 for i, name in enumerate(kinds) if name == "full_attention"]
-        every = full[0] if full else depth + 1
-        numbers = np.arange(1, depth + 1)
-        if kinds != [("full" if i % every == 0 else "sliding") + "_attention" for i in numbers]:
-            raise ConfigError(
-                f"config.json has layer_types={kinds}; fmjax has every n-th layer without a window "
-                "(config.model.full_every)."
-            )
-    return every
-
-
-def _nope_every(hf: Mapping[str, Any], depth: int) -> int:
-    """Every n-th layer of which has no positions; 0: none."""
-    told = hf.get("no_rope_layers") or _rotary(hf.get("no_rope_layer_interval", 4), depth)
-    every = [*told, 0].index(0) + 1 if 0 in told[:depth] else 0
-    if list(told[:depth]) != _rotary(every, depth):
+def _gemma_activation(hf: Mapping[str, Any]) -> str:
+    """Gemma's "gelu" is the tanh approximation: the published files call it so, and transformers
+    takes it so. `hidden_activation`, which it does not read, must not say otherwise."""
+    tanh = "gelu_pytorch_tanh"
+    names = [hf.get(key) or tanh for key in ("hidden_act", "hidden_activation")]
+    act, other = (tanh if name == "gelu" else name for name in names)
+    if hf.get("hidden_activation") and other != act:
         raise ConfigError(
-            f"config.json has no_rope_layers={told}; fmjax has every n-th layer without positions "
-            "(config.model.nope_every)."
+            f"config.json has hidden_activation={quoted(hf['hidden_activation'])} beside "
+            f"hidden_act={quoted(hf.get('hidden_act'))}: versions of transformers differ in which "
+            "of them counts."
         )
-    return every
-
-
-def _rotary(nope_every: int, depth: int) -> list[int]:
-    return [int(not nope_every or i % nope_every != 0) for i in range(1, depth + 1)]
+    return act
 
 
 def _routing(hf: Mapping[str, Any], depth: int) -> dict[str, Any]:
     """Which layers have no experts, and the losses with which transformers would train."""
     step, alone = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or ()
+    if not isinstance(step, int) or step < 1:
+        raise ConfigError(
+            f"config.json has decoder_sparse_step={quoted(step)}, not a number of layers from 1."
+        )
     dense = tuple(i for i in range(depth) if i in alone or (i + 1) % step)
     factor = float(hf.get("router_aux_loss_coef", 0.001))
     told = bool(hf.get("output_router_logits", False))
@@ -208,40 +188,3 @@ def _written_routing(cfg: Any, kind: str) -> dict[str, Any]:
         return config
     sparse = {"decoder_sparse_step": 1, "mlp_only_layers": list(cfg.dense_layers)}
     return config | sparse | {"moe_intermediate_size": cfg.expert_mlp or cfg.mlp}
-
-
-def _rope(hf: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Bases and stretching of positions, in the keys of transformers 4 or 5."""
-    told = hf.get("rope_parameters") or {}
-    local = kind == "gemma3_text"
-    far = (told.get("full_attention") or {}) if local else told
-    base = _BASES.get(kind, 10_000.0)
-    scaling = dict(hf.get("rope_scaling") or {}) | dict(far)
-    found = {"theta": float(scaling.pop("rope_theta", None) or hf.get("rope_theta") or base)}
-    if local:
-        near = told.get("sliding_attention") or {}
-        if near.get("rope_type", "default") != "default":
-            raise ConfigError(
-                f"config.json has rope_type={near['rope_type']!r} for layers with a window; fmjax "
-                "has 'default' only."
-            )
-        own = near.get("rope_theta") or hf.get("rope_local_base_freq") or 10_000.0
-        found["theta_window"] = float(own)
-    kinds = [scaling.pop(key) for key in ("rope_type", "type") if scaling.get(key)]
-    if not kinds or kinds[0] == "default":
-        return found | {"rope": ()}
-    if kinds[0] == "yarn":
-        scaling.setdefault("original_max_position_embeddings", hf["max_position_embeddings"])
-    else:
-        extra = "original_max_position_embeddings"
-        scaling = {k: v for k, v in scaling.items() if kinds[0] == "llama3" or k != extra}
-    scaling = {key: value for key, value in scaling.items() if value is not None}
-    return found | {"rope": (("type", kinds[0]), *sorted(scaling.items()))}
-
-
-def _written_rope(cfg: Any, kind: str) -> dict[str, Any]:
-    """In the keys of the published checkpoints, which every version of transformers reads."""
-    told = dict(cfg.rope)
-    scaling = None if not told else {"rope_type": told.pop("type"), **told}
-    config = {"rope_theta": cfg.theta, "rope_scaling": scaling}
-    return config | ({"rope_local_base_freq": cfg.theta_window} if kind == "gemma3_text" else {})

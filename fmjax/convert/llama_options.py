@@ -13,6 +13,8 @@ PREFIXES = {
     "gemma2": "Gemma2",
     "gemma3_text": "Gemma3",
     "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
+    "ministral": "Ministral",
     "mixtral": "Mixtral",
     "qwen2_moe": "Qwen2Moe",
     "qwen3_moe": "Qwen3Moe",
@@ -23,16 +25,18 @@ PREFIXES = {
 # The classes of transformers for texts to be classified by have all; gemma3_text its own name.
 CLASSIFIED = PREFIXES | {"gemma3_text": "Gemma3Text"}
 # Those that have a class for each token to be classified by, and one to answer questions.
-TAGGED = frozenset(PREFIXES) - {"gemma3_text", "olmo", "olmo2"}
+TAGGED = frozenset(PREFIXES) - {"gemma3_text", "olmo", "olmo2", "olmo3"}
 ANSWERED = TAGGED - {"gemma", "gemma2"}
 # Of the latter those whose class calls its trunk "transformer", and not "model".
-ANSWERED_AS_TRANSFORMER = frozenset({"llama", "qwen2", "qwen3", "qwen3_moe", "smollm3"})
+ANSWERED_AS_TRANSFORMER = frozenset(
+    {"llama", "ministral", "qwen2", "qwen3", "qwen3_moe", "smollm3"}
+)
 # Our options where a member of the family says nothing of them, and those that make it what it is.
 PLAIN = dict(
     norm_offset=0.0, embed_scale=False, norms="before", qk_norm="", norm="rms", embed_norm=False,
     dropout=0.0, window=0, full_every=0, theta_window=0.0, logit_softcap=0.0, query_scale=0.0,
-    attention_softcap=0.0, mlp_bias=False, gated=True, clip_qkv=0.0, nope_every=0, alibi=False,
-    experts=0, shared_mlp=0, capacity=0.0,
+    attention_softcap=0.0, mlp_bias=False, gated=True, clip_qkv=0.0, nope_every=0, nope_layers=(),
+    window_layers=(), alibi=False, experts=0, shared_mlp=0, capacity=0.0,
 )  # fmt: skip
 CONSTANT: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -43,6 +47,8 @@ CONSTANT: dict[str, dict[str, Any]] = {
     "gemma2": dict(norm_offset=1.0, embed_scale=True, norms="around"),
     "gemma3_text": dict(norm_offset=1.0, embed_scale=True, norms="around", qk_norm="head"),
     "olmo2": dict(norms="behind", qk_norm="whole"),
+    "olmo3": dict(norms="behind", qk_norm="whole"),
+    "ministral": {},
     "mixtral": dict(experts_normed=True),
     "qwen2_moe": {},
     "qwen3_moe": dict(qk_norm="head"),
@@ -90,17 +96,17 @@ _CAPPED = {key: value for key, value in _GEMMA.items() if key != "hidden_act"} |
     "num_attention_heads": ("heads", 8),
     "num_key_value_heads": ("kv_heads", 4),
     "hidden_activation": ("activation", "gelu_pytorch_tanh"),
-    "sliding_window": ("window", 4096),
 }
+_MISTRAL = _SIZES | {
+    "intermediate_size": ("mlp", 14336),
+    "num_key_value_heads": ("kv_heads", 8),
+    "max_position_embeddings": ("max_len", 4096 * 32),
+}
+_OLMO2 = _SIZES | {"vocab_size": ("vocab_size", 50304), "rms_norm_eps": ("eps", 1e-5)}
 OPTIONS: dict[str, options.Table] = {
     "llama": _SIZES | {"mlp_bias": ("mlp_bias", False)},
-    "mistral": _SIZES
-    | {
-        "intermediate_size": ("mlp", 14336),
-        "num_key_value_heads": ("kv_heads", 8),
-        "max_position_embeddings": ("max_len", 4096 * 32),
-        "sliding_window": ("window", 4096),
-    },
+    "mistral": _MISTRAL,
+    "ministral": _MISTRAL,
     "qwen2": _QWEN,
     "qwen3": _QWEN | {"head_dim": ("head_size", 128)},
     "gemma": _GEMMA
@@ -121,9 +127,9 @@ OPTIONS: dict[str, options.Table] = {
         "vocab_size": ("vocab_size", 262_208),
         "max_position_embeddings": ("max_len", 131_072),
         "final_logit_softcapping": ("logit_softcap", None),
-        "attn_logit_softcapping": ("attention_softcap", None),
     },
-    "olmo2": _SIZES | {"vocab_size": ("vocab_size", 50304), "rms_norm_eps": ("eps", 1e-5)},
+    "olmo2": _OLMO2,
+    "olmo3": _OLMO2,
     "olmo": {key: value for key, value in _SIZES.items() if key != "rms_norm_eps"}
     | {"vocab_size": ("vocab_size", 50304), "clip_qkv": ("clip_qkv", None)},
     "smollm3": _SIZES
@@ -147,13 +153,9 @@ OPTIONS: dict[str, options.Table] = {
         "attention_dropout": ("attention_dropout", 0.0),
         "tie_word_embeddings": ("tied", True),
     },
-    "mixtral": _SIZES
+    "mixtral": _MISTRAL
     | {
-        "intermediate_size": ("mlp", 14336),
-        "num_key_value_heads": ("kv_heads", 8),
-        "max_position_embeddings": ("max_len", 4096 * 32),
         "rms_norm_eps": ("eps", 1e-5),
-        "sliding_window": ("window", None),
         "num_local_experts": ("experts", 8),
         "num_experts_per_tok": ("experts_per_token", 2),
     },
@@ -178,27 +180,22 @@ OPTIONS: dict[str, options.Table] = {
     },
 }
 # Options of transformers that we have in one setting only; absent means that setting.
+_FIXED = options.FIXED
 FIXED: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(PREFIXES, {"quantization_config": None}),
-    **dict.fromkeys(
-        ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3"),
-        {"quantization_config": None, "use_sliding_window": False},
-    ),
-    "mixtral": {"quantization_config": None, "router_jitter_noise": 0.0},
-    "bloom": {
-        "quantization_config": None,
-        "apply_residual_connection_post_layernorm": False,
-        "hidden_dropout": 0.0,
-    },
-    **dict.fromkeys(
-        ("gemma", "gemma2", "gemma3_text"),
-        {"quantization_config": None, "use_bidirectional_attention": None},
-    ),
+    **dict.fromkeys(PREFIXES, _FIXED),
+    "mixtral": _FIXED | {"router_jitter_noise": 0.0},
+    "bloom": _FIXED
+    | {"apply_residual_connection_post_layernorm": False, "hidden_dropout": 0.0}
+    | {"slow_but_exact": False},  # which leaves biases out where pretraining_tp is above 1
+    **dict.fromkeys(("gemma", "gemma2"), _FIXED | {"use_bidirectional_attention": None}),
+    "gemma3_text": _FIXED
+    | dict.fromkeys(("use_bidirectional_attention", "attn_logit_softcapping")),
 }
 # Fields whose absence config.json has as null, and we as 0.
-NULLABLE = (*("kv_heads", "head_size", "window", "logit_softcap", "attention_softcap", "clip_qkv"),)
+NULLABLE = ("kv_heads", "head_size", "logit_softcap", "attention_softcap", "clip_qkv")
 # {model_type: {another name of a key: the name that we write}}.
 ALIASES = {
+    "mixtral": {"num_experts": "num_local_experts"},
     "qwen3_moe": {"num_local_experts": "num_experts"},
     "bloom": {
         "n_embed": "hidden_size",

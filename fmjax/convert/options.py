@@ -8,12 +8,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fmjax import rules
 from fmjax.errors import ConfigError, did_you_mean, quoted
 
 Table = Mapping[str, tuple[str, Any]]
 # (class of transformers, the heads that it has), the richest first.
 Architectures = Sequence[tuple[str, frozenset[str]]]
 
+# Keys of all families that we have in one setting only.
+FIXED = {"quantization_config": None, "per_layer_config": None}
 MAX_OUTPUTS = 2**24  # of a head, which a config.json may ask for
 SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
 REGRESSION = "regression"
@@ -29,10 +32,30 @@ ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python": "gelu",
     "relu": "relu",
     "silu": "silu",
     "swish": "silu",
 }
+
+
+def renamed(hf: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """A config.json in which each key has the name that its family writes.
+
+    Raises ConfigError for two names of one key with different values.
+    """
+    named = dict(hf)
+    for other, key in aliases.items():
+        if (value := named.pop(other, None)) is None:
+            continue
+        if named.setdefault(key, value) != value:
+            raise ConfigError(
+                f"config.json has {other}={quoted(value)} beside {key}={quoted(named[key])}, which "
+                "are two names of one key."
+            )
+    return named
 
 
 def read(hf: Mapping[str, Any], table: Table, fixed: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +67,8 @@ def read(hf: Mapping[str, Any], table: Table, fixed: Mapping[str, Any]) -> dict[
     for key, value in fixed.items():
         if (hf.get(key, value) or None) != (value or None):  # false, null and absent are one
             raise ConfigError(
-                f"config.json has {key}={hf[key]!r}; fmjax's {hf['model_type']} has {value!r} only."
+                f"config.json has {key}={quoted(hf[key])}; fmjax's {hf['model_type']} has "
+                f"{value!r} only."
             )
     found: dict[str, Any] = {}
     for key, (field, default) in table.items():
@@ -56,6 +80,7 @@ def read(hf: Mapping[str, Any], table: Table, fixed: Mapping[str, Any]) -> dict[
                 f"config.json has {key}={value!r} beside {found[field]!r} for what is one option "
                 f"here, config.model.{field}."
             )
+    rules.check({"model": found})  # before anything is made as long as the model is deep
     return found
 
 

@@ -1,6 +1,7 @@
-"""Where Hugging Face's T5 keeps our parameters, and its config.json.
+"""Where Hugging Face's T5 and its relatives keep our parameters, and their config.json.
 
-Its decoder numbers its layers from 0 again, and the first layer of each has the table of distances.
+Their decoder numbers its layers from 0 again. The first layer of each trunk has the table of
+distances, and in UMT5 every layer its own.
 """
 
 import re
@@ -13,13 +14,14 @@ from fmjax.errors import ConfigError, did_you_mean, quoted
 
 # Classes of transformers and the heads they have, the richest first.
 ARCHITECTURES: dict[str, options.Architectures] = {
-    "t5": (
-        ("T5ForConditionalGeneration", frozenset({"lm"})),
-        ("T5ForConditionalGeneration", frozenset()),
+    kind: (
+        (f"{prefix}ForConditionalGeneration", frozenset({"lm"})),
+        (f"{prefix}ForConditionalGeneration", frozenset()),
     )
+    for kind, prefix in {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}.items()
 }
-POOLED: dict[str, tuple[str, ...]] = {"t5": ()}  # what stands for the whole before a head
-OPTIONS: options.Table = {
+POOLED: dict[str, tuple[str, ...]] = dict.fromkeys(ARCHITECTURES, ())  # before a head: none
+_T5: options.Table = {
     "vocab_size": ("vocab_size", 32128),
     "d_model": ("width", 512),
     "d_kv": ("head_size", 64),
@@ -30,7 +32,24 @@ OPTIONS: options.Table = {
     "dropout_rate": ("dropout", 0.1),
     "layer_norm_epsilon": ("eps", 1e-6),
 }
-FIXED = {"quantization_config": None}
+_MT5 = _T5 | {
+    "vocab_size": ("vocab_size", 250112),
+    "d_ff": ("mlp", 1024),
+    "num_heads": ("heads", 6),
+}
+OPTIONS = {"t5": _T5, "mt5": _MT5, "umt5": _MT5}
+# What they assume where config.json does not have the key.
+_OTHERS = {"t5": ("relu", 6)} | dict.fromkeys(("mt5", "umt5"), ("gated-gelu", 8))
+FIXED = options.FIXED
+ALIASES = dict.fromkeys(
+    OPTIONS,
+    {
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+        "head_dim": "d_kv",
+    },
+)
 # feed_forward_proj: (activation, gated)
 MLPS = {
     "relu": ("relu", False),
@@ -42,11 +61,11 @@ MLPS = {
     "gated-silu": ("silu", True),
 }
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
-_DISTANCE = "block.0.layer.0.SelfAttention.relative_attention_bias"
+_DISTANCE = "layer.0.SelfAttention.relative_attention_bias"
 TABLE = {
     "embed/token": "shared",
-    "embed/encoder_distance": f"encoder.{_DISTANCE}",
-    "embed/decoder_distance": f"decoder.{_DISTANCE}",
+    "embed/encoder_distance": f"encoder.block.0.{_DISTANCE}",
+    "embed/decoder_distance": f"decoder.block.0.{_DISTANCE}",
     "encoder_norm": "encoder.final_layer_norm",
     "norm": "decoder.final_layer_norm",
     "head/lm": "lm_head",
@@ -77,11 +96,13 @@ def place(hf: Mapping[str, Any], name: str) -> Place | None:
 
 def _of_layer(layer: int, module: str, hf: Mapping[str, Any]) -> str | None:
     """The name of a layer's module: of its parts, one after the other, each with its norm."""
-    encoder, gated = hf.get("num_layers", 6), hf.get("feed_forward_proj", "").startswith("gated")
+    encoder, gated = _encoder_depth(hf), _mlp(hf)[1]
     decoder = layer >= encoder
     first = f"decoder.block.{layer - encoder}" if decoder else f"encoder.block.{layer}"
     parts = {"attn": (0, "SelfAttention"), "mlp": (1 + decoder, "DenseReluDense")}
     parts |= {"cross": (1, "EncDecAttention")} if decoder else {}
+    if module == "distance":
+        return f"{first}.{_DISTANCE}"
     whole, _, inner = module.partition("/")
     if whole.removesuffix("_norm") not in parts:
         return None
@@ -98,10 +119,44 @@ def canonical(model_type: str, key: str) -> str:
     return key
 
 
+def borrowed(hf: Mapping[str, Any]) -> dict[str, str]:
+    """{tensor: the one that it is where the files lack it}: transformers ties any T5's output whose
+    files have none."""
+    return {} if _tied(hf) else {"lm_head.weight": "shared.weight"}
+
+
 def _tied(hf: Mapping[str, Any]) -> bool:
     """Whether the output is the embedding, for states times 1/√D. transformers 5 writes that it is
-    tied whatever it is, and tells the two kinds of T5 apart by the scale alone."""
+    tied whatever it is, and tells the two kinds of T5 apart by the scale alone. mT5 has none."""
+    if hf["model_type"] == "mt5":
+        return False
     return bool(hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings") is not False))
+
+
+def _encoder_depth(hf: Mapping[str, Any]) -> int:
+    return hf.get("num_layers", _OTHERS[hf["model_type"]][1])
+
+
+def _mlp(hf: Mapping[str, Any]) -> tuple[str, bool]:
+    """(activation, whether it is gated). Raises ConfigError for one that the model does not have,
+    and for keys that follow from it and do not."""
+    name = hf.get("feed_forward_proj", _OTHERS[hf["model_type"]][0])
+    if name not in MLPS:
+        raise ConfigError(
+            f"config.json has feed_forward_proj={quoted(name)}, which fmjax does not have."
+            + did_you_mean(str(name), MLPS)
+        )
+    activation, gated = MLPS[name]
+    same = options.ACTIVATIONS.get(hf.get("dense_act_fn"), activation) == activation
+    for key, fits in (
+        ("dense_act_fn", same),
+        ("is_gated_act", hf.get("is_gated_act") in (None, gated)),
+    ):
+        if not fits:
+            raise ConfigError(
+                f"config.json has {key}={quoted(hf[key])} beside feed_forward_proj={quoted(name)}."
+            )
+    return activation, gated
 
 
 def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,20 +164,16 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ConfigError for an option that the model does not have.
     """
-    found = options.read(hf, OPTIONS, FIXED)
-    mlp = hf.get("feed_forward_proj", "relu")
-    if mlp not in MLPS:
+    kind = hf["model_type"]
+    found = options.read(hf, OPTIONS[kind], FIXED)
+    activation, gated = _mlp(hf)
+    start = hf.get("decoder_start_token_id", hf.get("pad_token_id"))
+    if start != hf.get("pad_token_id", start):
         raise ConfigError(
-            f"config.json has feed_forward_proj={quoted(mlp)}, which fmjax does not have."
-            + did_you_mean(str(mlp), MLPS)
+            f"config.json has decoder_start_token_id={quoted(start)}; fmjax's {kind} begins with "
+            f"the padding, pad_token_id={quoted(hf.get('pad_token_id'))}, only."
         )
-    activation, gated = MLPS[mlp]
-    if hf.get("decoder_start_token_id", hf.get("pad_token_id")) != hf.get("pad_token_id"):
-        raise ConfigError(
-            f"config.json has decoder_start_token_id={hf['decoder_start_token_id']!r}; fmjax's t5 "
-            f"begins with the padding, pad_token_id={hf.get('pad_token_id')!r}, only."
-        )
-    encoder, decoder = hf.get("num_layers", 6), hf.get("num_decoder_layers")
+    encoder, decoder = _encoder_depth(hf), hf.get("num_decoder_layers")
     return found | {
         "variant": "small",
         "depth": encoder + (encoder if decoder is None else decoder),
@@ -130,13 +181,14 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
         "activation": activation,
         "gated": gated,
         "tied": _tied(hf),
+        "layer_distances": kind == "umt5",
         "attention_dropout": found["dropout"],
     }
 
 
 def type_of(cfg: Any) -> str:
-    """`model_type` of a `models.t5.Config`."""
-    return "t5"
+    """`model_type` of a `models.t5.Config`: of mT5 that of T5 1.1, which it is."""
+    return "umt5" if cfg.layer_distances else "t5"
 
 
 def hf_config(
@@ -146,16 +198,17 @@ def hf_config(
 
     Raises ConfigError for a combination of options that no class of transformers has.
     """
-    options.require("t5", "attention_dropout", cfg.attention_dropout, cfg.dropout)
+    kind = type_of(cfg)
+    options.require(kind, "attention_dropout", cfg.attention_dropout, cfg.dropout)
     mlps = {how: name for name, how in MLPS.items()}
     if (cfg.activation, cfg.gated) not in mlps:
         raise ConfigError(
             f"config.model.activation={cfg.activation!r} with config.model.gated={cfg.gated} "
-            f"cannot be exported: transformers' t5 has {', '.join(MLPS)} only."
+            f"cannot be exported: transformers' {kind} has {', '.join(MLPS)} only."
         )
     return {
-        "architectures": [ARCHITECTURES["t5"][0][0]],
-        "model_type": "t5",
+        "architectures": [ARCHITECTURES[kind][0][0]],
+        "model_type": kind,
         "dtype": "float32",
         "is_encoder_decoder": True,
         "num_layers": cfg.encoder_depth,
@@ -166,7 +219,7 @@ def hf_config(
         "pad_token_id": ids.get("pad", 0),
         "eos_token_id": ids.get("eos", 1),
         "decoder_start_token_id": ids.get("pad", 0),
-        **options.written(cfg, OPTIONS),
+        **options.written(cfg, OPTIONS[kind]),
     }
 
 

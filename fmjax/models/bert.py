@@ -1,4 +1,4 @@
-"""Bidirectional encoders: BERT, RoBERTa, DistilBERT and ModernBERT in one trunk.
+"""Bidirectional encoders: BERT, RoBERTa, DistilBERT, ELECTRA and ModernBERT in one trunk.
 
     embed -> block_00 … block_L -> (norm) -> heads: vocabulary; linear, on the whole or each token
 
@@ -7,7 +7,8 @@
 | BERT | after | learned, token types | GELU | full | Devlin et al. 2019 |
 | RoBERTa | after | learned, shifted by two | GELU | full | Liu et al. 2019 |
 | DistilBERT | after | learned, no types | GELU | full | Sanh et al. 2019 |
-| ModernBERT | before | rotary | GeGLU, no biases | full every third | Warner et al. 2024 |
+| ELECTRA | after | learned, token types, narrower embeddings | GELU | full | Clark et al. 2020 |
+| ModernBERT | before | rotary | GeGLU, without biases | full every third | Warner et al. 2024 |
 
 Several documents can share a row: `segment_ids` keep them from seeing each other and `positions`
 restart at each. Letters: B batch, T time, D width, N heads, H head size, V vocabulary, L depth.
@@ -23,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fmjax import precision, sharding, streams
-from fmjax.errors import ConfigError
+from fmjax.errors import ConfigError, quoted
 from fmjax.models import TOKEN_HEADS, WHOLE_HEADS, layers, trunk
 from fmjax.models.attention import attention, mask
 from fmjax.models.rope import rope
@@ -40,21 +41,30 @@ class Config:
     heads: int = 12
     mlp: int = 3072
     max_len: int = 512
+    embed_size: int = 0  # of embeddings, and of what they are compared with; 0: width
     types: int = 2  # token types (sentence A, B); 0 = none
     position_shift: int = 0  # RoBERTa's table starts two rows later, after its padding id
     pooler: bool | None = None  # a layer before linear heads; None: where the family has one
     pool: str = ""  # what stands for the whole sequence; "": its first token
     lm_head: bool = True  # the vocabulary head
+    tied: bool = True  # whether its matrix is the token embedding
     classes: tuple[tuple[str, int], ...] = ()  # linear heads: (name, outputs)
     dropout: float = 0.1
     attention_dropout: float = 0.1
     activation: str = "gelu"
     head_activation: str = "gelu"
     eps: float = 1e-12
-    # ModernBERT: pre-norm, rotary positions, gated MLP, no biases, local layers between full ones
+    # ModernBERT: pre-norm, rotary positions, gated MLP, local layers between full ones
     modern: bool = False
     window: int = 64  # tokens seen on each side by a local layer
     full_every: int = 3
+    window_layers: tuple[int, ...] = ()  # the only local ones; (): as full_every says
+    # Its biases, all of which the others have
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    norm_bias: bool = False
+    head_bias: bool = False  # of the vocabulary head's dense map
+    output_bias: bool = True  # of the vocabulary head's logits
     theta_full: float = 160_000.0
     theta_local: float = 10_000.0
     # How it is computed, which changes no number
@@ -62,6 +72,23 @@ class Config:
     attention: str = "auto"
     scan: bool = True
     remat: str = "none"
+
+    @property
+    def embedded(self) -> int:
+        """The size of embeddings."""
+        return self.embed_size or self.width
+
+    def biased(self, part: str) -> bool:
+        """Whether `part` (attention, mlp, norm, head, output) has a bias."""
+        return not self.modern or getattr(self, f"{part}_bias")
+
+    @property
+    def full_layers(self) -> list[bool]:
+        """Which layers see the whole row."""
+        layers = range(self.depth)
+        if self.window_layers:
+            return [i not in self.window_layers for i in layers]
+        return [i % self.full_every == 0 for i in layers]
 
 
 _MODERN = dict(
@@ -102,9 +129,19 @@ def Model(variant: str = "base", **overrides: Any) -> "Encoder":
     """
     cfg = trunk.configured(Config, VARIANTS, variant, overrides)
     trunk.check_config(cfg, taken=("mlm", "pooler"))
+    if cfg.embed_size and not cfg.tied:
+        raise ConfigError(
+            f"config.model.embed_size={cfg.embed_size} needs config.model.tied: an output of its "
+            "own has the width of the layers."
+        )
     for key in ("window", "full_every"):
         if getattr(cfg, key) < 1:
             raise ConfigError(f"config.model.{key}={getattr(cfg, key)} must be at least 1 here.")
+    if not set(cfg.window_layers) <= set(range(cfg.depth)):
+        raise ConfigError(
+            f"config.model.window_layers={quoted(cfg.window_layers)} are not all numbers from 0 to "
+            f"below config.model.depth={cfg.depth}."
+        )
     if cfg.pooler is None:
         cfg = dataclasses.replace(cfg, pooler=_has_pooler(cfg))
     return Encoder(cfg)
@@ -135,7 +172,7 @@ class Block(nn.Module):
         segment_ids, positions, full, local, seeds = shared
         seeds = None if seeds is None else streams.fold(seeds, layer["index"])
         site = lambda i: None if seeds is None else streams.fold(seeds, i)
-        norm = lambda name: layers.LayerNorm(cfg.eps, not cfg.modern, dtype, name=name)
+        norm = lambda name: layers.LayerNorm(cfg.eps, cfg.biased("norm"), dtype, name=name)
         drop = lambda y, i: layers.dropout(y, cfg.dropout, site(i))
 
         h = norm("attn_norm")(x) if cfg.modern and self.kind != "first" else x
@@ -148,7 +185,8 @@ class Block(nn.Module):
         x = x if cfg.modern else norm("attn_norm")(x)
 
         h = norm("mlp_norm")(x) if cfg.modern else x
-        h = layers.Mlp(cfg.mlp, cfg.activation, cfg.modern, not cfg.modern, dtype, name="mlp")(h)
+        biased = cfg.biased("mlp")
+        h = layers.Mlp(cfg.mlp, cfg.activation, cfg.modern, biased, dtype, name="mlp")(h)
         x = x + drop(h, 2)
         x = x if cfg.modern else norm("mlp_norm")(x)
         return sharding.constrain_batch(x), None
@@ -162,7 +200,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, may_see, theta, segment_ids, positions, seeds):
         cfg, (batch, time, width) = self.cfg, x.shape
-        make = lambda name: layers.Linear(width, not cfg.modern, DTYPES[cfg.dtype], name=name)
+        biased = cfg.biased("attention")
+        make = lambda name: layers.Linear(width, biased, DTYPES[cfg.dtype], name=name)
         split = lambda y: y.reshape(batch, time, cfg.heads, -1).swapaxes(1, 2)  # (B, N, T, H)
         q, k, v = (split(make(name)(x)) for name in ("query", "key", "value"))
         if theta is not None:
@@ -187,12 +226,14 @@ class Embed(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        self.token = layers.Embedding(cfg.vocab_size, cfg.width)
+        self.token = layers.Embedding(cfg.vocab_size, cfg.embedded)
         if not cfg.modern:
-            self.position = layers.Embedding(cfg.max_len + cfg.position_shift, cfg.width)
+            self.position = layers.Embedding(cfg.max_len + cfg.position_shift, cfg.embedded)
         if cfg.types:
-            self.type = layers.Embedding(cfg.types, cfg.width)
-        self.norm = layers.LayerNorm(cfg.eps, not cfg.modern)
+            self.type = layers.Embedding(cfg.types, cfg.embedded)
+        if cfg.embedded != cfg.width:
+            self.project = layers.Linear(cfg.width, dtype=DTYPES[cfg.dtype])
+        self.norm = layers.LayerNorm(cfg.eps, cfg.biased("norm"))
 
     def __call__(self, input_ids, positions, token_types, seeds):
         cfg = self.cfg
@@ -201,12 +242,12 @@ class Embed(nn.Module):
             x = x + self.position(positions + cfg.position_shift)
         if cfg.types:
             x = x + self.type(token_types)
-        x = layers.dropout(self.norm(x), cfg.dropout, seeds)
-        return x.astype(DTYPES[cfg.dtype])
+        x = layers.dropout(self.norm(x), cfg.dropout, seeds).astype(DTYPES[cfg.dtype])
+        return self.project(x) if cfg.embedded != cfg.width else x
 
 
 class MlmHead(nn.Module):
-    """Dense, activation, norm; the projection itself is tied to the token embedding."""
+    """Dense, activation, norm, and the projection, `table` where it is tied."""
 
     cfg: Config
 
@@ -214,8 +255,13 @@ class MlmHead(nn.Module):
     def __call__(self, x, table, spec):
         cfg, dtype = self.cfg, DTYPES[self.cfg.dtype]
         h = _transformed(cfg, x)
+        if cfg.tied:
+            logits = precision.linear(h, table, dtype, out_in=True, spec=spec)
+        else:
+            logits = trunk.Output(cfg, name="lm")().logits(h)
+        if not cfg.biased("output"):
+            return logits
         bias = self.param("bias", nn.initializers.zeros, (cfg.vocab_size,), jnp.float32)
-        logits = precision.linear(h, table, dtype, out_in=True, spec=spec)
         return precision.add_bias(logits, bias)
 
 
@@ -232,9 +278,9 @@ class ModernPooler(nn.Module):
 def _transformed(cfg: Config, x):
     """Dense, activation, norm: submodules of the module that calls."""
     dtype = DTYPES[cfg.dtype]
-    h = layers.Linear(cfg.width, not cfg.modern, dtype, name="dense")(x, jnp.float32)
+    h = layers.Linear(cfg.embedded, cfg.biased("head"), dtype, name="dense")(x, jnp.float32)
     h = layers.ACTIVATIONS[cfg.head_activation](h)
-    return layers.LayerNorm(cfg.eps, not cfg.modern, dtype, name="norm")(h)
+    return layers.LayerNorm(cfg.eps, cfg.biased("norm"), dtype, name="norm")(h)
 
 
 class Heads(trunk.Heads):
@@ -280,7 +326,7 @@ class Encoder(trunk.Trunk):
         self.embed = Embed(cfg)
         self.make_layers()
         if cfg.modern:
-            self.norm = layers.LayerNorm(cfg.eps, False, DTYPES[cfg.dtype])
+            self.norm = layers.LayerNorm(cfg.eps, cfg.norm_bias, DTYPES[cfg.dtype])
         self.head = self.heads(cfg)
 
     def encode(
@@ -301,7 +347,7 @@ class Encoder(trunk.Trunk):
         local = mask(segment_ids, positions, cfg.window) if cfg.modern else None
         shared = (segment_ids, positions, mask(segment_ids, positions), local, seeds)
         index = np.arange(cfg.depth)
-        layer = {"index": jnp.asarray(index), "full": jnp.asarray(index % cfg.full_every == 0)}
+        layer = {"index": jnp.asarray(index), "full": jnp.asarray(cfg.full_layers)}
         x = self.run_layers(sharding.constrain_batch(x), layer, shared)
         return self.norm(x) if cfg.modern and self.stop is None else x
 

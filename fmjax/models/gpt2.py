@@ -1,6 +1,6 @@
 """Causal decoders as GPT-2 has them (Radford et al. 2019): learned positions, norms before.
 
-    embed -> block_00 … block_L -> norm -> heads: vocabulary, tied to the embedding; linear
+    embed -> block_00 … block_L -> norm -> heads: vocabulary, tied or not; linear
 
 A token sees itself and what is before it in its own document: several documents can share a row, of
 which `segment_ids` say which is whose and `positions` restart at each. Letters: B batch, T time, D
@@ -32,6 +32,9 @@ class Config:
     mlp: int = 3072
     max_len: int = 1024
     biases: bool = True  # of linear maps and norms
+    tied: bool = True  # whether the output is the token embedding
+    scaled: bool = True  # whether products of queries and keys are times 1/√H
+    scaled_by_layer: bool = False  # and times 1/n in the n-th layer
     lm_head: bool = True  # whether tokens are predicted
     classes: tuple[tuple[str, int], ...] = ()  # linear heads: (name, outputs)
     prefix: bool = False  # whether tokens of type 1 are seen by all of their document
@@ -62,7 +65,7 @@ def Model(variant: str = "gpt2", **overrides: Any) -> "Decoder":
     Raises ConfigError for an unknown variant, field or inconsistent size.
     """
     cfg = trunk.configured(Config, VARIANTS, variant, overrides)
-    trunk.check_config(cfg)
+    trunk.check_config(cfg, taken=("lm",))
     return Decoder(cfg)
 
 
@@ -81,7 +84,8 @@ class Block(nn.Module):
         norm = lambda name: layers.LayerNorm(cfg.eps, cfg.biases, dtype, name=name)
         drop = lambda y, i: layers.dropout(y, cfg.dropout, site(i))
 
-        h = Attention(cfg, name="attn")(norm("attn_norm")(x), may_see, segment_ids, site(0))
+        attend = Attention(cfg, name="attn")
+        h = attend(norm("attn_norm")(x), may_see, segment_ids, site(0), layer["index"])
         x = x + drop(h, 1)
         mlp = layers.Mlp(
             cfg.mlp, cfg.activation, False, cfg.biases, dtype, towards_residual(cfg), name="mlp"
@@ -96,19 +100,22 @@ class Attention(nn.Module):
     cfg: Config
 
     @nn.compact
-    def __call__(self, x, may_see, segment_ids, seeds):
+    def __call__(self, x, may_see, segment_ids, seeds, index=0):
         cfg, (batch, time, width) = self.cfg, x.shape
         make = lambda name, **how: layers.Linear(
             width, cfg.biases, DTYPES[cfg.dtype], name=name, **how
         )
         split = lambda y: y.reshape(batch, time, cfg.heads, -1).swapaxes(1, 2)  # (B, N, T, H)
         q, k, v = (split(make(name)(x)) for name in ("query", "key", "value"))
+        if cfg.scaled_by_layer:  # which layer it is, a scan knows as an array only
+            q = (q / jnp.float32(index + 1)).astype(q.dtype)
         k, v, may_see = layers.Memory(name="memory")(k, v, may_see)
         out = attention(
             q, k, v, may_see,
             segment_ids=segment_ids,
             causal=True,
             prefix=cfg.prefix,
+            scale=None if cfg.scaled else 1.0,
             dropout=cfg.attention_dropout,
             seeds=seeds,
             # Initialisation runs one short row, which no kernel takes.
@@ -143,7 +150,7 @@ class Decoder(trunk.Trunk):
     block = Block
     causal = True
     endless = False
-    heads = trunk.CausalHeads
+    heads = trunk.DecoderHeads
 
     def setup(self):
         self.embed = Embed(self.cfg)
@@ -181,5 +188,7 @@ class Decoder(trunk.Trunk):
     def vocabulary(self) -> trunk.Vocabulary:
         """What `logits` multiplies with."""
         self.need_vocabulary()
+        if not self.cfg.tied:
+            return self.head.lm()
         token = self.embed.token
         return trunk.Vocabulary(token.table(), True, token.spec, DTYPES[self.cfg.dtype])

@@ -5,13 +5,14 @@
 | family | differs from Llama 2 (Touvron et al. 2023) in |
 |---|---|
 | Llama 3 | grouped keys and values, stretched rotary positions |
-| Mistral | grouped keys and values, a window |
+| Mistral | grouped keys and values, a window; Ministral: in some layers |
 | Qwen 2 | biases of query, key and value |
 | Qwen 3 | norms of queries and keys, head size of its own |
 | Gemma | norms with 1 + scale, embedding times √D, GELU, tied |
 | Gemma 2 | … norms behind attention and MLP too, soft caps, every other layer with a window |
 | Gemma 3 | … norms of queries and keys, no caps; two bases of positions, five of six layers near |
 | OLMo 2 | norms behind attention and MLP only, and of whole queries and keys |
+| OLMo 3 | … three of four layers with a window, only the others stretched |
 | OLMo | norms without parameters, clipped queries, keys and values |
 | SmolLM 3 | grouped keys and values, no positions in every fourth layer |
 | BLOOM | linear biases for positions (alibi.py), layer norms, also of the embedding; GELU, no gate; biases, tied |
@@ -33,7 +34,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fmjax import sharding, streams
-from fmjax.errors import ConfigError, did_you_mean
+from fmjax.errors import ConfigError, did_you_mean, quoted
 from fmjax.models import alibi, experts, layers, rope, trunk
 from fmjax.models.attention import attention, mask
 from fmjax.precision import DTYPES
@@ -77,10 +78,12 @@ class Config:
     logit_softcap: float = 0.0
     window: int = 0  # tokens that a layer sees, itself included; 0: all
     full_every: int = 0  # of layers with a window every n-th sees all; 0: none
+    window_layers: tuple[int, ...] = ()  # the only ones with the window; (): as full_every says
     theta: float = 10_000.0
     theta_window: float = 0.0  # of layers with a window; 0: as the others
     rope: tuple[tuple[str, Any], ...] = ()  # how positions are stretched: `models.rope`
     nope_every: int = 0  # every n-th layer has no positions; 0: none
+    nope_layers: tuple[int, ...] = ()  # the only ones without; (): as nope_every says
     alibi: bool = False  # linear biases in the place of rotary positions
     experts: int = 0  # MLPs of a layer, of which each token takes a few; 0: one for all
     experts_per_token: int = 2
@@ -112,8 +115,23 @@ class Config:
     @property
     def full_layers(self) -> list[bool]:
         """Which layers see all before them."""
-        each = range(1, self.depth + 1)
-        return [not self.window or bool(self.full_every) and i % self.full_every == 0 for i in each]
+        if not self.window:
+            return [True] * self.depth
+        if self.window_layers:
+            return [i not in self.window_layers for i in range(self.depth)]
+        return _each(self.full_every, self.depth)
+
+    @property
+    def rotary_layers(self) -> list[bool]:
+        """Which layers have positions."""
+        if self.nope_layers:
+            return [i not in self.nope_layers for i in range(self.depth)]
+        return [not nope for nope in _each(self.nope_every, self.depth)]
+
+
+def _each(period: int, depth: int) -> list[bool]:
+    """True for every `period`-th layer; 0: for none."""
+    return [bool(period) and i % period == 0 for i in range(1, depth + 1)]
 
 
 _LLAMA3 = dict(vocab_size=128256, kv_heads=8, theta=500_000.0, max_len=8192)
@@ -187,21 +205,28 @@ def Model(variant: str = "llama2_7b", **overrides: Any) -> "Decoder":
             f"config.model.experts={cfg.experts} are gated and have no biases: leave "
             "config.model.mlp_bias and config.model.gated out."
         )
-    if cfg.dense_layers and not cfg.experts:
-        raise ConfigError(
-            f"config.model.dense_layers={cfg.dense_layers} needs config.model.experts: without "
-            "them every layer is dense."
-        )
     if cfg.experts and not 0 < cfg.experts_per_token <= cfg.experts:
         raise ConfigError(
             f"config.model.experts_per_token={cfg.experts_per_token} is not a number from 1 to "
             f"config.model.experts={cfg.experts}."
         )
-    if cfg.dense_layers and not set(cfg.dense_layers) <= set(range(cfg.depth)):
-        raise ConfigError(
-            f"config.model.dense_layers={cfg.dense_layers} are not all numbers from 0 to below "
-            f"config.model.depth={cfg.depth}."
-        )
+    for key, needed in (("window_layers", "window"), ("dense_layers", "experts")):
+        if getattr(cfg, key) and not getattr(cfg, needed):
+            raise ConfigError(
+                f"config.model.{key}={getattr(cfg, key)} needs config.model.{needed}."
+            )
+    for one, other in (("window_layers", "full_every"), ("nope_layers", "nope_every")):
+        if getattr(cfg, one) and getattr(cfg, other):
+            raise ConfigError(
+                f"config.model.{one}={getattr(cfg, one)} and config.model.{other}="
+                f"{getattr(cfg, other)} both say which layers: leave one out."
+            )
+    for key in ("dense_layers", "window_layers", "nope_layers"):
+        if not set(getattr(cfg, key)) <= set(range(cfg.depth)):
+            raise ConfigError(
+                f"config.model.{key}={quoted(getattr(cfg, key))} are not all numbers from 0 to "
+                f"below config.model.depth={cfg.depth}."
+            )
     rope.check(dict(cfg.rope))
     return Decoder(cfg)
 
@@ -273,7 +298,7 @@ class Attention(nn.Module):
         if not cfg.alibi:
             table = jnp.where(layer["full"], shared["far"], shared["near"])
             factor = jnp.where(layer["full"], *shared["factors"])
-            if cfg.nope_every:
+            if not all(cfg.rotary_layers):
                 table = jnp.where(layer["nope"], jnp.zeros_like(table), table)
                 factor = jnp.where(layer["nope"], jnp.ones_like(factor), factor)
             q, k = (rope.turned(y, shared["positions"], table, factor) for y in (q, k))
@@ -321,21 +346,12 @@ class Embed(nn.Module):
         return layers.dropout(x, cfg.dropout, seeds).astype(DTYPES[cfg.dtype])
 
 
-class Heads(trunk.CausalHeads):
-    """Linear heads, and the output matrix where it is not tied."""
-
-    def setup(self):
-        super().setup()
-        if self.cfg.lm_head and not self.cfg.tied:
-            self.lm = trunk.Output(self.cfg)
-
-
 class Decoder(trunk.Trunk):
     """The trunk and its heads."""
 
     block = Block
     causal = True
-    heads = Heads
+    heads = trunk.DecoderHeads
 
     @property
     def kinds(self) -> list[str]:
@@ -393,8 +409,8 @@ class Decoder(trunk.Trunk):
         )
         index = np.arange(cfg.depth)
         layer = {"index": jnp.asarray(index), "full": jnp.asarray(cfg.full_layers)}
-        if cfg.nope_every:
-            layer["nope"] = jnp.asarray((index + 1) % cfg.nope_every == 0)
+        if not all(cfg.rotary_layers):
+            layer["nope"] = ~jnp.asarray(cfg.rotary_layers)
         x = self.run_layers(sharding.constrain_batch(x), layer, shared)
         return self.norm(x) if self.stop is None else x
 

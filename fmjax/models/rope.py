@@ -32,6 +32,7 @@ SCALINGS: dict[str, dict[str, float | None]] = {
         "attention_factor": 0.0,
         "mscale": 0.0,
         "mscale_all_dim": 0.0,
+        "truncate": True,
     },
 }
 
@@ -96,9 +97,11 @@ def _yarn(
         """Where waves turn so often in the trained length."""
         return size * np.log(original / (turns * 2 * np.pi)) / (2 * np.log(theta))
 
-    low = max(np.floor(dimension(told["beta_fast"])), 0)
-    high = min(np.ceil(dimension(told["beta_slow"])), size - 1)
-    stretched = np.clip((np.arange(size // 2) - low) / max(high - low, 1e-3), 0, 1)
+    low, high = dimension(told["beta_fast"]), dimension(told["beta_slow"])
+    if told["truncate"]:
+        low, high = np.floor(low), np.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    stretched = np.clip((np.arange(size // 2) - low) / ((high - low) or 1e-3), 0, 1)
     sharper = lambda scale: 0.1 * scale * np.log(factor) + 1 if factor > 1 else 1.0
     attention = told["attention_factor"]
     if not attention:

@@ -37,6 +37,7 @@ class Config:
     mlp: int = 2048
     max_len: int = 512  # of source and of target in training; positions are relative
     buckets: int = 32  # of distances, half of them for one direction where there are two
+    layer_distances: bool = False  # whether each layer has its own table of them
     far: int = 128  # distances from here on share the last bucket
     activation: str = "relu"
     gated: bool = False
@@ -125,9 +126,10 @@ class Block(nn.Module):
             return x + layers.dropout(h, cfg.dropout, site(i))
 
         own = Attention(cfg, self.kind == "decoder", name="attn")
-        x = residual(
-            x, "attn", lambda h: own(h, h, shared["may_see"], shared["bias"], shared, site(0)), 1
-        )
+        bias = shared["bias"]
+        if cfg.layer_distances:
+            bias = distances(cfg, name="distance").bias(shared["bucket"])
+        x = residual(x, "attn", lambda h: own(h, h, shared["may_see"], bias, shared, site(0)), 1)
         if self.kind == "decoder":
             cross = Attention(cfg, name="cross")
             source = shared["source"], shared["may_see_source"], None
@@ -179,17 +181,32 @@ class Attention(nn.Module):
         return make("out", width, inner)(out.swapaxes(1, 2).reshape(batch, -1, inner))
 
 
+class Distances(layers.Embedding):
+    """What attention adds for the distance of two tokens, by head."""
+
+    def bias(
+        self, bucket: Int[Array, "T S"] | Int[Array, "B T S"]
+    ) -> Float[Array, "N T S"] | Float[Array, "B N T S"]:
+        """The rows of the tokens' buckets."""
+        return jnp.moveaxis(self.table()[bucket], -1, bucket.ndim - 2)
+
+
+def distances(cfg: Config, name: str | None = None) -> Distances:
+    init = nn.initializers.normal(cfg.width**-0.5)
+    return Distances(cfg.buckets, cfg.heads, init, name=name)
+
+
 class Embed(nn.Module):
-    """Token embeddings, and what attention adds for the distance of two tokens, by head."""
+    """Token embeddings, and the distances that all layers of a trunk share."""
 
     cfg: Config
 
     def setup(self):
         cfg = self.cfg
-        table = lambda rows, width, std: layers.Embedding(rows, width, nn.initializers.normal(std))
-        self.token = table(cfg.vocab_size, cfg.width, 1.0)
-        self.encoder_distance = table(cfg.buckets, cfg.heads, cfg.width**-0.5)
-        self.decoder_distance = table(cfg.buckets, cfg.heads, cfg.width**-0.5)
+        self.token = layers.Embedding(cfg.vocab_size, cfg.width, nn.initializers.normal(1.0))
+        if not cfg.layer_distances:
+            self.encoder_distance = distances(cfg)
+            self.decoder_distance = distances(cfg)
 
     def __call__(self, input_ids, seeds):
         return self._dropped(self.token(input_ids), seeds)
@@ -201,23 +218,29 @@ class Embed(nn.Module):
     def _dropped(self, x, seeds):
         return layers.dropout(x, self.cfg.dropout, seeds).astype(DTYPES[self.cfg.dtype])
 
-    def bias_of(
-        self, positions: Int[Array, "B T"], keys: Int[Array, "B S"]
-    ) -> Float[Array, "B N T S"]:
-        """Of tokens that a decoder writes, and those that were before them: keys of so many
-        columns have no larger distances."""
-        place = np.arange(keys.shape[1])
-        found = jnp.asarray(bucket(-place, False, self.cfg.buckets, self.cfg.far))
-        far = jnp.clip(positions[:, :, None] - keys[:, None, :], 0, len(place) - 1)
-        return jnp.moveaxis(self.decoder_distance.table()[found[far]], -1, 1)
+    def distances(self, buckets: Int[Array, "T S"] | Int[Array, "B T S"], decoder: bool) -> dict:
+        """`bucket`, or where all layers share it the `bias` that they make."""
+        if self.cfg.layer_distances:
+            return {"bucket": buckets, "bias": None}
+        table = self.decoder_distance if decoder else self.encoder_distance
+        return {"bias": table.bias(buckets)}
 
-    def bias(self, time: int, causal: bool) -> Float[Array, "N T T"]:
-        """Of a row of `time` tokens. In a row the tokens of a segment are side by side, so that
-        their columns are as far apart as their positions."""
-        place = np.arange(time)
-        found = bucket(place - place[:, None], not causal, self.cfg.buckets, self.cfg.far)
-        table = self.decoder_distance if causal else self.encoder_distance
-        return jnp.moveaxis(table.table()[jnp.asarray(found)], -1, 0)
+
+def row_buckets(cfg: Config, time: int, causal: bool) -> Int[Array, "T T"]:
+    """Of a row of `time` tokens. In a row the tokens of a segment are side by side, so that their
+    columns are as far apart as their positions."""
+    place = np.arange(time)
+    return jnp.asarray(bucket(place - place[:, None], not causal, cfg.buckets, cfg.far))
+
+
+def written_buckets(
+    cfg: Config, positions: Int[Array, "B T"], keys: Int[Array, "B S"]
+) -> Int[Array, "B T S"]:
+    """Of tokens that a decoder writes, and those that were before them: keys of so many columns
+    have no larger distances."""
+    place = np.arange(keys.shape[1])
+    found = jnp.asarray(bucket(-place, False, cfg.buckets, cfg.far))
+    return found[jnp.clip(positions[:, :, None] - keys[:, None, :], 0, len(place) - 1)]
 
 
 def bucket(distance: np.ndarray, both: bool, buckets: int, far: int) -> np.ndarray:
@@ -292,8 +315,8 @@ class EncoderDecoder(trunk.Trunk):
         shared = dict(
             segment_ids=segment_ids,
             may_see=mask(segment_ids, positions),
-            bias=self.embed.bias(time, causal=False),
             seeds=seeds,
+            **self.embed.distances(row_buckets(cfg, time, causal=False), decoder=False),
         )
         x = self._run(x, shared, 0, cfg.encoder_depth)
         if self.stop is not None:
@@ -316,17 +339,17 @@ class EncoderDecoder(trunk.Trunk):
         cfg = self.cfg
         keys = self.seen(segment_ids, positions)
         if keys[0] is segment_ids:
-            bias = self.embed.bias(input_ids.shape[1], causal=True)
+            buckets = row_buckets(cfg, input_ids.shape[1], causal=True)
         else:
-            bias = self.embed.bias_of(positions, keys[1])
+            buckets = written_buckets(cfg, positions, keys[1])
         same = segment_ids[:, :, None] == source_segment_ids[:, None, :]
         shared = dict(
             segment_ids=segment_ids,
             may_see=mask(segment_ids, positions, causal=True, keys=keys),
             may_see_source=(same & (source_segment_ids > 0)[:, None])[:, None],
             source=source,
-            bias=bias,
             seeds=seeds,
+            **self.embed.distances(buckets, decoder=True),
         )
         x = self.embed.target(input_ids, self._site(seeds, 1))
         x = self._run(x, shared, cfg.encoder_depth, cfg.depth)

@@ -95,6 +95,15 @@ class CausalHeads(Heads):
         return layers.Linear(features, name in TOKEN_HEADS, DTYPES[self.cfg.dtype])
 
 
+class DecoderHeads(CausalHeads):
+    """Linear heads, and the output matrix where it is not tied."""
+
+    def setup(self):
+        super().setup()
+        if self.cfg.lm_head and not self.cfg.tied:
+            self.lm = Output(self.cfg)
+
+
 class Trunk(nn.Module):
     """Layers and heads: `encode`, `logits`, `classify`, `project`; `__call__` runs all, for init.
 

@@ -113,11 +113,37 @@ FAMILIES |= {
         T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     ),
 }
+# Fewer checkpoints are like these, which are tested with slow tests.
+RARE = {
+    "gpt2-untied": (
+        "GPT2LMHeadModel",
+        FAMILIES["gpt2"][1]
+        | dict(tie_word_embeddings=False, scale_attn_weights=False)
+        | dict(scale_attn_by_inverse_layer_idx=True),
+    ),
+    "modernbert-biases": (
+        "ModernBertForMaskedLM",
+        FAMILIES["modernbert"][1]
+        | dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), True)
+        | dict(layer_types=[*KINDS, *KINDS], tie_word_embeddings=False),
+    ),
+    "olmo3": (
+        "Olmo3ForCausalLM",
+        LLAMA | dict(sliding_window=3, layer_types=[*KINDS, KINDS[0]]),
+    ),
+    "qwen3-window": (
+        "Qwen3ForCausalLM",
+        LLAMA | dict(head_dim=6, use_sliding_window=True, sliding_window=3, max_window_layers=1),
+    ),
+    "umt5": ("UMT5ForConditionalGeneration", T5 | dict(feed_forward_proj="gated-gelu")),
+}
+FAMILIES |= RARE
 # Where texts are written always; elsewhere with slow tests.
 SEARCHED = ("gpt2", "llama", "mixtral", "t5")
 SEARCHED = [
     pytest.param(name, marks=[] if name in SEARCHED else pytest.mark.slow) for name in FAMILIES
 ]
+EACH = [pytest.param(name, marks=pytest.mark.slow if name in RARE else []) for name in FAMILIES]
 CAUSAL = [name for name, (kind, _) in FAMILIES.items() if not re.search("PreTr|MaskedLM|T5", kind)]
 LENGTHS = (16, 9)
 # Every fourth token ends a text.
@@ -128,7 +154,7 @@ compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimizatio
 ADAMW = dict(learning_rate=1e-3, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.1)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EACH)
 def reference(request, tmp_path_factory):
     """A random torch model in a folder, a padded batch, and everything torch computes from them."""
     name, options = FAMILIES[request.param]
