@@ -286,5 +286,6 @@ ROWS += [
     *_edited("t5", "is_gated_act", is_gated_act=True),
     Row("t5", edits=dict(d_model=None, hidden_size=16, num_layers=None, num_hidden_layers=2)),
 ]  # fmt: skip
-# Where greedy text is compared too.
-WRITTEN = {"gpt2", "bloom", "t5", "smollm3", "olmo3", "ministral"}
+# Where greedy text is compared too: as they are, and with these keys.
+WRITTEN = ("gpt2", "bloom", "t5", "umt5", "smollm3", "olmo3", "ministral", "qwen3")
+WRITTEN_KEYS = {"scale_attn_by_inverse_layer_idx", "no_rope_layers", "max_window_layers"}
