@@ -58,8 +58,8 @@ def _differences(mine: Mapping[str, Any]) -> str:
     mine = json.loads(json.dumps(mine))
     theirs = processes.first(lambda: mine)
     wrong = [key for key in {**theirs, **mine} if mine.get(key) != theirs.get(key)]
-    shown = [f"{key}={mine.get(key)!r} here, {theirs.get(key)!r} in process 0" for key in wrong[:8]]
-    more = [f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []
+    shown = [f"{key}={mine.get(key)!r} here, {theirs.get(key)!r} in process 0" for key in wrong[:3]]
+    more = [f"and {len(wrong) - 3} more"] if len(wrong) > 3 else []
     return ", ".join(shown + more)
 
 

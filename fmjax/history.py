@@ -19,6 +19,7 @@ from fmjax.storage import writing
 # Of an event, where it has them.
 NUMBERS = ("step", "time", "lost_sec")
 TEXTS = ("event", "command", "wandb_id")
+MAX_TEXT = 2000  # characters of a damaged line that stay in the log
 
 
 class Lines(NamedTuple):
@@ -159,14 +160,20 @@ def _rising(values: Sequence[float]) -> list[int]:
 
 
 def _rewrite(path: Path, ends: Sequence[int]) -> None:
-    """Keeps the lines that end before the bytes `ends`, as a whole or not at all."""
+    """Keeps the lines that end before the bytes `ends`, as a whole or not at all; those between
+    them become events that tell where damage is."""
     temporary = path.with_name(f"{path.name}.tmp")
-    wanted, end = set(ends), 0
+    whole, last, end, time = set(ends), max(ends, default=0), 0, 0.0
     with path.open("rb") as old, temporary.open("wb") as new:
         for raw in old:
             end += len(raw)
-            if end in wanted:
+            if end in whole:
+                time = json.loads(raw)["time"]
                 new.write(raw)
+            elif end < last:
+                text = raw.decode(errors="backslashreplace").strip()[:MAX_TEXT]
+                event = {"event": "damaged", "time": time, "line": text}
+                new.write(json.dumps(event).encode() + b"\n")
         new.flush()
         os.fsync(new.fileno())
     os.replace(temporary, path)

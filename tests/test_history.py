@@ -75,7 +75,10 @@ def test_one_damaged_line_costs_no_other(tmp_path, capsys, damage):
     resume(tmp_path)
     rows, events = logs.read(tmp_path)
     assert [row["step"] for row in rows] == [step for step in STEPS if step != 30] + [100]
-    assert [event["event"] for event in events] == ["start", *["checkpoint"] * 5, "done", "resume"]
+    names = ["start", "checkpoint", "damaged", *["checkpoint"] * 4, "done", "resume"]
+    assert [event["event"] for event in events] == names
+    text = before.splitlines()[4].decode(errors="backslashreplace").strip()
+    assert events[2]["line"] == text[:2000]
     said = capsys.readouterr().err
     assert said == (
         f"warning: {file}: left out damaged lines (1); the file as it was is "
