@@ -315,24 +315,19 @@ def _curves(groups: Sequence[Group], metric: str) -> Iterator[tuple[str, str]]:
     if not found:
         return
     first, *_ = found
+    colours = _colours(group.name for group in groups)
+
+    def line(own: str, band: bool = False) -> svg.Series:
+        ends = tuple((s, low, high) for s, _, low, high in found[own]) if band else ()
+        return svg.Series(own, [(s, mean) for s, mean, *_ in found[own]], colours[own], ends)
+
     if len(found) > 1:
-        colours = _colours(group.name for group in groups)
-        lines = [
-            svg.Series(own, [(s, m) for s, m, *_ in curve], colours[own])
-            for own, curve in found.items()
-        ]
-        yield "curve-all", svg.plot(f"{_words(name)}: all", lines)
-    for number, (own, curve) in enumerate(found.items()):
+        yield "curve-all", svg.plot(f"{_words(name)}: all", [line(own) for own in found])
+    for number, own in enumerate(found):
         if own == first and len(found) > 1:
             continue
-        lines = [
-            svg.Series(
-                own, [(s, m) for s, m, *_ in curve], 0, tuple((s, a, b) for s, _, a, b in curve)
-            )
-        ]
-        if own != first:
-            lines.insert(0, svg.Series(first, [(s, m) for s, m, *_ in found[first]], 5))
-        yield f"curve-{number}", svg.plot(f"{_words(name)}: {own}", lines)
+        lines = [line(first)] if own != first else []
+        yield f"curve-{number}", svg.plot(f"{_words(name)}: {own}", [*lines, line(own, True)])
 
 
 def _curve(group: Group, name: str) -> list[tuple[int, float, float, float]]:
