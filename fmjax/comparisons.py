@@ -18,7 +18,7 @@ import numpy as np
 
 from fmjax import logs, statistics
 from fmjax.errors import CheckpointError, ConfigError
-from fmjax.progress import count, duration, spread
+from fmjax.progress import SHARES, count, duration, spread
 
 Value = np.ndarray | float  # what each example of an evaluation adds, or their mean
 
@@ -198,7 +198,7 @@ def compare(found: Sequence[Group], metric: str, level: float = 0.95) -> list[Ro
     for number, (group, values) in enumerate(zip(found, whole, strict=True)):
         own = _stacked(list(values.values()))
         known = len(own) > 1 and np.isfinite(own).all()
-        interval = statistics.estimate(own, level) if known else None
+        interval = _possible(statistics.estimate(own, level), metric) if known else None
         row = Row(group, float(own.mean()) if len(own) else float("nan"), interval)
         reference = beside[number]
         one, other = _pairs(values, whole[reference])
@@ -218,6 +218,14 @@ def compare(found: Sequence[Group], metric: str, level: float = 0.95) -> list[Ro
         told = dict(p=p, verdict=statistics.verdict(more, p, level))
         rows[number] = rows[number]._replace(detectable=statistics.detectable(more, first), **told)
     return rows
+
+
+def _possible(found: statistics.Estimate, metric: str) -> statistics.Estimate:
+    """The part of the interval of a mean that is possible: a share is from 0 to 1."""
+    if not metric.endswith(SHARES):
+        return found
+    low, high = (min(max(end, 0.0), 1.0) for end in (found.low, found.high))
+    return found._replace(low=low, high=high)
 
 
 def alike(one: Group, other: Group) -> bool:

@@ -16,7 +16,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from fmjax import adapters, build, data, evaluate, logs, processes, report, trees, workdir
+from fmjax import (
+    adapters,
+    build,
+    data,
+    evaluate,
+    logs,
+    processes,
+    report,
+    report_facts,
+    trees,
+    workdir,
+)
 from fmjax import config as configs
 from fmjax import objectives as losses
 from fmjax.errors import CheckpointError
@@ -207,6 +218,8 @@ class Monitor:
             total=self.run.total,
             parameters=adapters.parameters(self.run.model, self.run.abstract.params),
             trainable_parameters=trees.size(moving),
+            model=_described(self.run.model),
+            finished=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
             kept_bytes=trees.nbytes(moving),
             config_difference=changed,
             environment=report.environment(device=f"{jax.device_count()} x {device.device_kind}"),
@@ -317,6 +330,13 @@ def timed(monitors: Iterable[Monitor], kind: str) -> Iterator[None]:
 def _is_evaluated(folder: Path, step: int) -> bool:
     rows, _ = logs.read(folder)
     return any(row["step"] == step and "validation/loss" in row for row in rows)
+
+
+def _described(model: Any) -> dict[str, Any]:
+    """The name of a model's family and its sizes."""
+    cfg, name = model.cfg, type(adapters.base(model)).__module__.rpartition(".")[2]
+    sizes = {key: getattr(cfg, key) for key in report_facts.SIZES if hasattr(cfg, key)}
+    return {"name": name, **sizes}
 
 
 def _peak_bytes() -> int:

@@ -17,6 +17,7 @@ FALLING = (  # less is better
     *("loss", "perplexity", "nats", "bits_per_byte", "ece", "brier"),
     *("balance", "router_z", "dropped"),
 )
+SHARES = ("accuracy", "f1", "exact_match", "retrieval")  # from 0 to 1
 SCORES = ("accuracy", "spearman", "pearson", "f1", "exact_match", "retrieval")
 
 WIDTH = 100  # of a plain line

@@ -12,13 +12,14 @@ import os
 import platform
 import re
 import shlex
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import fmjax
-from fmjax import logs, page, storage, svg
+from fmjax import logs, page, report_facts, storage, svg
 from fmjax.config import flatten
 from fmjax.errors import CheckpointError, ConfigError, quoted
 from fmjax.progress import count, duration
@@ -40,6 +41,8 @@ PANELS = {
     "step_sec": ("Seconds per step", 1, {"zero": True}),
     "peak_gib": ("Peak memory (GiB)", 1, {"zero": True}),
 }
+UNDRAWN = ("mask_rate",)  # noise around a constant of the config
+SPLITS = ("train", "validation")  # each has one colour in all figures
 LOG_FROM = 20  # A logarithmic axis where it is allowed and the values span so much.
 
 GOODPUT = {
@@ -78,8 +81,9 @@ def summarize(workdir: str | os.PathLike, **facts: Any) -> dict[str, Any]:
 
     From the log: "step", "seconds", "metrics" (last value of each), "goodput" (seconds by kind),
     "resumes", "skipped_updates", "skipped_spikes", "command". Facts the page knows how to show:
-    "total" (steps), "parameters", "config_difference" ([key, default, value]…), "environment"
-    (name -> text).
+    "total" (steps), "parameters", "trainable_parameters", "model" (its name and sizes), "data"
+    (counts), "finished" (a date), "config_difference" ([key, default, value]…), "environment" (name
+    -> text).
     """
     workdir = Path(workdir)
     summary = facts | _from_log(*logs.read(workdir))
@@ -96,8 +100,23 @@ def environment(**facts: Any) -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if commit := _commit():
+        found["commit"] = commit
     found["system"] = f"{platform.system()} {platform.machine()}, {_processor()}"
     return {name: str(value) for name, value in facts.items()} | found
+
+
+def _commit() -> str:
+    """The commit of the checkout that fmjax is, "" where it is none."""
+    root = Path(fmjax.__file__).parent.parent
+    if not (root / ".git").exists():
+        return ""
+    words = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f"commit {done.stdout.strip()}"
 
 
 def _processor() -> str:
@@ -137,6 +156,7 @@ def write(workdir: str | os.PathLike) -> Path:
     verdict = f'<p class="verdict {escape(state)}">{escape(_verdict(status, summary))}</p>'
     sections = [
         f"<h1>{escape(name)}</h1>{verdict}",
+        page.section("What was trained", page.table(report_facts.rows(config, summary))),
         page.section("Final numbers", _results(summary)),
         page.section("Curves", f'<div class="grid">{"".join(_curves(rows))}</div>'),
         page.section("Samples", _samples(config, storage.read_object(workdir / LEDGER))),
@@ -202,6 +222,7 @@ def _results(summary: Mapping) -> str:
     metrics = summary["metrics"]
     splits = ("train/", "validation/")
     names = {n.partition("/")[2]: None for n in metrics if n.startswith(splits)}
+    names = [name for name in names if not _repeats(name, metrics)]
     both = [
         (name, *(_shown(name, metrics.get(split + name)) for split in splits)) for name in names
     ]
@@ -210,6 +231,13 @@ def _results(summary: Mapping) -> str:
     facts = [(name, _shown(name, value)) for name, value in rest.items() if value is not None]
     tables = page.table(both, ("", "train", "validation")) + page.table(facts, ("", "last"))
     return f'<div class="grid">{tables}</div>'
+
+
+def _repeats(name: str, metrics: Mapping[str, Any]) -> bool:
+    """Whether a metric is that of the only objective, and so the whole one once more."""
+    last = _panel(name)
+    both = [(metrics.get(f"{s}/{name}"), metrics.get(f"{s}/{last}")) for s in SPLITS]
+    return name != last and any(x is not None for x, _ in both) and all(x == y for x, y in both)
 
 
 def _curves(rows: list[dict]) -> list[str]:
@@ -226,11 +254,12 @@ def _curves(rows: list[dict]) -> list[str]:
         whole = f"{name.partition('/')[0]}/{panel}"
         if name != whole and curves[name] == curves.get(whole):
             continue  # the loss of the only objective is the loss
+        if panel in UNDRAWN:
+            continue
         if panel in PANELS or (len(values) > 1 and not all(isinstance(v, int) for v in values)):
             panels.setdefault(panel, []).append(name)
 
-    labels = sorted({_label(name) for names in panels.values() for name in names} - {""})
-    colours = {label: n for n, label in enumerate(labels)}
+    colours: dict[str, int] = {}  # of labels whose split has another curve in the same figure
     figures = []
     for panel, names in panels.items():
         title, factor, options = PANELS.get(panel, (_words(panel), 1, {}))
@@ -238,15 +267,28 @@ def _curves(rows: list[dict]) -> list[str]:
             svg.Series(
                 _label(name),
                 [(step, factor * value) for step, value in curves[name]],
-                colours.get(_label(name), 0),
+                colour,
             )
-            for name in names
+            for name, colour in zip(names, _colours(names, colours), strict=True)
         ]
         values = [y for line in series for _, y in line.points if math.isfinite(y)]
         wide = bool(values) and max(values) > LOG_FROM * min(values)
         if series:
             figures.append(svg.plot(title, series, **options | {"log": "log" in options and wide}))
     return figures
+
+
+def _colours(names: list[str], others: dict[str, int]) -> Iterator[int]:
+    """For each curve of a figure its split's colour; a second one of the split has one in `others`,
+    {label: colour}, which all figures share."""
+    taken = set()
+    for name in names:
+        split = name.partition("/")[0]
+        if split in taken or (split not in SPLITS and taken):
+            yield others.setdefault(_label(name), len(SPLITS) + len(others))
+        else:
+            yield SPLITS.index(split) if split in SPLITS else 0
+        taken.add(split)
 
 
 def _goodput(seconds: Mapping[str, float]) -> str:
@@ -302,6 +344,8 @@ def _shown(name: str, value: Any) -> str:
     if value is None:
         return "–"
     last = name.split("/")[-1]
+    if last == "flops":
+        return report_facts.flop(value)
     if isinstance(value, int):
         return f"{value:,}"
     if not math.isfinite(value):

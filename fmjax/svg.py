@@ -14,6 +14,7 @@ WIDTH, HEIGHT = 440, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 8, 36  # LEFT is more where labels are long
 CHARACTER = 7  # at most the width of a digit
 BUCKETS = 250  # Longer series are drawn as the minimum and maximum of so many stretches.
+NAMED = 15  # So many names are all shown, of more those that have a place.
 DOTS = 40  # Series up to this long show their points, with the value on hovering.
 COLOURS = 6
 
@@ -179,8 +180,12 @@ def _curve(line: Series, px, py, bottom: float, x: str) -> list[str]:
 
 
 def _names(lines: list[Series], px, py, sides: tuple[float, float]) -> list[str]:
-    """The names beside their first points, each where it is clear of those before; where no place
-    is, only the point itself tells its name, under the pointer."""
+    """The names beside their first points, each where it is clear of those before.
+
+    Where no place near the point is, a few names go further from it, with a line to the point; of
+    many only the point itself tells its name, under the pointer.
+    """
+    lines = [line for line in lines if line.name]
     parts, taken = [], []
     dots = [(px(x), py(y)) for line in lines for x, y in line.points[:1] if math.isfinite(y)]
     for line in lines:
@@ -190,16 +195,35 @@ def _names(lines: list[Series], px, py, sides: tuple[float, float]) -> list[str]
         at, level = px(x), py(y)
         places = [(at + 6, level + 4), (at - 6 - width, level + 4)]
         places += [(at - width / 2, level + 4 + d) for d in (-11, 12, -21, 22, -31, 32)]
-        inside = [place for place in places if sides[0] <= place[0] <= sides[1] - width]
-        boxes = [(a, b - 9, a + width, b + 1) for a, b in inside or places]
+        near = len(places)
+        if len(lines) <= NAMED:
+            places += _further(at, level, width, sides)
+        boxes = [(a, b - 9, a + width, b + 1) for a, b in places]
+        inside = [box for box in boxes if sides[0] <= box[0] and box[2] <= sides[1]]
+        inside = [box for box in inside if TOP <= box[1] and box[3] <= HEIGHT - BOTTOM]
         others = [dot for dot in dots if dot != (at, level)]
-        box = next((box for box in boxes if _clear(box, taken, others)), None)
+        box = next((box for box in inside if _clear(box, taken, others)), None)
         if box is None:
             continue
         taken.append(box)
+        if box not in boxes[:near]:
+            end = min(max(at, box[0]), box[2])
+            parts.append(
+                f'<line class="rule" x1="{at}" y1="{level}" x2="{end:.1f}" y2="{box[3]:.1f}"/>'
+            )
         place = f'x="{box[0]:.1f}" y="{box[3] - 1:.1f}"'
         parts.append(f'<text class="name" {place}>{escape(line.name)}</text>')
     return parts
+
+
+def _further(
+    at: float, level: float, width: float, sides: tuple[float, float]
+) -> list[tuple[float, float]]:
+    """Places for a name anywhere in the figure, the nearest first."""
+    rows = range(TOP + 10, HEIGHT - BOTTOM, 12)
+    columns = range(round(sides[0]) + 2, round(sides[1] - width), 12)
+    places = [(float(x), float(y)) for y in rows for x in columns]
+    return sorted(places, key=lambda p: math.hypot(p[0] + width / 2 - at, 2 * (p[1] - level)))
 
 
 def _clear(box: tuple[float, ...], boxes: list[tuple], dots: list[tuple[float, float]]) -> bool:

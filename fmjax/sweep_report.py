@@ -11,7 +11,8 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,6 @@ BUDGETS = {
     "time": "{} seconds of the run, start and evaluation included",
 }
 CURVES = '<p class="soft">Means over seeds, from the least to the greatest, beside the first.</p>'
-NAMED = 15  # points of a figure that all have their names; of more, those of the front
 
 
 def write(
@@ -75,6 +75,7 @@ def write(
     groups = [group for _, own in families for group in own]
     sections = [
         f"<h1>{escape(name)}</h1>{_verdict(records, told, total)}",
+        page.section("What was compared", page.table(_subject(records, len(groups)))),
         *sections,
         page.section("What failed", _failures(records)),
         page.section("What differs", _differences(records)),
@@ -132,6 +133,19 @@ def _verdict(records: Sequence[Mapping], told: Sequence[str], total: int) -> str
     failed = any(record["state"] == "failed" for record in records)
     state = "failed" if failed else "done" if done == total else ""
     return f'<p class="verdict {state}">{escape(text)}</p>'
+
+
+def _subject(records: Sequence[Mapping[str, Any]], groups: int) -> list[tuple[str, str]]:
+    """(name, text): which data and base model the trials had, and when this was written."""
+    configs = [record["config"] for record in records]
+    data = [config.get("data", {}) for config in configs]
+    sources = [one.get("path") or one.get("train") or one.get("name") or "" for one in data]
+    sources = [", ".join(x) if isinstance(x, list | tuple) else str(x) for x in sources]
+    bases = [str(config.get("init") or "none: trained from scratch") for config in configs]
+    each = lambda texts: ", ".join(filter(None, dict.fromkeys(texts)))
+    rows = {"methods": str(groups), "data": each(sources), "base model": each(bases)}
+    rows["written"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    return [(name, text) for name, text in rows.items() if text]
 
 
 def _results(rows: Sequence[Row], metric: str) -> str:
@@ -234,10 +248,15 @@ def _against(points: Mapping[str, tuple], metric: str, words: str) -> str:
         if sign * y > best:
             front.append((x, y))
             best = sign * y
-    series = [svg.Series("", front, 5, dashed=True)]
-    named = {name for name, (x, y, *_) in points.items() if (x, y) in front or len(points) <= NAMED}
+    series = [svg.Series("", front, svg.COLOURS - 1, dashed=True)]
+    colours = _colours(points)
+    named = {
+        name for name, (x, y, *_) in points.items() if (x, y) in front or len(points) <= svg.NAMED
+    }
     series += [
-        svg.Series(name if name in named else "", [(x, y)], 0, ((x, low, high),), label=True)
+        svg.Series(
+            name if name in named else "", [(x, y)], colours[name], ((x, low, high),), label=True
+        )
         # Names of the front have the first choice of a place.
         for name, (x, y, low, high) in sorted(
             points.items(), key=lambda point: point[1][:2] not in front
@@ -277,6 +296,11 @@ def _unlike(curves: Mapping[str, list]) -> dict[str, list]:
     return dict(zip(names, curves.values(), strict=True))
 
 
+def _colours(names: Iterable[str]) -> dict[str, int]:
+    """{method: its colour}, in the order in which the sweep has them."""
+    return {name: number for number, name in enumerate(names)}
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -291,17 +315,19 @@ def _curves(groups: Sequence[Group], metric: str) -> Iterator[tuple[str, str]]:
     if not found:
         return
     first, *_ = found
-    for number, (own, curve) in enumerate(found.items()):
+    colours = _colours(group.name for group in groups)
+
+    def line(own: str, band: bool = False) -> svg.Series:
+        ends = tuple((s, low, high) for s, _, low, high in found[own]) if band else ()
+        return svg.Series(own, [(s, mean) for s, mean, *_ in found[own]], colours[own], ends)
+
+    if len(found) > 1:
+        yield "curve-all", svg.plot(f"{_words(name)}: all", [line(own) for own in found])
+    for number, own in enumerate(found):
         if own == first and len(found) > 1:
             continue
-        lines = [
-            svg.Series(
-                own, [(s, m) for s, m, *_ in curve], 0, tuple((s, a, b) for s, _, a, b in curve)
-            )
-        ]
-        if own != first:
-            lines.insert(0, svg.Series(first, [(s, m) for s, m, *_ in found[first]], 5))
-        yield f"curve-{number}", svg.plot(f"{_words(name)}: {own}", lines)
+        lines = [line(first)] if own != first else []
+        yield f"curve-{number}", svg.plot(f"{_words(name)}: {own}", [*lines, line(own, True)])
 
 
 def _curve(group: Group, name: str) -> list[tuple[int, float, float, float]]:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fmjax import logs, report
+from fmjax import logs, report, report_facts
 from fmjax.errors import ConfigError
 
 NASTY = "<script>alert('x')</script>&\""
@@ -135,6 +135,65 @@ def test_the_loss_of_the_only_objective_is_drawn_once():
     assert "train mlm" not in report._curves(rows)[0]
     rows[1] |= {"train/mlm/loss": 1.5}
     assert "train mlm" in report._curves(rows)[0]
+
+
+def test_a_split_has_one_colour_in_all_figures_and_noise_none():
+    rows = [
+        {"step": n, "time": n, "train/loss": n, "train/mlm/accuracy": 0.1 * n}
+        | {
+            "validation/loss": n,
+            "validation/mlm/accuracy": 0.1 * n,
+            "train/mlm/mask_rate": 0.15 + n / 1e4,
+        }
+        for n in (1.0, 2.0)
+    ]
+    figures = report._curves(rows)
+    assert not any("Mask rate" in figure for figure in figures)
+    for figure in figures[:2]:
+        found = re.findall(r"background:var\(--c(\d)\)\"></i>(\w+)", figure)
+        assert found == [("0", "train"), ("1", "validation")]
+    assert list(report._colours(["train/a/loss", "train/b/loss"], {})) == [0, 2]
+
+
+def test_what_was_trained_is_said():
+    config = {
+        "data": {"name": "text", "train": ["a.txt", "b.txt"]},
+        "batch_size": 8,
+        "init": "base",
+    }
+    counts = {"documents": 98, "tokens": 186_671, "rows": 240}
+    summary = {
+        "model": {"name": "bert", "width": 128, "depth": 2, "vocab_size": 8192, "experts": 0},
+        "parameters": 1_234_567,
+        "trainable_parameters": 1000,
+        "data": {"train": counts, "validation": {"documents": 2}, "bad_records": 0},
+        "step": 60,
+        "metrics": {"tokens": 15360},
+        "finished": "2026-11-30 17:00 UTC",
+        "environment": {"device": "1 x cpu", "fmjax": "0.1.0 aa", "commit": "commit bb"},
+    }
+    assert dict(report_facts.rows(config, summary)) == {
+        "model": "bert: width 128, depth 2, vocabulary 8,192",
+        "parameters": "1,234,567, of which 1,000 train",
+        "starts from": "base",
+        "data": "a.txt, b.txt; train 98 documents, 186,671 tokens, 240 rows; "
+        "validation 2 documents",
+        "trained on": "15,360 tokens in 60 steps, 2 epochs",
+        "device": "1 x cpu",
+        "finished": "2026-11-30 17:00 UTC",
+        "code": "0.1.0 aa commit bb",
+    }
+    assert report_facts.rows({}, {"step": 0}) == []
+    assert report._shown("flops", 7_043_914_137_600) == "7.04 TFLOP"
+
+
+def test_the_loss_of_the_only_objective_is_no_row_beside_the_loss():
+    metrics = {"train/loss": 2.0, "train/mlm/loss": 2.0, "validation/loss": 3.0}
+    metrics["validation/mlm/loss"] = 3.0
+    text = report._results({"metrics": metrics, "step": 1})
+    assert "mlm/loss" not in text and "<td>loss</td>" in text
+    metrics["train/mlm/loss"] = 1.5
+    assert "mlm/loss" in report._results({"metrics": metrics, "step": 1})
 
 
 def test_a_wide_range_of_losses_gets_a_log_axis():

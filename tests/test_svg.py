@@ -120,6 +120,21 @@ def test_long_series_keep_their_spikes():
     assert any(text.get("class") == "bad" for text in figure.iter("text"))
 
 
+def test_few_points_all_have_their_names_inside_the_figure():
+    """Where a dashed line, other points and the border are near, too."""
+    names = [f"a method of a long name {i}" for i in range(15)]
+    points = [svg.Series(name, [(9, 0.9 + i / 1e4)], label=True) for i, name in enumerate(names)]
+    front = svg.Series("", [(1, 0.1), (9, 0.9)], dashed=True)
+    figure = ET.fromstring(
+        svg.plot("few", [front, svg.Series("z", [(1, 0.1)], label=True), *points[:14]])
+    )
+    texts = [text for text in figure.iter("text") if text.get("class") == "name"]
+    assert {text.text for text in texts} == {"z", *names[:14]}
+    assert all(0 < float(text.get("x")) < svg.WIDTH - 100 for text in texts if text.text != "z")
+    places = {(text.get("x"), text.get("y")) for text in texts}
+    assert len(places) == 15
+
+
 def test_names_that_have_no_place_are_told_by_the_point_alone():
     close = [svg.Series(f"number {i}", [(0, 1 + i / 1000)], label=True) for i in range(20)]
     apart = [svg.Series("apart", [(5, 9)], label=True)]

@@ -1,6 +1,7 @@
 """The page of a sweep: its numbers are those of the records, and anyone can open it."""
 
 import json
+import re
 import struct
 import xml.etree.ElementTree as ET
 from types import SimpleNamespace
@@ -114,7 +115,7 @@ def test_figures_are_pictures_too(sweep):
     sweep_results.report(sweep)
     files = {path.stem: path.read_bytes() for path in (sweep / "figures").iterdir()}
     against = {f"against-{name}" for name in ("trains", "flops", "seconds", "peak", "kept")}
-    assert files.keys() == against | {"curve-1", "curve-2"}
+    assert files.keys() == against | {"curve-all", "curve-1", "curve-2"}
     for content in files.values():
         assert content[:8] == b"\x89PNG\r\n\x1a\n"
         width, height = struct.unpack(">II", content[16:24])
@@ -146,6 +147,35 @@ def test_what_is_varied_in_numbers_is_drawn(tmp_path):
     figure = figure[: figure.index("</figure>")]
     assert figure.count("<polyline") == 2 and figure.count("<polygon") == 2
     assert "scratch" in figure and "books" in figure
+
+
+def test_all_learning_curves_are_in_one_figure_a_colour_a_method(sweep):
+    text = sweep_results.report(sweep).read_text()
+    figure = text[text.index("loss (train): all") :]
+    figure = figure[: figure.index("</figure>")]
+    colours = [line.split("var(--c")[1][0] for line in figure.split("<polyline")[1:]]
+    assert colours == ["0", "1", "2"]
+    against = text[text.index("Accuracy and parameters that train") :]
+    dots = [dot.split("var(--c")[1][0] for dot in against.split("<circle")[1:4]]
+    assert sorted(dots) == ["0", "1", "2"]
+
+
+def test_the_page_names_data_base_and_date(sweep):
+    text = sweep_results.report(sweep).read_text()
+    assert "<td>data</td><td>pydocs</td>" in text
+    assert "<td>base model</td><td>none: trained from scratch</td>" in text
+    assert re.search(r"<td>written</td><td>20\d\d-\d\d-\d\d \d\d:\d\d UTC</td>", text)
+
+
+def test_intervals_of_shares_are_possible_shares(tmp_path):
+    names = [put(tmp_path, 1, {"arg": "a"}, [0.3, 0.6]), put(tmp_path, 2, {"arg": "b"}, [0.9, 1.0])]
+    belong(tmp_path, *names)
+    text = sweep_results.report(tmp_path).read_text()
+    (numbers,) = json.loads((tmp_path / "report.json").read_text())
+    # Student's intervals of two seeds reach from -1.46 to 2.36, and from 0.31 to 1.59.
+    a, b = (one["interval"] for one in numbers["groups"])
+    assert a == [0, 1] and b[0] == pytest.approx(0.95 - 12.706 * 0.05, abs=1e-3) and b[1] == 1
+    assert "0.0000 … 1.0000" in text
 
 
 def test_the_task_writes_it_again(sweep, capsys):
