@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -378,8 +379,11 @@ def numerics_error(
         "gradient_norms": {name: str(norm) for name, norm in gradients.items()},
     }
     if jax.process_index() == 0:
-        dump.parent.mkdir(exist_ok=True)
-        dump.write_text(json.dumps(facts, indent=2))
+        try:
+            dump.parent.mkdir(exist_ok=True)
+            dump.write_text(json.dumps(facts, indent=2))
+        except OSError as error:  # the numbers are what ends the run
+            print(f"warning: {dump} cannot be written: {error.strerror}", file=sys.stderr)
     return NumericsError(
         f"{monitor.bad_in_a_row} updates in a row were not finite, the last at step {step}; none "
         f"was applied or saved. {dump} names the examples and each layer's gradient norm. Lower "
