@@ -209,9 +209,25 @@ class Monitor:
         self.folder.update(step=step, state=how, checkpoint=step, reason=reason)
 
     def finish(self, signal: str, changed: Sequence[tuple[str, Any, Any]]) -> None:
-        """summary.json and report.html; `changed` is what differs from the config file."""
+        """Write summary.json and report.html; `changed` is what differs from the config file.
+
+        Raises CheckpointError where they cannot be written, but not after a signal: what counts
+        then is that the state is saved.
+        """
         if jax.process_index() != 0:
             return
+        try:
+            self._report(signal, changed)
+        except OSError as error:
+            lost = f"{self.folder.path}: the report cannot be written ({error.strerror or error})"
+            if not signal:
+                raise CheckpointError(
+                    f"{lost}. The run is done and saved: free some space, and the same command "
+                    "writes it"
+                ) from error
+            self._progress.print(lost)
+
+    def _report(self, signal: str, changed: Sequence[tuple[str, Any, Any]]) -> None:
         device, moving = jax.devices()[0], self.run.split(self.run.abstract.params)[0]
         summary = report.summarize(
             self.folder.path,

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax._src import distributed as jax_distributed  # the one way to its key-value store
 
-from fmjax import devices, sharding
+from fmjax import compiled_programs, devices, sharding
 from fmjax.data import cache
 from fmjax.errors import ConfigError, ResourceError
 from fmjax.interrupt import Stop
@@ -41,8 +41,7 @@ def start(config: Any, stop: Stop | None = None, **flags: Any) -> Iterator[jax.s
     """
     global _peers
     _connect(config.distributed)
-    jax.config.update("jax_compilation_cache_dir", str(cache.private(cache.root("") / "xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    compiled_programs.keep_in(cache.private(cache.root("") / "xla"))
     with contextlib.ExitStack() as stack:
         state = jax_distributed.global_state
         if state.num_processes > 1:

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -59,6 +60,7 @@ class Folder:
         self.path, self.previous, self.lock = path, previous, lock
         self.failure: BaseException | None = None  # of this run alone, while others go on
         self._writes = writes
+        self._stale = False  # whether status.json lacks the last update
         self._status = {"state": "running", "step": 0, "checkpoint": 0, "reason": ""}
         # What is known to be saved stays known until something else is: see fmjax.begin.states.
         self._status |= {key: previous[key] for key in ("step", "checkpoint") if key in previous}
@@ -66,13 +68,20 @@ class Folder:
     def update(self, **facts) -> None:
         """Merges `facts` (step=…, and anything JSON) into status.json.
 
-        A full disk is not worth a training run: a status that cannot be written is skipped.
+        A full disk is not worth a training run: a status that cannot be written is skipped, which
+        is said once.
         """
         self._status |= facts
-        if self._writes:
-            with contextlib.suppress(CheckpointError):
-                status = self._status | {"time": _now()}
-                write_atomic(self.path / "status.json", json.dumps(status, indent=2))
+        if not self._writes:
+            return
+        file, status = self.path / "status.json", self._status | {"time": _now()}
+        try:
+            write_atomic(file, json.dumps(status, indent=2))
+            self._stale = False
+        except CheckpointError as error:
+            if not self._stale:
+                print(f"warning: {error}", file=sys.stderr)
+            self._stale = True
 
     def close(self, error: BaseException | None) -> None:
         """Records how the run has ended: well if there is no error."""

@@ -30,9 +30,9 @@ from runs import (
     write_corpus,
 )
 
-from fmjax import checkpoint, evaluate, interrupt, logs, workdir
+from fmjax import checkpoint, evaluate, interrupt, logs, report, workdir
 from fmjax import config as configs
-from fmjax.errors import NumericsError
+from fmjax.errors import CheckpointError, NumericsError
 
 pytest_plugins = ["runs"]
 
@@ -210,3 +210,17 @@ def test_row12_a_run_goes_on_with_another_number_of_devices(home, tmp_path, stra
         assert ours == pytest.approx(theirs, rel=1e-6)
     ours, theirs = (final_state(path, abstract).params for path in (folder, straight))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
+
+
+def test_row23_a_report_without_room_is_written_by_the_next_start(home, tmp_path, monkeypatch):
+    folder, flags = tmp_path / "run", ["--config.total=5 steps", "--config.eval_every=0"]
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="done and saved"):
+        patch.setattr(report, "summarize", full)
+        run_here(home, folder, *flags, monkeypatch=monkeypatch)
+    assert saved_states.steps(folder) == [5] and status(folder)["exit_code"] == 4
+    run_here(home, folder, *flags, monkeypatch=monkeypatch)
+    assert status(folder)["exit_code"] == 0 and (folder / "report.html").exists()
