@@ -218,12 +218,11 @@ class Monitor:
             return
         try:
             self._report(signal, changed)
-        except OSError as error:
-            lost = f"{self.folder.path}: the report cannot be written ({error.strerror or error})"
+        except (OSError, CheckpointError) as error:
+            lost = f"the report is not written: {error}"
             if not signal:
                 raise CheckpointError(
-                    f"{lost}. The run is done and saved: free some space, and the same command "
-                    "writes it"
+                    f"{lost}. The run is done and saved, and the same command writes it"
                 ) from error
             self._progress.print(lost)
 
