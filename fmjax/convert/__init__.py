@@ -250,7 +250,7 @@ def _canonical_keys(family: ModuleType, hf: Mapping[str, Any], tensors: Tensors)
             if not tensors.equal(keys[original], keys[copy]):
                 raise CheckpointError(
                     f"The tensors {keys[original]!r} and {keys[copy]!r} differ: the output is "
-                    "not tied to the embedding, which fmjax does not have."
+                    "not tied to the embedding, as tie_word_embeddings in config.json says."
                 )
         del keys[copy]
     borrowed = family.borrowed(hf) if hasattr(family, "borrowed") else {}

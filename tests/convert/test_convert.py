@@ -300,16 +300,14 @@ def test_damaged_and_lost_files(folder):
         ("tiny", dict(model_type="brt"), "Did you mean 'bert'"),
         ("tiny", dict(position_embedding_type="relative_key"), "'absolute' only"),
         ("tiny", dict(is_decoder=True), "is_decoder=True"),
-        ("tiny", dict(tie_word_embeddings=False), "tie_word_embeddings"),
         ("tiny", dict(quantization_config={"bits": 4}), "quantization_config"),
         ("tiny", dict(hidden_act="gelu_nwe"), "Did you mean 'gelu_new'"),
         ("roberta_base", dict(pad_token_id=None), "pad_token_id"),
-        ("modernbert_base", dict(norm_bias=True), "norm_bias"),
         ("modernbert_base", dict(mlp_dropout=0.1), "one option here"),
         (
             "modernbert_base",
-            dict(layer_types=["full_attention"] * 3 + ["sliding_attention"]),
-            "full",
+            dict(layer_types=["full_attention"] * 3 + ["linear_attention"]),
+            "layer_types",
         ),
         (
             "modernbert_base",

@@ -41,12 +41,12 @@ VARIANTS = {
         {"span_corruption": {"denoisers": ((3.0, 0.3),)}},
     ),
 }
-ALL = [pytest.param(x, marks=[] if x == "bert" else pytest.mark.slow) for x in VARIANTS]
 GROUPS = ((r".*/lora_.|.*bias|.*distance.*", "train"), (".*", "freeze"))
 ADAPTER = dict(name="lora", targets=((r".*/(query|up)", 2),), rank=2, alpha=4.0)
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", VARIANTS)
 def test_a_step_with_an_adapter_is_the_same_on_four_devices(family, monkeypatch):
     monkeypatch.setitem(tiny.FAMILIES, family, VARIANTS[family])
     norms, moved = [], []
@@ -61,7 +61,8 @@ def test_a_step_with_an_adapter_is_the_same_on_four_devices(family, monkeypatch)
         np.testing.assert_allclose(moved[1][name], array, atol=1e-5, rtol=0, err_msg=name)
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", VARIANTS)
 def test_layers_one_by_one_give_what_the_scan_gives(family):
     module, own, _ = VARIANTS[family]
     model = module.Model("tiny", **tiny.SIZES | own)
