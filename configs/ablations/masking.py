@@ -70,8 +70,9 @@ def get_config(arg=None):
     load = lambda name: runpy.run_path(str(HERE / f"{name}.py"))["get_config"]
     if arg.tune:
         config = load("finetune")()
-        with config.ignore_type():
+        with config.ignore_type(), config.unlocked():
             config.update(total=arg.steps, batch_size=16, eval_every=20, save_every=0, keep_best=0)
+            config.model.pooler = False  # a linear head: what differs is the trunk
         return config
     pairs = arg.recipe in ("nsp", "sop")
     config = load("nsp")(arg.recipe) if pairs else load("mlm")()

@@ -67,8 +67,9 @@ def get_config(arg=None):
         config.init = ""
     elif arg.base != "docs":
         config.init = f"runs/{arg.base}"
-    with config.ignore_type():
+    with config.ignore_type(), config.unlocked():
         config.update(total=arg.steps, batch_size=16, eval_every=20, save_every=0, keep_best=0)
+        config.model.pooler = False  # a linear head: what differs is the trunk
     config.optim.lr = 1e-4 if arg.base == "minilm" else 1e-3
     config.arms = (("seed", tuple(range(arg.seeds))),) if arg.seeds > 1 else ()
     config.ledger = ("memory", "slices")
