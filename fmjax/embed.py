@@ -1,14 +1,14 @@
 """Texts to vectors: what a model's trunk makes of each, as one array in a file."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, data, evaluate, losses, pretrained, processes, sharding
+from fmjax import build, data, evaluate, losses, pretrained, processes, sentence, sharding
 from fmjax.data import cache
 from fmjax.errors import ConfigError
 
@@ -19,13 +19,21 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     """The task: `config.output` (.npy, float32 [N, D]) with a vector for each record of
     `config.data.train`, in their order.
 
-    A vector is the mean over the tokens of the last layer, or its first token (`config.pool`), of
-    length one with `config.normalize`.
+    A vector is made as a folder of sentence-transformers says (`fmjax.sentence`), else it is the
+    mean over the tokens of the last layer; `config.pool` goes before both. With `config.normalize`
+    it has length one.
     """
     with processes.start(config) as mesh:
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
+        made, defaults = described(opened, config.pool)
         given = {key: value for key, value in config.data.items() if value is not None}
-        settings = DEFAULTS | given | {"label": "", "validation_fraction": 0}
+        settings = DEFAULTS | defaults | given | {"label": "", "validation_fraction": 0}
+        if settings.get("source_prefix") and not made.include_prompt:
+            raise ConfigError(
+                f"{opened} leaves the tokens of a prompt out of its vectors "
+                "(include_prompt=False), which is not supported: set --config.data.source_prefix= "
+                "to have no prompt."
+            )
         if not (settings.get("train") or settings.get("path")):
             raise ConfigError("config.data.train is empty: set it to the file of texts.")
         build.check_rows(opened.model, settings)
@@ -39,8 +47,9 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         if dry_run:
             return
         path = Path(config.output or Path(workdir) / "embeddings.npy")
-        shape = (len(split), opened.model.cfg.width)
-        found = vectors(opened, split, config.batch_size, config.pool, config.normalize, mesh)
+        shape = (len(split), made.width(opened.model.cfg.width))
+        layers = made.layers + (sentence.Normalize(),) * config.normalize
+        found = vectors(opened, split, config.batch_size, made._replace(layers=layers), mesh)
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             out = np.lib.format.open_memmap(path, "w+", np.float32, shape)
@@ -53,17 +62,31 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         print(f"\n{opened}\n{shape[0]:,} vectors of {shape[1]} written to {path}")
 
 
-def vectors(opened, split, batch_size: int, pool: str, normalize: bool, mesh):
-    """(row numbers, their vectors) batch by batch, in the memory of the host."""
+def described(opened: pretrained.Opened, pool: str) -> tuple[sentence.Vectors, dict[str, Any]]:
+    """(how vectors are made, what `config.data` is by default) for an opened model, whose folder
+    may be one of sentence-transformers; a `pool` that is not empty replaces the folder's."""
+    made = None if opened.config is not None else sentence.read(opened.tokenizer)
+    defaults: dict[str, Any] = {}
+    if made is not None:
+        defaults["seq_len"] = min(filter(None, (made.seq_len, opened.model.cfg.max_len)))
+        defaults["source_prefix"] = made.prompt
+        if made.prompts and not made.prompt and jax.process_index() == 0:
+            names = ", ".join(f"{name} {text!r}" for name, text in made.prompts.items())
+            print(f"no prompt is put before the texts (config.data.source_prefix); it has {names}")
+    made = made or sentence.Vectors()
+    return (made._replace(pools=(pool,)) if pool else made), defaults
+
+
+def vectors(opened, split, batch_size: int, made: Callable, mesh):
+    """(row numbers, their vectors) batch by batch, in the memory of the host; `made` gives the
+    vectors of hidden states and segment ids."""
     apply = build.apply(opened.model)
 
     @jax.jit
     def step(params, batch):
         names = ("input_ids", "segment_ids", "positions", "token_types")
         hidden = apply(params, *(batch[name] for name in names), method="encode")
-        whole = losses.pooled(hidden, batch["segment_ids"], pool)
-        if normalize:
-            whole /= jnp.maximum(jnp.linalg.norm(whole, axis=-1, keepdims=True), 1e-12)
+        whole = made(hidden, batch["segment_ids"])
         return batch["index"], losses.real_rows(batch) > 0, whole
 
     batches = data.eval_batches(
