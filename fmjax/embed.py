@@ -6,10 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fmjax import build, data, evaluate, losses, predict, pretrained, processes, sharding
+from fmjax import (
+    build,
+    data,
+    evaluate,
+    losses,
+    predict,
+    pretrained,
+    processes,
+    sentence,
+    sharding,
+)
 from fmjax.data import cache
 from fmjax.errors import ConfigError, NumericsError
 
@@ -20,13 +29,21 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     """The task: `config.output` (.npy, float32 [N, D]) with a vector for each record of
     `config.data.train`, in their order.
 
-    A vector is the mean over the tokens of the last layer, or its first token (`config.pool`), of
-    length one with `config.normalize`.
+    A vector is made as a folder of sentence-transformers says (`fmjax.sentence`), else it is the
+    mean over the tokens of the last layer; `config.pool` goes before both. With `config.normalize`
+    it has length one.
     """
     with processes.start(config) as mesh:
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
+        made, defaults = described(opened, config.pool)
         given = {key: value for key, value in config.data.items() if value is not None}
-        settings = DEFAULTS | given | {"label": "", "validation_fraction": 0}
+        settings = DEFAULTS | defaults | given | {"label": "", "validation_fraction": 0}
+        if settings.get("source_prefix") and not made.include_prompt:
+            raise ConfigError(
+                f"{opened} leaves the tokens of a prompt out of its vectors "
+                "(include_prompt=False), which is not supported: set --config.data.source_prefix= "
+                "to have no prompt."
+            )
         if not (settings.get("train") or settings.get("path")):
             raise ConfigError("config.data.train is empty: set it to the file of texts.")
         build.check_rows(opened.model, settings)
@@ -40,9 +57,10 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         if dry_run:
             return
         path = Path(config.output or Path(workdir) / "embeddings.npy")
-        shape = (len(split), opened.model.cfg.width)
+        shape = (len(split), made.width(opened.model.cfg.width))
+        layers = made.layers + (sentence.Normalize(),) * config.normalize
         place = lambda row: predict.documents_of(settings)[row].where
-        how = config.batch_size, config.pool, config.normalize, mesh, place
+        how = config.batch_size, made._replace(layers=layers), mesh, place
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             out = np.lib.format.open_memmap(path, "w+", np.float32, shape)
@@ -60,16 +78,31 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         print(f"\n{opened}\n{shape[0]:,} vectors of {shape[1]} written to {path}")
 
 
+def described(opened: pretrained.Opened, pool: str) -> tuple[sentence.Vectors, dict[str, Any]]:
+    """(how vectors are made, what `config.data` is by default) for an opened model, whose folder
+    may be one of sentence-transformers; a `pool` that is not empty replaces the folder's."""
+    made = None if opened.config is not None else sentence.read(opened.tokenizer)
+    defaults: dict[str, Any] = {}
+    if made is not None:
+        defaults["seq_len"] = min(filter(None, (made.seq_len, opened.model.cfg.max_len)))
+        defaults["source_prefix"] = made.prompt
+        if made.prompts and not made.prompt and jax.process_index() == 0:
+            names = ", ".join(f"{name} {text!r}" for name, text in made.prompts.items())
+            print(f"no prompt is put before the texts (config.data.source_prefix); it has {names}")
+    made = made or sentence.Vectors()
+    return (made._replace(pools=(pool,)) if pool else made), defaults
+
+
 def vectors(
     opened: pretrained.Opened,
     split: Any,
     batch_size: int,
-    pool: str,
-    normalize: bool,
+    made: Callable[[jax.Array, jax.Array], jax.Array],
     mesh: jax.sharding.Mesh,
     place: Callable[[int], str] = "row {:,}".format,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(row numbers, their vectors) batch by batch, in the memory of the host.
+    """(row numbers, their vectors) batch by batch, in the memory of the host; `made` gives the
+    vectors of hidden states and segment ids.
 
     Raises NumericsError for vectors that are not finite, with the `place` of the first.
     """
@@ -79,9 +112,7 @@ def vectors(
     def step(params, batch):
         names = ("input_ids", "segment_ids", "positions", "token_types")
         hidden = apply(params, *(batch[name] for name in names), method="encode")
-        whole = losses.pooled(hidden, batch["segment_ids"], pool)
-        if normalize:
-            whole /= jnp.maximum(jnp.linalg.norm(whole, axis=-1, keepdims=True), 1e-12)
+        whole = made(hidden, batch["segment_ids"])
         return batch["index"], losses.real_rows(batch) > 0, whole
 
     batches = data.eval_batches(

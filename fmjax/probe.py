@@ -18,7 +18,19 @@ import jax
 import numpy as np
 import xxhash
 
-from fmjax import build, data, embed, evaluate, logs, pretrained, processes, report, sharding, trees
+from fmjax import (
+    build,
+    data,
+    embed,
+    evaluate,
+    logs,
+    losses,
+    pretrained,
+    processes,
+    report,
+    sharding,
+    trees,
+)
 from fmjax.data import cache
 from fmjax.errors import ConfigError, DataError
 from fmjax.objectives import classify
@@ -185,9 +197,8 @@ def vectors(
         shape = len(split), opened.model.cfg.width
         out = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float32, shape)
         cache.reserve(folder / "vectors.npy")
-        for index, rows in embed.vectors(
-            opened, split, config.batch_size, config.pool, False, mesh
-        ):
+        made = functools.partial(losses.pooled, pool=config.pool)
+        for index, rows in embed.vectors(opened, split, config.batch_size, made, mesh):
             out[index] = rows
         out.flush()
         return {}

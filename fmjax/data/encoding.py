@@ -105,8 +105,8 @@ class Reader:
             return [tuple(values) if len(values) == 2 else values[0]]
         if form == "choices":
             return [(values[0], choice) for choice in values[1]]
-        if form == "seq2seq":
-            return [self.settings.source_prefix + values[0]]
+        if form in ("seq2seq", "texts"):
+            return [self.settings.source_prefix + value for value in values]
         if form == "tags" and self._spaced:  # as they are read in a sentence
             first, *rest = values[0]
             return [[first, *(f" {word}" if word else word for word in rest)]]

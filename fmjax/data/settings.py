@@ -43,7 +43,7 @@ class DataSettings:
     label: str = "label"  # column of the labels; empty: there are none (to predict)
     classes: tuple[str, ...] | list[str] = ()  # names of the classes in order; empty: as found
     target_len: int = 0  # of seq2seq; 0: seq_len
-    source_prefix: str = ""  # of seq2seq: what stands before each source, such as its task
+    source_prefix: str = ""  # of seq2seq and texts: what stands before each, such as its task
     pack: bool = False  # several pairs of seq2seq in one row, which do not see each other
     stride: int = 64  # tokens that two windows of one long context share
     document: str = "blank_line"
@@ -102,10 +102,12 @@ class DataSettings:
                 f"config.data.long='split' has no meaning with format={self.format!r}, where a "
                 "piece would lack its label or its question. Set it to truncate, drop or error."
             )
-        if self.format != "seq2seq" and (self.target_len or self.source_prefix or self.pack):
+        prefixed = self.source_prefix and self.format != "texts"
+        if self.format != "seq2seq" and (self.target_len or prefixed or self.pack):
             raise ConfigError(
                 "config.data.target_len, source_prefix and pack have no meaning with format="
-                f"{self.format!r}: they are of 'seq2seq'. Leave them out."
+                f"{self.format!r}: they are of 'seq2seq', source_prefix of 'texts' too. Leave them "
+                "out."
             )
         if self.room and (self.labelled or self.format == "pairs"):
             raise ConfigError(
