@@ -151,7 +151,8 @@ def test_padding_changes_nothing(family):
     longer = {name: jnp.pad(x, ((0, 0), (0, 8))) for name, x in batch.items() if x.ndim == 2}
     real = np.asarray(batch["segment_ids"]) > 0
     short, long = logits(model, params, batch), logits(model, params, longer)
-    np.testing.assert_allclose(long[:, : tiny.T][real], short[real], atol=2e-5, rtol=0)
+    atol = 1e-5 * np.abs(short).max()  # T5's logits are ten times as large as others'
+    np.testing.assert_allclose(long[:, : tiny.T][real], short[real], atol=atol, rtol=0)
 
 
 def test_modernbert_layers_see_a_window_except_every_third():
