@@ -610,6 +610,7 @@ def test_a_saved_config_goes_on_in_its_folder(run, file):
     saved = file.parent / "old" / "config.json"
     saved.parent.mkdir()
     saved.write_text(configs.to_json(ConfigDict(load(file).to_dict() | {"task": "train"})))
+    (saved.parent / "summary.json").write_text("{}")  # it has trained
     done = run("--config=old/config.json", "--config.seed=1")
     assert done.returncode == 2
     assert "old holds a run with another config (seed: 0 -> 1)" in done.stderr

@@ -105,7 +105,13 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
     special, all_words = np.arange(size) < 5, np.ones(size, bool)
     vocab = Vocab(size, 0, 4, (2,), (3,), special, all_words, range(100), fim=(5, 6, 7))
     fake = SimpleNamespace(
-        vocab=vocab, splits={"train": Rows()}, tokenizer_dir=ROOT, labels=("a", "b", "c")
+        vocab=vocab,
+        splits={"train": Rows()},
+        tokenizer_dir=ROOT,
+        labels=("a", "b", "c"),
+        digest="0",
+        rows_digest="0",
+        types=1,
     )
     monkeypatch.setattr(setup.data, "prepare", lambda *args, **kwargs: fake)
     run = setup.setup(made, sharding.make_mesh())

@@ -91,7 +91,7 @@ SMALL = dict(vocab_size=20, width=16, depth=2, heads=2, mlp=24, lm_head=False)
          "for bert take 'first': outputs would differ. Train with .*classify.pool=first"),
         (lambda: gpt2.Model("tiny", **SMALL, classes={"classify": 2}), "mean", "take 'last'"),
         (lambda: gpt2.Model("tiny", **SMALL, classes={"choose": 1}), "",
-         "gpt2 has the heads .'choose'.; fmjax writes gpt2 with classify or regress or span"),
+         "gpt2 has the heads .'choose'.; fmjax writes gpt2 with classify or lm or regress or span"),
         (lambda: t5.Model("small", **SMALL, encoder_depth=1, head_size=8, classes={"tag": 2}), "",
          "t5 has the heads .'tag'.; fmjax writes t5 with lm alone"),
     ],

@@ -175,8 +175,9 @@ def _steps(part) -> list[dict]:
     if part is None:
         return []
     state = json.loads(part.__getstate__())
-    steps = state.get("normalizers") or state.get("pretokenizers")
-    return steps if state["type"] == "Sequence" else [state]
+    if state["type"] != "Sequence":
+        return [state]
+    return state["normalizers"] if "normalizers" in state else state["pretokenizers"]
 
 
 def _bytes(state: dict) -> Callable[[str], int] | None:
