@@ -57,11 +57,6 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         with progress.part(_show, enabled=jax.process_index() == 0) as part:
             show = lambda done: part(done / steps, f"evaluated {done:,} of {steps:,} batches")
             metrics = measure(opened.model, opened.params, mesh, show)
-    if not np.isfinite(metrics["loss"]):  # and what is counted beside it counts noise
-        raise NumericsError(
-            f"the loss of {opened} is {metrics['loss']}: its weights are damaged, or it needs "
-            "config.precision=float32."
-        )
     metrics |= perplexity(metrics)
     for name, value in metrics.items():
         _show(f"  {name:<16} {value:>12,.4f}")
@@ -132,7 +127,10 @@ class Measure:
             check_finite(given, self.source, lambda i: f"row {rows[i]:,} of {self.name}")
         for name, (value, _) in totals.items():
             if not np.isfinite(value).all():
-                raise NumericsError(f"{self.source}: {name} of {self.name} is not finite.")
+                raise NumericsError(
+                    f"{self.source}: {name} of {self.name} is not finite: its weights are damaged, "
+                    "or it needs config.precision=float32."
+                )
         about = dict(names=self.dataset.labels, split=self.split)
         return measured(totals, outputs, self.objectives, **about)
 

@@ -134,7 +134,10 @@ def test_files_become_items(tmp_path):
         ('{"context": "a", "choices": ["b"], "label": Infinity}', "label inf is no whole number"),
         ('{"context": "a", "choices": ["b", "c"], "label": 0.5}', "label 0.5 is no whole number"),
         ('{"context": "a", "choices": ["b"], "label": 1%s}' % ("0" * 400), "label 10.* of 1 choic"),
-        ('{"context": "a", "choices": ["b"], "label": %s}' % ("9" * 5000), "not a JSON object .*digits"),
+        (
+            '{"context": "a", "choices": ["b"], "label": %s}' % ("9" * 5000),
+            "not a JSON object .*digits",
+        ),
         ('{"context": "a", "choices": "bc", "label": 0}', "choices is str, not a list"),
         ('{"context": "a", "choices": ["\\ud800"], "label": 0}', "lone surrogate at character 0"),
         ('{"context": "a", "choices": ["b"], "label": 1}', "label 1 of 1 choices"),
