@@ -277,14 +277,14 @@ def test_row24_a_read_only_folder_is_refused(tmp_path):
 
 
 def test_row23_a_status_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, capsys):
-    def full(path, text):
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    folder = workdir.Folder(tmp_path, {}, writes=True)
+    folder = workdir.Folder(tmp_path, {}, None, writes=True)
     with monkeypatch.context() as patch:
-        patch.setattr(workdir, "write_atomic", full)
+        patch.setattr(workdir.os, "fsync", full)
         for step in (1, 2):
             folder.update(step=step)
-    assert capsys.readouterr().err.count("cannot write") == 1
+    assert capsys.readouterr().err.count("status.json cannot be written") == 1
     folder.update(step=3)
     assert '"step": 3' in (tmp_path / "status.json").read_text()
