@@ -37,7 +37,7 @@ class Stop:
     def __init__(self):
         self.signal, self.requested, self.plan = "", False, STEPPING
         self.polls, self.longest_sec, self.allowance_sec = 0, 0.0, 0.0
-        self._polled = self._alive = float("inf")
+        self._polled = self._progress_at = float("inf")
         self._stepping, self._steps_seen = False, 0
         self.peers = None  # the other processes, if there are any
         self.last_words: Callable[[BaseException], None] = lambda error: None
@@ -47,13 +47,13 @@ class Stop:
         self.requested = self.peers.poll() if self.peers else bool(self.signal)
         now = time.monotonic()
         self.longest_sec = max(self.longest_sec, now - self._polled)
-        self.polls, self._polled, self._alive = self.polls + 1, now, now
+        self.polls, self._polled, self._progress_at = self.polls + 1, now, now
         self._steps_seen += 1
         return self.requested
 
     def note_progress(self) -> None:
-        """Postpone what `left` says, where not all processes come equally often."""
-        self._alive = time.monotonic()
+        """Count anew what `left` says, where a poll is not due in all processes."""
+        self._progress_at = time.monotonic()
 
     def left(self, usual_sec: float) -> float:
         """Seconds before this process counts as standing still, infinite before any progress.
@@ -63,7 +63,7 @@ class Stop:
         limit = SLOW_SEC
         if self._stepping and self._steps_seen >= STEPS_SEEN:
             limit = max(usual_sec, 2 * self.longest_sec)
-        return self._alive + max(limit, self.allowance_sec) - time.monotonic()
+        return self._progress_at + max(limit, self.allowance_sec) - time.monotonic()
 
     @contextlib.contextmanager
     def stepping(self) -> Iterator[None]:

@@ -162,9 +162,13 @@ class Peers:
             os._exit(code)
 
     def _end_stuck(self, reason: str) -> None:
+        def disconnect(error):
+            # Keeps process 0, which has the store, until the others have read the reason.
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                jax.distributed.shutdown()
+
         reason = f"{reason}. The threads of process {self.index} are shown above"
-        # The last keeps process 0, which has the store, until the others have read it.
-        watchdog.end(reason, self.last_words, lambda error: jax.distributed.shutdown())
+        watchdog.end(reason, self.last_words, disconnect)
 
     def _look_up(self) -> None:
         """Tells the others of a signal; raises what one of them has failed with."""

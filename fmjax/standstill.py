@@ -44,10 +44,8 @@ class RollCall:
         # This one may have moved while others were slow to answer.
         if left <= 0 and self._left() <= 0 and not self._peers.gone.is_set():
             polls = [answer and answer["polls"] for answer in answers]
-            self._peers.tell_standstill(
-                f"no process gets on (config.distributed.heartbeat_sec={self._heartbeat_sec:g}): "
-                f"{places(polls)}"
-            )
+            granted = f"config.distributed.heartbeat_sec={self._heartbeat_sec:g}"
+            self._peers.tell_standstill(f"no process makes progress ({granted}): {places(polls)}")
         self._postpone(left)
 
     def answer(self, polls: int) -> dict[str, float]:
@@ -69,9 +67,7 @@ def places(polls: list[int | None]) -> str:
         at.setdefault(number, []).append(index)
     said = []
     for number in sorted(at, key=lambda number: -1 if number is None else number):
-        more = f" and {len(at[number]) - NAMED} more" if len(at[number]) > NAMED else ""
-        who = ("process " if len(at[number]) == 1 else "processes ") + ", ".join(
-            map(str, at[number][:NAMED])
-        )
-        said.append(f"{who}{more} {'without an answer' if number is None else f'at poll {number}'}")
+        who, more = ", ".join(map(str, at[number][:NAMED])), len(at[number]) - NAMED
+        who = f"process{'es' * (len(at[number]) > 1)} {who}{f' and {more} more' * (more > 0)}"
+        said.append(f"{who} {'without an answer' if number is None else f'at poll {number}'}")
     return ", ".join(said)

@@ -352,7 +352,8 @@ def test_row10_one_that_stands_still_is_found_and_ends_both(home, straight, tmp_
     assert codes(done) == [75, 75], done
     for index, each in enumerate(done):
         assert re.search(
-            r"no process gets on \(config.distributed.heartbeat_sec=20\): process", each.stderr
+            r"no process makes progress \(config.distributed.heartbeat_sec=20\): process",
+            each.stderr,
         )
         assert f"The threads of process {index} are shown above" in each.stderr
     assert "in _deadlock" in done[1].stderr
