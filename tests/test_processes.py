@@ -344,7 +344,7 @@ def test_the_death_of_one_that_starts_ends_the_other(home, tmp_path, place):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["data", "evaluate"])
-def test_row10_one_that_stands_still_is_found_and_ends_both(home, straight, tmp_path, place):
+def test_row10_one_that_stands_still_is_found_and_ends_both(home, tmp_path, place):
     folder, heartbeat = tmp_path / "run", "--config.distributed.heartbeat_sec=20"
     more = ["--config.eval_every=5", heartbeat]
     faults = {1: f"deadlock@12:{place}"}
