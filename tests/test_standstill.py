@@ -1,10 +1,15 @@
 """Processes that stand still together end, whoever holds up the others; slow ones go on."""
 
 import contextlib
+import os
+import socket
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
 import pytest
+from common import ROOT
 
 from fmjax import interrupt, standstill, watchdog
 from fmjax.interrupt import SLOW_SEC, STEPS_SEEN, Stop
@@ -140,3 +145,54 @@ def test_the_first_steps_and_those_after_compiling_take_their_time(clock):
 
 def test_of_many_processes_some_are_named():
     assert places([7] * 9 + [6]) == "process 9 at poll 6, processes 0, 1, 2 and 6 more at poll 7"
+
+
+STUCK = """
+import sys, threading
+import jax
+from jax._src import distributed
+from fmjax import standstill
+from fmjax.interrupt import Stop
+from fmjax.peers import Peers
+
+def deadlock():
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+standstill.TICK_SEC, index, stop = 0.1, int(sys.argv[1]), Stop()
+jax.distributed.initialize(sys.argv[2], 2, index)
+peers = Peers(distributed.global_state.client, index, 2, stop, 1.0)
+peers.last_words = lambda error: print("last words:", error, flush=True)
+with stop.stepping():
+    for _ in range(9 - index):
+        stop.poll()
+    deadlock()
+"""
+
+
+@pytest.mark.slow
+def test_row10_two_processes_in_a_deadlock_end_and_show_where():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", STUCK, str(index), address],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    try:
+        said = [process.communicate(timeout=120) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [75, 75], said
+    for index, (out, err) in enumerate(said):
+        assert "in deadlock" in err and "process 1 at poll 8, process 0 at poll 9" in err
+        assert f"The threads of process {index} are shown above" in err
+        assert out.startswith("last words: no process makes progress")
