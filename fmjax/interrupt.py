@@ -20,6 +20,8 @@ INTERRUPTED = 130
 STEPPING = "finishing the step, then saving"
 COMPILING = "compiling, then saving"
 PREPARING = "stopping, while data is prepared"
+SLOW_SEC = 3600.0  # that anything but a step may take: to read a model, to save a state
+STEPS_SEEN = 3  # from which the time of the next can be told; a host is a step ahead of its devices
 
 
 class Stop:
@@ -29,12 +31,14 @@ class Stop:
     `plan` is what a signal that comes now leads to. For fmjax/watchdog.py: `polls` counts the calls
     of `poll`, `longest_sec` is the longest time between two, compilation apart, `allowance_sec`
     what may pass before the next; `last_words` is called with the error that ends a stuck process.
+    For fmjax/standstill.py: `left`.
     """
 
     def __init__(self):
         self.signal, self.requested, self.plan = "", False, STEPPING
         self.polls, self.longest_sec, self.allowance_sec = 0, 0.0, 0.0
-        self._polled = float("inf")
+        self._polled = self._progress_at = float("inf")
+        self._stepping, self._steps_seen = False, 0
         self.peers = None  # the other processes, if there are any
         self.last_words: Callable[[BaseException], None] = lambda error: None
 
@@ -43,8 +47,34 @@ class Stop:
         self.requested = self.peers.poll() if self.peers else bool(self.signal)
         now = time.monotonic()
         self.longest_sec = max(self.longest_sec, now - self._polled)
-        self.polls, self._polled = self.polls + 1, now
+        self.polls, self._polled, self._progress_at = self.polls + 1, now, now
+        self._steps_seen += 1
         return self.requested
+
+    def note_progress(self) -> None:
+        """Count anew what `left` says, where a poll is not due in all processes."""
+        self._progress_at = time.monotonic()
+
+    def left(self, usual_sec: float) -> float:
+        """Seconds before this process counts as standing still, infinite before any progress.
+
+        A step may take `usual_sec`, or twice what the longest took; everything else `SLOW_SEC`.
+        """
+        limit = SLOW_SEC
+        if self._stepping and self._steps_seen >= STEPS_SEEN:
+            limit = max(usual_sec, 2 * self.longest_sec)
+        return self._progress_at + max(limit, self.allowance_sec) - time.monotonic()
+
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Expect the next poll within the time of a step, in the block."""
+        self._stepping = True
+        self.note_progress()
+        try:
+            yield
+        finally:
+            self._stepping = False
+            self.note_progress()
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
@@ -54,6 +84,8 @@ class Stop:
             yield
         finally:
             self.plan, self.allowance_sec, self._polled = plan, 0.0, time.monotonic()
+            self._steps_seen = 0  # The next are of another program.
+            self.note_progress()
 
 
 @contextlib.contextmanager

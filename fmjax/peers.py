@@ -4,6 +4,7 @@ Everything goes through the key-value store that jax.distributed brings, beside 
 their computations.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 
+from fmjax import standstill, watchdog
 from fmjax.errors import FmjaxError, of_exit_code
 from fmjax.interrupt import Stop
 
@@ -26,21 +28,25 @@ PATIENCE_SEC = 10.0  # of waiting for another in silence
 class Peers:
     """The other processes, for one that has them.
 
-    News, which are a signal, a failure or the end, are the keys news/0, news/1, …; everybody reads
-    them in this order, in a thread. `failure` is the first error that ended a process.
+    News, which are a signal, a failure, a standstill or the end, are the keys news/0, news/1, …;
+    everybody reads them in this order, in a thread. `failure` is the first error that ended a
+    process. `heartbeat_sec` is what a process is granted that stands still or does not end.
     """
 
-    def __init__(self, client: Any, index: int, count: int, stop: Stop, grace_sec: float):
+    def __init__(self, client: Any, index: int, count: int, stop: Stop, heartbeat_sec: float):
         self.index, self.count, self._client = index, count, client
         self.last_words: Callable[[BaseException], None] = lambda error: None
         self.failure: FmjaxError | None = None
-        self._grace_sec, self._own_error = grace_sec, None
+        self._heartbeat_sec, self._own_error = heartbeat_sec, None
         self._stop, self._told = stop, False
         self._polls, self._stop_at, self._polling = 0, None, threading.Lock()
         self._meetings = itertools.count()  # the same in all processes
-        self._failed, self._left = threading.Event(), threading.Event()
+        self._failed, self.gone = threading.Event(), threading.Event()
+        self._roll = standstill.RollCall(self, stop, heartbeat_sec)
         self._listener = threading.Thread(target=self._listen, name="peers", daemon=True)
         self._listener.start()
+        self._watch = threading.Thread(target=self._roll.watch, name="standstill", daemon=True)
+        self._watch.start()
         stop.peers = self
 
     def poll(self) -> bool:
@@ -85,11 +91,31 @@ class Peers:
         return error
 
     def leave(self) -> None:
-        """Ends the thread. To be called when all have met, or one has failed."""
-        self._left.set()
+        """Ends the threads. To be called when all have met, or one has failed."""
+        self.gone.set()
         if self.index == 0:
             self._tell(end=True)
         self._listener.join()
+        self._watch.join()
+
+    def call_roll(self, patience_sec: float) -> list[dict[str, float] | None]:
+        """How often each process has polled, and the seconds that it has left (see standstill.py);
+        None for one that does not answer within `patience_sec`."""
+        call, limit = self._tell(roll=self.index), time.monotonic() + patience_sec
+
+        def look_up():
+            if time.monotonic() > limit or self.gone.is_set():
+                raise TimeoutError
+
+        def answer(index):
+            with contextlib.suppress(TimeoutError):
+                return self._get(f"roll/{call}/{index}", 1, look_up)
+
+        return [answer(index) for index in range(self.count)]
+
+    def tell_standstill(self, reason: str) -> None:
+        """Ends all processes, each of which shows where its threads are."""
+        self._tell(standstill=reason)
 
     def _listen(self) -> None:
         for number in itertools.count():
@@ -101,7 +127,11 @@ class Peers:
                 return
             if "failure" in news:
                 return self._end(**news)
-            if self._stop_at is None:
+            if "standstill" in news:
+                return self._end_stuck(news["standstill"])
+            if "roll" in news:
+                self._set(f"roll/{number}/{self.index}", self._roll.answer(self._polls))
+            elif self._stop_at is None:
                 self._agree(**news)
 
     def _agree(self, signal: str, process: int) -> None:
@@ -125,11 +155,20 @@ class Peers:
         source = "" if process == self.index else f"process {process} of {self.count}: "
         self.failure = of_exit_code(code)(f"{source}{failure}")
         self._failed.set()
-        if not self._left.wait(self._grace_sec):
+        if not self.gone.wait(self._heartbeat_sec):
             self.last_words(self.failure)
             print(f"error: {self.failure}", file=sys.stderr, flush=True)
             jax.distributed.shutdown()
             os._exit(code)
+
+    def _end_stuck(self, reason: str) -> None:
+        def disconnect(error):
+            # Keeps process 0, which has the store, until the others have read the reason.
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                jax.distributed.shutdown()
+
+        reason = f"{reason}. The threads of process {self.index} are shown above"
+        watchdog.end(reason, self.last_words, disconnect)
 
     def _look_up(self) -> None:
         """Tells the others of a signal; raises what one of them has failed with."""
@@ -139,10 +178,12 @@ class Peers:
         if self.failure is not None:
             raise self.failure
 
-    def _tell(self, **news: Any) -> None:
+    def _tell(self, **news: Any) -> int:
+        """Tells all, and returns which of the news it has become."""
         for number in itertools.count():
             try:
-                return self._set(f"news/{number}", news)
+                self._set(f"news/{number}", news)
+                return number
             except jax.errors.JaxRuntimeError as error:
                 if "ALREADY_EXISTS" not in str(error):
                     raise

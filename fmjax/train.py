@@ -72,8 +72,10 @@ def run(
         grace_sec = config.distributed.get("grace_sec", watchdog.GRACE_SEC)
         stop = stack.enter_context(interrupt.catch(grace_sec))
         stop.plan = interrupt.PREPARING
+        stop.note_progress()
 
         def poll():
+            stop.note_progress()
             if stop.signal:
                 raise Preempted(
                     f"stopped by {stop.signal} while preparing data; the same command goes on"
@@ -188,11 +190,12 @@ def loop(
         if due("eval") and any(one.owes_evaluation(step) for one in monitors):
             evaluate_all()
         while step < total and not stop.poll():
-            with timed("data_wait"):
-                batch = sharding.put(next(batches), together.batch_sharding)
-            current, found = train_step(current, batch)
-            step += 1
-            bad = [one.step(step, found, batch) >= config.max_skipped for one in monitors]
+            with stop.stepping():
+                with timed("data_wait"):
+                    batch = sharding.put(next(batches), together.batch_sharding)
+                current, found = train_step(current, batch)
+                step += 1
+                bad = [one.step(step, found, batch) >= config.max_skipped for one in monitors]
             if any(bad):
                 give_up(together, folders, current, monitors, step, bad)
             if due("log"):
@@ -251,10 +254,11 @@ def meta(run: Run, batches: Any, monitor: Monitor, still: str) -> dict[str, Any]
 def compiled(
     together: Arms, monitors: Sequence[Monitor], asked: Sequence[str], stop: interrupt.Stop
 ) -> tuple[Callable, Callable]:
-    """The train step, with the state donated, and the jitted evaluation step; the former is
-    compiled when the first batch of each width comes. `asked` are metrics of `exams`."""
+    """The train step, with the state donated, and the evaluation step; both are compiled when the
+    first batch of each width comes. `asked` are metrics of `exams`."""
     run = together.wide
     jitted, programs = jax.jit(together.train_step(), donate_argnums=0), {}
+    measure, measured = jax.jit(together.eval_step()), set()
 
     def program(state, batch):
         width = batch["segment_ids"].shape[-1]
@@ -274,7 +278,13 @@ def compiled(
             processes.meet()  # some compile faster
         return programs[width](state, batch)
 
-    return program, jax.jit(together.eval_step())
+    def evaluation(params, batch, rng):
+        width = batch["segment_ids"].shape[-1]
+        with contextlib.nullcontext() if width in measured else stop.compiling():
+            measured.add(width)
+            return measure(params, batch, rng)
+
+    return program, evaluation
 
 
 def check_best(best: str, metrics: Iterable[str]) -> None:
@@ -319,15 +329,16 @@ def validate(
     )
     steps, show = data.eval_steps(split, batch_size), monitors[0].part("evaluation")
     with monitor.timed(monitors, "evaluation"):
-        found = evaluate.collect(
-            eval_step,
-            params,
-            batches,
-            run.mesh,
-            evaluate.keeps(run.objectives),
-            stop.poll,
-            lambda done: show(done / steps),
-        )
+        with stop.stepping():
+            found = evaluate.collect(
+                eval_step,
+                params,
+                batches,
+                run.mesh,
+                evaluate.keeps(run.objectives),
+                stop.poll,
+                lambda done: show(done / steps),
+            )
         if found is None:
             return [(None, {}) for _ in monitors]
         about = dict(names=run.dataset.labels, split=split)

@@ -1,8 +1,8 @@
-"""The end of a process that was asked to stop and is stuck, with a word about where.
+"""The end of a process that is stuck, with a word about where.
 
 After a signal a run stops at its next poll. One that waits for ever, for a file system that went
 away or for a process that never enters a collective, does not poll, and a scheduler would kill it
-without a trace.
+without a trace. Several processes need no signal for that: fmjax/standstill.py.
 
 Two things watch, since each is blind where the other sees. A thread cannot run while C code holds
 the interpreter's lock, such as a regular expression that backtracks without end; the handler of an
@@ -53,7 +53,12 @@ class Watchdog:
 @contextlib.contextmanager
 def watching(stop: Any, grace_sec: float = GRACE_SEC) -> Iterator[Callable[[], None]]:
     """Watch until the block ends. Yields what the handler of a signal has to call. Main thread."""
-    watchdog = Watchdog(stop, grace_sec, lambda reason: end(stop, reason))
+
+    def end_stuck(reason):
+        error = f"stopped by {stop.signal or 'a signal'}, but {reason}: the process is stuck where"
+        end(f"{error} its threads are shown above", stop.last_words)
+
+    watchdog = Watchdog(stop, grace_sec, end_stuck)
     arrived, written = os.pipe()
     for descriptor in (arrived, written):
         os.set_blocking(descriptor, False)
@@ -87,21 +92,22 @@ def watching(stop: Any, grace_sec: float = GRACE_SEC) -> Iterator[Callable[[], N
         os.close(written)
 
 
-def end(stop: Any, reason: str) -> None:
-    """End the process with the exit code of a preemption, after saying where its threads are."""
+def end(reason: str, *last_words: Callable[[BaseException], Any]) -> None:
+    """End the process with the exit code of a preemption, after saying where its threads are.
+
+    `last_words` are called with the error, and given up where they take too long.
+    """
     if not _ENDING.acquire(blocking=False):
         return
-    error = Preempted(
-        f"stopped by {stop.signal or 'a signal'}, but {reason}: the process is stuck where its "
-        "threads are shown above. What was saved is safe; the same command goes on"
-    )
+    error = Preempted(f"{reason}. What was saved is safe; the same command goes on")
     with contextlib.suppress(OSError, ValueError):
         faulthandler.dump_traceback(file=2, all_threads=True)
     with contextlib.suppress(OSError):
         os.write(2, f"{error}\n".encode())
-    words = threading.Thread(target=stop.last_words, args=(error,), daemon=True)
-    words.start()
-    words.join(LAST_WORDS_SEC)
+    for speak in last_words:
+        words = threading.Thread(target=speak, args=(error,), daemon=True)
+        words.start()
+        words.join(LAST_WORDS_SEC)
     os._exit(error.exit_code)
 
 

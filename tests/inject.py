@@ -9,6 +9,7 @@ several. Left out, it is any step, one time, and the place that the act belongs 
     term:compile              SIGTERM when compilation begins
     io_error@9x3              saving fails three times, from step 9 on: the disk is full
     hang:evaluate             the first evaluation stands still for HANG_SEC seconds
+    deadlock@7:data           reading the batch of step 7 never ends
     raise@7:data              reading the batch of step 7 fails
     nan_loss@7x2              loss and gradients of the steps 7 and 8 are NaN
     nan_grad@7:head/mlm/bias  one leaf of the gradient is NaN, the loss is not
@@ -22,6 +23,7 @@ import re
 import runpy
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +35,7 @@ FAULT = re.compile(r"(?P<act>[a-z_]+)(@(?P<step>\d+))?(x(?P<times>\d+))?(:(?P<pl
 # place: (module, function, the step that a call is about). Steps count from 1, as in the log; what
 # happens between steps belongs to the last one that this process has started.
 PLACES: dict[str, tuple[str, str, Callable[..., int]]] = {
+    "connected": ("fmjax.devices", "require", lambda *_: started[0]),
     "prepare": ("fmjax.data.store", "tokenise", lambda *_: started[0]),
     "compile": ("fmjax.flops", "of_step", lambda *_: started[0]),
     "data": ("fmjax.data.batches", "_Steps.__getitem__", lambda _, step: step + 1),
@@ -46,6 +49,7 @@ PLACES: dict[str, tuple[str, str, Callable[..., int]]] = {
 ACTS: dict[str, tuple[Callable[[], Any], str]] = {
     "kill": (lambda: os.kill(os.getpid(), signal.SIGKILL), "train"),
     "term": (lambda: _send(signal.SIGTERM), "train"),
+    "deadlock": (lambda: _deadlock(), "train"),
     "hang": (lambda: time.sleep(HANG_SEC), "train"),
     "raise": (lambda: _raise(RuntimeError("injected")), "train"),
     "io_error": (lambda: _raise(OSError(errno.ENOSPC, "No space left on device")), "commit"),
@@ -137,6 +141,12 @@ def _numbers(act: str, step: int, times: int, leaf: str | None) -> Callable:
 def _send(number: int) -> None:
     os.kill(os.getpid(), number)
     time.sleep(0.1)  # so that the next one is not delivered as one with it
+
+
+def _deadlock() -> None:
+    lock = threading.Lock()
+    for _ in range(2):
+        lock.acquire()
 
 
 def _raise(error: Exception) -> None:

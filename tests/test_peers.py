@@ -61,9 +61,9 @@ def team():
     """Makes the processes of a run, which share a store."""
     made = []
 
-    def make(count=COUNT, grace_sec=30.0):
+    def make(count=COUNT, heartbeat_sec=30.0):
         store = Store()
-        made.extend(Peers(store, index, count, Stop(), grace_sec) for index in range(count))
+        made.extend(Peers(store, index, count, Stop(), heartbeat_sec) for index in range(count))
         return made
 
     yield make
@@ -215,8 +215,8 @@ def test_a_process_that_is_stuck_is_ended_with_the_same_code(team, monkeypatch, 
     ended, words = threading.Event(), []
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: words.append("goodbye"))
     monkeypatch.setattr(os, "_exit", lambda code: (words.append(code), ended.set()))
-    one, other = team(2, grace_sec=0.1)
-    other._left.set()  # This one ends by itself.
+    one, other = team(2, heartbeat_sec=0.1)
+    other.gone.set()  # This one ends by itself.
     one.last_words = lambda error: words.append(str(error))
     other.fail(CheckpointError("disk full"))
     assert ended.wait(5)
@@ -229,3 +229,35 @@ def test_two_failures_at_once_keep_their_own_words(team):
     errors = [ConfigError(str(peer.index)) for peer in team]
     assert in_all(team, lambda peer: peer.fail(errors[peer.index])) == errors
     assert json.loads(team[0]._client.values["fmjax/news/0"])["code"] == 2
+
+
+def test_processes_that_stand_still_say_where_and_end_together(team, monkeypatch):
+    reasons, told = [], threading.Barrier(3)
+
+    def end(reason, *last_words):
+        reasons.append(reason)
+        told.wait(5)
+
+    monkeypatch.setattr(peers.watchdog, "end", end)
+    one, other = team(2, heartbeat_sec=10.0)
+    monkeypatch.setattr(other._stop, "left", lambda usual_sec: 1.0)
+    monkeypatch.setattr(one._stop, "left", lambda usual_sec: 0.0)
+    other.poll()
+    assert one.call_roll(5) == [{"polls": 0, "left": 0.0}, {"polls": 1, "left": 1.0}]
+    one._roll.look()
+    assert one._listener.is_alive() and reasons == []
+    monkeypatch.setattr(other._stop, "left", lambda usual_sec: -1.0)
+    one._roll._next = 0.0
+    one._roll.look()
+    told.wait(5)
+    for peer, reason in zip([one, other], sorted(reasons), strict=True):
+        assert "process 0 at poll 0, process 1 at poll 1" in reason
+        assert reason.endswith(f"The threads of process {peer.index} are shown above")
+
+
+def test_one_whose_threads_cannot_run_does_not_answer_the_roll(team, monkeypatch):
+    one, deaf = team(2)
+    monkeypatch.setattr(deaf._roll, "answer", lambda polls: deaf._get("never", 1, deaf._look_up))
+    begin = time.monotonic()
+    assert one.call_roll(0.5)[1] is None and time.monotonic() - begin < 5
+    deaf._client.key_value_set("fmjax/never", "0")

@@ -330,6 +330,40 @@ def test_row9_the_death_of_one_ends_the_other_and_a_restart_resumes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["connected", "prepare"])
+def test_the_death_of_one_that_starts_ends_the_other(home, tmp_path, place):
+    """Before the devices of all are known, and while the other waits for its data."""
+    flags = ["--config.distributed.heartbeat_sec=20"]
+    own = {index: [f"--config.data.cache={tmp_path}/{index}"] for index in (0, 1)}
+    begin = time.monotonic()
+    faults = {1: f"kill:{place}"}
+    done = all_ended(start_all(home, tmp_path / "run", *flags, own=own, devices=1, faults=faults))
+    assert time.monotonic() - begin < 20 + 70
+    assert codes(done)[1] == -signal.SIGKILL and codes(done)[0] not in (0, 75), done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["data", "evaluate"])
+def test_row10_one_that_stands_still_is_found_and_ends_both(home, tmp_path, place):
+    folder, heartbeat = tmp_path / "run", "--config.distributed.heartbeat_sec=20"
+    more = ["--config.eval_every=5", heartbeat]
+    faults = {1: f"deadlock@12:{place}"}
+    done = all_ended(start_all(home, folder, *more, devices=1, faults=faults))
+    assert codes(done) == [75, 75], done
+    for index, each in enumerate(done):
+        assert re.search(
+            r"no process makes progress \(config.distributed.heartbeat_sec=20\): process",
+            each.stderr,
+        )
+        assert f"The threads of process {index} are shown above" in each.stderr
+    assert "in _deadlock" in done[1].stderr
+    assert status(folder)["state"] == "preempted"
+    done = all_ended(start_all(home, folder, heartbeat, devices=1))
+    assert codes(done) == [0, 0], done
+    assert "resuming at step 10 of 40" in done[0].stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "victim, fault, code, said",
     [
