@@ -1,12 +1,16 @@
 """The devices of this machine, described for people, and an error where there is none."""
 
+import functools
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from fmjax.errors import ResourceError, first_line
+from fmjax.errors import ConfigError, ResourceError, first_line, quoted
 
 INSTALL = {
     "cuda": "pip install -e '.[gpu]'",
@@ -16,7 +20,9 @@ INSTALL = {
 
 
 def require() -> list[Any]:
-    """All devices. Raises ResourceError where the platform that jax is told to use has none."""
+    """All devices. Raises ResourceError where the platform that jax is told to use has none,
+    ConfigError for XLA_FLAGS that XLA cannot read."""
+    check_flags(os.environ.get("XLA_FLAGS", ""))
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter where it is not installed at all
@@ -27,6 +33,27 @@ def require() -> list[Any]:
             f"JAX_PLATFORMS={asked}: no such device can be used here{reason}. Unset JAX_PLATFORMS, "
             f"set it to cpu, or {install}"
         ) from error
+
+
+@functools.cache
+def check_flags(flags: str) -> None:
+    """Raises ConfigError where XLA cannot read `flags`, the value of XLA_FLAGS.
+
+    XLA ends the process that reads such flags, with exit code 1 and no exception. So another
+    process reads them first, which costs a third of a second where there are any.
+    """
+    if not flags.strip():
+        return
+    read = "from jaxlib.xla_client import CompileOptions as Options\n"
+    read += "Options().executable_build_options.debug_options"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    command = [sys.executable, "-c", read]
+    reader = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    # Other errors of this process are none of the flags'.
+    said = re.search(r"^[EF]\d.*flags\w*\.cc:\d+\] (.*)", reader.stderr, re.MULTILINE)
+    if reader.returncode and said:
+        reason = first_line(said[1]).rstrip(".")
+        raise ConfigError(f"XLA_FLAGS={quoted(flags)}: {reason}. Correct XLA_FLAGS, or unset it")
 
 
 def describe(device: Any, count: int) -> str:

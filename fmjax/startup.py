@@ -34,7 +34,10 @@ def use_huge_pages() -> None:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         # A signal in between waits for the handlers of the new program.
         signal.pthread_sigmask(signal.SIG_BLOCK, interrupt.SIGNALS)
-        os.execv(sys.executable, sys.orig_argv)
+        try:
+            os.execv(sys.executable, sys.orig_argv)
+        except OSError:  # The run is slower with small pages, and is all the same a run.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupt.SIGNALS)
 
 
 def show_unraisable(found: Any) -> None:

@@ -26,6 +26,15 @@ def modern(home):  # noqa: F811
     return home / "modern"
 
 
+@pytest.fixture(scope="module")
+def gpt(home):  # noqa: F811
+    """A GPT-2, trained for four steps."""
+    own = ["--config.model.width=32", "--config.model.mlp=64", "--config.model.max_len=32"]
+    words = [f"--config.data.train={home}/*.jsonl", "--config.tokenizer.vocab_size=300"]
+    train.run(load("clm.py:tiny", *own, *words), home / "gpt")
+    return home / "gpt"
+
+
 def ask(folder, home, *words):  # noqa: F811
     """{text: {class: probability}}, as configs/predict.py writes them."""
     rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
@@ -44,10 +53,11 @@ def ask(folder, home, *words):  # noqa: F811
         ("modern", "finetune_lora.py", "mean", "ModernBertForSequenceClassification"),
         ("modern", "finetune.py", "first", "ModernBertForSequenceClassification"),
         ("decoder", "finetune.py", "last", "LlamaForSequenceClassification"),
+        ("gpt", "finetune.py", "last", "GPT2ForSequenceClassification"),
     ],
 )
 def test_the_pipeline_of_an_exported_run(base, config, pool, name, home, request, tmp_path):  # noqa: F811
-    """The decoder's tokenizer has one token for begin, end and padding, and no frame of its own."""
+    """The decoders' tokenizer has one token for begin, end and padding, and no frame of its own."""
     pytest.importorskip("torch", reason="torch, the reference, is not installed")
     import transformers
 

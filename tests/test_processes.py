@@ -281,6 +281,15 @@ def test_a_platform_without_a_device_is_an_error_of_one_line(platform, error, ad
     assert caught.value.exit_code == 6 and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "flags, said", [("--nonsense", "Unknown flag.*--nonsense"), ("nonsense", "Could not open file")]
+)
+def test_flags_that_xla_cannot_read_are_an_error_and_no_end(flags, said, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    with pytest.raises(ConfigError, match=f"XLA_FLAGS='{flags}': {said}.*unset it$"):
+        devices.require()
+
+
 # ---- Slow: four processes, and deaths that take a heartbeat to be noticed -------------------
 
 

@@ -11,7 +11,7 @@ import pytest
 from common import ROOT
 
 from fmjax import config as configs
-from fmjax import config_files, output, startup
+from fmjax import config_files, interrupt, output, startup
 from fmjax.errors import CheckpointError, ConfigError, did_you_mean
 
 RUN = [sys.executable, str(ROOT / "run.py")]
@@ -114,6 +114,18 @@ def test_a_signal_before_the_program_is_started_again_is_not_lost():
         command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (75, "", "")
+
+
+def test_a_program_that_cannot_be_started_again_goes_on(monkeypatch):
+    """Signals are heard again, as before."""
+
+    def refused(*_):
+        raise PermissionError("Permission denied")
+
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(os, "execv", refused)
+    startup.use_huge_pages()
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(interrupt.SIGNALS)
 
 
 def test_sighup_stays_ignored_under_nohup():

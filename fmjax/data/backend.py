@@ -69,6 +69,8 @@ def guarded(function: Callable, *args: Any, **kwargs: Any) -> Any:
 def reason(error: BaseException) -> str:
     """The message of a library's error, in one line of bounded length."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if line.rstrip().endswith(":"):  # a list follows
+        line = " ".join(str(error).split())
     return line if len(line) <= REASON else f"{line[:REASON]}…"
 
 
