@@ -49,7 +49,8 @@ def _whole(path: Path, settings: DataSettings, key: str, check: Callable) -> Ite
         document = json_text.loads(content.decode("utf-8-sig"))
         rows = document if isinstance(document, list) else list(_questions(document))
     except UnicodeDecodeError as error:
-        yield excerpt, 1, lines.not_utf8(error, lines.mark_of(content)), size
+        reason = lines.not_utf8(error, lines.mark_of(content))
+        yield excerpt, 1, f"not JSON ({reason})", size
         return
     except ValueError as error:
         yield excerpt, 1, f"not JSON ({error})", size
