@@ -89,11 +89,11 @@ def run(
             pretrained.check_head(together.wide.config, together.wide.dataset.labels)
             with contextlib.closing(train_batches(together)) as batches:
                 return plan.show(together, next(batches))
-        print(sharding.table(mesh))
         writes = jax.process_index() == 0
 
         how = dict(fresh=fresh, writes=writes, first=processes.first)
         folder = stack.enter_context(workdir.open(workdir_path, config, **how))
+        print(sharding.table(mesh))
         stop.last_words = folder.close
         stack.enter_context(processes.together(folder.close))
         with workdir.memory_errors(), storage.writing_in(folder.path):
