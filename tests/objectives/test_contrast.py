@@ -135,7 +135,8 @@ def test_empty_rows_change_no_number_and_no_gradient():
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
     first, second = (jax.tree.leaves(model().gradient(params, x)) for x in (more, whole))
     for a, b in zip(first, second, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        # Sums of other lengths: of the largest of a parameter's gradient, which is 13 for one.
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
 
 
 def test_eight_devices_share_all_negatives():
