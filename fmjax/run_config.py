@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from fmjax import config as configs
-from fmjax import logs, step_folders
+from fmjax import history, logs, step_folders
 from fmjax.errors import CheckpointError, ConfigError
 from fmjax.storage import read_object
 
@@ -114,10 +114,12 @@ def is_trained(folder: Path) -> bool:
 
 
 def _has_steps(folder: Path) -> bool:
-    """Whether metrics.jsonl has a line of metrics, or status.json a step."""
-    rows, _ = logs.read(folder)
+    """Whether metrics.jsonl has a line of metrics or a damaged one, or status.json a step."""
+    rows, events = logs.read(folder)
+    damaged = history.read(folder / logs.FILE).damaged
+    damaged += sum(event["event"] == "damaged" for event in events)
     status = read_object(folder / "status.json")
-    return bool(rows or status.get("step") or status.get("checkpoint"))
+    return bool(rows or damaged or status.get("step") or status.get("checkpoint"))
 
 
 def _other_run(folder: Path, rows: Rows) -> ConfigError:
