@@ -5,10 +5,11 @@ step is already running, so that looking at numbers never makes the device wait.
 """
 
 import contextlib
+import json
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -57,7 +58,7 @@ class Monitor:
         progress: Progress | None = None,
         arm: int | None = None,
     ):
-        self._told_best = False
+        self._told_best, self._samples = False, list
         config = run.config
         self.run, self.folder, self.first = run, folder, first
         self._arm, self._prefix = arm, "" if arm is None else f"arm {arm}: "
@@ -135,11 +136,14 @@ class Monitor:
         step: int,
         metrics: Mapping[str, float] | None,
         examples: Mapping[str, np.ndarray] = MappingProxyType({}),
+        samples: Callable[[], list[dict[str, str]]] = list,
     ) -> None:
         """Takes the validation metrics: None when a signal cut it short, {} when there are none;
-        what each example adds to them goes to examples.npz, of the last evaluation alone."""
+        what each example adds to them goes to examples.npz, of the last evaluation alone. `samples`
+        gives what the report shows of it."""
         if metrics is None:
             return
+        self._samples = samples
         if examples and jax.process_index() == 0:
             self._keep({"step": np.asarray(step), **examples})
         metrics = {**metrics, **evaluate.perplexity(metrics)}
@@ -243,6 +247,9 @@ class Monitor:
             rows_digest=self.run.dataset.rows_digest,
         )
         self._progress.close()
+        if samples := self._samples():
+            file = self.folder.path / workdir.PREDICTIONS
+            workdir.write_atomic(file, json.dumps(samples, indent=2, ensure_ascii=False))
         page = report.write(self.folder.path)
         if self._arm is not None:
             return

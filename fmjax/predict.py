@@ -65,8 +65,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             file.write(json.dumps(logs.plain(fields | said), ensure_ascii=False) + "\n")
     print(f"\n{opened}")
     for fields, said in records[:SHOWN]:
-        texts = " | ".join(_cut(str(value)) for value in fields.values())
-        print(f"  {texts}\n    {_readable(said)}")
+        texts = " | ".join(cut(str(value)) for value in fields.values())
+        print(f"  {texts}\n    {readable(said)}")
     print(f"{len(records):,} predictions written to {path}")
 
 
@@ -119,21 +119,21 @@ def _records(
     return records
 
 
-def _readable(said: Any) -> str:
+def readable(said: Any) -> str:
     """On one line, of several numbers with names the largest."""
     if isinstance(said, float):
         return f"{said:.3f}"
     if isinstance(said, list):
-        return _cut(" ".join(map(_readable, said[:WIDTH])))
+        return cut(" ".join(map(readable, said[:WIDTH])))
     if not isinstance(said, dict):
-        return _cut(str(said))
+        return cut(str(said))
     if said and all(isinstance(value, float) for value in said.values()):
         said = dict(sorted(said.items(), key=lambda item: -item[1])[:LARGEST])
-    return ", ".join(f"{name} {_readable(value)}" for name, value in said.items())
+    return ", ".join(f"{name} {readable(value)}" for name, value in said.items())
 
 
-def _cut(text: str) -> str:
-    """On one line of at most `WIDTH` characters, all of which can be printed."""
-    words = " ".join(text[: 2 * WIDTH].split())
+def cut(text: str, width: int = WIDTH) -> str:
+    """On one line of at most `width` characters, all of which can be printed."""
+    words = " ".join(text[: 2 * width].split())
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)
-    return shown if len(shown) <= WIDTH and len(text) <= 2 * WIDTH else f"{shown[: WIDTH - 1]}…"
+    return shown if len(shown) <= width and len(text) <= 2 * width else f"{shown[: width - 1]}…"

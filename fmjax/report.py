@@ -23,7 +23,7 @@ from fmjax import logs, page, report_facts, storage, svg
 from fmjax.config import flatten
 from fmjax.errors import CheckpointError, ConfigError, quoted
 from fmjax.progress import count, duration
-from fmjax.workdir import LEDGER
+from fmjax.workdir import LEDGER, PREDICTIONS
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
@@ -159,6 +159,7 @@ def write(workdir: str | os.PathLike) -> Path:
         page.section("What was trained", page.table(report_facts.rows(config, summary))),
         page.section("Final numbers", _results(summary)),
         page.section("Curves", f'<div class="grid">{"".join(_curves(rows))}</div>'),
+        page.section("Held-out examples", _predictions(workdir / PREDICTIONS)),
         page.section("Samples", _samples(config, storage.read_object(workdir / LEDGER))),
         page.section("Where the time went", _goodput(summary["goodput"])),
         page.section("Commands", _commands(workdir, config, summary)),
@@ -295,6 +296,16 @@ def _goodput(seconds: Mapping[str, float]) -> str:
     return page.shares(
         [(text, duration(seconds[kind]), seconds[kind]) for kind, text in GOODPUT.items()]
     )
+
+
+def _predictions(file: Path) -> str:
+    """What the model says of a few examples, beside what is right."""
+    try:
+        read = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        rows = [tuple(str(one[key]) for key in ("text", "right", "said")) for one in read]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        return ""  # worth less than the page
+    return page.wide(rows, ("text", "right", "model"))
 
 
 def _samples(config: Mapping, ledger: Mapping) -> str:

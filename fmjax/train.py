@@ -37,6 +37,7 @@ from fmjax import (
     pretrained,
     processes,
     report,
+    sample_predictions,
     sharding,
     storage,
     trees,
@@ -173,12 +174,12 @@ def loop(
         def evaluate_all():
             seen = dataclasses.replace(current, params=measured_params(together.wide, current))
             found = validate(together, eval_step, seen.params, stop, monitors)
-            for arm, (one, (metrics, each)) in enumerate(zip(monitors, found, strict=True)):
+            for arm, (one, (metrics, *of)) in enumerate(zip(monitors, found, strict=True)):
                 if metrics is not None and asked[arm].items:
                     with timed("evaluation"):
                         told = asked[arm](together.apart(seen, arm).params, stop.poll)
                     metrics = None if told is None else metrics | told
-                one.evaluated(step, metrics, each)
+                one.evaluated(step, metrics, *of)
 
         def save_all():
             with timed("saving"):
@@ -309,14 +310,15 @@ def validate(
     params: Any,
     stop: interrupt.Stop,
     monitors: Sequence[Monitor],
-) -> list[tuple[dict[str, float] | None, dict[str, np.ndarray]]]:
-    """(metrics, what each example adds to them) of each run over the validation split.
+) -> list[tuple[dict[str, float] | None, dict[str, np.ndarray], Callable[[], list]]]:
+    """(metrics, what each example adds to them, what gives a few samples) of each run over the
+    validation split.
 
     Metrics are None if a signal ended it early, {} if there is no validation split.
     """
     run = together.wide
     if "validation" not in run.dataset.splits:
-        return [({}, {}) for _ in monitors]
+        return [({}, {}, list) for _ in monitors]
     split = run.dataset.splits["validation"]
     # Numbers do not depend on it: evaluation needs no more memory than a microbatch.
     batch_size = run.config.batch_size // run.config.accumulate
@@ -340,13 +342,14 @@ def validate(
                 lambda done: show(done / steps),
             )
         if found is None:
-            return [(None, {}) for _ in monitors]
+            return [(None, {}, list) for _ in monitors]
         about = dict(names=run.dataset.labels, split=split)
         each = [together.measured(*found, arm) for arm in range(len(monitors))]
         return [
             (
                 evaluate.measured(totals, kept, run.objectives, **about),
                 evaluate.by_example(kept, run.objectives, split),
+                functools.partial(sample_predictions.of, run, kept),
             )
             for totals, kept in each
         ]

@@ -30,6 +30,7 @@ from fmjax.storage import check_name, read_object, writing, writing_in
 
 EXAMPLES = "examples.npz"  # what each example of the last evaluation adds to its means
 ABOUT_EXAMPLES = ("label", "tokens", "step")  # what else is there
+PREDICTIONS = "predictions.json"  # a few examples of the last evaluation, for the report
 LEDGER = "ledger.json"
 # All that fmjax writes, hence all that --fresh removes. What marks a folder as a run comes last, so
 # that an interrupted removal can be repeated.
@@ -43,6 +44,7 @@ WRITES = (
     "metrics.jsonl",
     "evaluation.jsonl",
     EXAMPLES,
+    PREDICTIONS,
     LEDGER,
     "summary.json",
     "report.html",

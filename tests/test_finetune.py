@@ -160,21 +160,41 @@ WORDS = "return value name list object".split()
 CONLL = "".join(
     f"{word}\t{tag}\n" for word, tag in zip(WORDS, ["B-x", "I-x", "O", "O", "O"], strict=True)
 )
-# What each task needs, and a score that it brings.
+# What each task needs, a score that it brings, and what is right in the report's first example.
 SQUAD = {"context": " ".join(WORDS * 3), "qas": [{"question": "name", "answers": [{}]}] * 10}
 SQUAD["qas"][0]["answers"] = [{"text": "value name", "answer_start": 7}]
 CHOICE = {"text": "return value", "endings": ["name", "list of", "object"], "label": 1}
 TASKS = {
-    "tag": ("conll", (CONLL + "\n") * 16, "tag/f1"),
-    "span": ("json", json.dumps({"data": [{"paragraphs": [SQUAD]}]}), "span/f1"),
-    "contrast": ("jsonl", '{"text": "return value", "other": "the value"}\n' * 10, "contrast/mrr"),
-    "choose": ("jsonl", (json.dumps(CHOICE) + "\n") * 10, "choose/accuracy"),
+    "tag": (
+        "conll",
+        (CONLL + "\n") * 16,
+        "tag/f1",
+        ("return value name list object", "B-x I-x O O O"),
+    ),
+    "span": (
+        "json",
+        json.dumps({"data": [{"paragraphs": [SQUAD]}]}),
+        "span/f1",
+        ("name | return value name list object", "value name"),
+    ),
+    "contrast": (
+        "jsonl",
+        '{"text": "return value", "other": "the value"}\n' * 10,
+        "contrast/mrr",
+        None,
+    ),
+    "choose": (
+        "jsonl",
+        (json.dumps(CHOICE) + "\n") * 10,
+        "choose/accuracy",
+        ("return value | name | list of | object", "1"),
+    ),
 }
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_goes_from_files_to_scores(home, encoder, task):
-    ending, examples, metric = TASKS[task]
+    ending, examples, metric, first = TASKS[task]
     for name in (f"{task}_train", f"{task}_dev"):
         (home / f"{name}.{ending}").write_text(examples)
     words = [f"--config.data.train={home}/{task}_train.{ending}", f"--config.init={encoder}"]
@@ -187,6 +207,27 @@ def test_every_task_goes_from_files_to_scores(home, encoder, task):
     evaluate.run(configs.load(str(ROOT / "configs/evaluate.py"), words), home)
     again = json.loads((home / task / "evaluation.jsonl").read_text())["metrics"]
     assert again[metric] == pytest.approx(found[f"validation/{metric}"])
+    if first is None:
+        assert not (home / task / "predictions.json").exists()
+        return
+    shown = json.loads((home / task / "predictions.json").read_text())[0]
+    assert shown["text"].startswith(first[0]) and shown["right"] == first[1] and shown["said"]
+
+
+def test_the_report_shows_what_the_model_says_of_a_few_examples(home, tuned):
+    labels = {row["text"]: row["label"] for row in map(json.loads, (home / "dev.jsonl").open())}
+    shown = json.loads((tuned / "predictions.json").read_text())
+    assert len(shown) == 5 and len({one["right"] for one in shown}) > 1
+    for one in shown:
+        assert labels[one["text"]] == one["right"]
+    words = [f"--config.folder={tuned}", f"--config.data.train={home}/dev.jsonl"]
+    predict.run(
+        configs.load(str(ROOT / "configs/predict.py"), [*words, f"--config.output={home}/few"]),
+        home,
+    )
+    told = {one["text"]: one["label"] for one in map(json.loads, (home / "few").open())}
+    assert [one["said"].split()[0] for one in shown] == [told[one["text"]] for one in shown]
+    assert shown[0]["said"] in (tuned / "report.html").read_text()
 
 
 def test_only_the_head_moves(home, encoder):
@@ -223,10 +264,10 @@ def test_predictions_are_lines_in_the_order_of_the_file(home, tuned, capsys):
 
 
 def test_what_a_terminal_shows_of_a_text_is_cut_and_can_be_printed():
-    assert predict._cut("a\n b") == "a b"
-    assert predict._cut("x" * 10**6) == "x" * 89 + "…"
-    assert predict._cut(" " * 500 + "x").endswith("…")
-    assert predict._cut("\x1b[2J") == "\N{REPLACEMENT CHARACTER}[2J"
+    assert predict.cut("a\n b") == "a b"
+    assert predict.cut("x" * 10**6) == "x" * 89 + "…"
+    assert predict.cut(" " * 500 + "x").endswith("…")
+    assert predict.cut("\x1b[2J") == "\N{REPLACEMENT CHARACTER}[2J"
 
 
 def test_embeddings_are_the_mean_of_the_last_layer_whatever_the_batch(home, encoder):

@@ -1,10 +1,11 @@
 """Objectives: one file a loss; this file composes them.
 
-An objective module has one to six pure functions:
+An objective module has one to seven pure functions:
 
     prepare(batch, seeds, **args) -> batch             corrupts the batch (masking)
     loss_fn(apply, params, batch, **args) -> metrics   {name: (sum, weight)}, "loss" is minimised
     outputs(apply, params, batch, **args) -> arrays    {name: (B, …)}, what it says of each example
+    guesses(apply, params, batch) -> arrays            {name: (B, …)}, what it makes of a corruption
     score(outputs, labels) -> {metric: number}         of a whole split, on the host
     each(outputs, labels) -> {metric: (N,)}            what its mean of that name is the mean of
     describe(outputs) -> [{…}, …]                      each example's outputs as a person reads them
@@ -46,7 +47,7 @@ from fmjax import needs, streams
 from fmjax.errors import ConfigError, did_you_mean
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-FUNCTIONS = ("prepare", "loss_fn", "outputs", "score", "each", "describe")
+FUNCTIONS = ("prepare", "loss_fn", "outputs", "guesses", "score", "each", "describe")
 ABOUT_SPLITS = ("names", "split", "rows", "words")  # what `score` and `describe` may ask for
 
 
@@ -58,6 +59,7 @@ class Objective(NamedTuple):
     prepare: Callable | None  # of a training batch
     loss_fn: Callable
     outputs: Callable | None = None
+    guesses: Callable | None = None
     score: Callable | None = None
     each: Callable | None = None
     describe: Callable | None = None
@@ -143,6 +145,7 @@ def _bind(
         bound.get("prepare"),
         bound["loss_fn"],
         bound.get("outputs"),
+        bound.get("guesses"),
         bound.get("score"),
         bound.get("each"),
         bound.get("describe"),
@@ -228,11 +231,13 @@ def evaluation(
     batch: Mapping[str, jax.Array],
     rng: jax.Array,
 ) -> tuple[Metrics, dict[str, dict[str, jax.Array]]]:
-    """(metrics, {objective: its outputs}) without dropout, on one shared forward pass."""
+    """(metrics, {objective: its outputs or guesses}) without dropout, on one shared forward
+    pass."""
     found, told = {}, {}
     for group in _passes(objectives):
         seen, shared = prepare(group, batch, rng, train=False), _remembering(apply)
-        told |= {o.name: o.outputs(shared, params, seen) for o in group if o.outputs}
+        says = {o.name: o.outputs or o.guesses for o in group if o.outputs or o.guesses}
+        told |= {name: function(shared, params, seen) for name, function in says.items()}
         found |= _metrics(group, shared, params, seen)
     return found, told
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fmjax import losses, rules, streams
 from fmjax.errors import ConfigError, did_you_mean
@@ -103,17 +103,7 @@ def loss_fn(
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Cross-entropy in nats at the chosen positions only; also accuracy and the realised mask
     rate."""
-    hidden = apply(
-        params,
-        batch["input_ids"],
-        batch["segment_ids"],
-        batch["positions"],
-        batch["token_types"],
-        batch["seeds"],
-        method="encode",
-    )
-    hidden = jnp.take_along_axis(hidden, batch["mlm_positions"][..., None], axis=1)  # (B, K, D)
-    logits = apply(params, hidden, method="logits")  # (B, K, V)
+    logits = _logits(apply, params, batch)
     labels, weights = batch["mlm_labels"], batch["mlm_weights"]
     nats = losses.cross_entropy(logits, labels)
     right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
@@ -124,6 +114,21 @@ def loss_fn(
         "accuracy": (jnp.sum(right * weights), weight),
         "mask_rate": (weight, tokens),
     }
+
+
+def guesses(apply: Callable, params: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """(B, K) of each row: `positions`, `labels` and `weights` of the targets, and `guesses`, the
+    most probable token of each."""
+    found = {name: batch[f"mlm_{name}"] for name in ("positions", "labels", "weights")}
+    return found | {"guesses": jnp.argmax(_logits(apply, params, batch), axis=-1)}
+
+
+def _logits(apply: Callable, params: Any, batch: Mapping[str, jax.Array]) -> Float[Array, "B K V"]:
+    """At the targets."""
+    names = ("input_ids", "segment_ids", "positions", "token_types", "seeds")
+    hidden = apply(params, *(batch[name] for name in names), method="encode")
+    hidden = jnp.take_along_axis(hidden, batch["mlm_positions"][..., None], axis=1)  # (B, K, D)
+    return apply(params, hidden, method="logits")
 
 
 def _now(
