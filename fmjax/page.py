@@ -36,6 +36,12 @@ def wide(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
     return f'<div class="wide">{inner}</div>' if inner else ""
 
 
+def texts(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
+    """A table of texts that fill several lines."""
+    inner = table(rows, head)
+    return f'<div class="texts">{inner}</div>' if inner else ""
+
+
 def commands(texts: Mapping[str, str]) -> str:
     """Commands to copy, each under its title; empty ones are left out."""
     return "".join(
@@ -107,6 +113,8 @@ td, th { padding: 4px 0 4px 14px; border-top: 1px solid var(--line); text-align:
 td:first-child, th:first-child { padding-left: 0; text-align: left; }
 tr:first-child > * { border-top: 0; }
 th { font-weight: 500; color: var(--soft); font-size: 13px; }
+.texts td, .texts th { text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+.texts td:not(:first-child) { min-width: 12ch; width: 22%; }
 .wide { overflow-x: auto; }
 .wide td, .wide th { white-space: nowrap; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); }

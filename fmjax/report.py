@@ -305,7 +305,7 @@ def _predictions(file: Path) -> str:
         rows = [tuple(str(one[key]) for key in ("text", "right", "said")) for one in read]
     except (OSError, ValueError, RecursionError, TypeError, KeyError):
         return ""  # worth less than the page
-    return page.wide(rows, ("text", "right", "model"))
+    return page.texts(rows, ("text", "right", "model"))
 
 
 def _samples(config: Mapping, ledger: Mapping) -> str:
