@@ -105,7 +105,9 @@ def asker(config: Any, opened: pretrained.Opened):
     """What gives (what the model says of each item, metrics) of items."""
     words = tokenizers.load(opened.tokenizer)
     if config.benchmark.name == "gsm8k":
-        author, how = generate.Author(opened), dict(length=config.length, long=config.long)
+        # Names of special tokens may hold a number: <|reserved_7|>.
+        author = generate.Author(opened, alone=True)
+        how = dict(length=config.length, long=config.long)
 
         def ask(items):
             told = answers.written(author, items, how, config.batch_size)

@@ -88,6 +88,7 @@ def run(
         if dry_run:
             together = arms.prepare(config, mesh, poll)
             pretrained.check_head(together.wide.config, together.wide.dataset.labels)
+            interrupt.end_at_once()  # nothing polls while it compiles, and nothing is to be saved
             with contextlib.closing(train_batches(together)) as batches:
                 return plan.show(together, next(batches))
         writes = jax.process_index() == 0

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from fmjax import (
     embed,
     evaluate,
     export,
+    interrupt,
     objectives,
     predict,
     pretrained,
@@ -506,9 +508,18 @@ def test_a_new_head_needs_something_to_differ_from(home, first_pooled):
         pretrained.initial(run.config, run.model, run.abstract.params)
 
 
-def test_a_dry_run_tells_what_a_run_would_be(home, encoder, capsys):
+def test_a_dry_run_tells_what_a_run_would_be_and_ends_at_once(home, encoder, capsys, monkeypatch):
     config = load("finetune.py", *files(home), f"--config.init={encoder}")
+    handlers, show = [], train.plan.show
+
+    def showing(*arguments):
+        handlers.extend(signal.getsignal(number) for number in interrupt.SIGNALS)
+        show(*arguments)
+
+    monkeypatch.setattr(train.plan, "show", showing)
     train.run(config, home / "dry", dry_run=True)
+    assert len(handlers) == 4 and set(handlers) == {interrupt._end}
+    assert signal.getsignal(signal.SIGTERM) is not interrupt._end
     shown = capsys.readouterr().out
     assert "head/classify/kernel" in shown and "first row of the first batch\n[CLS] " in shown
     assert not (home / "dry").exists()
