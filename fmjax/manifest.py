@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import xxhash
 
-from fmjax import __version__
+from fmjax import __version__, sealed
 from fmjax.errors import CheckpointError
 
 NAME = "MANIFEST.json"
@@ -30,7 +30,7 @@ def write(folder: Path) -> None:
         body = {"format": FORMAT, "files": dict(zip(files, digests, strict=True))}
     temporary = folder / f"{NAME}.tmp"
     with temporary.open("wb") as file:
-        file.write(sealed(body))
+        file.write(sealed.dumps(body))
         file.flush()
         os.fsync(file.fileno())
     for directory, _, _ in os.walk(folder):
@@ -47,16 +47,14 @@ def problems(folder: Path) -> list[str]:
     ignored: file browsers and network file systems leave their own.
     """
     try:
-        raw = (folder / NAME).read_bytes()
         # The digest covers the manifest's own bytes, so damage cannot pass as a newer format.
-        if (body := unsealed(raw)) is None:
-            return [f"{NAME}: its bytes differ from its own digest"]
+        body = sealed.loads((folder / NAME).read_bytes())
         check_format(int(body["format"]), folder)
         files = {name: (size, digest) for name, (size, digest) in body["files"].items()}
         # Anybody can make a digest: what is read here is in this folder.
         if outside := [name for name in files if _leaves(name)]:
             return [f"{NAME}: names files outside of its folder: {outside[:3]}"]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return [f"{NAME}: {error!r}"]
 
     def problem(item: tuple[str, tuple]) -> str | None:
@@ -78,23 +76,7 @@ def problems(folder: Path) -> list[str]:
 
 def digest(folder: Path) -> str:
     """The digest of a manifest, which stands for the whole folder."""
-    return json.loads((folder / NAME).read_bytes())["digest"]
-
-
-def sealed(body: dict) -> bytes:
-    """JSON of `body` with a digest of itself in it."""
-    digest = xxhash.xxh3_128(json.dumps(body).encode()).hexdigest()
-    return json.dumps({**body, "digest": digest}, indent=1).encode()
-
-
-def unsealed(raw: bytes) -> dict | None:
-    """The body that `sealed` wrote, None where its bytes have changed.
-
-    Raises ValueError, TypeError, AttributeError or RecursionError for what it cannot have written.
-    """
-    body = json.loads(raw)
-    body.pop("digest", None)
-    return body if raw == sealed(body) else None
+    return json.loads((folder / NAME).read_bytes())[sealed.DIGEST]
 
 
 def check_format(saved: int, folder: Path) -> None:

@@ -1,10 +1,11 @@
-"""JSON files with a digest of their own content, so that a flipped bit is noticed."""
+"""JSON with a digest of its own content, so that a flipped bit is noticed."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from fmjax import workdir
 from fmjax.logs import plain
@@ -12,30 +13,38 @@ from fmjax.logs import plain
 DIGEST = "digest"
 
 
+def dumps(body: Mapping[str, Any]) -> bytes:
+    """JSON of `body` and its digest. Raises ValueError for a body that has a key of that name."""
+    if DIGEST in body:
+        raise ValueError(f"the key {DIGEST!r} is that of the digest of all others")
+    digest = xxhash.xxh3_128(json.dumps(body).encode()).hexdigest()
+    return json.dumps({**body, DIGEST: digest}, indent=1).encode()
+
+
+def loads(raw: bytes) -> dict[str, Any]:
+    """The body that `dumps` made JSON of. Raises ValueError where a byte of it has changed."""
+    try:
+        content = json.loads(raw)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"holds a {type(content).__name__}")
+    content.pop(DIGEST, None)
+    if raw != dumps(content):
+        raise ValueError("differs from its own digest")
+    return content
+
+
 def write(file: Path, content: Mapping[str, Any]) -> None:
     """Writes an object as a whole or not at all. Raises CheckpointError where it cannot be."""
-    body = json.loads(json.dumps(plain(content)))
-    workdir.write_atomic(file, json.dumps(body | {DIGEST: _digest(body)}, indent=2))
+    workdir.write_atomic(file, dumps(plain(content)).decode())
 
 
 def read(file: Path) -> dict[str, Any]:
     """The object in a file. Raises FileNotFoundError, and ValueError where it is damaged."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+        return loads(file.read_bytes().removesuffix(b"\n"))
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ValueError(error.strerror) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"holds a {type(content).__name__}")
-    # Files of before there were digests have none.
-    digest = content.pop(DIGEST, None)
-    if digest is not None and digest != _digest(content):
-        raise ValueError("its content differs from its digest")
-    return content
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]

@@ -19,7 +19,7 @@ from common import CACHE, ROOT
 from test_report import Page
 
 import run as command
-from fmjax import checkpoint, logs, manifest, pretrained, report, sharding, step_folders
+from fmjax import checkpoint, logs, manifest, pretrained, report, sealed, sharding, step_folders
 from fmjax import config as configs
 from fmjax.data import cache
 from fmjax.errors import CheckpointError, ConfigError, DataError
@@ -182,9 +182,8 @@ def saver(tmp_path):
 
 def reseal(folder: Path, **changes) -> None:
     """A manifest with other content and a right digest, as anybody can make."""
-    body = json.loads((folder / manifest.NAME).read_text())
-    del body["digest"]
-    (folder / manifest.NAME).write_bytes(manifest.sealed(body | changes))
+    body = sealed.loads((folder / manifest.NAME).read_bytes())
+    (folder / manifest.NAME).write_bytes(sealed.dumps(body | changes))
 
 
 @pytest.mark.parametrize("name", ["../../private", "/dev/zero", "state/../../../private", ".."])

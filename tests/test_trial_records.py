@@ -55,24 +55,14 @@ def test_no_flipped_bit_passes(tmp_path):
         changed = bytearray(whole)
         changed[bit // 8] ^= 1 << bit % 8
         file.write_bytes(changed)
-        try:
-            assert sealed.read(file).keys() != content.keys() or sealed.read(file) == {
-                "x": [1.5, "NaN"],
-                "y": {"z": "text"},
-            }, bit
-        except ValueError:
-            pass
+        with pytest.raises(ValueError):
+            sealed.read(file)
 
 
-def test_a_record_of_before_there_were_digests_is_read(task, tmp_path):  # noqa: F811
-    spec, folder, ran = write(tmp_path), tmp_path / "sweep", task()
-    start(spec, folder)
-    for file in folder.glob("*-*.json"):
-        record = json.loads(file.read_text())
-        del record[sealed.DIGEST]
-        file.write_text(json.dumps(record))
-    start(spec, folder)
-    assert ran.ran == ALL
+def test_the_name_of_the_digest_is_no_key_of_others():
+    """It would be replaced, and the object count as damaged for ever."""
+    with pytest.raises(ValueError, match="'digest'"):
+        sealed.dumps({"digest": "of the tokens"})
 
 
 @pytest.mark.parametrize("text", [b"", b"null", b"{}", b"[" * 100_000, b"\xff", b'{"state": '])
@@ -92,9 +82,9 @@ def test_results_of_other_kinds_are_none(tmp_path, wrong, capsys):
     text = dict.fromkeys(("state", "reason", "command"), "")
     record = text | {"exit_code": 0, "seconds": 1.0, "results": [RESULT], "config": {}}
     file = tmp_path / "a.json"
-    file.write_text(json.dumps(record))
+    sealed.write(file, record)
     assert trial_records.read(file) == record
-    file.write_text(json.dumps(record | {"results": [RESULT | wrong]}))
+    sealed.write(file, record | {"results": [RESULT | wrong]})
     assert trial_records.read(file) is None
     assert "is damaged (no results)" in capsys.readouterr().err
 

@@ -110,7 +110,7 @@ def prepare(
         vocab=words.vocab,
         tokenizer_dir=words.folder,
         splits=splits,
-        digest=index["digest"] if "digest" in index else cache.digest(index["files"]),
+        digest=index.get("tokens_digest") or cache.digest(index["files"]),
         format=f"{form}-{data.pair}" if data.format == "pairs" else form,
         counts=index["counts"] | {"bad_records": index["bad_records"]},
         target=data.target,
@@ -187,7 +187,7 @@ def _pack(folder: Path, home: Path, shards: list[dict], words, data, poll) -> di
     return {
         "counts": counts,
         "bad_records": sum(shard["bad_records"] for shard in shards),
-        "digest": cache.digest([shard["files"] for shard in shards]),
+        "tokens_digest": cache.digest([shard["files"] for shard in shards]),
     }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import xxhash
 
-from fmjax import manifest
+from fmjax import manifest, sealed
 from fmjax.errors import DataError, quoted
 
 INDEX = "index.json"
@@ -89,7 +89,7 @@ def build(
             n: [(temporary / n).stat().st_size, file_digest(temporary / n, poll)] for n in names
         }
         index = index | {"files": files}
-        (temporary / INDEX).write_bytes(manifest.sealed(index))
+        (temporary / INDEX).write_bytes(sealed.dumps(index))
         for path in (*(temporary / name for name in names), temporary / INDEX):
             manifest.sync(path)
         for place, _, _ in os.walk(temporary):
@@ -121,9 +121,7 @@ def verified(
     digest, or the index from its own.
     """
     try:
-        index = manifest.unsealed((folder / INDEX).read_bytes())
-        if index is None:
-            raise ValueError(f"{INDEX} differs from its own digest")
+        index = sealed.loads((folder / INDEX).read_bytes())
         for name, (size, content) in index["files"].items():
             found = (folder / name).stat().st_size
             if found != size:

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from fmjax import manifest, questions, translate
+from fmjax import questions, sealed, translate
 from fmjax.data import cache
 from fmjax.errors import ConfigError, DataError
 
@@ -55,13 +55,13 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_an_index_of_another_shape_is_made_again(tmp_path, shape, sealed):
+def test_an_index_of_another_shape_is_made_again(tmp_path, shape, whole):
     home, lines = tmp_path / "home", []
     before = made(home)
-    can_seal = sealed and isinstance(shape, dict)
-    raw = manifest.sealed(shape) if can_seal else json.dumps(shape).encode()
+    can_seal = whole and isinstance(shape, dict)
+    raw = sealed.dumps(shape) if can_seal else json.dumps(shape).encode()
     (home / cache.INDEX).write_bytes(raw)
     assert cache.verified(home, lines.append) is None and len(lines) == 1
     assert made(home) == before == cache.verified(home, pytest.fail)
@@ -97,6 +97,15 @@ def test_a_file_that_a_bad_disk_does_not_give_is_made_again(tmp_path, monkeypatc
     assert "Input/output error" in lines[0] and "preparing it again" in lines[0]
 
 
+@pytest.mark.parametrize("format", ["packed", "padded", "classes"])
+def test_what_was_prepared_is_found_again(prepare, tmp_path, monkeypatch, format):
+    (tmp_path / "a.jsonl").write_text('{"text": "ab.", "label": 0}\n{"text": "cd.", "label": 1}\n')
+    first, lines = prepare(tmp_path / "a.jsonl", format=format, long="truncate"), []
+    monkeypatch.setattr(cache, "build", lambda *_: pytest.fail("it is prepared again"))
+    again = prepare(tmp_path / "a.jsonl", format=format, long="truncate", log=lines.append)
+    assert again.digest == first.digest and not any("again" in line for line in lines)
+
+
 def test_flips_in_a_prepared_set_change_no_numbers(prepare, tmp_path):
     words = {"vocab_size": 100, "kind": "char"}
     rows = lambda dataset: dataset.splits["train"].rows(np.arange(len(dataset.splits["train"])))
@@ -116,7 +125,7 @@ def test_flips_in_a_prepared_set_change_no_numbers(prepare, tmp_path):
 
 def test_what_is_stored_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(manifest, "sync", lambda path: synced.append(os.fspath(path)))
+    monkeypatch.setattr(cache.manifest, "sync", lambda path: synced.append(os.fspath(path)))
     made(tmp_path / "home")
     temporary = f"{tmp_path}/home.tmp-{os.getpid()}"
     inside = [f"{temporary}/numbers", f"{temporary}/index.json", temporary]
