@@ -14,7 +14,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fmjax import (
-    agreement,
     build,
     data,
     logs,
@@ -95,7 +94,6 @@ class Measure:
         self.settings, self.limit = settings, config.limit
         self.source, self.name = opened.source, config.split
         self.dataset = opened.prepare(settings)
-        agreement.check_data(self.dataset)
         self.split = split_of(self.dataset, config.split)
         check_labels(self.dataset, opened, self.goals)
         self.rows = min(len(self.split), self.limit * self.batch_size or len(self.split))

@@ -16,7 +16,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from fmjax import adapters, build, checkpoint, convert, data, groups, needs, rules, state, trees
+from fmjax import (
+    adapters,
+    agreement,
+    build,
+    checkpoint,
+    convert,
+    data,
+    groups,
+    needs,
+    rules,
+    state,
+    trees,
+)
 from fmjax import config as configs
 from fmjax.adapters import quantise
 from fmjax.data.tokenizer import digests
@@ -49,10 +61,12 @@ class Opened(NamedTuple):
     def prepare(self, settings: Mapping[str, Any]) -> data.Dataset:
         """The data of `settings` (`config.data`) in tokens that the model has.
 
-        Raises ConfigError where its tokenizer and its embeddings do not belong together.
+        Raises ConfigError where its tokenizer and its embeddings do not belong together, DataError
+        where the processes have other data than each other.
         """
         words, rows = {"name": str(self.tokenizer)}, self.model.cfg.vocab_size
         dataset = data.prepare(settings, words, embedding_rows=rows)
+        agreement.check_data(dataset)
         build.check_types(self.model, dataset.types)
         return dataset
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from fmjax import agreement, processes, report
+from fmjax import agreement, pretrained, processes, report
 from fmjax.data.vocabulary import Vocab
 from fmjax.errors import ConfigError, DataError
 
@@ -94,3 +94,12 @@ def test_other_data_are_refused(in_process_0, changes, said):
 def test_a_single_process_agrees_with_itself():
     agreement.check_start(config(), FLAGS)
     agreement.check_data(dataset())
+
+
+def test_the_data_of_every_task_are_compared(monkeypatch):
+    compared, made = [], dataset(types=1)
+    monkeypatch.setattr(pretrained.data, "prepare", lambda *_, **__: made)
+    monkeypatch.setattr(agreement, "check_data", compared.append)
+    model = SimpleNamespace(cfg=SimpleNamespace(vocab_size=8, types=2))
+    opened = SimpleNamespace(tokenizer="folder", model=model)
+    assert pretrained.Opened.prepare(opened, {}) is made and compared == [made]
