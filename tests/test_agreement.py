@@ -1,12 +1,13 @@
 """What processes of one run may not differ in, as process 1 finds it of process 0."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from fmjax import agreement, pretrained, processes, report
+from fmjax import agreement, data, pretrained, processes, report
 from fmjax.data.vocabulary import Vocab
 from fmjax.errors import ConfigError, DataError
 
@@ -97,7 +98,7 @@ def test_a_single_process_agrees_with_itself():
 
 
 def test_the_data_of_every_task_are_compared(monkeypatch):
-    compared, made = [], dataset(types=1)
+    compared, made = [], data.Dataset(vocab(), Path("."), {}, "digest", "packed", {})
     monkeypatch.setattr(pretrained.data, "prepare", lambda *_, **__: made)
     monkeypatch.setattr(agreement, "check_data", compared.append)
     model = SimpleNamespace(cfg=SimpleNamespace(vocab_size=8, types=2))
