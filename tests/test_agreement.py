@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 from ml_collections import ConfigDict
 
 from fmjax import agreement, data, pretrained, processes, report
@@ -101,6 +102,6 @@ def test_the_data_of_every_task_are_compared(monkeypatch):
     compared, made = [], data.Dataset(vocab(), Path("."), {}, "digest", "packed", {})
     monkeypatch.setattr(pretrained.data, "prepare", lambda *_, **__: made)
     monkeypatch.setattr(agreement, "check_data", compared.append)
-    model = SimpleNamespace(cfg=SimpleNamespace(vocab_size=8, types=2))
+    model = tiny.model("bert")
     opened = SimpleNamespace(tokenizer="folder", model=model)
     assert pretrained.Opened.prepare(opened, {}) is made and compared == [made]
