@@ -420,13 +420,14 @@ def _labels(meta: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(configs.flatten(meta).get("fingerprint.labels") or ())
 
 
-def _begun_poolers(have: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
-    """The layer before linear heads that `have` lacks, of a vocabulary head with the same layer,
-    ModernBERT's: from_pretrained of transformers starts a task with that, too."""
+def _begun_poolers(have: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, str]:
+    """{parameter: the one that it starts from} of the layer before linear heads that `have` lacks,
+    where a vocabulary head has the same layer, as ModernBERT's: from_pretrained of transformers
+    starts a task with that, too."""
     lacking = [name for name in wanted if name not in have]
     layer = re.compile(r"head/pooler/((dense|norm)/\w+)")
     twins = {name: f"head/mlm/{match[1]}" for name in lacking if (match := layer.fullmatch(name))}
-    return {name: have[twin] for name, twin in twins.items() if twin in have}
+    return {name: twin for name, twin in twins.items() if twin in have}
 
 
 def _laid_out(
@@ -446,8 +447,8 @@ def _laid_out(
     """
     have, wanted = trees.unstack(found), trees.unstack(abstract)
     have = {name: leaf for name, leaf in have.items() if not re.fullmatch(leave, name)}
-    if fresh:
-        have |= _begun_poolers(have, wanted)
+    begun = _begun_poolers(have, wanted) if fresh else {}
+    have |= {name: have[twin] for name, twin in begun.items()}
     for name, (shape, pack) in (packings or {}).items():
         if name in have and have[name].shape == shape:
             whole = have.pop(name)
@@ -481,7 +482,7 @@ def _laid_out(
         lacking = places.keys() - params.keys()
         some = lambda: {path: trees.flatten(fresh())[path] for path in lacking}
         params |= jax.jit(some, out_shardings={path: places[path] for path in lacking})()
-    unused = sorted(have.keys() - wanted.keys())
+    unused = sorted(have.keys() - wanted.keys() - set(begun.values()))
     if lost := [name for name in unused if re.fullmatch(adapters.LEAVES, name)]:
         raise ConfigError(
             f"{source} has an adapter ({lost[0]}, …) that the model has no place for: set "

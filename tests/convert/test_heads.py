@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fmjax import convert, trees
+from fmjax import convert, pretrained, sharding, state, trees
 from fmjax.errors import ConfigError
 from fmjax.models import bert
 
@@ -138,3 +138,22 @@ def test_a_broken_config_is_refused(tmp_path, change, said):
     with pytest.raises(ConfigError, match=said):
         convert.labels(tmp_path)
         convert.describe(tmp_path)
+
+
+def test_the_layer_of_a_modernbert_head_starts_as_that_of_its_vocabulary_head():
+    """As from_pretrained of transformers has it; what it started from was used."""
+    sizes = dict(width=8, depth=1, heads=2, mlp=8, vocab_size=20, max_len=16)
+    build = lambda **own: bert.Model("modernbert_tiny", **sizes, **own)
+    pretrained_model, model = build(lm_head=True), build(lm_head=False, classes={"classify": 3})
+    init = lambda model, seed: state.init_params(model, jax.random.key(seed))
+    found, fresh = init(pretrained_model, 0), init(model, 1)
+    abstract = state.abstract_params(model, sharding.make_mesh())
+    params, report = pretrained._laid_out(found, model, abstract, "a run", lambda: fresh)
+    for name in ("dense", "norm"):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            params["head"]["pooler"][name],
+            found["head"]["mlm"][name],
+        )
+    assert report.kept == ("head/classify/bias", "head/classify/kernel")
+    assert report.unused == ("head/mlm/bias",)
