@@ -173,8 +173,8 @@ def collect(
     stop: Callable[[], bool] = lambda: False,
     show: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict[str, np.ndarray], list[Any]] | None:
-    """({metric: (sum, weight)} of all examples, the outputs of the first batch or, if `keep`, of
-    each); None if `stop()` turned true on the way.
+    """({metric: (sum, weight)} of all examples, the outputs of the first batch, if there are any,
+    or, if `keep`, of each); None if `stop()` turned true on the way.
 
     `show` is told how many batches are done. Masks are a function of the row number, so every
     evaluation sees the same ones.
@@ -187,7 +187,7 @@ def collect(
             return None
         sums, outputs = step(params, batch, rng)
         add(totals, sums)
-        if keep or done == 1:
+        if keep or done == 1 and len(outputs) > 1:  # not the rows alone
             kept.append(on_host(outputs))
         show(done)
     return totals, kept
