@@ -217,17 +217,16 @@ def test_every_task_goes_from_files_to_scores(home, encoder, task):
 
 
 def test_the_report_shows_what_the_model_says_of_a_few_examples(home, tuned):
-    labels = {row["text"]: row["label"] for row in map(json.loads, (home / "dev.jsonl").open())}
+    rows = lambda name: map(json.loads, (home / name).read_text().splitlines())
+    labels = {row["text"]: row["label"] for row in rows("dev.jsonl")}
     shown = json.loads((tuned / "predictions.json").read_text())
     assert len(shown) == 5 and len({one["right"] for one in shown}) > 1
     for one in shown:
         assert labels[one["text"]] == one["right"]
     words = [f"--config.folder={tuned}", f"--config.data.train={home}/dev.jsonl"]
-    predict.run(
-        configs.load(str(ROOT / "configs/predict.py"), [*words, f"--config.output={home}/few"]),
-        home,
-    )
-    told = {one["text"]: one["label"] for one in map(json.loads, (home / "few").open())}
+    words += [f"--config.output={home}/few"]
+    predict.run(configs.load(str(ROOT / "configs/predict.py"), words), home)
+    told = {one["text"]: one["label"] for one in rows("few")}
     assert [one["said"].split()[0] for one in shown] == [told[one["text"]] for one in shown]
     assert shown[0]["said"] in (tuned / "report.html").read_text()
 
