@@ -14,14 +14,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from fmjax import config_files, output, startup
+from fmjax import startup
+from fmjax.config import files
 from fmjax.errors import ConfigError
+from fmjax.io import output
 
 
 def main(words: list[str]) -> None:
     flags, overrides = parse(words)
     if not flags.config:
-        raise ConfigError(f"--config is missing.{config_files.usage(overrides)}")
+        raise ConfigError(f"--config is missing.{files.usage(overrides)}")
     # Imported when needed: a question that is answered without a library does not wait for it.
     if flags.verify:
         if flags.sweep is not None or flags.print_config or flags.dry_run:
@@ -59,14 +61,14 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def verify(flags: argparse.Namespace, overrides: list[str]) -> None:
-    from fmjax import evidence
+    from fmjax.experiments import evidence
 
     folder = flags.workdir or f"runs/verify-{config_file(flags).stem}"
     evidence.verify(flags.config, overrides, folder, fresh=flags.fresh)
 
 
 def sweep(flags: argparse.Namespace, overrides: list[str]) -> None:
-    from fmjax import trials
+    from fmjax.experiments import trials
 
     folder = flags.workdir or f"runs/{config_file(flags).stem}"
     which, dry_run = flags.sweep, flags.dry_run
@@ -76,7 +78,7 @@ def sweep(flags: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def run(flags: argparse.Namespace, overrides: list[str]) -> None:
-    from fmjax import config as configs
+    from fmjax.config import load as configs
 
     config, file = configs.load(flags.config, overrides), config_file(flags)
     if flags.print_config:
@@ -85,11 +87,11 @@ def run(flags: argparse.Namespace, overrides: list[str]) -> None:
             print(f"changed: {key}: {default!r} -> {value!r}", file=sys.stderr)
         output.check()
         return
-    from fmjax import tasks
+    from fmjax import dispatch
 
     own = file.parent if file.name == "config.json" else None  # the run that it was saved by
     folder = Path(flags.workdir or own or f"runs/{file.stem}-{configs.digest(config)}")
-    tasks.start(config, folder, file=file, fresh=flags.fresh, dry_run=flags.dry_run)
+    dispatch.start(config, folder, file=file, fresh=flags.fresh, dry_run=flags.dry_run)
 
 
 def config_file(flags: argparse.Namespace) -> Path:

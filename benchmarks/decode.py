@@ -20,9 +20,11 @@ import jax
 import numpy as np
 import sides
 
-from fmjax import convert, decoding, sharding, state, trees
-from fmjax.models import gpt2
-from fmjax.sampling import Sampling
+from fmjax import convert
+from fmjax.generation import decoder
+from fmjax.generation.sampling import Sampling
+from fmjax.models import gpt2, param_init
+from fmjax.params import paths, sharding
 
 
 def main() -> None:
@@ -110,11 +112,11 @@ def theirs(folder: str, flags: argparse.Namespace, prompts: list[list[int]]):
 def ours(folder: str, flags: argparse.Namespace, prompts: list[list[int]]):
     _, described = convert.describe(folder)
     model = gpt2.Model(**described, dtype=flags.precision)
-    abstract = state.abstract_params(model, sharding.make_mesh(data=1))
+    abstract = param_init.abstract_params(model, sharding.make_mesh(data=1))
     params, _ = convert.load(folder, abstract)
-    writer = decoding.Writer(model, params, weights=flags.weights, cache=flags.cache)
+    writer = decoder.Writer(model, params, weights=flags.weights, cache=flags.cache)
     how = Sampling(temperature=0.8, top_k=50) if flags.sampled else Sampling(temperature=0)
-    return lambda length: writer(prompts, length, how), trees.nbytes(writer.params)
+    return lambda length: writer(prompts, length, how), paths.nbytes(writer.params)
 
 
 if __name__ == "__main__":

@@ -166,11 +166,11 @@ def theirs(method: str, rate: str, seed: int, flags: argparse.Namespace) -> dict
 
 def examples(flags: argparse.Namespace) -> dict[str, list[list]]:
     """{split: [[column, …, label]]}, the records as our reader gives and splits them."""
-    from fmjax import config
+    from fmjax.config import load
     from fmjax.data import settings, sources
 
     file = ROOT / "configs" / f"finetune.py:{flags.task}"
-    data = config.load(str(file), data_flags(flags)).data.to_dict()
+    data = load.load(str(file), data_flags(flags)).data.to_dict()
     chosen = settings.read(settings.DataSettings, data, "data")
     columns = [*chosen.column_names, chosen.label]
     found: dict[str, list[list]] = {"train": [], "validation": []}

@@ -23,8 +23,7 @@ import sides
 import torch
 import transformers
 
-from fmjax import losses
-from fmjax.objectives import mlm
+from fmjax.objectives import losses, mlm
 
 
 def main() -> None:

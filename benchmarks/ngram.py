@@ -14,10 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fmjax import choices, data, fewshot, pretrained, questions, sharding
+from fmjax import data
+from fmjax.checkpoints import pretrained
 from fmjax.data import tokenizer as tokenizers
 from fmjax.data import vocabulary
-from fmjax.likelihood import Likely
+from fmjax.evaluation import benchmarks, multiple_choice, scoring
+from fmjax.evaluation.loglikelihood import Likely
+from fmjax.params import sharding
 
 DISCOUNT = 0.75
 
@@ -105,8 +108,10 @@ def main() -> None:
     print(f"validation: {-np.log(model.probabilities(text, 1)).mean():.3f} nats a token")
     for name, path in (("blimp", flags.blimp), ("lambada", flags.lambada)):
         if path:
-            _, found = fewshot.judged(model, choices.encoder(words), questions.items(name, path))
-            print(f"{name} of {Path(path).name}\n{fewshot.table(found)}")
+            _, found = scoring.judged(
+                model, multiple_choice.encoder(words), benchmarks.items(name, path)
+            )
+            print(f"{name} of {Path(path).name}\n{scoring.table(found)}")
             print(json.dumps({key: found[key]["mean"] for key in found}))
 
 

@@ -21,8 +21,11 @@ from typing import Any
 
 import jax
 
-from fmjax import config, interrupt, prefix_cache, setup, sharding, state, train
-from fmjax.arms import Arms
+from fmjax.config import load
+from fmjax.distributed import signals
+from fmjax.params import sharding
+from fmjax.training import feature_cache, loop, setup, state
+from fmjax.training.vmapped_runs import Arms
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,7 +74,7 @@ def side(flags: argparse.Namespace, cache: str, once: bool) -> Callable[[], floa
         "model.dropout": 0.0,
         "model.attention_dropout": 0.0,
     }
-    given = config.load(
+    given = load.load(
         str(ROOT / "configs/finetune.py"),
         [f"--config.{key}={value}" for key, value in words.items()],
     )
@@ -81,14 +84,14 @@ def side(flags: argparse.Namespace, cache: str, once: bool) -> Callable[[], floa
     start = time.perf_counter()
     together = Arms((run,))
     if once:
-        together = Arms(prefix_cache.cached([run], holder["state"].params))
+        together = Arms(feature_cache.cached([run], holder["state"].params))
     run = together.wide
     if once:
         print(f"once    {time.perf_counter() - start:8.3f} s, compilation included, for the prefix")
     silent = lambda name: contextlib.nullcontext()
     nothing = SimpleNamespace(timed=silent, doing=silent, flops={})
-    train_step, _ = train.compiled(together, [nothing], (), interrupt.Stop())
-    batches = train.train_batches(together)
+    train_step, _ = loop.compiled(together, [nothing], (), signals.Stop())
+    batches = loop.train_batches(together)
     steps = len(run.dataset.splits["train"]) // flags.batch
 
     def epoch() -> float:

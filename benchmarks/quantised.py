@@ -26,10 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 import sides
 
-from fmjax import adapters, convert, state, trees
+from fmjax import adapters, convert
 from fmjax.adapters import quantise
-from fmjax.models import bert
+from fmjax.models import bert, param_init
 from fmjax.objectives import classify
+from fmjax.params import paths
 
 TARGETS = r"block_.*/(attn|mlp)/.*"
 
@@ -51,7 +52,7 @@ def main() -> None:
     if "matrix" in parts:
         matrix(model.cfg, flags)
     with tempfile.TemporaryDirectory() as folder:
-        convert.export(folder + "/hf", model, state.init_params(model, jax.random.key(0)))
+        convert.export(folder + "/hf", model, param_init.init_params(model, jax.random.key(0)))
         if "steps" in parts:
             steps(folder + "/hf", flags)
         for name in ("whole", *quantise.SCHEMES) if "loading" in parts else ():
@@ -108,7 +109,7 @@ def steps(folder, flags) -> None:
         )
     bare = bert.Model(flags.variant, lm_head=False).clone(stacks=None)
     blocks = {
-        n: x for n, x in trees.unstack(state.abstract_params(bare)).items()
+        n: x for n, x in paths.unstack(param_init.abstract_params(bare)).items()
         if n.startswith("block_") and n.endswith("/kernel")
     }  # fmt: skip
     print(f"{sum(x.size for x in blocks.values()):,} weights in the matrices of the blocks")
@@ -119,8 +120,8 @@ def load(name, folder, flags) -> None:
     model = bert.Model(flags.variant, lm_head=False, classes={"classify": 2})
     if name != "whole":
         model = quantise.wrap(model, name=name, targets=TARGETS)
-    model = model.clone(stacks=trees.runs(model.kinds))
-    abstract, packings = state.abstract_params(model), adapters.packings(model)
+    model = model.clone(stacks=paths.runs(model.kinds))
+    abstract, packings = param_init.abstract_params(model), adapters.packings(model)
     jax.block_until_ready(jnp.zeros(1))
     most, done = [anonymous()], threading.Event()
 
@@ -134,7 +135,7 @@ def load(name, folder, flags) -> None:
     jax.block_until_ready(params)
     done.set()
     thread.join()
-    mib = [(max(most) - most[0]) / 2**20, trees.nbytes(params) / 2**20]
+    mib = [(max(most) - most[0]) / 2**20, paths.nbytes(params) / 2**20]
     print(f"{name:6} reading takes {mib[0]:,.0f} MiB at most, the model has {mib[1]:,.0f} MiB")
 
 

@@ -15,20 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import (
-    adapters,
-    build,
-    convert,
-    groups,
-    objectives,
-    optim,
-    pretrained,
-    setup,
-    sharding,
-    state,
-)
-from fmjax.models import bert, gpt2
-from fmjax.step import make_train_step
+from fmjax import adapters, build, convert, objectives
+from fmjax.checkpoints import pretrained
+from fmjax.models import bert, gpt2, param_init
+from fmjax.params import groups, sharding
+from fmjax.training import optim, setup, state
+from fmjax.training.step import make_train_step
 
 OPTIM = dict(
     name="adamw",
@@ -174,7 +166,7 @@ def ours(
     split = functools.partial(groups.split, assigned=assigned)
     mesh = sharding.make_mesh(data=1)
     made = optim.make(
-        split(state.abstract_params(net))[0],
+        split(param_init.abstract_params(net))[0],
         assigned,
         steps=lambda _: 100,
         depth=net.cfg.depth,
@@ -182,7 +174,7 @@ def ours(
         group_optim={},
     )
     abstract = state.abstract(net, made.tx, split, mesh)
-    fresh = functools.partial(state.init_params, net, jax.random.key(0))
+    fresh = functools.partial(param_init.init_params, net, jax.random.key(0))
     params, _ = convert.load(
         folder,
         abstract.params,

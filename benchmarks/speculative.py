@@ -16,10 +16,12 @@ from pathlib import Path
 
 import jax
 
-from fmjax import decoding, pretrained, sharding
+from fmjax.checkpoints import pretrained
 from fmjax.data import tokenizer as tokenizers
-from fmjax.sampling import Sampling
-from fmjax.speculative import Speculator
+from fmjax.generation import decoder
+from fmjax.generation.sampling import Sampling
+from fmjax.generation.speculative import Speculator
+from fmjax.params import sharding
 
 
 def main() -> None:
@@ -82,8 +84,8 @@ def ours(flags: argparse.Namespace) -> dict:
     """{what it is: (writes behind the prompts, tokens that the model read at once)}."""
     mesh = sharding.make_mesh(data=1)
     big, small = (pretrained.open_folder(x, mesh) for x in (flags.folder, flags.draft))
-    alone = decoding.Writer(big.model, big.params, weights=flags.weights)
-    guesser = decoding.Writer(small.model, small.params)
+    alone = decoder.Writer(big.model, big.params, weights=flags.weights)
+    guesser = decoder.Writer(small.model, small.params)
     how = Sampling(temperature=0.8 if flags.sampled else 0)
     sides = {"ours": (lambda prompts: one_by_one(alone, prompts, flags.length, how), lambda: 1)}
     for ahead in flags.ahead:

@@ -14,7 +14,7 @@ the forms of code and little sense.
 import runpy
 from pathlib import Path
 
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
 
 
 def get_config(arg=None):

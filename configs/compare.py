@@ -34,9 +34,9 @@ from pathlib import Path
 
 from ml_collections import FieldReference
 
-from fmjax import sweep
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
 from fmjax.errors import ConfigError, did_you_mean
+from fmjax.experiments import sweep
 
 # name: (what follows "configs/finetune" and the task, learning rate, that of BERT's size); those of
 # BERT's size of pfeiffer, parallel, mlp and lstm were not tried against others.

@@ -13,7 +13,7 @@ all 3,216 docstrings.
 import runpy
 from pathlib import Path
 
-from fmjax.config import digest, parse_arg
+from fmjax.config.load import digest, parse_arg
 
 RUNGS = ("full", "last3", "last2", "last1", "lora", "qlora", "ia3", "bitfit", "head", "words")
 

@@ -13,9 +13,9 @@
         --config.words="('bad', 'good')"
 
 The folder is a run's, one in Hugging Face format, or a hub id (id@commit). A decoder chooses what
-it finds likeliest, an encoder too, by its pseudo-log-likelihood. fmjax/questions.py lists the
-formats, fmjax/prompts.py what templates are; each template is asked behind each number of examples.
-Means, standard errors and intervals are added to fewshot.jsonl.
+it finds likeliest, an encoder too, by its pseudo-log-likelihood. fmjax/evaluation/benchmarks.py
+lists the formats, fmjax/evaluation/prompt_templates.py what templates are; each template is asked
+behind each number of examples. Means, standard errors and intervals are added to fewshot.jsonl.
 """
 
 import runpy

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from ml_collections.config_dict import placeholder
 
-from fmjax.config import digest, parse_arg
+from fmjax.config.load import digest, parse_arg
 from fmjax.errors import ConfigError, did_you_mean
 
 # What a task sets: its format, what its loss takes, and the metric by which the best is kept.

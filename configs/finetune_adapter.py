@@ -14,7 +14,7 @@ kinds were not run.
 import runpy
 from pathlib import Path
 
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
 from fmjax.errors import ConfigError, did_you_mean
 
 KINDS = {

@@ -13,7 +13,7 @@ at 3e-3 and not at the 1e-2 that it wants. MiniLM, which has biases: configs/com
 import runpy
 from pathlib import Path
 
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
 
 
 def get_config(arg=None):

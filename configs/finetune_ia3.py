@@ -11,7 +11,7 @@ seeds), where everything has 84.6 % and the head alone 51.1 %.
 import runpy
 from pathlib import Path
 
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
 
 
 def get_config(arg=None):

@@ -13,7 +13,7 @@ MiniLM on SST-2 has 81.9 ± 0.2 % with k = 2, and 82.7 ± 1.0 % where everything
 import runpy
 from pathlib import Path
 
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
 
 
 def get_config(arg=None):

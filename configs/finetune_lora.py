@@ -15,7 +15,7 @@ SST-2 has 82.3 ± 0.5 % with it, and 82.7 ± 1.0 % where everything trains.
 import runpy
 from pathlib import Path
 
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
 
 
 def get_config(arg=None):

@@ -17,7 +17,7 @@ of the tiny encoder of the commands above they do nothing: `prompt` 49.2 ± 0.7 
 import runpy
 from pathlib import Path
 
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
 from fmjax.errors import ConfigError, did_you_mean
 
 PROMPT = dict(

@@ -13,7 +13,7 @@ embeddings, with the last part. Every group has a warm-up of its own.
 import runpy
 from pathlib import Path
 
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
 
 
 def get_config(arg=None):

@@ -5,9 +5,10 @@
 
 The folder is a run's, one in Hugging Face format, or a hub id (id@commit), of a decoder, or of an
 encoder–decoder, for which the prompt is the source. `temperature=0` takes the most probable token
-each time; what else is set cuts what is drawn from, in the order it has here (fmjax/sampling.py).
-One text is shown while it is written. In eight bits (`weights`, `cache`) it is written faster, and
-is nearly the same; with a `draft` the likeliest text is the same.
+each time; what else is set cuts what is drawn from, in the order it has here
+(fmjax/generation/sampling.py). One text is shown while it is written. In eight bits (`weights`,
+`cache`) it is written faster, and is nearly the same; with a `draft` the likeliest text is the
+same.
 """
 
 import runpy
@@ -39,7 +40,7 @@ def get_config():
         "error"  # prompts without room for length; or cut, to their end, of a source the beginning
     )
     config.draft = ""  # a folder of a smaller model with the same tokens, which guesses
-    config.ahead = 4  # so many of them (fmjax/speculative.py)
+    config.ahead = 4  # so many of them (fmjax/generation/speculative.py)
     config.seed = 0
     config.precision = placeholder(str)  # None: as the run was trained, else float32
     config.weights = ""  # or int8: matrices, and the products with them, in eight bits

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ml_collections.config_dict import placeholder
 
-from fmjax.config import digest, parse_arg
+from fmjax.config.load import digest, parse_arg
 
 
 def get_config(arg=None):

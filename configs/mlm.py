@@ -17,7 +17,7 @@ to a handful of steps).
 
 from ml_collections import ConfigDict
 
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
 from fmjax.errors import ConfigError, did_you_mean
 
 VARIANTS = ("small", "tiny", "bert_base")
@@ -94,8 +94,10 @@ def get_config(arg=None):
         targets=r"block_.*/(attn|mlp)/.*",  # regex over module paths
     )
     config.arms = ()  # runs of one program: (("seed", (0, 1)), ("optim.lr", (1e-3, 3e-3))) are two
-    config.ledger = ()  # measured after training: forgetting, memory, slices … (fmjax/ledger.py)
-    config.benchmarks = ()  # of each evaluation: {"name": "blimp", "path": …} (fmjax/exams.py)
+    # measured after training: forgetting, memory, slices … (fmjax/training/side_effects.py)
+    config.ledger = ()
+    # of each evaluation: {"name": "blimp", "path": …} (fmjax/evaluation/in_training.py)
+    config.benchmarks = ()
     config.pretraining = {}  # what forgetting is measured on: keys of configs/evaluate.py
     config.objectives = dict(mlm=dict(weight=1.0, rate=0.15, mask="token", replace=(0.8, 0.1)))
 

@@ -39,7 +39,7 @@ million steps) was not reproduced; benchmarks/RESULTS.md has what else was tried
 import runpy
 from pathlib import Path
 
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
 from fmjax.errors import ConfigError, did_you_mean
 
 

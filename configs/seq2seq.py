@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ml_collections.config_dict import placeholder
 
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
 from fmjax.errors import ConfigError, did_you_mean
 
 TASKS = {

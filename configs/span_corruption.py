@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ml_collections.config_dict import placeholder
 
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
 from fmjax.errors import ConfigError, did_you_mean
 
 # (mean length of a span, share of the tokens); of length 0: from somewhere to the end.

@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 
-from fmjax import adapters, needs
+from fmjax import adapters
 from fmjax.data.settings import ALONE
 from fmjax.errors import ConfigError
 from fmjax.models import AnyModel, experts
+from fmjax.objectives import requirements
 
 DOCUMENTS = ("packed", "padded", "chat", "chat_padded")  # formats whose tokens have one type
 
@@ -25,8 +26,8 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
     """
     fields = {key: value for key, value in config.model.to_dict().items() if value is not None}
     name, wanted = fields.pop("name"), fields.pop("vocab_size", None)
-    heads = fields.pop("classes", {}) | needs.heads(config.objectives, labels)
-    if name == "bert" and (pool := needs.pool(config.objectives.to_dict())):
+    heads = fields.pop("classes", {}) | requirements.heads(config.objectives, labels)
+    if name == "bert" and (pool := requirements.pool(config.objectives.to_dict())):
         fields["pool"] = pool
     if wanted and wanted < vocab_size:
         raise ConfigError(
@@ -37,11 +38,11 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
         **fields,
         vocab_size=wanted or vocab_size,
         dtype=config.precision,
-        lm_head=needs.vocabulary(config.objectives),
+        lm_head=requirements.vocabulary(config.objectives),
         classes=heads,
     )
-    needs.check_model(config.objectives.to_dict(), built)
-    if needs.prefix(config.objectives.to_dict()):
+    requirements.check_model(config.objectives.to_dict(), built)
+    if requirements.prefix(config.objectives.to_dict()):
         if config.data.format not in DOCUMENTS:
             raise ConfigError(
                 f"config.data.format={config.data.format!r} has texts of two types, but objectives "

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from fmjax import interrupt, output
+from fmjax.distributed import signals
 from fmjax.errors import FmjaxError, Preempted
+from fmjax.io import output
 
 LOOP_CLOSED = "Event loop is closed"  # asyncio's words
 
@@ -16,7 +17,7 @@ LOOP_CLOSED = "Event loop is closed"  # asyncio's words
 def prepare() -> None:
     """Make standard streams, memory and signals ready for a run. May start the program again."""
     output.open_missing()
-    interrupt.end_at_once()
+    signals.end_at_once()
     use_huge_pages()
     output.protect()
     logging.basicConfig(format="%(levelname)s: %(message)s")  # else a library sets another format
@@ -33,11 +34,11 @@ def use_huge_pages() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         # A signal in between waits for the handlers of the new program.
-        signal.pthread_sigmask(signal.SIG_BLOCK, interrupt.SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
         try:
             os.execv(sys.executable, sys.orig_argv)
         except OSError:  # The run is slower with small pages, and is all the same a run.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupt.SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)
 
 
 def show_unraisable(found: Any) -> None:

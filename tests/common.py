@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import jax.extend
 
-from fmjax import trees
+from fmjax.params import paths
 
 ROOT = Path(__file__).parent.parent
 # One for each of pytest's workers: jax does not write its cache of programs atomically.
@@ -38,7 +38,7 @@ def least_sent(params, mesh, itemsize: int) -> float:
     computation, of `itemsize` bytes; gradients are summed in float32, scattered along `fsdp` and
     then all-reduced along `data` (Rajbhandari et al. 2020, "ZeRO", section 7).
     """
-    data, fsdp, size = mesh.shape["data"], mesh.shape["fsdp"], trees.size(params)
+    data, fsdp, size = mesh.shape["data"], mesh.shape["fsdp"], paths.size(params)
     gathered = 2 * itemsize * size * (fsdp - 1) / fsdp
     scattered = 4 * size * (fsdp - 1) / fsdp
     reduced = 2 * 4 * size / fsdp * (data - 1) / data

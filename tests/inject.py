@@ -35,15 +35,15 @@ FAULT = re.compile(r"(?P<act>[a-z_]+)(@(?P<step>\d+))?(x(?P<times>\d+))?(:(?P<pl
 # place: (module, function, the step that a call is about). Steps count from 1, as in the log; what
 # happens between steps belongs to the last one that this process has started.
 PLACES: dict[str, tuple[str, str, Callable[..., int]]] = {
-    "connected": ("fmjax.devices", "require", lambda *_: started[0]),
+    "connected": ("fmjax.params.devices", "require", lambda *_: started[0]),
     "prepare": ("fmjax.data.store", "tokenise", lambda *_: started[0]),
-    "compile": ("fmjax.flops", "of_step", lambda *_: started[0]),
+    "compile": ("fmjax.training.flops", "of_step", lambda *_: started[0]),
     "data": ("fmjax.data.batches", "_Steps.__getitem__", lambda _, step: step + 1),
-    "train": ("fmjax.monitor", "Monitor.step", lambda _, step, *rest: step),
-    "evaluate": ("fmjax.evaluate", "collect", lambda *_, **__: started[0]),
-    "save": ("fmjax.step_folders", "make_room", lambda _, step: step),
-    "commit": ("fmjax.manifest", "write", lambda folder: int(folder.name)),
-    "delete": ("fmjax.step_folders", "remove", lambda folder: int(folder.name)),
+    "train": ("fmjax.training.monitor", "Monitor.step", lambda _, step, *rest: step),
+    "evaluate": ("fmjax.evaluation.eval_loop", "collect", lambda *_, **__: started[0]),
+    "save": ("fmjax.io.retention", "make_room", lambda _, step: step),
+    "commit": ("fmjax.io.manifest", "write", lambda folder: int(folder.name)),
+    "delete": ("fmjax.io.retention", "remove", lambda folder: int(folder.name)),
 }
 # act: (what it does, its place).
 ACTS: dict[str, tuple[Callable[[], Any], str]] = {
@@ -68,7 +68,7 @@ def install(faults: str, patch: Callable[[Any, str, Any], None] = setattr) -> No
         act, place = fault["act"], fault["place"]
         step, times = int(fault["step"] or 0), int(fault["times"] or 1)
         if act in NUMBERS:
-            for module in ("fmjax.step", "fmjax.train"):
+            for module in ("fmjax.training.step", "fmjax.training.loop"):
                 change = _numbers(act, step, times, place)
                 _wrap(module, "make_gradient", change, patch)
         else:
@@ -117,7 +117,7 @@ def _numbers(act: str, step: int, times: int, leaf: str | None) -> Callable:
         import jax
         import jax.numpy as jnp
 
-        from fmjax import trees
+        from fmjax.params import paths
 
         def make(*args):
             gradient = make_gradient(*args)
@@ -127,8 +127,8 @@ def _numbers(act: str, step: int, times: int, leaf: str | None) -> Callable:
                 now = (state.step + 1 >= step) & (state.step + 1 < step + times)
                 worse = lambda x: jnp.where(now, 1e3 * x if act == "spike" else jnp.nan, x)
                 if act == "nan_grad":
-                    flat = trees.flatten(grads)
-                    return (loss, sums), trees.unflatten({**flat, leaf: worse(flat[leaf])})
+                    flat = paths.flatten(grads)
+                    return (loss, sums), paths.unflatten({**flat, leaf: worse(flat[leaf])})
                 return (worse(loss), sums), jax.tree.map(worse, grads)
 
             return wrapped

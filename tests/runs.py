@@ -19,8 +19,12 @@ import numpy as np
 import pytest
 from common import CACHE, ROOT
 
-from fmjax import checkpoint, logs, setup, sharding, step_folders, train
-from fmjax import config as configs
+from fmjax.checkpoints import checkpointer
+from fmjax.config import load as configs
+from fmjax.io import metrics_log, retention
+from fmjax.params import sharding
+from fmjax.tasks import train
+from fmjax.training import setup
 
 TOTAL = 40
 KEEP_ALL = "--config.keep=99"
@@ -124,13 +128,13 @@ def wait(process: subprocess.Popen, happened) -> None:
 
 
 def reached(folder: Path, step: int) -> bool:
-    return any(row["step"] >= step for row in logs.read(folder)[0])
+    return any(row["step"] >= step for row in metrics_log.read(folder)[0])
 
 
 def saving(folder: Path) -> bool:
     directory = folder / "checkpoints"
     there = {path.name for path in directory.glob("[0-9]*")}
-    return bool(there - set(map(str, step_folders.finished(directory))))
+    return bool(there - set(map(str, retention.finished(directory))))
 
 
 def status(folder: Path) -> dict:
@@ -138,7 +142,7 @@ def status(folder: Path) -> dict:
 
 
 def final_state(folder: Path, abstract, total: int = TOTAL):
-    saver = checkpoint.Checkpointer(folder)
+    saver = checkpointer.Checkpointer(folder)
     try:
         state, meta = saver.restore(abstract)
     finally:
@@ -159,7 +163,7 @@ def digest(state) -> str:
 
 def history(folder: Path) -> list[dict]:
     """The metrics of a run without what depends on the clock and the machine."""
-    rows, _ = logs.read(folder)
+    rows, _ = metrics_log.read(folder)
     machine = ("perf/", "memory/", "time", "spent")
     return [{k: v for k, v in row.items() if not k.startswith(machine)} for row in rows]
 

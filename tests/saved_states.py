@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fmjax import manifest, step_folders
+from fmjax.io import manifest, retention
 
 
 @flax.struct.dataclass
@@ -54,7 +54,7 @@ def step_folder(tmp_path, step):
 
 def steps(tmp_path):
     """The finished steps."""
-    return step_folders.finished(tmp_path / "checkpoints")
+    return retention.finished(tmp_path / "checkpoints")
 
 
 def problems(tmp_path, step):

@@ -7,8 +7,8 @@ import pytest
 from common import ROOT
 from test_finetune import encoder, files, home  # noqa: F401
 
-from fmjax import config as configs
-from fmjax import sweep_results, trials
+from fmjax.config import load as configs
+from fmjax.experiments import sweep_results, trials
 
 DEPTH = f"{ROOT}/configs/ablations/depth.py"
 

@@ -8,9 +8,12 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from fmjax import agreement, data, pretrained, processes, report
+from fmjax import data
+from fmjax.checkpoints import pretrained
 from fmjax.data.vocabulary import Vocab
+from fmjax.distributed import agreement, processes
 from fmjax.errors import ConfigError, DataError
+from fmjax.io import environment
 
 CONFIG = {"seed": 0, "data": {"cache": "a", "workers": 1}, "token": "secret", "rates": (1, 2)}
 
@@ -61,16 +64,16 @@ FLAGS = {"dry_run": False, "workdir": "/runs/a"}
 def test_other_starts_are_refused(in_process_0, monkeypatch, config_, flags, versions, said):
     in_process_0(agreement.check_start, config(), FLAGS)
     agreement.check_start(config(), FLAGS)
-    environment = report.environment() | versions
-    monkeypatch.setattr(report, "environment", lambda: environment)
+    found = environment.environment() | versions
+    monkeypatch.setattr(environment, "environment", lambda: found)
     with pytest.raises(ConfigError, match=f"started alike, with the same config: {said}"):
         agreement.check_start(config_, FLAGS | flags)
 
 
 def test_what_a_process_has_for_itself_may_differ(in_process_0, monkeypatch):
     in_process_0(agreement.check_start, config(), FLAGS)
-    environment = report.environment() | {"system": "Linux, another processor"}
-    monkeypatch.setattr(report, "environment", lambda: environment)
+    found = environment.environment() | {"system": "Linux, another processor"}
+    monkeypatch.setattr(environment, "environment", lambda: found)
     own = {"cache": "b", "workers": 7}
     agreement.check_start(config(data=own, token="another"), FLAGS)
 

@@ -7,10 +7,12 @@ import json
 import pytest
 from common import ROOT
 
-from fmjax import answers, choices, combinations, fewshot, train
-from fmjax import config as configs
-from fmjax.choices import Item
+from fmjax.config import constraints
+from fmjax.config import load as configs
 from fmjax.errors import ConfigError
+from fmjax.evaluation import exact_answer, multiple_choice
+from fmjax.evaluation.multiple_choice import Item
+from fmjax.tasks import fewshot, train
 
 
 @pytest.mark.parametrize(
@@ -28,15 +30,18 @@ from fmjax.errors import ConfigError
     ],
 )
 def test_the_number_that_a_text_comes_to(text, expected):
-    assert answers.number(text) == expected
+    assert exact_answer.number(text) == expected
 
 
 def test_what_counts_is_the_number():
     items = [Item("", (" 2 + 2 = 4 #### 4",), 0), Item("", (" no number",), 0)]
-    means = lambda *texts: answers.metrics(items, texts)["accuracy"]["mean"]
+    means = lambda *texts: exact_answer.metrics(items, texts)["accuracy"]["mean"]
     assert means("It is 4", "") == 0.5 and means("44", "no") == 0
     assert means("4 #### 5", "") == 0
-    assert answers.metrics(items, ["4", ""])["accuracy"].keys() == choices.mean([1, 0], "").keys()
+    assert (
+        exact_answer.metrics(items, ["4", ""])["accuracy"].keys()
+        == multiple_choice.mean([1, 0], "").keys()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,4 +106,4 @@ def test_exams_that_cannot_be_sat_are_refused_before_training(trained, given, wo
     config = config.copy_and_resolve_references()
     config.benchmarks = (given,)
     with pytest.raises(ConfigError, match=words):
-        combinations.check(config.to_dict())
+        constraints.check(config.to_dict())

@@ -10,9 +10,13 @@ import tiny
 from common import ROOT
 from test_finetune import encoder, files, home, load  # noqa: F401
 
-from fmjax import arms, logs, pretrained, sharding, step_folders, train, trees
-from fmjax import config as configs
+from fmjax.checkpoints import pretrained
+from fmjax.config import load as configs
 from fmjax.errors import CheckpointError, ConfigError, NumericsError
+from fmjax.io import metrics_log, retention
+from fmjax.params import paths, sharding
+from fmjax.tasks import train
+from fmjax.training import loop, vmapped_runs
 
 SHORT = ["--config.data.seq_len=24", "--config.total=6", "--config.batch_size=16"]
 OFTEN = ["--config.log_every=1", "--config.eval_every=3", "--config.save_every=3"]
@@ -35,14 +39,14 @@ def apart(config, folder):
 
 def same(one, other, tolerance=TOLERANCE):
     """Two run folders have equal logs, checkpoints with equal shapes, and close numbers."""
-    for mine, its in zip(logs.read(one)[0], logs.read(other)[0], strict=True):
+    for mine, its in zip(metrics_log.read(one)[0], metrics_log.read(other)[0], strict=True):
         assert mine.keys() - {"spent"} == its.keys() - {"spent"}  # which a fast step has not
         for name in mine:
             if name.startswith(("train/", "validation/", "optim/", "tokens", "flops")):
                 assert mine[name] == pytest.approx(its[name], rel=tolerance, abs=1e-6), name
     mesh = sharding.make_mesh()
     opened = [pretrained.open_folder(str(folder), mesh) for folder in (one, other)]
-    first, second = (trees.unstack(each.params) for each in opened)
+    first, second = (paths.unstack(each.params) for each in opened)
     assert first.keys() == second.keys() and opened[0].step == opened[1].step
     for name in first:
         scale = np.abs(np.asarray(second[name], np.float32)).max() + 1e-3
@@ -104,7 +108,7 @@ ALWAYS = (("seeds", "at once"),)
     ],
 )
 def test_each_arm_is_the_run_alone(case, way, home, encoder, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(arms, "ONE_BY_ONE", WAYS[way])
+    monkeypatch.setattr(vmapped_runs, "ONE_BY_ONE", WAYS[way])
     file, words, values = CASES[case]
     config = config_of(home, encoder, file, *words, f"--config.arms={tuple(values)}")
     train.run(config, tmp_path / "together")
@@ -117,9 +121,9 @@ def test_each_arm_is_the_run_alone(case, way, home, encoder, tmp_path, monkeypat
         assert configs.digest(saved[0]) == configs.digest(saved[1]) == configs.digest(own)
         with np.load(mine / "examples.npz") as found:
             (accuracy,) = {name for name in found if "accuracy" in name}
-            last = logs.read(mine)[0][-1][f"validation/{accuracy}"]
+            last = metrics_log.read(mine)[0][-1][f"validation/{accuracy}"]
             assert found[accuracy].mean() == pytest.approx(last)
-        losses.append(logs.read(mine)[0][-1]["validation/loss"])
+        losses.append(metrics_log.read(mine)[0][-1]["validation/loss"])
     assert len(set(losses)) == len(losses)  # they do differ
     told = json.loads((tmp_path / "together/summary.json").read_text())
     assert [arm["metrics"]["validation/loss"] for arm in told["arms"]] == losses
@@ -136,12 +140,12 @@ def test_the_base_is_in_memory_and_on_disk_once(home, encoder, tmp_path):  # noq
     for name in files_of(folders[0]):
         inodes = {(folder / name.relative_to(folders[0])).stat().st_ino for folder in folders}
         assert len(inodes) == 1
-    together = arms.prepare(config, sharding.make_mesh(), lambda: None)
+    together = vmapped_runs.prepare(config, sharding.make_mesh(), lambda: None)
     whole = together.abstract.params
     one, each = together.wide.abstract.params, together.wide.split(whole)
     alone = together.wide.split(one)
-    assert trees.nbytes(each[1]) == trees.nbytes(alone[1])
-    assert trees.nbytes(each[0]) == 3 * trees.nbytes(alone[0])
+    assert paths.nbytes(each[1]) == paths.nbytes(alone[1])
+    assert paths.nbytes(each[0]) == 3 * paths.nbytes(alone[0])
 
 
 def test_arms_go_on_where_they_stopped(home, encoder, tmp_path):  # noqa: F811
@@ -153,7 +157,7 @@ def test_arms_go_on_where_they_stopped(home, encoder, tmp_path):  # noqa: F811
     for folder, lost in ((again / "arms/0", 0), (again / "arms/1", 1), (again, 0)):
         status = json.loads((folder / "status.json").read_text()) | {"state": "running"}
         if lost:
-            steps = step_folders.finished(folder / "checkpoints")
+            steps = retention.finished(folder / "checkpoints")
             shutil.rmtree(folder / "checkpoints" / str(steps[-1]))
             status |= {"checkpoint": steps[-2]}
         (folder / "status.json").write_text(json.dumps(status))
@@ -166,7 +170,7 @@ def forget(folder, *steps):
     """The run folder as if it had been killed before these steps were saved."""
     for step in steps:
         shutil.rmtree(folder / "checkpoints" / str(step))
-    there = step_folders.finished(folder / "checkpoints")
+    there = retention.finished(folder / "checkpoints")
     status = json.loads((folder / "status.json").read_text())
     status |= {"state": "running", "checkpoint": there[-1] if there else 0}
     (folder / "status.json").write_text(json.dumps(status))
@@ -188,7 +192,7 @@ def test_an_arm_goes_on_alone_but_then_no_longer_beside_the_others(home, encoder
     for name in ("3", "frozen"):
         shutil.copytree(tmp_path / "alone/checkpoints" / name, checkpoints / name)
     for arm, left in ((0, 6), (1, 3)):
-        there = step_folders.finished(again / f"arms/{arm}/checkpoints")
+        there = retention.finished(again / f"arms/{arm}/checkpoints")
         forget(again / f"arms/{arm}", *(step for step in there if step != left))
     with pytest.raises(CheckpointError, match="no step that all arms have.*0: .6.; .*1: .3."):
         train.run(config, again)
@@ -201,11 +205,11 @@ def test_an_arm_goes_on_alone_but_then_no_longer_beside_the_others(home, encoder
     shutil.rmtree(again / "arms/1")  # Nor is the other one started from zero.
     with pytest.raises(CheckpointError, match="no step that all arms have.*1: none"):
         train.run(config, again)
-    assert step_folders.finished(again / "arms/0/checkpoints")[-1] == 6
+    assert retention.finished(again / "arms/0/checkpoints")[-1] == 6
 
 
 def params_of(folder):
-    return trees.unstack(pretrained.open_folder(str(folder), sharding.make_mesh()).params)
+    return paths.unstack(pretrained.open_folder(str(folder), sharding.make_mesh()).params)
 
 
 def test_the_last_step_that_all_arms_have_stays(tmp_path):
@@ -214,10 +218,10 @@ def test_the_last_step_that_all_arms_have_stays(tmp_path):
             (tmp_path / str(arm) / str(step)).mkdir(parents=True)
             (tmp_path / str(arm) / str(step) / "MANIFEST.json").write_text("{}")
     how = dict(keep=1, keep_best=0, best="", mode="min")
-    step_folders.delete_old(tmp_path / "0", **how, beside=[tmp_path / "1"])
-    assert step_folders.finished(tmp_path / "0") == [3, 9]
-    step_folders.delete_old(tmp_path / "0", **how)
-    assert step_folders.finished(tmp_path / "0") == [9]
+    retention.delete_old(tmp_path / "0", **how, beside=[tmp_path / "1"])
+    assert retention.finished(tmp_path / "0") == [3, 9]
+    retention.delete_old(tmp_path / "0", **how)
+    assert retention.finished(tmp_path / "0") == [9]
 
 
 @pytest.mark.slow
@@ -272,7 +276,7 @@ EVERY = dict(data=2, fsdp=2, tensor=2)
     ],
 )
 def test_devices_change_nothing(axes, way, home, encoder, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(arms, "ONE_BY_ONE", WAYS[way])
+    monkeypatch.setattr(vmapped_runs, "ONE_BY_ONE", WAYS[way])
     config = config_of(
         home,
         encoder,
@@ -283,12 +287,12 @@ def test_devices_change_nothing(axes, way, home, encoder, monkeypatch):  # noqa:
     for sizes in ({}, axes):
         mesh = tiny.mesh(**sizes)
         with jax.set_mesh(mesh):
-            together = arms.prepare(config, mesh, lambda: None)
-            from fmjax import begin
+            together = vmapped_runs.prepare(config, mesh, lambda: None)
+            from fmjax.training import restore
 
-            state = together.together(begin.created(together.runs))
+            state = together.together(restore.created(together.runs))
             step = jax.jit(together.train_step())
-            batches = train.train_batches(together)
+            batches = loop.train_batches(together)
             for _ in range(2):
                 state, metrics = step(state, sharding.put(next(batches), together.batch_sharding))
             batches.close()

@@ -29,15 +29,17 @@ from saved_states import (
     steps,
 )
 
-from fmjax import checkpoint, cleanup, manifest, optim, spikes
-from fmjax.checkpoint import Checkpointer, load_params
+from fmjax.checkpoints import checkpointer as saving
+from fmjax.checkpoints.checkpointer import Checkpointer, load_params
 from fmjax.errors import CheckpointError, ConfigError
+from fmjax.io import cleanup, manifest
+from fmjax.training import optim, spike_skipping
 
 
 @pytest.fixture
 def checkpointer(tmp_path, monkeypatch):
     """Makes Checkpointers of the test's run folder and closes them."""
-    monkeypatch.setattr(checkpoint, "RETRY_SEC", 0.0)
+    monkeypatch.setattr(saving, "RETRY_SEC", 0.0)
     made = []
 
     def make(**options):
@@ -157,7 +159,7 @@ def large_state():
 
 
 def test_row23_disk_full_is_survived(checkpointer, tmp_path, full_disk, monkeypatch):
-    monkeypatch.setattr(checkpoint, "RETRY_SEC", 0.3)
+    monkeypatch.setattr(saving, "RETRY_SEC", 0.3)
     ckpt = checkpointer()
     save(ckpt, 1)
     assert ckpt.save(2, large_state(), {})  # training goes on
@@ -370,7 +372,7 @@ def test_arrays_of_no_size_are_saved(checkpointer, tmp_path):
 
 
 def test_a_folder_that_is_not_utf8_is_refused(tmp_path):
-    for use in (Checkpointer, load_params, checkpoint.load_meta):
+    for use in (Checkpointer, load_params, saving.load_meta):
         with pytest.raises(CheckpointError, match="is not UTF-8"):
             use(tmp_path / os.fsdecode(b"bad\xff"))
 
@@ -391,7 +393,7 @@ def test_load_params_takes_the_average_of_what_trains(checkpointer, tmp_path, si
     """The bias is frozen here: the optimizer does not know it."""
     state = make_state(1)
     tx = optax.chain(optax.adamw(1e-3), optim.moving_average(0.5))
-    tx = spikes.guard(tx, sigma) if sigma else tx
+    tx = spike_skipping.guard(tx, sigma) if sigma else tx
     average = {"dense": {"kernel": make_state(7).params["dense"]["kernel"]}}
     ckpt = checkpointer()
     ckpt.save(1, state.replace(opt_state=tx.init(average)), {})
@@ -421,12 +423,13 @@ index, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", 2, index)
 from jax.experimental.multihost_utils import sync_global_devices
 from jax._src.distributed import global_state
-from fmjax import processes
-from fmjax.checkpoint import Checkpointer, load_params
-from fmjax.interrupt import Stop
-from fmjax.peers import Peers
+from fmjax.distributed import processes
+from fmjax.checkpoints.checkpointer import Checkpointer, load_params
+from fmjax.distributed.signals import Stop
+from fmjax.distributed.coordination import Peers
 from saved_states import abstract, array_file, flip
-processes._peers = Peers(global_state.client, index, 2, Stop(), 60.0)
+joined = processes.joined(Peers(global_state.client, index, 2, Stop(), 60.0))
+joined.__enter__()
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
 sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 def state(value):
@@ -448,7 +451,7 @@ ckpt.save(3, state(3), {})
 ckpt.wait()
 ckpt.close()
 processes.meet()
-processes._leave()
+joined.__exit__(None, None, None)
 """
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -25,9 +25,9 @@ from saved_states import (
     steps,
 )
 
-from fmjax import step_folders
-from fmjax.checkpoint import Checkpointer, load_params
+from fmjax.checkpoints.checkpointer import Checkpointer, load_params
 from fmjax.errors import CheckpointError
+from fmjax.io import retention
 
 
 @pytest.fixture
@@ -40,8 +40,9 @@ def test_row02_sigkill_between_the_arrays_and_the_manifest(tmp_path, ckpt, caplo
     """Step 1 is whole; the process dies when step 2 has its arrays and not its manifest."""
     script = f"""
 import os, signal, jax.numpy as jnp
-from fmjax import checkpoint, manifest
-ckpt = checkpoint.Checkpointer({str(tmp_path)!r})
+from fmjax.checkpoints import checkpointer
+from fmjax.io import manifest
+ckpt = checkpointer.Checkpointer({str(tmp_path)!r})
 ckpt.save(1, dict(w=jnp.full((4,), 1.0)), dict()); ckpt.wait()
 manifest.write = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
 ckpt.save(2, dict(w=jnp.full((4,), 2.0)), dict()); ckpt.wait()
@@ -64,7 +65,7 @@ ckpt.save(2, dict(w=jnp.full((4,), 2.0)), dict()); ckpt.wait()
 def test_row03_kill_while_deleting_leaves_an_unfinished_step(ckpt, monkeypatch, tmp_path):
     save(ckpt, 1, 2)
     monkeypatch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)
-    step_folders.remove(step_folder(tmp_path, 1))
+    retention.remove(step_folder(tmp_path, 1))
     assert steps(tmp_path) == [2] and array_file(step_folder(tmp_path, 1)).exists()
 
 
@@ -91,7 +92,7 @@ def test_row18_every_flipped_bit_is_found(ckpt, tmp_path, count):
     """Over all files of a step, the manifest included; then the step before is used. And no whole
     step is called damaged."""
     save(ckpt, 1, 2)
-    newest = lambda: step_folders.newest(tmp_path / "checkpoints", quarantine=False)
+    newest = lambda: retention.newest(tmp_path / "checkpoints", quarantine=False)
     files = [path for path in step_folder(tmp_path, 2).rglob("*") if path.is_file()]
     assert len(files) > 10
     rng = random.Random(0)

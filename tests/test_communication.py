@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from fmjax import communication, sharding
+from fmjax.distributed import collective_bytes
+from fmjax.params import sharding
 
 N, M = 8, 1024  # devices, numbers that each of them holds
 KIB = 1024
@@ -16,7 +17,7 @@ def sent(function, data=1, fsdp=N):
     mesh, rows = sharding.make_mesh(data, fsdp), sharding.BATCH
     mapped = jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
     numbers = jax.ShapeDtypeStruct((N * M,), jnp.float32)
-    return communication.sent(jax.jit(mapped).lower(numbers).compile().as_text())
+    return collective_bytes.sent(jax.jit(mapped).lower(numbers).compile().as_text())
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_what_the_partitioner_inserts_is_counted():
         (64, 16), jnp.float32, sharding=jax.NamedSharding(mesh, sharding.BATCH)
     )
     compiled = jax.jit(lambda a, b: a.T @ b).lower(rows, rows).compile()
-    assert communication.sent(compiled.as_text()) == {"all-reduce": 2 * 16 * 16 * 4 * 7 / 8}
+    assert collective_bytes.sent(compiled.as_text()) == {"all-reduce": 2 * 16 * 16 * 4 * 7 / 8}
 
 
 FUSIONS = "\n".join(
@@ -153,7 +154,7 @@ ENTRY %main (x: f32[8,128]) -> f32[8,128] {{
 )
 def test_the_ways_of_writing_a_collective(collective, expected):
     """Text as compilers for other devices write it, in a loop of 12."""
-    found = communication.sent(PROGRAM.format(collective=collective, fusions=FUSIONS))
+    found = collective_bytes.sent(PROGRAM.format(collective=collective, fusions=FUSIONS))
     assert found == pytest.approx(expected)
 
 
@@ -162,4 +163,4 @@ def test_a_known_trip_count_is_taken_first():
     text = PROGRAM.format(collective=collective, fusions=FUSIONS).replace(
         "body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}'
     )
-    assert communication.sent(text) == {"all-reduce": 5 * 1024}
+    assert collective_bytes.sent(text) == {"all-reduce": 5 * 1024}

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fmjax import comparisons, progress, statistics
 from fmjax.errors import CheckpointError, ConfigError
+from fmjax.experiments import comparisons, statistics
+from fmjax.io import progress
 
 METRIC = "validation/classify/accuracy"
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax._src import compilation_cache
 
-from fmjax import compiled_programs
-from fmjax.compiled_programs import VerifiedCache
+from fmjax.io import compiled_programs
+from fmjax.io.compiled_programs import VerifiedCache
 
 VALUE = zlib.compress(b"a program" * 100)
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from fmjax import config as configs
-from fmjax import plain, rules
+from fmjax.config import load as configs
+from fmjax.config import rules, values
 from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError
 
@@ -335,8 +335,11 @@ def test_a_config_without_argument_refuses_one(tmp_path):
 def test_names_are_looked_up_without_importing(tmp_path, monkeypatch):
     """A task is a file that defines `run`; a file that could not be imported still counts."""
     (tmp_path / "models").mkdir()
-    (tmp_path / "task_a.py").write_text("import nowhere\ndef run(config, workdir, *, fresh=0): 1")
-    (tmp_path / "helper.py").write_text("def running(): 1")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "task_a.py").write_text(
+        "import nowhere\ndef run(config, workdir, *, fresh=0): 1"
+    )
+    (tmp_path / "tasks" / "helper.py").write_text("def running(): 1")
     (tmp_path / "models" / "m.py").write_text("class Model: pass")
     monkeypatch.setattr(rules, "PACKAGE", tmp_path)
     rules.check({"task": "task_a", "model": {"name": "m"}})
@@ -465,7 +468,7 @@ JSON_VALUES = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3).map(tuple)
         | st.dictionaries(
-            st.text("abc_", min_size=1).filter(plain.NAME.fullmatch), inner, max_size=3
+            st.text("abc_", min_size=1).filter(values.NAME.fullmatch), inner, max_size=3
         )
     ),
     max_leaves=10,

@@ -13,11 +13,15 @@ from common import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fmjax import config as configs
-from fmjax import convert, data, pretrained, report, setup, sharding
+from fmjax import convert, data
+from fmjax.checkpoints import pretrained
+from fmjax.config import load as configs
 from fmjax.data import files, hub
 from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError, DataError
+from fmjax.params import sharding
+from fmjax.tasks import report
+from fmjax.training import initialize, setup
 
 SPECS = {path.stem: str(path) for path in sorted((ROOT / "configs").glob("*.py"))}
 SECTIONS = ("data", "tokenizer", "model", "optim", "mesh", "distributed", "objectives.mlm")
@@ -205,7 +209,7 @@ def assemble(*words: str):
         try:
             mesh = sharding.make_mesh(**config.mesh)
             sharding.check_batch(mesh, config.batch_size, config.accumulate)
-            config = pretrained.resolved(config)
+            config = initialize.resolved(config)
             size = dict(rows=1000, tokens=100_000, flops=10**9)
             return setup.assemble(config, mesh, vocab, ("a", "b"), **size)
         except ConfigError as error:

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from common import ROOT
 
-from fmjax import build, config, setup, sharding, train, trees
+from fmjax import build
+from fmjax.config import load
 from fmjax.data import Vocab
-from fmjax.step import make_train_step
+from fmjax.params import paths, sharding
+from fmjax.tasks import train
+from fmjax.training import setup
+from fmjax.training.step import make_train_step
 
 FULL = [
     "clm.py",
@@ -79,7 +83,7 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
         words = ["--config.data.train=pairs.jsonl"]
     if name.endswith(("kind=prompt", "mlp", "lstm")):  # which start from a trained table
         words.append("--config.adapter.init=normal")
-    made = config.load(str(ROOT / "configs" / name), words)
+    made = load.load(str(ROOT / "configs" / name), words)
     size, length = made.tokenizer.vocab_size, made.data.seq_len
 
     class Rows:
@@ -126,7 +130,7 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
         # BERT-base with a tied MLM head, 110 M in the paper's count; the pooler only for sentence
         # pairs.
         pooler = 768 * 768 + 768 + 768 * 2 + 2 if "nsp" in name else 0
-        assert trees.size(run.abstract.params) == 109_514_298 + pooler
+        assert paths.size(run.abstract.params) == 109_514_298 + pooler
 
 
 @pytest.mark.parametrize(
@@ -140,7 +144,7 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
     ],
 )
 def test_tiny_variant_trains(name, tmp_path, capsys):
-    made = config.load(
+    made = load.load(
         str(ROOT / "configs" / name),
         ["--config.total=4", "--config.log_every=2", "--config.tensorboard=False"],
     )

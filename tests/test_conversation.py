@@ -4,10 +4,12 @@ import jax
 import pytest
 from common import ROOT
 
-from fmjax import chat, pretrained, sharding, train
-from fmjax import config as configs
+from fmjax.checkpoints import pretrained
+from fmjax.config import load as configs
 from fmjax.data.chat import Unfit
 from fmjax.errors import ConfigError
+from fmjax.params import sharding
+from fmjax.tasks import chat, train
 
 
 @pytest.fixture(scope="module")

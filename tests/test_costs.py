@@ -9,10 +9,12 @@ import jax
 import pytest
 from tiny import OPTIM, VOCAB
 
-from fmjax import adapters, build, flops, groups, objectives, optim, setup, sharding, state, trees
+from fmjax import adapters, build, objectives
 from fmjax.adapters import merge
-from fmjax.models import bert, gpt2
-from fmjax.step import make_train_step
+from fmjax.models import bert, gpt2, param_init
+from fmjax.params import groups, paths, sharding
+from fmjax.training import flops, optim, setup, state
+from fmjax.training.step import make_train_step
 
 BATCH, TIME, CLASSES = 8, 128, 2
 LORA = dict(name="lora", targets=((r"block_.*/(attn|mlp)/.*", None),), rank=8, alpha=16.0)
@@ -30,16 +32,16 @@ def cost(variant, method):
     model = bert.Model(variant, classes={"classify": CLASSES}, lm_head=False, dropout=0.0)
     model = adapters.wrap(model, dict(adapter=LORA) if method == "lora" else {})
     step, abstract, moving, _ = assembled(model, METHODS[method], {"classify": {}})
-    optimizer = trees.nbytes(abstract.opt_state)
-    kept = trees.nbytes(abstract.replace(params=moving, rng=abstract.step))
-    return flops.count(step, abstract, batch(BATCH)), trees.size(moving), optimizer, kept
+    optimizer = paths.nbytes(abstract.opt_state)
+    kept = paths.nbytes(abstract.replace(params=moving, rng=abstract.step))
+    return flops.count(step, abstract, batch(BATCH)), paths.size(moving), optimizer, kept
 
 
 def assembled(model, patterns, losses):
     """(the step, its abstract state, what trains in it, the model as it is stacked)."""
     net, assigned = setup.grouped(model, patterns, OPTIM, {})
     split = functools.partial(groups.split, assigned=assigned)
-    moving = split(state.abstract_params(net))[0]
+    moving = split(param_init.abstract_params(net))[0]
     tx = optim.make(
         moving, assigned, steps=lambda _: 100, depth=net.cfg.depth, optim=OPTIM, group_optim={}
     ).tx
@@ -134,9 +136,9 @@ def test_of_gpt3_lora_trains_one_parameter_in_9251():
     trained = depth * 2 * 4 * (width + width)
     whole = depth * (12 * width**2 + 13 * width) + (50257 + 2048) * width + 2 * width
     assert (trained, whole) == (18_874_368, 174_604_259_328)
-    assert trees.size(gpt3("lora")[2]) == trained
-    assert trees.size(gpt3("full")[2]) == whole
-    assert trees.size(gpt3("lora")[1].params) == whole + trained
+    assert paths.size(gpt3("lora")[2]) == trained
+    assert paths.size(gpt3("full")[2]) == whole
+    assert paths.size(gpt3("lora")[1].params) == whole + trained
     assert round(whole / trained) == 9251
 
 
@@ -151,7 +153,7 @@ def test_of_gpt3_lora_saves_moments_and_gradients_by_the_compilers_count():
         assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes
         return memory.argument_size_in_bytes, memory.temp_size_in_bytes
 
-    whole, trained = (trees.size(gpt3(method)[2]) for method in ("full", "lora"))
+    whole, trained = (paths.size(gpt3(method)[2]) for method in ("full", "lora"))
     (full, between), (lora, little) = taken("full"), taken("lora")
     assert full == pytest.approx(12 * whole, rel=1e-4)
     assert lora == pytest.approx(4 * whole + 12 * trained, rel=1e-4)
@@ -169,6 +171,6 @@ def test_merged_into_gpt3_lora_costs_nothing():
         encode = lambda params, *rows: model.apply({"params": params}, *rows, method="encode")
         return jax.jit(encode).lower(params, *rows)
 
-    base = program(model.model, state.abstract_params(model.model))
+    base = program(model.model, param_init.abstract_params(model.model))
     assert program(model.model, merged).as_text() == base.as_text()
     assert program(model, abstract.params).as_text() != base.as_text()

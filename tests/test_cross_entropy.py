@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from fmjax import cross_entropy, sharding
+from fmjax.objectives import chunked_cross_entropy
+from fmjax.params import sharding
 
 B, T, D, V = 8, 6, 4, 40
 HOW = dict(spec=P("tensor", "fsdp"), dtype=jnp.float32)
@@ -36,13 +37,13 @@ def by_formula(hidden, kernel, labels, weights, z_loss=0.0, smoothing=0.0, softc
 @pytest.mark.parametrize("extra", [{}, dict(z_loss=0.1, smoothing=0.2, softcap=3.0)])
 @pytest.mark.parametrize("out_in", [True, False])
 def test_is_the_formula_and_its_derived_gradient(columns, extra, out_in, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 4 * B * V * columns)
+    monkeypatch.setattr(chunked_cross_entropy, "LOGITS_BYTES", 4 * B * V * columns)
     hidden, kernel, labels, weights = arrays()
 
     def ours(hidden, kernel):
         given = kernel if out_in else kernel.T
         how = HOW | dict(out_in=out_in, **extra)
-        return 3 * cross_entropy.sums(hidden, given, labels, weights, **how).loss
+        return 3 * chunked_cross_entropy.sums(hidden, given, labels, weights, **how).loss
 
     theirs = lambda hidden, kernel: 3 * by_formula(hidden, kernel, labels, weights, **extra)
     found = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, kernel)
@@ -60,21 +61,21 @@ def test_counts_what_is_right_and_what_weighs_nothing_counts_nothing():
     hidden, kernel, labels, weights = arrays()
     best = jnp.argmax(jnp.einsum("btd,vd->btv", hidden, kernel), axis=-1)
     labels = labels.at[:, ::2].set(best[:, ::2])
-    sums = cross_entropy.sums(hidden, kernel, labels, weights, out_in=True, **HOW)
+    sums = chunked_cross_entropy.sums(hidden, kernel, labels, weights, out_in=True, **HOW)
     assert sums.right == jnp.sum(weights * (labels == best)) and sums.nats == sums.loss
     other = jnp.where(weights > 0, labels, 0)
-    again = cross_entropy.sums(hidden, kernel, other, weights, out_in=True, **HOW)
+    again = chunked_cross_entropy.sums(hidden, kernel, other, weights, out_in=True, **HOW)
     assert sums == again
 
 
 @pytest.mark.parametrize("axes", [dict(data=8), dict(data=2, fsdp=4), dict(fsdp=2, tensor=4)])
 def test_devices_change_nothing(axes, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 4 * 2 * V)
+    monkeypatch.setattr(chunked_cross_entropy, "LOGITS_BYTES", 4 * 2 * V)
     hidden, kernel, labels, weights = arrays()
 
     def loss(hidden, kernel, labels, weights):
         how = HOW | dict(out_in=True)
-        return cross_entropy.sums(hidden, kernel, labels, weights, **how).loss
+        return chunked_cross_entropy.sums(hidden, kernel, labels, weights, **how).loss
 
     step = jax.value_and_grad(loss, (0, 1))
     alone = jax.jit(step)(hidden, kernel, labels, weights)
@@ -96,7 +97,7 @@ def test_the_logits_never_exist_at_once():
     given = [jax.ShapeDtypeStruct(*one) for one in zip(shapes, kinds, strict=True)]
 
     def loss(*given):
-        return cross_entropy.sums(*given, out_in=True, **HOW).loss
+        return chunked_cross_entropy.sums(*given, out_in=True, **HOW).loss
 
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*given).compile()
     whole = 4 * rows * time * tokens

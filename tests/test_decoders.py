@@ -12,24 +12,17 @@ import pytest
 import tiny
 from common import ROOT
 
-from fmjax import (
-    adapters,
-    convert,
-    data,
-    evaluate,
-    fill_mask,
-    losses,
-    pretrained,
-    sharding,
-    train,
-    trees,
-)
-from fmjax import config as configs
+from fmjax import adapters, convert, data
+from fmjax.checkpoints import pretrained
+from fmjax.config import load as configs
 from fmjax.data import packing
 from fmjax.errors import ConfigError
-from fmjax.models import llama
+from fmjax.evaluation import measurement
+from fmjax.io.progress import FALLING
+from fmjax.models import llama, text_pooling
 from fmjax.objectives import clm
-from fmjax.progress import FALLING
+from fmjax.params import paths, sharding
+from fmjax.tasks import fill_mask, train
 
 
 def load(name, *words):
@@ -73,7 +66,7 @@ def test_what_does_not_go_together_is_refused_before_training(name, words, match
 def test_a_head_on_the_whole_takes_the_last_real_token():
     hidden = jnp.arange(24, dtype=jnp.float32).reshape(2, 4, 3)
     segments = jnp.array([[1, 1, 0, 0], [1, 1, 1, 1]])
-    assert losses.pooled(hidden, segments, "last").tolist() == [[3, 4, 5], [21, 22, 23]]
+    assert text_pooling.pooled(hidden, segments, "last").tolist() == [[3, 4, 5], [21, 22, 23]]
 
 
 def test_less_is_better_of_what_measures_surprise():
@@ -116,7 +109,7 @@ def test_a_decoder_is_tuned_on_conversations(folder, tmp_path):
     with jax.set_mesh(mesh):
         opened = pretrained.open_folder(str(tmp_path / "run"), mesh)
         words = [f"folder={tmp_path / 'run'}", "batch_size=8"]
-        measure = evaluate.Measure(load("evaluate.py", *words), opened, mesh)
+        measure = measurement.Measure(load("evaluate.py", *words), opened, mesh)
         assert measure.split.seq_len == 64 and measure.dataset.format.startswith("chat-64-drop")
         rows = measure.split.rows(np.arange(len(measure.split)))
         _, weights = clm.targets({name: jnp.asarray(array) for name, array in rows.items()})
@@ -143,7 +136,9 @@ def test_other_data_are_measured_in_the_same_frame(folder, tmp_path):
     config = load("evaluate.py", f"folder={folder}", f"data.train={tmp_path / 'other.txt'}")
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh):
-        settings, goals, _ = evaluate.settings_of(config, pretrained.open_folder(str(folder), mesh))
+        settings, goals, _ = measurement.settings_of(
+            config, pretrained.open_folder(str(folder), mesh)
+        )
     assert settings["frame"] == "document" and list(goals) == ["clm"]
 
 
@@ -200,7 +195,7 @@ def test_a_classifier_of_transformers_gives_its_outputs(kind, tmp_path):
 
     name, options = convert.describe(tmp_path)
     model = importlib.import_module(f"fmjax.models.{name}").Model(**options, lm_head=False)
-    model = model.clone(stacks=trees.runs(model.kinds))
+    model = model.clone(stacks=paths.runs(model.kinds))
     like = jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"]
     params, report = convert.load(tmp_path, like)
     assert report.kept == ()

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from fmjax import adapters, beams, decoding, sharding, trees
+from fmjax import adapters
 from fmjax.errors import ConfigError
-from fmjax.sampling import Sampling
+from fmjax.generation import beam_search, decoder
+from fmjax.generation.sampling import Sampling
+from fmjax.params import paths, sharding
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[7, 9, 11, 20], [33], [5, 6, 40]]
@@ -74,7 +76,7 @@ def test_what_is_kept_changes_no_token(family, adapter):
     model, params = made(family, ADAPTERS[adapter], **(dict(tied=False) if family == "t5" else {}))
     expected = [anew(model, params, prompt, LENGTH) for prompt in PROMPTS]
     assert len(set(map(tuple, expected))) > 1
-    writer = decoding.Writer(model, params)
+    writer = decoder.Writer(model, params)
     assert writer(PROMPTS, LENGTH, GREEDY) == expected
 
 
@@ -84,7 +86,7 @@ def test_what_is_known_is_a_prefix_to_who_learnt_with_one():
     found = {}
     for prefix in (True, False):
         expected = [anew(model, params, prompt, LENGTH, prefix) for prompt in prompts]
-        found[prefix] = decoding.Writer(model, params, prefix=prefix)(prompts, LENGTH, GREEDY)
+        found[prefix] = decoder.Writer(model, params, prefix=prefix)(prompts, LENGTH, GREEDY)
         assert found[prefix] == expected
     assert found[True] != found[False]
 
@@ -92,12 +94,12 @@ def test_what_is_known_is_a_prefix_to_who_learnt_with_one():
 def test_windows_and_experts_write_the_same_too():
     model, params = made("llama", window=3, full_every=2, experts=3, experts_per_token=2)
     expected = [anew(model, params, prompt, 12) for prompt in PROMPTS]
-    assert decoding.Writer(model, params)(PROMPTS, 12, GREEDY) == expected
+    assert decoder.Writer(model, params)(PROMPTS, 12, GREEDY) == expected
 
 
 def test_a_row_says_the_same_whatever_is_beside_it():
     model, params = made("llama")
-    writer, hot = decoding.Writer(model, params), Sampling(temperature=1.5, top_p=0.9)
+    writer, hot = decoder.Writer(model, params), Sampling(temperature=1.5, top_p=0.9)
     together = writer(PROMPTS, 9, hot, seed=3)
     apart = [writer([ids], 9, hot, seed=3, first=i)[0] for i, ids in enumerate(PROMPTS)]
     assert together == apart
@@ -108,9 +110,9 @@ def test_a_row_says_the_same_whatever_is_beside_it():
 
 def test_a_text_ends_with_what_ends_it_and_the_others_go_on():
     model, params = made("gpt2")
-    free = decoding.Writer(model, params)(PROMPTS, 8, GREEDY)
+    free = decoder.Writer(model, params)(PROMPTS, 8, GREEDY)
     end = free[0][2]
-    ended = decoding.Writer(model, params, stop=(end,))(PROMPTS, 8, GREEDY)
+    ended = decoder.Writer(model, params, stop=(end,))(PROMPTS, 8, GREEDY)
     cut = [row[: row.index(end) + 1] if end in row else row for row in free]
     assert ended == cut and len(ended[0]) <= 3
 
@@ -118,16 +120,14 @@ def test_a_text_ends_with_what_ends_it_and_the_others_go_on():
 def test_tokens_that_nothing_stands_for_are_not_written():
     model, params = made("gpt2")
     hot = Sampling(temperature=50.0)
-    rows = decoding.Writer(model, params, tokens=9)(PROMPTS, 20, hot)
+    rows = decoder.Writer(model, params, tokens=9)(PROMPTS, 20, hot)
     assert max(map(max, rows)) < 9 and min(map(min, rows)) >= 0
 
 
 def test_a_penalty_keeps_tokens_from_coming_again():
     model, params = made("gpt2")
     never = Sampling(temperature=0, repetition_penalty=1e6)
-    for prompt, row in zip(
-        PROMPTS, decoding.Writer(model, params)(PROMPTS, 10, never), strict=True
-    ):
+    for prompt, row in zip(PROMPTS, decoder.Writer(model, params)(PROMPTS, 10, never), strict=True):
         assert len({*prompt, *row}) == len(prompt) + len(row)
 
 
@@ -135,36 +135,36 @@ def test_a_penalty_keeps_tokens_from_coming_again():
 def test_eight_devices_write_what_one_does(axes):
     model, params = made("llama", kv_heads=2)
     prompts = [*PROMPTS, [12, 13]]
-    expected = decoding.Writer(model, params)(prompts, LENGTH, GREEDY)
+    expected = decoder.Writer(model, params)(prompts, LENGTH, GREEDY)
     mesh = tiny.mesh(**axes)
     with jax.set_mesh(mesh):
         spread = jax.device_put(params, sharding.shardings(params, mesh))
-        writer = decoding.Writer(model, spread)
+        writer = decoder.Writer(model, spread)
         assert writer(prompts, LENGTH, GREEDY) == expected
         given = writer.given(prompts, LENGTH, 0)
-        texts = decoding.begin(model, writer.params, given, writer.facts, GREEDY, 32, 4)
+        texts = decoder.begin(model, writer.params, given, writer.facts, GREEDY, 32, 4)
         keys = texts.cache["block_00"]["attn"]["memory"]["rows"][0]  # of 2 heads of keys
         parts = {shard.data.shape[:2] for shard in keys.addressable_shards}
         assert parts == {(4 // (axes.get("data", 1) * axes.get("fsdp", 1)), 1)}
 
 
 def test_programs_are_few():
-    assert [decoding.room(n) for n in (1, 32, 33, 48, 49, 64, 65, 97, 1000)] == [
+    assert [decoder.room(n) for n in (1, 32, 33, 48, 49, 64, 65, 97, 1000)] == [
         32, 32, 48, 48, 64, 64, 96, 128, 1024,
     ]  # fmt: skip
     model, params = made("gpt2")
-    writer = decoding.Writer(model, params)
+    writer = decoder.Writer(model, params)
     writer([[5] * 3], 4, GREEDY)
-    before = decoding.begin._cache_size(), decoding.go_on._cache_size()
+    before = decoder.begin._cache_size(), decoder.go_on._cache_size()
     writer([[5] * 17], 9, GREEDY)
-    assert (decoding.begin._cache_size(), decoding.go_on._cache_size()) == before
+    assert (decoder.begin._cache_size(), decoder.go_on._cache_size()) == before
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
 @pytest.mark.parametrize("bits", [dict(weights="int8"), dict(cache="int8")], ids=str)
 def test_eight_bits_say_the_same_in_any_batch(family, bits):
     model, params = made(family)
-    writer = decoding.Writer(model, params, **bits)
+    writer = decoder.Writer(model, params, **bits)
     together = writer(PROMPTS, LENGTH, GREEDY)
     assert together == [writer([ids], LENGTH, GREEDY)[0] for ids in PROMPTS]
     if bits.get("weights"):  # the same products, of all tokens at once
@@ -173,22 +173,22 @@ def test_eight_bits_say_the_same_in_any_batch(family, bits):
 
 def test_eight_bits_are_near_the_whole():
     model, params = made("llama", tied=True)
-    writer = decoding.Writer(model, params, weights="int8", cache="int8")
+    writer = decoder.Writer(model, params, weights="int8", cache="int8")
     given = writer.given(PROMPTS, LENGTH, 0)
     states = {}
     sides = dict(whole=(model, params, ""), eight=(writer.model, writer.params, "int8"))
     for name, (model, params, bits) in sides.items():
         facts = writer.facts._replace(cache=bits)
-        hidden, cache = decoding.read(model, params, given, facts, 32)
-        first = decoding.logits(model, params, hidden, facts)
-        more, cache = decoding.read_more(
+        hidden, cache = decoder.read(model, params, given, facts, 32)
+        first = decoder.logits(model, params, hidden, facts)
+        more, cache = decoder.read_more(
             model, params, given, cache, jnp.full((3, 1), 9, jnp.int32), jnp.int32(1)
         )
-        states[name] = first, decoding.logits(model, params, more[:, 0], facts), cache
+        states[name] = first, decoder.logits(model, params, more[:, 0], facts), cache
     for whole, eight in zip(*(states[name][:2] for name in ("whole", "eight")), strict=True):
         error = jnp.linalg.norm(eight - whole) / jnp.linalg.norm(whole)
         assert 0 < error < 0.05
-    size = lambda cache: trees.nbytes({k: x for k, x in cache.items() if k != "seen"})
+    size = lambda cache: paths.nbytes({k: x for k, x in cache.items() if k != "seen"})
     heads = model.cfg.width // model.cfg.heads  # of a vector of so many there is one scale
     assert size(states["eight"][2]) / size(states["whole"][2]) == pytest.approx(
         (heads + 4) / (4 * heads), rel=0.01
@@ -199,16 +199,16 @@ def test_bits_that_a_model_has_not_are_said():
     model, params = made("gpt2")
     for bits in (dict(weights="int4"), dict(cache="fp8")):
         with pytest.raises(ConfigError, match=f"config.{next(iter(bits))}=.*give 'int8'"):
-            decoding.Writer(model, params, **bits)
+            decoder.Writer(model, params, **bits)
     with pytest.raises(ConfigError, match="without adapters.*configs/export.py"):
-        decoding.Writer(*made("gpt2", LORA), weights="int8")
+        decoder.Writer(*made("gpt2", LORA), weights="int8")
     with pytest.raises(ConfigError, match="not for experts"):
-        decoding.Writer(*made("llama", experts=3, experts_per_token=2), weights="int8")
+        decoder.Writer(*made("llama", experts=3, experts_per_token=2), weights="int8")
 
 
 def test_half_precision_says_the_same_in_any_batch():
     model, params = made("gpt2", dtype="bfloat16")
-    writer = decoding.Writer(model, params)
+    writer = decoder.Writer(model, params)
     together = writer(PROMPTS, LENGTH, GREEDY)
     assert together == [writer([ids], LENGTH, GREEDY)[0] for ids in PROMPTS]
     assert together == [anew(writer.model, writer.params, ids, LENGTH) for ids in PROMPTS]
@@ -217,9 +217,9 @@ def test_half_precision_says_the_same_in_any_batch():
 @pytest.mark.parametrize("adapter", ["lora", "prefix"])
 def test_a_cache_in_eight_bits_goes_with_adapters_and_beams(adapter):
     model, params = made("gpt2", ADAPTERS[adapter])
-    writer = decoding.Writer(model, params, cache="int8")
+    writer = decoder.Writer(model, params, cache="int8")
     together = writer(PROMPTS, LENGTH, GREEDY)
     assert together == [writer([ids], LENGTH, GREEDY)[0] for ids in PROMPTS]
-    found = beams.search(writer, PROMPTS, LENGTH, beams.Beams(3))
-    alone = [beams.search(writer, [ids], LENGTH, beams.Beams(3))[0] for ids in PROMPTS]
+    found = beam_search.search(writer, PROMPTS, LENGTH, beam_search.Beams(3))
+    alone = [beam_search.search(writer, [ids], LENGTH, beam_search.Beams(3))[0] for ids in PROMPTS]
     assert [text for text, _ in found] == [text for text, _ in alone]

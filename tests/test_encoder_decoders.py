@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from common import ROOT
 
-from fmjax import config as configs
-from fmjax import evaluate, export, pretrained, sharding, train
+from fmjax.checkpoints import pretrained
+from fmjax.config import load as configs
 from fmjax.errors import ConfigError
+from fmjax.evaluation import measurement
+from fmjax.params import sharding
+from fmjax.tasks import export, train
 
 
 def load(name, *words):
@@ -45,7 +48,7 @@ def test_a_run_is_measured_again_as_it_was(folder):
     with jax.set_mesh(mesh):
         opened = pretrained.open_folder(str(folder / "run"), mesh)
         given = load("evaluate.py", f"folder={folder / 'run'}", "batch_size=8")
-        measure = evaluate.Measure(given, opened, mesh)
+        measure = measurement.Measure(given, opened, mesh)
         assert measure.dataset.format.startswith("seq2seq-32")
         found = measure(opened.model, opened.params, mesh)
     assert found["seq2seq/loss"] == pytest.approx(last["validation/seq2seq/loss"], abs=1e-5)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from common import ROOT
 
-from fmjax import evidence, sweep_results, tasks
+from fmjax import dispatch
 from fmjax.errors import Broken, ConfigError, NumericsError
+from fmjax.experiments import evidence, sweep_results
 
 FILE = """
 import runpy
-from fmjax import sweep
+from fmjax.experiments import sweep
 
 def get_config(arg=None):
     return runpy.run_path({path!r})["get_config"]("tiny")
@@ -63,7 +64,7 @@ def ran(monkeypatch):
             facts |= {"trainable_parameters": 7}
             (own / "summary.json").write_text(json.dumps({"metrics": metrics, **facts}))
 
-    monkeypatch.setattr(tasks, "start", start)
+    monkeypatch.setattr(dispatch, "start", start)
     return ran
 
 

@@ -8,10 +8,14 @@ import pytest
 from common import ROOT
 from test_finetune import decoder, files, home, load  # noqa: F401
 
-from fmjax import config as configs
-from fmjax import convert, export, predict, pretrained, sharding, train, trees
+from fmjax import convert
+from fmjax.checkpoints import pretrained
+from fmjax.config import load as configs
 from fmjax.errors import ConfigError
 from fmjax.models import bert, gpt2, t5
+from fmjax.params import paths, sharding
+from fmjax.tasks import export, predict, train
+from fmjax.training import initialize
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 TEXTS = ("good value", "bad name list object of the", "odd")
@@ -86,7 +90,7 @@ def named(model, pool=""):
     """The class of transformers that a model would be exported as."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"]
     convert.check_pool(model, {"classify": {"pool": pool}})
-    return convert.architecture(model, trees.unstack(shapes))[0]
+    return convert.architecture(model, paths.unstack(shapes))[0]
 
 
 SMALL = dict(vocab_size=20, width=16, depth=2, heads=2, mlp=24, lm_head=False)
@@ -143,10 +147,10 @@ def test_a_folder_of_an_unknown_class_is_refused_at_opening(kind, changes, said,
         pretrained.open_folder(str(folder), sharding.make_mesh())
     config = load("finetune.py", f"--config.init={folder}")
     with pytest.raises(ConfigError, match=said):
-        pretrained.resolved(config)
+        initialize.resolved(config)
     if isinstance(kind, str) and not changes:
         config.new_head = True
-        assert pretrained.resolved(config).model.name == "bert"
+        assert initialize.resolved(config).model.name == "bert"
 
 
 @pytest.mark.parametrize(

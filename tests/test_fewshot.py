@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from common import ROOT
 
-from fmjax import choices, fewshot, questions, train
-from fmjax import config as configs
-from fmjax.choices import Found, Item
+from fmjax.config import load as configs
 from fmjax.errors import ConfigError, DataError
-from fmjax.likelihood import Likely
+from fmjax.evaluation import benchmarks, multiple_choice, scoring
+from fmjax.evaluation.loglikelihood import Likely
+from fmjax.evaluation.multiple_choice import Found, Item
+from fmjax.tasks import fewshot, train
 
 
 def found(nats, tokens=None, text=None, greedy=False):
@@ -21,27 +22,27 @@ def found(nats, tokens=None, text=None, greedy=False):
 
 def test_the_likeliest_choice_is_taken_by_sum_by_token_and_by_byte():
     one = found([4.0, 6.0, 5.0], tokens=[1, 3, 2], text=[8, 11, 20])
-    assert [one.choice(norm) for norm in choices.NORMS[:3]] == [0, 1, 2]
+    assert [one.choice(norm) for norm in multiple_choice.NORMS[:3]] == [0, 1, 2]
 
 
 def test_means_have_errors_intervals_and_groups():
     items = [Item("", ("a", "b"), 0, group) for group in "xxyy"]
     right, wrong = found([1.0, 2.0]), found([2.0, 1.0])
-    told = choices.metrics(items, [right, right, right, wrong])["accuracy"]
+    told = multiple_choice.metrics(items, [right, right, right, wrong])["accuracy"]
     assert told["mean"] == 0.75 and told["items"] == 4
     assert told["error"] == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
     assert told["groups"] == {"x": 1.0, "y": 0.5}
     low, high = told["interval"]
     assert 0 <= low < 0.75 < high <= 1
-    alone = choices.metrics([Item("a", (" b",), 0)] * 2, [found([1.5], greedy=True)] * 2)
+    alone = multiple_choice.metrics([Item("a", (" b",), 0)] * 2, [found([1.5], greedy=True)] * 2)
     assert alone["accuracy"]["mean"] == 1 and alone["nats"]["mean"] == 1.5
     with pytest.raises(ConfigError, match="one choice"):
-        choices.metrics([items[0], Item("a", ("b",), 0)], [right, found([1.0])])
+        multiple_choice.metrics([items[0], Item("a", ("b",), 0)], [right, found([1.0])])
 
 
 def test_the_space_before_a_choice_belongs_to_it():
     words = lambda text, add_special_tokens: {"input_ids": [len(w) for w in text.split(" ")]}
-    encode = choices.encoder(words)
+    encode = multiple_choice.encoder(words)
     assert encode("aaa bb ", "c") == encode("aaa bb", " c") == ([3, 2], [1])
 
 
@@ -54,7 +55,7 @@ def test_each_choice_is_judged_behind_its_context():
 
     encode = lambda context, said: ([context], list(said))
     items = [Item("p", ("abc", "d"), 1), Item("q", ("é",), 0)]
-    first, second = choices.judged(scorer, encode, items)
+    first, second = multiple_choice.judged(scorer, encode, items)
     assert asked == [(["p"], ["a", "b", "c"]), (["p"], ["d"]), (["q"], ["é"])]
     assert first.nats == (3.0, 1.0) and first.choice("sum") == 1 and second.bytes == (2,)
 
@@ -64,7 +65,7 @@ def test_the_space_that_joins_a_choice_to_its_context_is_none_of_its_bytes():
     nats = {" cat": 4.0, " house": 6.0}
     items = [Item("q", tuple(nats), 1)]
     scorer = lambda pairs: [Likely(nats[said], False, 1) for _, said in pairs]
-    (told,) = choices.judged(scorer, lambda context, said: (context, said), items)
+    (told,) = multiple_choice.judged(scorer, lambda context, said: (context, said), items)
     assert told.bytes == (3, 5) and told.choice("byte") == 1 and told.choice("sum") == 0
 
 
@@ -78,18 +79,20 @@ def test_a_gain_is_over_what_is_said_anyway():
         return [Likely(nats[pair], False, 1) for pair in pairs]
 
     items = [Item("q", (" no", " yes"), 1, bare="-"), Item("q", (" no", " yes"), 0, bare="-")]
-    told = choices.judged(scorer, lambda context, said: (context.strip("-"), said), items)
+    told = multiple_choice.judged(scorer, lambda context, said: (context.strip("-"), said), items)
     assert len(asked) == 4  # each pair once
     assert [one.choice("sum") for one in told] == [0, 0]
     assert [one.choice("gain") for one in told] == [1, 1]
-    means = choices.metrics(items, told)
+    means = multiple_choice.metrics(items, told)
     assert means["accuracy_by_gain"]["mean"] == means["accuracy"]["mean"] == 0.5
-    assert "accuracy_by_gain" not in choices.metrics([Item("", ("a", "b"), 0)], [found([1.0, 2.0])])
+    assert "accuracy_by_gain" not in multiple_choice.metrics(
+        [Item("", ("a", "b"), 0)], [found([1.0, 2.0])]
+    )
 
 
 def test_examples_are_others_than_what_is_asked_and_more_go_on_with_fewer():
     items = [Item(f"q{i}", (" a", " b"), i % 2) for i in range(6)]
-    one, three = (fewshot.with_shots(items, items, k, seed=0) for k in (1, 3))
+    one, three = (scoring.with_shots(items, items, k, seed=0) for k in (1, 3))
     for i, (short, long) in enumerate(zip(one, three, strict=True)):
         parts = long.context.split("\n\n")
         assert (
@@ -97,9 +100,9 @@ def test_examples_are_others_than_what_is_asked_and_more_go_on_with_fewer():
         )
         assert f"q{i} {'ab'[i % 2]}" not in parts[:3]
         assert all(part[3:] == "ab"[int(part[1]) % 2] for part in parts[:3])
-    assert fewshot.with_shots(items, items, 1, seed=1) != one
+    assert scoring.with_shots(items, items, 1, seed=1) != one
     with pytest.raises(ConfigError, match="give a file of more"):
-        fewshot.with_shots(items, items, 6, seed=0)
+        scoring.with_shots(items, items, 6, seed=0)
 
 
 ROWS = {
@@ -114,13 +117,13 @@ def test_files_become_items(tmp_path):
     (tmp_path / "b").mkdir()
     for name, row in ROWS.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(row) + "\n")
-    read = lambda name, **how: questions.items(name, tmp_path / f"{name}.jsonl", **how)
+    read = lambda name, **how: benchmarks.items(name, tmp_path / f"{name}.jsonl", **how)
     assert read("blimp")[0] == Item("", ("It is.", "It are."), 0, "agreement")
     assert read("lambada", limit=1) == [Item("He went to the", (" shop",), 0)]
     assert read("hellaswag")[1] == Item("He", (" sits.", " runs."), 1)
     with gzip.open(tmp_path / "b" / "one.jsonl.gz", "wt") as file:
         file.write(json.dumps(ROWS["blimp"]))
-    assert len(questions.items("blimp", tmp_path / "b")) == 1
+    assert len(benchmarks.items("blimp", tmp_path / "b")) == 1
 
 
 @pytest.mark.parametrize(
@@ -149,7 +152,7 @@ def test_rows_that_are_no_items_are_named(tmp_path, row, words):
     file = tmp_path / "bad.jsonl"
     file.write_text(json.dumps(ROWS["choices"]) + "\n" + row)
     with pytest.raises(DataError, match=f"bad.jsonl:2.*{words}") as error:
-        questions.items("choices", file)
+        benchmarks.items("choices", file)
     assert len(str(error.value)) < 500 + len(str(file)) and "\n" not in str(error.value)
 
 
@@ -181,7 +184,7 @@ def test_a_run_is_asked_and_its_folder_keeps_the_answers(tmp_path, name, capsys)
 
 def test_no_file_is_named():
     with pytest.raises(ConfigError, match="config.benchmark.path='x'"):
-        questions.items("blimp", "x")
+        benchmarks.items("blimp", "x")
 
 
 def test_classes_in_words_leave_what_a_sweep_compares(tmp_path, capsys):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from fmjax import prompts, questions
-from fmjax.choices import Item
 from fmjax.errors import ConfigError, DataError
+from fmjax.evaluation import benchmarks, prompt_templates
+from fmjax.evaluation.multiple_choice import Item
 
 FILES = {
     "sst2": ("sentence\tlabel", 'a "fine film\t1'),
@@ -60,21 +60,21 @@ def test_files_of_glue_become_questions(tmp_path, name):
     file = tmp_path / "dev.tsv"
     file.write_text("\n".join([*([heads] if heads else []), row, row]) + "\n")
     wanted = dict(name=name, path=str(file), examples=str(file), limit=1)
-    ((items, examples),) = questions.asked(wanted, (), (), True).values()
+    ((items, examples),) = benchmarks.asked(wanted, (), (), True).values()
     assert len(items) == 1 and examples == items * 2  # the limit is of what is asked
-    kind = prompts.GLUE[name]
+    kind = prompt_templates.GLUE[name]
     assert items[0] == ITEMS[name]
     assert items[0].choices == tuple(f" {word}" for word in kind.words)
     assert items[0].choices[items[0].label] == f" {kind.words[kind.classes.index(row_label(name))]}"
     for template in ("{" + f"{next(iter(kind.columns))}" + "}?", "x " + kind.template):
-        found = questions.asked(wanted, (template,), ("a", "b"), False)
+        found = benchmarks.asked(wanted, (template,), ("a", "b"), False)
         assert list(found) == [template] and found[template][0][0].choices == (" a", " b")
 
 
 def row_label(name):
     heads, row = FILES[name]
-    names = heads.split("\t") if heads else prompts.GLUE[name].heads
-    return dict(zip(names, row.split("\t"), strict=True))[prompts.GLUE[name].label]
+    names = heads.split("\t") if heads else prompt_templates.GLUE[name].heads
+    return dict(zip(names, row.split("\t"), strict=True))[prompt_templates.GLUE[name].label]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_files_that_are_no_glue_are_named(tmp_path, rows, words):
     file = tmp_path / "dev.tsv"
     file.write_text("\n".join(rows))
     with pytest.raises(DataError, match=words):
-        list(prompts.glue("sst2", file))
+        list(prompt_templates.glue("sst2", file))
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_files_that_are_no_glue_are_named(tmp_path, rows, words):
 )
 def test_templates_that_cannot_be_filled_are_refused(template):
     with pytest.raises(ConfigError, match="config.templates"):
-        prompts.check(template, ["text"])
+        prompt_templates.check(template, ["text"])
 
 
 def test_templates_that_can_are_not():
-    prompts.check("{{{text}}} and {text}", ["text"])
+    prompt_templates.check("{{{text}}} and {text}", ["text"])
 
 
 def test_a_file_of_nothing_is_named(tmp_path):
@@ -109,20 +109,20 @@ def test_a_file_of_nothing_is_named(tmp_path):
     file.write_text("sentence\tlabel\n")
     wanted = dict(name="sst2", path=str(file), examples="", limit=0)
     with pytest.raises(DataError, match="no row to ask"):
-        questions.asked(wanted, (), (), False)
+        benchmarks.asked(wanted, (), (), False)
 
 
 @pytest.mark.parametrize(
     "limit, rows", [(0, range(7)), (3, (0, 2, 4)), (7, range(7)), (9, range(7))]
 )
 def test_some_rows_are_taken_evenly(limit, rows):
-    given = [prompts.Row({"text": str(i)}, i) for i in range(7)]
-    assert prompts.spread(given, limit) == [given[i] for i in rows]
-    assert prompts.spread([], limit) == []
+    given = [prompt_templates.Row({"text": str(i)}, i) for i in range(7)]
+    assert prompt_templates.spread(given, limit) == [given[i] for i in rows]
+    assert prompt_templates.spread([], limit) == []
 
 
 def test_a_text_of_a_file_of_glue_may_be_long_and_hold_any_character(tmp_path):
     text = "a \r \x85 b " * 20_000  # beyond what the csv module takes for a value
     (tmp_path / "dev.tsv").write_text(f"sentence\tlabel\n{text}\t1\n", newline="")
-    (row,) = prompts.glue("sst2", tmp_path / "dev.tsv")
+    (row,) = prompt_templates.glue("sst2", tmp_path / "dev.tsv")
     assert row.columns == {"sentence": text} and row.label == 1

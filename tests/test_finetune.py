@@ -12,25 +12,16 @@ import pytest
 from common import CACHE, ROOT
 from sklearn import metrics
 
-from fmjax import (
-    build,
-    data,
-    embed,
-    evaluate,
-    export,
-    interrupt,
-    objectives,
-    predict,
-    pretrained,
-    probe,
-    setup,
-    sharding,
-    train,
-    trees,
-)
-from fmjax import config as configs
+from fmjax import build, data, objectives
+from fmjax.checkpoints import pretrained
+from fmjax.config import load as configs
 from fmjax.data.tokenizer import load as load_tokenizer
+from fmjax.distributed import signals
 from fmjax.errors import ConfigError, DataError
+from fmjax.evaluation import eval_loop, readable
+from fmjax.params import paths, sharding
+from fmjax.tasks import embed, evaluate, export, predict, probe, train
+from fmjax.training import initialize, setup
 
 RUN = [
     "--config.batch_size=8", "--config.data.seq_len=16", "--config.tensorboard=False",
@@ -120,10 +111,10 @@ def test_the_model_and_the_tokenizer_are_those_of_init(encoder, tuned):
     assert after.labels == ("bad", "good", "odd")
     assert after.model.cfg.width == 32 and not after.model.cfg.lm_head
     assert dict(after.model.cfg.classes) == {"classify": 3}
-    names = trees.unstack(after.params).keys()
+    names = paths.unstack(after.params).keys()
     # BERT's pooler is of the first token alone, and the head here is on the mean.
     assert {name.split("/")[1] for name in names if name.startswith("head/")} == {"classify"}
-    assert trees.unstack(before.params)["embed/token/embedding"].shape[0] == len(
+    assert paths.unstack(before.params)["embed/token/embedding"].shape[0] == len(
         load_tokenizer(after.tokenizer)
     )
 
@@ -137,7 +128,7 @@ def test_the_first_word_is_learned_and_scored_over_the_whole_split(home, tuned):
     opened = pretrained.open_folder(str(tuned), mesh)
     split = data.prepare(opened.config.data.to_dict(), {"name": str(opened.tokenizer)}).splits
     goals = objectives.build({"classify": {"pool": "mean"}}, target="classes")
-    step = jax.jit(evaluate.make_step(build.apply(opened.model), goals))
+    step = jax.jit(eval_loop.make_step(build.apply(opened.model), goals))
     (batch,) = data.eval_batches(split["validation"], batch_size=24)
     sums, told = step(opened.params, batch, jax.random.key(0))
     chosen = np.argmax(told["classify"]["probabilities"], axis=1)
@@ -237,7 +228,7 @@ def test_only_the_head_moves(home, encoder):
     train.run(load("finetune.py", *words), home / "head")
     mesh = sharding.make_mesh()
     before, after = (
-        trees.unstack(pretrained.open_folder(str(folder), mesh).params)
+        paths.unstack(pretrained.open_folder(str(folder), mesh).params)
         for folder in (encoder, home / "head")
     )
     for name in after.keys() & before.keys():
@@ -265,10 +256,10 @@ def test_predictions_are_lines_in_the_order_of_the_file(home, tuned, capsys):
 
 
 def test_what_a_terminal_shows_of_a_text_is_cut_and_can_be_printed():
-    assert predict.cut("a\n b") == "a b"
-    assert predict.cut("x" * 10**6) == "x" * 89 + "…"
-    assert predict.cut(" " * 500 + "x").endswith("…")
-    assert predict.cut("\x1b[2J") == "\N{REPLACEMENT CHARACTER}[2J"
+    assert readable.cut("a\n b") == "a b"
+    assert readable.cut("x" * 10**6) == "x" * 89 + "…"
+    assert readable.cut(" " * 500 + "x").endswith("…")
+    assert readable.cut("\x1b[2J") == "\N{REPLACEMENT CHARACTER}[2J"
 
 
 def test_embeddings_are_the_mean_of_the_last_layer_whatever_the_batch(home, encoder):
@@ -392,14 +383,14 @@ def test_what_an_example_adds_is_in_the_order_of_the_split():
         {"rows": rows([2, 0], [True, True], [12, 10]), "regress": {"x": np.array([14.0, 11.0])}},
         {"rows": rows([1, 0], [True, False], [11, 0]), "regress": {"x": np.array([14.0, 9.0])}},
     ]
-    found = evaluate.by_example(batches, [made], split=None)
+    found = eval_loop.by_example(batches, [made], split=None)
     np.testing.assert_array_equal(found["regress/loss"], [1, 9, 4])
     np.testing.assert_array_equal(found["label"], [10, 11, 12])
     # The loss of the run is the only objective's, unless that is weighted.
     np.testing.assert_array_equal(found["loss"], found["regress/loss"])
-    assert "loss" not in evaluate.by_example(batches, [made._replace(weight=0.5)], split=None)
-    assert evaluate.by_example(batches, [made._replace(each=None)], split=None) == {}
-    assert evaluate.keeps([made]) and not evaluate.keeps([made._replace(each=None)])
+    assert "loss" not in eval_loop.by_example(batches, [made._replace(weight=0.5)], split=None)
+    assert eval_loop.by_example(batches, [made._replace(each=None)], split=None) == {}
+    assert eval_loop.keeps([made]) and not eval_loop.keeps([made._replace(each=None)])
 
 
 def test_score_is_told_only_of_real_rows_in_the_order_of_the_split():
@@ -408,7 +399,7 @@ def test_score_is_told_only_of_real_rows_in_the_order_of_the_split():
         {"rows": rows([2, 0], [True, True], [12, 10]), "a": {"x": np.array([2.0, 0.0])}},
         {"rows": rows([1, 0], [True, False], [11, 0]), "a": {"x": np.array([1.0, 9.0])}},
     ]
-    outputs, labels, rows = evaluate.in_order(batches)
+    outputs, labels, rows = eval_loop.in_order(batches)
     np.testing.assert_array_equal(outputs["a"]["x"], [0.0, 1.0, 2.0])
     np.testing.assert_array_equal(labels, [10, 11, 12])
     np.testing.assert_array_equal(rows, [0, 1, 2])
@@ -467,7 +458,7 @@ def test_a_head_for_other_classes_is_not_gone_on_with(home, first_pooled, kind):
 def test_a_head_is_kept_unless_a_new_one_is_asked_for(home, first_pooled, kind):
     source, mesh = first_pooled / kind, sharding.make_mesh()
     here = [f"--config.init={source}", "--config.objectives.classify.pool=first"]
-    before = trees.flatten(pretrained.open_folder(str(source), mesh).params)
+    before = paths.flatten(pretrained.open_folder(str(source), mesh).params)
     stated = "--config.data.classes=('x', 'y', 'z')"
     other = relabelled(home, ("x", "y", "z"))
     for words, kept in (
@@ -478,9 +469,9 @@ def test_a_head_is_kept_unless_a_new_one_is_asked_for(home, first_pooled, kind):
     ):
         config = load("finetune.py", *words, *here)
         run = setup.setup(config, mesh)
-        pretrained.check_head(run.config, run.dataset.labels)
-        begun = pretrained.initial(run.config, run.model, run.abstract.params).params
-        begun = trees.flatten(begun)
+        initialize.check_head(run.config, run.dataset.labels)
+        begun = initialize.initial(run.config, run.model, run.abstract.params).params
+        begun = paths.flatten(begun)
         same = lambda name: bool(np.array_equal(begun[name], before[name]))  # noqa: B023
         assert same("head/classify/kernel") == kept
         assert same("head/pooler/kernel")
@@ -492,9 +483,9 @@ def test_names_that_transformers_makes_up_are_not_compared(home, first_pooled, t
     described["id2label"] = {str(i): f"LABEL_{i}" for i in range(3)}
     (folder / "config.json").write_text(json.dumps(described))
     config = load("finetune.py", *relabelled(home, ("x", "y", "z")), f"--config.init={folder}")
-    pretrained.check_head(config, ("x", "y", "z"))
+    initialize.check_head(config, ("x", "y", "z"))
     with pytest.raises(ConfigError, match="3 outputs, the data need 2 outputs"):
-        pretrained.check_head(config, ("x", "y"))
+        initialize.check_head(config, ("x", "y"))
 
 
 def test_a_new_head_needs_something_to_differ_from(home, first_pooled):
@@ -504,7 +495,7 @@ def test_a_new_head_needs_something_to_differ_from(home, first_pooled):
     config = load("finetune.py:contrast", *words, "--config.new_head=True")
     run = setup.setup(config, sharding.make_mesh())
     with pytest.raises(ConfigError, match=r"the objectives \['contrast'\] have no head"):
-        pretrained.initial(run.config, run.model, run.abstract.params)
+        initialize.initial(run.config, run.model, run.abstract.params)
 
 
 def test_a_dry_run_tells_what_a_run_would_be_and_ends_at_once(home, encoder, capsys, monkeypatch):
@@ -512,13 +503,13 @@ def test_a_dry_run_tells_what_a_run_would_be_and_ends_at_once(home, encoder, cap
     handlers, show = [], train.plan.show
 
     def showing(*arguments):
-        handlers.extend(signal.getsignal(number) for number in interrupt.SIGNALS)
+        handlers.extend(signal.getsignal(number) for number in signals.SIGNALS)
         show(*arguments)
 
     monkeypatch.setattr(train.plan, "show", showing)
     train.run(config, home / "dry", dry_run=True)
-    assert len(handlers) == 4 and set(handlers) == {interrupt._end}
-    assert signal.getsignal(signal.SIGTERM) is not interrupt._end
+    assert len(handlers) == 4 and set(handlers) == {signals._end}
+    assert signal.getsignal(signal.SIGTERM) is not signals._end
     shown = capsys.readouterr().out
     assert "head/classify/kernel" in shown and "first row of the first batch\n[CLS] " in shown
     assert not (home / "dry").exists()

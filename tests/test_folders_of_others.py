@@ -9,23 +9,18 @@ from common import ROOT
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fmjax import config as configs
-from fmjax import (
-    convert,
-    embed,
-    evaluate,
-    fill_mask,
-    generate,
-    predict,
-    pretrained,
-    setup,
-    sharding,
-    trees,
-)
+from fmjax import convert
+from fmjax.checkpoints import pretrained
+from fmjax.config import load as configs
 from fmjax.data import tokenizer
 from fmjax.errors import ConfigError, DataError, NumericsError
-from fmjax.likelihood import Scorer
+from fmjax.evaluation import eval_loop
+from fmjax.evaluation.loglikelihood import Scorer
+from fmjax.generation import text_generator
 from fmjax.models import bert, llama
+from fmjax.params import paths, sharding
+from fmjax.tasks import embed, evaluate, fill_mask, generate, predict
+from fmjax.training import setup
 
 SURPLUS = "<image_soft_token>"
 LETTERS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
@@ -64,7 +59,7 @@ def test_a_token_that_no_text_holds_needs_no_row(decoder, tmp_path):
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh):
         opened = pretrained.open_folder(str(decoder), mesh)
-        author = generate.Author(opened)
+        author = text_generator.Author(opened)
         assert author.writer.facts.tokens == 257  # nothing draws the last one
         how = dict(prompt="the ", count=1, length=4, temperature=1.0)
         assert len(author.texts(how, seed=0)) == 1
@@ -125,7 +120,7 @@ def test_a_tokenizer_of_another_model_is_refused(decoder, tmp_path):
     with pytest.raises(ConfigError, match="258 tokens, the model 200: they do not belong together"):
         smaller.prepare(dict(name="text", train=str(tmp_path / "text.txt"), seq_len=8))
     with pytest.raises(ConfigError, match="258 tokens, the model 200: they do not belong together"):
-        generate.check_tokens(smaller.model, tokenizer.load(decoder))
+        text_generator.check_tokens(smaller.model, tokenizer.load(decoder))
 
 
 def encoder(folder, classes, labels=(), broken=False, **options):
@@ -147,9 +142,9 @@ def encoder(folder, classes, labels=(), broken=False, **options):
     model = bert.Model("tiny", **sizes | head | options)
     params = model.init(jax.random.key(0), *model.example())["params"]
     if broken:
-        named = trees.flatten(params)
+        named = paths.flatten(params)
         last = [name for name in named if name.startswith("head/") and name.endswith("bias")][-1]
-        params = trees.unflatten({**named, last: named[last] * np.nan})
+        params = paths.unflatten({**named, last: named[last] * np.nan})
     convert.export(folder / "model", model, params, folder / "tokenizer", labels=labels)
     return folder / "model"
 
@@ -201,7 +196,7 @@ def test_masks_and_vectors_that_are_not_finite_are_not_written(tmp_path):
         fill_mask.guesses(opened, words, rows, 2)
 
     bad = np.array([[1.0, 2.0], [np.nan, 0.0], [-np.inf, 0.0], [np.inf, 0.0]])
-    assert evaluate.not_finite({"vectors": bad, "labels": np.arange(4)}).tolist() == [
+    assert eval_loop.not_finite({"vectors": bad, "labels": np.arange(4)}).tolist() == [
         False, True, False, True
     ]  # fmt: skip
 

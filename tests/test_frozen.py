@@ -9,10 +9,14 @@ import pytest
 from common import ROOT
 from test_finetune import encoder, files, home, load  # noqa: F401
 
-from fmjax import checkpoint, export, pretrained, sharding, state, step_folders, train, trees
-from fmjax import config as configs
 from fmjax.adapters import peft
+from fmjax.checkpoints import checkpointer, pretrained
+from fmjax.config import load as configs
 from fmjax.errors import CheckpointError, ConfigError
+from fmjax.io import retention
+from fmjax.models import param_init
+from fmjax.params import paths, sharding
+from fmjax.tasks import export, train
 
 LORA = "(('.*/lora_.|head/.*', 'train'), ('.*', 'freeze'))"
 
@@ -32,11 +36,11 @@ def adapted(home, config):  # noqa: F811
 
 
 def params_of(folder):
-    return trees.unstack(checkpoint.load_params(folder)[0])
+    return paths.unstack(checkpointer.load_params(folder)[0])
 
 
 def test_a_checkpoint_is_as_large_as_what_trains_and_its_optimizer(encoder, adapted):  # noqa: F811
-    meta = checkpoint.load_meta(adapted)
+    meta = checkpointer.load_meta(adapted)
     sizes = {}
     for path, shown in meta["arrays"].items():
         shape = shown.partition("[")[2].rstrip("]").split(",")
@@ -57,7 +61,7 @@ def test_a_checkpoint_is_as_large_as_what_trains_and_its_optimizer(encoder, adap
 def test_a_run_goes_on_from_what_trains_and_what_does_not(adapted, config, tmp_path):
     again = shutil.copytree(adapted, tmp_path / "again")
     shutil.rmtree(again / "checkpoints" / "8")
-    assert step_folders.finished(again / "checkpoints") == [4]
+    assert retention.finished(again / "checkpoints") == [4]
     status = json.loads((again / "status.json").read_text())
     (again / "status.json").write_text(json.dumps(status | {"checkpoint": 4, "state": "running"}))
     train.run(config, again)
@@ -111,11 +115,11 @@ def test_the_adapter_alone_is_written_with_its_head_and_tokenizer(
     assert (folder / "tokenizer.json").exists() and (folder / peft.BASE).exists()
     opened = pretrained.open_folder(str(adapted), sharding.make_mesh())
     base, _ = opened.model.model, None
-    frozen = {n: x for n, x in trees.unstack(opened.params).items() if "/lora_" not in n}
-    fresh = trees.unstack(state.init_params(base, jax.random.key(7)))
+    frozen = {n: x for n, x in paths.unstack(opened.params).items() if "/lora_" not in n}
+    fresh = paths.unstack(param_init.init_params(base, jax.random.key(7)))
     start = {name: fresh[name] if name.startswith("head/") else x for name, x in frozen.items()}
-    model, params = peft.read(folder, base, trees.stack(start, base.stacks))
-    again, wanted = trees.unstack(params), trees.unstack(opened.params)
+    model, params = peft.read(folder, base, paths.stack(start, base.stacks))
+    again, wanted = paths.unstack(params), paths.unstack(opened.params)
     assert again.keys() == wanted.keys()
     for name in wanted:
         np.testing.assert_array_equal(again[name], wanted[name], err_msg=name)

@@ -6,11 +6,14 @@ import jax
 import pytest
 from common import ROOT
 
-from fmjax import config as configs
-from fmjax import generate, pretrained, sharding, train
+from fmjax.checkpoints import pretrained
+from fmjax.config import load as configs
 from fmjax.data import tokenizer as tokenizers
 from fmjax.errors import ConfigError
-from fmjax.likelihood import Scorer
+from fmjax.evaluation.loglikelihood import Scorer
+from fmjax.generation import text_generator
+from fmjax.params import sharding
+from fmjax.tasks import generate, train
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -34,7 +37,7 @@ def opened(folder):
 
 def said(opened, **changes):
     how = dict(prompt="The function", count=2, length=8, temperature=0.0, top_k=None) | changes
-    return generate.texts(opened, how, seed=changes.get("seed", 0))
+    return text_generator.texts(opened, how, seed=changes.get("seed", 0))
 
 
 def test_the_most_probable_tokens_are_those_of_transformers(folder, opened, tmp_path):
@@ -44,12 +47,12 @@ def test_the_most_probable_tokens_are_those_of_transformers(folder, opened, tmp_
         f"{ROOT}/configs/export.py",
         [f"--config.folder={folder}", f"--config.output={tmp_path / 'out'}"],
     )
-    from fmjax import export as exports
+    from fmjax.tasks import export as exports
 
     exports.run(export, tmp_path / "work")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     words = tokenizers.load(opened.tokenizer)
-    ids = generate.prompt_ids(opened.model, words, dict(prompt="The function", length=8), 32)
+    ids = text_generator.prompt_ids(opened.model, words, dict(prompt="The function", length=8), 32)
     given = torch.tensor([ids])
     seen = dict(attention_mask=torch.ones_like(given))  # else what is no text is taken for padding
     how = dict(do_sample=False, max_new_tokens=8, eos_token_id=None, pad_token_id=0)
@@ -67,7 +70,7 @@ def test_what_is_drawn_follows_from_the_seed_and_the_row(opened):
 
 
 def test_a_text_ends_at_a_token_that_ends_texts_and_not_behind_it(opened):
-    free = generate.Author(opened)
+    free = text_generator.Author(opened)
     ids = free.ids(dict(prompt="The", length=12))
     (row,) = free.writer([ids], 12, generate.Sampling(temperature=0))
     ends = free.writer.facts._replace(stop=(row[4],))
@@ -83,7 +86,7 @@ def test_where_nothing_is_drawn_there_is_one_text_shown_while_it_is_written(
     for greedy in ("--config.temperature=0", "--config.top_k=1"):
         config = configs.load(f"{ROOT}/configs/generate.py", [*words, greedy])
         with pytest.MonkeyPatch.context() as patch:  # printed whole, several would be
-            patch.setattr(generate, "shown", None)
+            patch.setattr(text_generator, "shown", None)
             generate.run(config, tmp_path)
         out = capsys.readouterr().out
         assert config.count == 3 and out.count("The") == 1 and "---" not in out
@@ -94,7 +97,7 @@ def test_texts_that_end_what_is_written_may_be_parts_of_tokens(opened):
     middle = whole[5:8]
     at = whole.find(middle)
     shown = []
-    author = generate.Author(opened)
+    author = text_generator.Author(opened)
     how = dict(prompt="The function", count=1, length=16, temperature=0.0, stop=(middle, "\0"))
     assert author.texts(how, 0, shown.append) == [whole[:at]] == ["".join(shown)]
     how["stop"] = ("\0",)
@@ -104,7 +107,7 @@ def test_texts_that_end_what_is_written_may_be_parts_of_tokens(opened):
 
 def test_beams_find_a_text_that_is_as_likely_or_likelier(opened):
     how = dict(temperature=0.0, count=1, length=6, length_penalty=0.0)
-    author = generate.Author(opened)
+    author = text_generator.Author(opened)
     ids = author.ids(dict(prompt="The function", length=6))
     nats = {}
     for count in (1, 5):
@@ -117,14 +120,14 @@ def test_beams_find_a_text_that_is_as_likely_or_likelier(opened):
 
 
 def test_what_could_still_be_a_stop_or_half_a_character_is_not_shown():
-    assert generate.settled("abc##", ("###",)) == "abc"
-    assert generate.settled("abc#x", ("###",)) == "abc#x"
-    assert generate.settled("ab\ufffd", ()) == "ab"
-    assert generate.cut("a b c b", (" c", "b")) == ("a ", True)
+    assert text_generator.settled("abc##", ("###",)) == "abc"
+    assert text_generator.settled("abc#x", ("###",)) == "abc#x"
+    assert text_generator.settled("ab\ufffd", ()) == "ab"
+    assert text_generator.cut("a b c b", (" c", "b")) == ("a ", True)
 
 
 def test_a_prompt_without_room_is_refused_or_cut_to_its_end(opened):
-    author = generate.Author(opened)
+    author = text_generator.Author(opened)
     room = opened.config.data.seq_len
     long = " ".join(["word"] * 500) + " end"
     with pytest.raises(ConfigError, match="config.long='cut'"):

@@ -4,9 +4,10 @@ import pytest
 import tiny
 from common import ROOT
 
-from fmjax import config as configs
-from fmjax import groups, state, trees
+from fmjax.config import load as configs
 from fmjax.errors import ConfigError
+from fmjax.models import param_init
+from fmjax.params import groups, paths
 
 NAMES = ["embed/token/embedding", "head/mlm/bias"] + [f"block_{i:02d}/up/kernel" for i in range(4)]
 
@@ -58,17 +59,17 @@ def test_layers_are_stacked_where_they_train_alike():
 
 def test_split_and_merge_are_inverse():
     named = {name: np.full((2, 3), i) for i, name in enumerate(NAMES)}
-    values = trees.stack(named, (2, 2))
+    values = paths.stack(named, (2, 2))
     assigned = groups.assign(NAMES, ((r"block_0[01]/.*|embed/.*", "freeze"), (".*", "train")))
     trainable, frozen = groups.split(values, assigned)
-    assert list(trees.flatten(trainable)) == ["blocks_02_03/up/kernel", "head/mlm/bias"]
+    assert list(paths.flatten(trainable)) == ["blocks_02_03/up/kernel", "head/mlm/bias"]
     jax.tree.map(np.testing.assert_array_equal, groups.merge(trainable, frozen), values)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_what_configs_train_of_each_family(family):
     model = tiny.model(family, lm_head=False, classes={"classify": 3})
-    names = list(trees.unstack(state.abstract_params(model)))
+    names = list(paths.unstack(param_init.abstract_params(model)))
 
     def moving(file):
         patterns = configs.load(f"{ROOT}/configs/{file}").groups

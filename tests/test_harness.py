@@ -9,13 +9,16 @@ import pytest
 import tiny_folders
 from common import ROOT
 
-from fmjax import config as configs
-from fmjax import export, generate, pretrained, sharding, train
+from fmjax.checkpoints import pretrained
+from fmjax.config import load as configs
 from fmjax.data import chat
+from fmjax.generation import text_generator
+from fmjax.params import sharding
+from fmjax.tasks import export, train
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
-from fmjax import harness  # noqa: E402
+from fmjax.tasks import harness  # noqa: E402
 
 PAIRS = [
     ("The function", " returns a list"),
@@ -209,9 +212,11 @@ def test_conversations_are_put_into_the_template_of_the_run(tmp_path, monkeypatc
     assert model.tok_encode(model.apply_chat_template(said)) == reader.opening(said)
     words = [f"--config.folder={tmp_path / 'run'}", f"--config.include={tasks(tmp_path)}"]
     words += ["--config.tasks=('writes',)", "--config.chat=True", "--config.batch_size=4"]
-    read, each = [], generate.Author.each
+    read, each = [], text_generator.Author.each
     monkeypatch.setattr(
-        generate.Author, "each", lambda self, ids, *how: read.extend(ids) or each(self, ids, *how)
+        text_generator.Author,
+        "each",
+        lambda self, ids, *how: read.extend(ids) or each(self, ids, *how),
     )
     harness.run(configs.load(f"{ROOT}/configs/harness.py", words), tmp_path)
     (line,) = (tmp_path / "run" / harness.FILE).read_text().splitlines()

@@ -7,29 +7,29 @@ import sys
 
 import pytest
 
-from fmjax import interrupt
+from fmjax.distributed import signals
 
 CHILD = """
 import os, signal, sys
-from fmjax import interrupt
+from fmjax.distributed import signals
 
-with interrupt.catch() as stop:
+with signals.catch() as stop:
     for name in sys.argv[1:]:
         os.kill(os.getpid(), signal.Signals[name])
     print(stop.poll(), stop.signal)
 """
 
 
-def child(*signals):
+def child(*sent):
     return subprocess.run(
-        [sys.executable, "-c", CHILD, *signals], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", CHILD, *sent], capture_output=True, text=True, timeout=60
     )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_row07_a_signal_is_noted_and_its_handler_given_back(number, capfd):
     before = signal.getsignal(number)
-    with interrupt.catch() as stop:
+    with signals.catch() as stop:
         assert not stop.poll() and stop.signal == ""
         os.kill(os.getpid(), number)
         assert not stop.requested and stop.signal == number.name
@@ -39,10 +39,10 @@ def test_row07_a_signal_is_noted_and_its_handler_given_back(number, capfd):
 
 
 def test_handlers_are_given_back_after_an_error():
-    before = [signal.getsignal(number) for number in interrupt.SIGNALS]
-    with pytest.raises(KeyError), interrupt.catch():
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    with pytest.raises(KeyError), signals.catch():
         raise KeyError
-    assert [signal.getsignal(number) for number in interrupt.SIGNALS] == before
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
 
 
 def test_row06_the_first_signal_is_remembered_and_repeats_do_not_break_the_block():
@@ -66,7 +66,7 @@ def test_on_a_terminal_the_bar_makes_room_for_the_message(monkeypatch):
     written = []
     monkeypatch.setattr(os, "isatty", lambda descriptor: True)
     monkeypatch.setattr(os, "write", lambda descriptor, text: written.append((descriptor, text)))
-    with interrupt.catch() as stop, stop.compiling():
+    with signals.catch() as stop, stop.compiling():
         signal.raise_signal(signal.SIGTERM)
     assert written == [(2, b"\r\x1b[2K\nSIGTERM: compiling, then saving\n")]
 
@@ -75,7 +75,7 @@ def test_a_terminal_that_has_gone_does_not_break_the_handler(monkeypatch):
     def fail(*_):
         raise OSError("Input/output error")
 
-    with interrupt.catch() as stop:
+    with signals.catch() as stop:
         monkeypatch.setattr(os, "write", fail)
         signal.raise_signal(signal.SIGHUP)
         assert stop.poll() and stop.signal == "SIGHUP"

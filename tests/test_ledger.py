@@ -7,9 +7,13 @@ import pytest
 from common import ROOT
 from test_finetune import encoder, files, home  # noqa: F401
 
-from fmjax import config as configs
-from fmjax import evaluate, ledger, pretrained, sharding, train, trees, trials
+from fmjax.checkpoints import pretrained
+from fmjax.config import load as configs
 from fmjax.errors import ConfigError, NumericsError
+from fmjax.experiments import trials
+from fmjax.params import paths, sharding
+from fmjax.tasks import evaluate, train
+from fmjax.training import side_effects
 
 SPEC = f"{ROOT}/configs/compare.py:steps=4,seeds=2"
 
@@ -42,13 +46,13 @@ def test_what_a_run_keeps_is_what_trains(compared, told):
     opened = pretrained.open_folder(str(lora), sharding.make_mesh())
     moving = {
         name: x
-        for name, x in trees.unstack(opened.params).items()
+        for name, x in paths.unstack(opened.params).items()
         if name.startswith("head/") or "lora_" in name
     }
     for result in of("lora"):
         assert result["trainable_parameters"] == sum(x.size for x in moving.values())
         assert result["kept_bytes"] == 4 * result["trainable_parameters"]
-        assert result["parameters"] == trees.size(opened.params)
+        assert result["parameters"] == paths.size(opened.params)
 
 
 def trials_folder(folder, name, told):
@@ -98,7 +102,7 @@ def test_slices_by_hand():
         step=np.array(4),
         accuracy=np.array([1, 0, 1, 1, 0, 0, 1, 1]),
     )
-    found = ledger.slices(examples, ("a", "b", "c"))
+    found = side_effects.slices(examples, ("a", "b", "c"))
     assert found["classes"] == [
         {"name": "a", "examples": 2, "accuracy": 1.0},
         {"name": "b", "examples": 6, "accuracy": 0.5},
@@ -110,7 +114,7 @@ def test_slices_by_hand():
         {"name": "7 … 9 tokens", "examples": 2, "accuracy": 1.0},
     ]
     numbers = dict(label=np.array([0.5, 2.0]), loss=np.array([1.0, 3.0]))
-    assert ledger.slices(numbers, ()) == {}
+    assert side_effects.slices(numbers, ()) == {}
 
 
 def test_what_is_done_is_not_done_again(compared, home, encoder, capsys, monkeypatch):  # noqa: F811
@@ -137,7 +141,7 @@ def test_a_ledger_may_be_asked_for_later(home, encoder, tmp_path, monkeypatch): 
     train.run(config(), tmp_path / "run")
     found = json.loads(file.read_text())
     assert {"slices", "forgetting", "memory"} <= found.keys()
-    monkeypatch.setattr(ledger.report, "write", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr(side_effects.report, "write", lambda *_: pytest.fail("written again"))
     train.run(config(), tmp_path / "run")
     assert "kept" not in found and json.loads(file.read_text()) == found
 
@@ -146,7 +150,7 @@ def test_a_ledger_may_be_asked_for_later(home, encoder, tmp_path, monkeypatch): 
 def test_one_that_diverges_does_not_end_the_others(home, encoder, tmp_path, capsys):  # noqa: F811
     file = tmp_path / "wild.py"
     file.write_text(
-        "import runpy\nfrom fmjax import sweep\n"
+        "import runpy\nfrom fmjax.experiments import sweep\n"
         f"own = runpy.run_path('{ROOT}/configs/compare.py')\n"
         "get_config = lambda arg=None: own['get_config']('head,steps=4,seeds=2')\n"
         "def get_sweep(): return sweep.grid('optim.lr', (1e38, 1e-2))\n"

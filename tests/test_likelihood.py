@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_decoding import made
 
-from fmjax import likelihood
 from fmjax.errors import ConfigError
-from fmjax.likelihood import Piece, Scorer
+from fmjax.evaluation import loglikelihood
+from fmjax.evaluation.loglikelihood import Piece, Scorer
 
 PAIRS = [([7, 9, 11], [20, 8]), ([], [33, 12, 40]), ([5], [6]), ([9] * 6, [10, 11])]
 
@@ -46,11 +46,11 @@ def test_each_token_is_judged_by_those_before_it(family):
 
 
 def test_a_greedy_text_is_found_greedy():
-    from fmjax import decoding
-    from fmjax.sampling import Sampling
+    from fmjax.generation import decoder
+    from fmjax.generation.sampling import Sampling
 
     model, params = made("llama")
-    (row,) = decoding.Writer(model, params)([[7, 9]], 5, Sampling(temperature=0))
+    (row,) = decoder.Writer(model, params)([[7, 9]], 5, Sampling(temperature=0))
     score = Scorer(model, params)
     changed = [*row[:3], (row[3] + 1) % 64, row[4]]
     assert [x.greedy for x in score([([7, 9], row), ([7, 9], changed)])] == [True, False]
@@ -135,9 +135,9 @@ def test_choices_of_one_token_share_the_row_of_their_context():
         Piece(2, [1, 2, 6], [1, 2], [6, 7], []),
         Piece(3, [1, 2], [0], [5], [9]),
     ]
-    assert [[p.request for p in row] for row in likelihood._shared(pieces)] == [[0, 1], [2], [3]]
+    assert [[p.request for p in row] for row in loglikelihood._shared(pieces)] == [[0, 1], [2], [3]]
     many = [Piece(i, [1, 2], [1], [i], []) for i in range(40)]
-    assert [len(row) for row in likelihood._shared(many)] == [32, 8]
+    assert [len(row) for row in loglikelihood._shared(many)] == [32, 8]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])

@@ -7,8 +7,8 @@ import os
 import pytest
 from ml_collections import ConfigDict
 
-from fmjax import lock, storage, workdir
 from fmjax.errors import CheckpointError
+from fmjax.io import lock, storage, workdir
 
 CONFIG = ConfigDict({"seed": 0}).lock()
 

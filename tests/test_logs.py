@@ -13,24 +13,24 @@ import numpy as np
 import pytest
 from common import ROOT
 
-from fmjax import logs, trackers
 from fmjax.errors import CheckpointError, ConfigError
+from fmjax.io import metrics_log, trackers
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock moved by hand: `clock.now += 2`."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(metrics_log, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
 def open_log(workdir, **options):
-    return logs.Logger(workdir, **{"tensorboard": False, **options})
+    return metrics_log.Logger(workdir, **{"tensorboard": False, **options})
 
 
 def lines(workdir):
-    return [json.loads(line) for line in (workdir / logs.FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (workdir / metrics_log.FILE).read_text().splitlines()]
 
 
 def test_lines_are_on_disk_at_once(tmp_path, clock):
@@ -46,7 +46,7 @@ def test_row39_numbers_become_python_numbers(tmp_path):
     with open_log(tmp_path) as log:
         log.write(1, {"tokens": np.int64(big), "loss": np.float32(0.5), "n": np.array(3)})
         log.write(2, {"tokens": 2**70})
-    (first, second), _ = logs.read(tmp_path)
+    (first, second), _ = metrics_log.read(tmp_path)
     assert (first["tokens"], first["loss"], first["n"]) == (big, 0.5, 3)
     assert (type(first["tokens"]), type(first["loss"])) == (int, float)
     assert second["tokens"] == 2**70
@@ -57,10 +57,10 @@ def test_non_finite_values_stay_visible_in_valid_json(tmp_path):
         log.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf})
         log.event("skipped_update", step=1, loss=math.nan)
     strict = json.JSONDecoder(parse_constant=pytest.fail)
-    texts = (tmp_path / logs.FILE).read_text().splitlines()
+    texts = (tmp_path / metrics_log.FILE).read_text().splitlines()
     assert strict.decode(texts[1])["c"] == "-Infinity"
     assert strict.decode(texts[2])["loss"] == "NaN"
-    (row,), _ = logs.read(tmp_path)
+    (row,), _ = metrics_log.read(tmp_path)
     assert math.isnan(row["a"]) and (row["b"], row["c"]) == (math.inf, -math.inf)
 
 
@@ -70,7 +70,7 @@ def test_names_of_the_log_itself_are_refused(tmp_path):
 
 
 def test_other_processes_write_nothing(tmp_path):
-    with logs.Logger(tmp_path, process_index=1) as log:
+    with metrics_log.Logger(tmp_path, process_index=1) as log:
         log.write(1, {"loss": 1.0})
         log.event("done")
         with log.timed("evaluation"):
@@ -88,7 +88,7 @@ def test_resume_cuts_what_came_after_the_restored_step(tmp_path, clock):
     with open_log(tmp_path, resume_step=20) as log:
         clock.now += 3
         log.write(30, {"loss": 3.0})
-    rows, events = logs.read(tmp_path)
+    rows, events = metrics_log.read(tmp_path)
     assert [(row["step"], row["time"], row["loss"]) for row in rows] == [
         (10, 2, 10),
         (20, 4, 20),
@@ -102,7 +102,7 @@ def test_resume_from_the_start_keeps_only_the_first_line(tmp_path):
     with open_log(tmp_path) as log:
         log.write(10, {"loss": 1.0})
     open_log(tmp_path, resume_step=0).close()
-    rows, events = logs.read(tmp_path)
+    rows, events = metrics_log.read(tmp_path)
     assert rows == [] and [event["event"] for event in events] == ["start", "resume"]
 
 
@@ -110,9 +110,9 @@ def test_resume_from_the_start_keeps_only_the_first_line(tmp_path):
 def test_a_torn_last_line_is_dropped(tmp_path, torn):
     with open_log(tmp_path) as log:
         log.write(10, {"loss": 1.0})
-    with open(tmp_path / logs.FILE, "ab") as file:
+    with open(tmp_path / metrics_log.FILE, "ab") as file:
         file.write(torn)
-    assert [row["step"] for row in logs.read(tmp_path)[0]] == [10]
+    assert [row["step"] for row in metrics_log.read(tmp_path)[0]] == [10]
     with open_log(tmp_path, resume_step=20) as log:
         log.write(30, {"loss": 2.0})
     assert [line.get("event", line["step"]) for line in lines(tmp_path)] == [
@@ -124,8 +124,8 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
 
 
 def test_reading_a_folder_without_a_log(tmp_path):
-    assert logs.read(tmp_path) == ([], [])
-    assert sum(logs.goodput([], []).values()) == 0
+    assert metrics_log.read(tmp_path) == ([], [])
+    assert sum(metrics_log.goodput([], []).values()) == 0
 
 
 def test_goodput_adds_up_to_the_running_time(tmp_path, clock):
@@ -154,7 +154,7 @@ def test_goodput_adds_up_to_the_running_time(tmp_path, clock):
             clock.now += 1
         clock.now += 8
         log.event("done", step=30)
-    assert logs.goodput(*logs.read(tmp_path)) == pytest.approx(
+    assert metrics_log.goodput(*metrics_log.read(tmp_path)) == pytest.approx(
         {
             "step": 28,
             "init": 5,
@@ -173,7 +173,7 @@ def test_reading_the_checkpoint_is_no_part_of_the_start_up(tmp_path, clock):
     clock.now += 5
     with open_log(tmp_path, started=started, restore_sec=3):
         pass
-    found = logs.goodput(*logs.read(tmp_path))
+    found = metrics_log.goodput(*metrics_log.read(tmp_path))
     assert (found["init"], found["restore"]) == (2, 3)
 
 
@@ -182,8 +182,8 @@ def test_losing_the_same_steps_twice_is_counted_twice(tmp_path, clock):
         with open_log(tmp_path, resume_step=0) as log:
             clock.now += 4
             log.write(10, {})
-    assert logs.goodput(*logs.read(tmp_path)) == pytest.approx(
-        dict.fromkeys(logs.SPENT, 0) | {"step": 4, "lost": 8}
+    assert metrics_log.goodput(*metrics_log.read(tmp_path)) == pytest.approx(
+        dict.fromkeys(metrics_log.SPENT, 0) | {"step": 4, "lost": 8}
     )
 
 
@@ -193,7 +193,9 @@ def test_short_waits_are_not_rounded_away(tmp_path, clock):
             with log.timed("data_wait"):
                 clock.now += 0.0001
             log.write(step, {})
-    assert logs.goodput(*logs.read(tmp_path))["data_wait"] == pytest.approx(0.01, abs=5e-4)
+    assert metrics_log.goodput(*metrics_log.read(tmp_path))["data_wait"] == pytest.approx(
+        0.01, abs=5e-4
+    )
 
 
 def test_a_full_disk_delays_lines(tmp_path, capsys):
@@ -208,7 +210,7 @@ def test_a_full_disk_delays_lines(tmp_path, capsys):
     assert "No space left" in capsys.readouterr().err
     log._file = real
     log.write(2, {"loss": 2.0})
-    assert [row["step"] for row in logs.read(tmp_path)[0]] == [1, 2]
+    assert [row["step"] for row in metrics_log.read(tmp_path)[0]] == [1, 2]
     log._file = SimpleNamespace(write=refuse, close=real.close)
     log.write(3, {"loss": 3.0})
     with pytest.raises(CheckpointError, match="free some space"):
@@ -219,12 +221,12 @@ def test_the_command_is_kept_without_secrets(tmp_path, monkeypatch):
     words = ["run.py", "--config=c.py", "--fresh", "--config.hub_token=s3cret", "--config.a=x y"]
     monkeypatch.setattr(sys, "argv", words)
     open_log(tmp_path).close()
-    command = logs.read(tmp_path)[1][0]["command"]
+    command = metrics_log.read(tmp_path)[1][0]["command"]
     assert command == "python run.py --config=c.py '--config.hub_token=***' '--config.a=x y'"
 
 
 def test_tensorboard_gets_the_metrics(tmp_path):
-    with logs.Logger(tmp_path, tensorboard=True) as log:
+    with metrics_log.Logger(tmp_path, tensorboard=True) as log:
         log.write(7, {"train/loss": 2.5})
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/loss" in file.read_bytes()
@@ -233,7 +235,7 @@ def test_tensorboard_gets_the_metrics(tmp_path):
 def test_tensorboard_does_not_load_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise AssertionError")
     program = (
-        "import sys; from pathlib import Path; from fmjax import trackers; "
+        "import sys; from pathlib import Path; from fmjax.io import trackers; "
         "trackers.TensorBoard(Path(sys.argv[1]), None); print('torch' in sys.modules)"
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
@@ -288,10 +290,10 @@ def test_a_disk_that_is_full_for_a_time_costs_tensorboard_that_time(tmp_path, mo
 
 def test_a_folder_of_tensorboard_that_cannot_be_made_is_left_out(tmp_path, capsys):
     (tmp_path / "tensorboard").write_text("a file")
-    with logs.Logger(tmp_path, tensorboard=True) as log:
+    with metrics_log.Logger(tmp_path, tensorboard=True) as log:
         log.write(1, {"loss": 1.0})
     assert capsys.readouterr().err.count("TensorBoard's files") == 1
-    assert len(logs.read(tmp_path)[0]) == 1
+    assert len(metrics_log.read(tmp_path)[0]) == 1
 
 
 def broken_wandb(monkeypatch, name):
@@ -311,7 +313,7 @@ def test_wandb_that_fails_is_left_out_and_the_run_continues(tmp_path, monkeypatc
             log.write(step, {"loss": 1.0})
     said = capsys.readouterr().err
     assert said.count("Weights & Biases is left out from here on (no network); the run") == 1
-    assert len(logs.read(tmp_path)[0]) == 2
+    assert len(metrics_log.read(tmp_path)[0]) == 2
 
 
 def test_wandb_that_does_not_begin_refuses_a_new_run_and_not_one_that_resumes(
@@ -327,7 +329,7 @@ def test_wandb_that_does_not_begin_refuses_a_new_run_and_not_one_that_resumes(
 
 def test_lines_go_to_a_new_file_where_the_old_one_was_removed(tmp_path):
     with open_log(tmp_path) as log:
-        (tmp_path / logs.FILE).unlink()
+        (tmp_path / metrics_log.FILE).unlink()
         log.write(1, {"loss": 1.0})
         assert lines(tmp_path)[0]["loss"] == 1.0
 

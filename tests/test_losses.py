@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import losses, precision
 from fmjax.models import layers
+from fmjax.objectives import losses
+from fmjax.params import precision
 
 
 def derived(logits, labels):

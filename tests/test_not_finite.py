@@ -8,11 +8,12 @@ import pytest
 import tiny_folders
 from common import ROOT
 
-from fmjax import beams, evaluate, fewshot, generate, speculative
-from fmjax import config as configs
-from fmjax.choices import Item
+from fmjax.config import load as configs
 from fmjax.errors import NumericsError
-from fmjax.sampling import Sampling
+from fmjax.evaluation.multiple_choice import Item
+from fmjax.generation import beam_search, speculative, text_generator
+from fmjax.generation.sampling import Sampling
+from fmjax.tasks import evaluate, fewshot, generate
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_texts_are_not_judged_by_what_is_no_number(folder, models, tmp_path):
 
 @pytest.mark.parametrize("how", [Sampling(0), Sampling(1.0, top_k=5), Sampling(1.0, top_p=0.5)])
 def test_no_token_is_taken_of_logits_that_are_no_numbers(models, how):
-    writer, sound = (generate.Author(one).writer for one in models)
+    writer, sound = (text_generator.Author(one).writer for one in models)
     ids = lambda text: generate.tokenizers.load(models[0].tokenizer)(text)["input_ids"]
     assert writer([ids("a")], 4, how) == sound([ids("a")], 4, how)
     with pytest.raises(NumericsError, match="next token of text 2 are not finite"):
@@ -68,9 +69,9 @@ def test_no_token_is_taken_of_logits_that_are_no_numbers(models, how):
 
 
 def test_no_beam_goes_on_with_what_is_no_number(models):
-    writer, sound = (generate.Author(one).writer for one in models)
+    writer, sound = (text_generator.Author(one).writer for one in models)
     ids = lambda text: generate.tokenizers.load(models[0].tokenizer)(text)["input_ids"]
-    search = lambda writer, text: beams.search(writer, [ids(text)], 4, beams.Beams(2))
+    search = lambda writer, text: beam_search.search(writer, [ids(text)], 4, beam_search.Beams(2))
     assert search(writer, "a") == search(sound, "a")
     with pytest.raises(NumericsError, match="next token of text 1 are not finite"):
         search(writer, "aq")

@@ -4,8 +4,9 @@ import numpy as np
 import optax
 import pytest
 
-from fmjax import groups, optim, trees
 from fmjax.errors import ConfigError
+from fmjax.params import groups, paths
+from fmjax.training import optim
 
 NAMES = ["embed/token/embedding", "head/mlm/bias"] + [f"block_{i:02d}/up/kernel" for i in range(4)]
 OPTIM = dict(
@@ -26,7 +27,7 @@ def steps(duration):
 
 
 def make(params, assigned=None, group_optim=None, **changes):
-    assigned = assigned or {name: "train" for name in trees.unstack(params)}
+    assigned = assigned or {name: "train" for name in paths.unstack(params)}
     trainable, _ = groups.split(params, assigned)
     return optim.make(
         trainable,
@@ -43,7 +44,7 @@ def params(stacks):
     named = {f"block_{i:02d}/up/kernel": jax.random.normal(next(key), (6, 8)) for i in range(4)}
     named["embed/token/embedding"] = jax.random.normal(next(key), (5, 6))
     named["head/mlm/bias"] = jax.random.normal(next(key), (5,))
-    return trees.stack(named, stacks)
+    return paths.stack(named, stacks)
 
 
 def run(tx, values, n=4):
@@ -53,7 +54,7 @@ def run(tx, values, n=4):
         grads = jax.tree.map(lambda x, i=i: jnp.sin(x * (i + 1)), values)
         updates, state = tx.update(grads, state, values)
         values = optax.apply_updates(values, updates)
-    return trees.unstack(values), state
+    return paths.unstack(values), state
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "lion", "adafactor", "muon", "sgd"])
@@ -75,7 +76,7 @@ def test_adamw_first_step_by_hand():
     matches."""
     values = params((4,))
     out, _ = run(make(values, weight_decay=0.5).tx, values, n=1)
-    for name, before in trees.unstack(values).items():
+    for name, before in paths.unstack(values).items():
         g = np.sin(before)
         step = 0.1 * g / (np.abs(g) + 1e-8)
         decayed = 0.1 * 0.5 * before if name.endswith("kernel") else 0

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import pytest
 
-from fmjax import peers
+from fmjax.distributed import coordination
+from fmjax.distributed.coordination import Peers
+from fmjax.distributed.signals import Stop
 from fmjax.errors import CheckpointError, ConfigError, FmjaxError, Preempted
-from fmjax.interrupt import Stop
-from fmjax.peers import Peers
 
 COUNT = 4
 
@@ -88,7 +88,7 @@ def in_all(team, act):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_signal_to_some_stops_all_at_the_same_step(team, seed):
-    """Hosts run ahead of their devices, by a step, as in fmjax.train.loop."""
+    """Hosts run ahead of their devices, by a step, as in fmjax.training.loop.loop."""
     rng, team = random.Random(seed), team()
     signalled = rng.sample(range(COUNT), rng.choice([1, 1, 2, COUNT]))
     at, device = rng.randint(0, 20), Device(COUNT)
@@ -147,7 +147,7 @@ def test_a_signal_reaches_those_who_wait_and_those_who_prepare_data(team):
 
 
 def test_whoever_waits_says_for_whom(team, monkeypatch, capsys):
-    monkeypatch.setattr(peers, "PATIENCE_SEC", 0.5)
+    monkeypatch.setattr(coordination, "PATIENCE_SEC", 0.5)
     one, late = team(2)
 
     def come_late(peer):
@@ -192,7 +192,7 @@ def test_a_failure_ends_the_others_where_they_next_look(team, wait):
 
 
 def test_a_broken_connection_is_the_fault_of_what_broke_it(team, monkeypatch):
-    monkeypatch.setattr(peers, "ECHO_SEC", 5.0)
+    monkeypatch.setattr(coordination, "ECHO_SEC", 5.0)
     one, other = team(2)
     gloo = jax.errors.JaxRuntimeError("Gloo all-reduce failed: Connection closed by peer")
     with ThreadPoolExecutor(1) as pool:
@@ -204,7 +204,7 @@ def test_a_broken_connection_is_the_fault_of_what_broke_it(team, monkeypatch):
 
 
 def test_a_broken_connection_that_nobody_explains_is_told(team, monkeypatch):
-    monkeypatch.setattr(peers, "ECHO_SEC", 0.05)
+    monkeypatch.setattr(coordination, "ECHO_SEC", 0.05)
     one, other = team(2)
     gloo = jax.errors.JaxRuntimeError("Gloo all-reduce failed")
     assert one.fail(gloo) is gloo
@@ -238,7 +238,7 @@ def test_processes_that_stand_still_say_where_and_end_together(team, monkeypatch
         reasons.append(reason)
         told.wait(5)
 
-    monkeypatch.setattr(peers.watchdog, "end", end)
+    monkeypatch.setattr(coordination.watchdog, "end", end)
     one, other = team(2, heartbeat_sec=10.0)
     monkeypatch.setattr(other._stop, "left", lambda usual_sec: 1.0)
     monkeypatch.setattr(one._stop, "left", lambda usual_sec: 0.0)

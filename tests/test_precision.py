@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from common import dots
 
-from fmjax import precision
+from fmjax.params import precision
 
 SHAPES = [  # leading axes, D, F: square, wide, narrow, one row, odd rows, single output
     ((4, 16), 32, 32),

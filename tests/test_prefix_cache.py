@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 from test_finetune import both_ways, decoder, encoder, files, home, load  # noqa: F401
 
-from fmjax import data, flops, logs, setup, sharding, train
+from fmjax import data
 from fmjax.errors import ConfigError
+from fmjax.io import metrics_log
+from fmjax.params import sharding
+from fmjax.tasks import train
+from fmjax.training import flops, setup
 
 LAST = "(('block_-1/.*|head/.*', 'train'), ('.*', 'freeze'))"
 SECOND = "(('block_01/.*|head/.*', 'train'), ('.*', 'freeze'))"
@@ -34,7 +38,7 @@ def test_losses_are_the_same_with_and_without(home, request, groups, base, tmp_p
     for cached in (False, True):
         config = config_of(home, base, groups, *STILL, f"--config.cache_prefix={cached}")
         train.run(config, tmp_path / str(cached))
-        rows, _ = logs.read(tmp_path / str(cached))
+        rows, _ = metrics_log.read(tmp_path / str(cached))
         keys = ("train/loss", "optim/grad_norm", "validation/loss", "validation/classify/accuracy")
         found[cached] = [[row[key] for key in keys if key in row] for row in rows]
     assert len(found[True]) == len(found[False]) > 6
@@ -76,7 +80,7 @@ def test_a_damaged_cache_is_made_again_and_a_second_run_reads_it(home, encoder, 
 
 
 def test_states_are_those_of_their_row_in_any_order():
-    from fmjax.prefix_cache import PrefixSplit
+    from fmjax.training.feature_cache import PrefixSplit
 
     class Split:
         seq_len, tokens, width = 3, 5, None

@@ -30,9 +30,10 @@ from runs import (
     write_corpus,
 )
 
-from fmjax import config as configs
-from fmjax import devices, logs, sharding, workdir
+from fmjax.config import load as configs
 from fmjax.errors import ConfigError, ResourceError
+from fmjax.io import metrics_log, workdir
+from fmjax.params import devices, sharding
 
 pytest_plugins = ["runs"]
 
@@ -121,7 +122,7 @@ def test_row8_two_processes_stop_at_one_step_and_are_the_run_of_one(
     assert codes(done) == [75, 75], done
     assert f"resuming at step {step} of 40" in done[0].stdout
     assert status(folder)["step"] == saved_states.steps(folder)[-1] == TOTAL
-    measured = [row["step"] for row in logs.read(folder)[0] if "validation/loss" in row]
+    measured = [row["step"] for row in metrics_log.read(folder)[0] if "validation/loss" in row]
     assert measured == [20]
 
     alone = run(home, folder)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fmjax import progress
+from fmjax.io import progress
 
 METRICS = {
     "train/loss": 5.12345,

@@ -15,8 +15,10 @@ import tiny
 from common import least_sent
 from runs import run_here
 
-from fmjax import communication, flops, sharding, trees
-from fmjax.monitor import Monitor
+from fmjax.distributed import collective_bytes
+from fmjax.params import paths, sharding
+from fmjax.training import flops
+from fmjax.training.monitor import Monitor
 
 pytest_plugins = ["runs"]
 MIB = 2**20
@@ -77,9 +79,9 @@ def test_no_product_of_the_compiled_bfloat16_step_has_float32_operands(remat, sh
 def test_a_step_reads_the_state_once_and_writes_it_in_place():
     program, made = compiled()
     memory = program.memory_analysis()
-    state = trees.nbytes(made.abstract)
-    assert state == pytest.approx(12 * trees.size(made.abstract.params), rel=1e-4)
-    assert memory.argument_size_in_bytes == state + trees.nbytes(long_batch(16))
+    state = paths.nbytes(made.abstract)
+    assert state == pytest.approx(12 * paths.size(made.abstract.params), rel=1e-4)
+    assert memory.argument_size_in_bytes == state + paths.nbytes(long_batch(16))
     assert memory.alias_size_in_bytes == state
 
 
@@ -129,7 +131,7 @@ def test_devices_send_each_other_no_more_than_they_must(layout):
             for name, x in long_batch(32).items()
         }
         program = jax.jit(made.raw_step, donate_argnums=0).lower(made.abstract, batch).compile()
-    sent = communication.sent(program.as_text())
+    sent = collective_bytes.sent(program.as_text())
     assert sum(sent.values()) <= 1.10 * least_sent(made.abstract.params, mesh, 4), sent
 
 

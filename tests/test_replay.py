@@ -8,9 +8,9 @@ import pytest
 from common import ROOT
 from test_finetune import encoder, files, home  # noqa: F401
 
-from fmjax import config as configs
-from fmjax import replay, train
+from fmjax.config import load as configs
 from fmjax.errors import CheckpointError, ConfigError, DataError
+from fmjax.tasks import replay, train
 
 WORDS = ["log_every=1", "save_every=3", "keep=9", "keep_best=0", "tensorboard=False", "total=8"]
 

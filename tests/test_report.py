@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from fmjax import logs, report, report_facts
 from fmjax.errors import ConfigError
+from fmjax.io import environment, metrics_log
+from fmjax.reports import report_facts, run_report
+from fmjax.tasks import report
 
 NASTY = "<script>alert('x')</script>&\""
 
@@ -32,11 +34,11 @@ def folder(tmp_path):
         {"step": 40, "time": 20, "train/loss": 6.5, "tokens": 12345, NASTY: 0.2},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report.summarize(
+    run_report.summarize(
         folder,
         total=1500,
         config_difference=[["optim.lr", 1e-3, 3e-4], ["init", "", NASTY]],
-        environment=report.environment(device=NASTY),
+        environment=environment.environment(device=NASTY),
     )
     return folder
 
@@ -71,7 +73,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def page(folder):
-    return Page(report.write(folder).read_text(encoding="utf-8"))
+    return Page(run_report.write(folder).read_text(encoding="utf-8"))
 
 
 def test_the_page_is_self_contained(folder, page):
@@ -124,7 +126,7 @@ def test_curves_share_a_figure_by_what_they_measure():
         | {"optim/lr/head": 0.1, "optim/lr/trunk": 0.2, "tokens": step, "reward": step / 7}
         for step in (1, 2)
     ]
-    loss, lr, reward = report._curves(rows)
+    loss, lr, reward = run_report._curves(rows)
     assert "Loss" in loss and "train mlm" in loss and "validation mlm" in loss
     assert "Learning rate" in lr and "head" in lr and "trunk" in lr
     assert "Reward" in reward
@@ -132,9 +134,9 @@ def test_curves_share_a_figure_by_what_they_measure():
 
 def test_the_loss_of_the_only_objective_is_drawn_once():
     rows = [{"step": n, "time": n, "train/loss": n, "train/mlm/loss": n} for n in (1.0, 2.0)]
-    assert "train mlm" not in report._curves(rows)[0]
+    assert "train mlm" not in run_report._curves(rows)[0]
     rows[1] |= {"train/mlm/loss": 1.5}
-    assert "train mlm" in report._curves(rows)[0]
+    assert "train mlm" in run_report._curves(rows)[0]
 
 
 def test_a_split_has_one_colour_in_all_figures_and_noise_none():
@@ -147,12 +149,12 @@ def test_a_split_has_one_colour_in_all_figures_and_noise_none():
         }
         for n in (1.0, 2.0)
     ]
-    figures = report._curves(rows)
+    figures = run_report._curves(rows)
     assert not any("Mask rate" in figure for figure in figures)
     for figure in figures[:2]:
         found = re.findall(r"background:var\(--c(\d)\)\"></i>(\w+)", figure)
         assert found == [("0", "train"), ("1", "validation")]
-    assert list(report._colours(["train/a/loss", "train/b/loss"], {})) == [0, 2]
+    assert list(run_report._colours(["train/a/loss", "train/b/loss"], {})) == [0, 2]
 
 
 def test_what_was_trained_is_said():
@@ -184,23 +186,23 @@ def test_what_was_trained_is_said():
         "code": "0.1.0 aa commit bb",
     }
     assert report_facts.rows({}, {"step": 0}) == []
-    assert report._shown("flops", 7_043_914_137_600) == "7.04 TFLOP"
+    assert run_report._shown("flops", 7_043_914_137_600) == "7.04 TFLOP"
 
 
 def test_the_loss_of_the_only_objective_is_no_row_beside_the_loss():
     metrics = {"train/loss": 2.0, "train/mlm/loss": 2.0, "validation/loss": 3.0}
     metrics["validation/mlm/loss"] = 3.0
-    text = report._results({"metrics": metrics, "step": 1})
+    text = run_report._results({"metrics": metrics, "step": 1})
     assert "mlm/loss" not in text and "<td>loss</td>" in text
     metrics["train/mlm/loss"] = 1.5
-    assert "mlm/loss" in report._results({"metrics": metrics, "step": 1})
+    assert "mlm/loss" in run_report._results({"metrics": metrics, "step": 1})
 
 
 def test_a_wide_range_of_losses_gets_a_log_axis():
     rows = [{"step": n, "time": n, "train/loss": value} for n, value in enumerate((50.0, 1.0))]
-    assert "log scale" in report._curves(rows)[0]
+    assert "log scale" in run_report._curves(rows)[0]
     rows[1]["train/loss"] = math.nan
-    assert "log scale" not in report._curves(rows)[0]
+    assert "log scale" not in run_report._curves(rows)[0]
 
 
 def test_summary(folder):
@@ -212,18 +214,18 @@ def test_summary(folder):
 
 
 def test_a_summary_with_nan_is_json(tmp_path):
-    with logs.Logger(tmp_path, tensorboard=False) as log:
+    with metrics_log.Logger(tmp_path, tensorboard=False) as log:
         log.write(1, {"train/loss": math.nan})
-    report.summarize(tmp_path)
+    run_report.summarize(tmp_path)
     text = (tmp_path / "summary.json").read_text()
     summary = json.loads(text, parse_constant=pytest.fail)
     assert summary["metrics"]["train/loss"] == "NaN"
-    assert "nan" in report.write(tmp_path).read_text(encoding="utf-8")
+    assert "nan" in run_report.write(tmp_path).read_text(encoding="utf-8")
 
 
 def test_a_run_that_was_killed_early_has_a_page(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    Page(report.write(tmp_path).read_text(encoding="utf-8"))
+    Page(run_report.write(tmp_path).read_text(encoding="utf-8"))
 
 
 def test_the_task_writes_the_page(folder, tmp_path, capsys):
@@ -240,7 +242,7 @@ def test_the_task_refuses_other_folders(tmp_path):
 
 
 def test_nothing_temporary_is_left(folder):
-    report.write(folder)
+    run_report.write(folder)
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "config.json",

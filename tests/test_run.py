@@ -30,9 +30,13 @@ from runs import (
     write_corpus,
 )
 
-from fmjax import checkpoint, evaluate, interrupt, logs, report, workdir
-from fmjax import config as configs
+from fmjax.checkpoints import checkpointer
+from fmjax.config import load as configs
+from fmjax.distributed import signals
 from fmjax.errors import CheckpointError, NumericsError
+from fmjax.evaluation import eval_loop
+from fmjax.io import metrics_log, workdir
+from fmjax.reports import run_report
 
 pytest_plugins = ["runs"]
 
@@ -76,7 +80,7 @@ MOMENTS = [  # (what happens, the step that is then reached)
     ("term:evaluate", [40]),
 ]
 
-PLANS = {"term:prepare": interrupt.PREPARING, "term:compile": interrupt.COMPILING}
+PLANS = {"term:prepare": signals.PREPARING, "term:compile": signals.COMPILING}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +104,7 @@ def test_row04_row05_row06_stopped_at_every_moment_ends_bit_identical(
         assert status(folder)["state"] == "preempted" and status(folder)["exit_code"] == 75
         assert (resumed in done.stdout) == (step > 0)
         *notices, error = done.stderr.splitlines()
-        assert set(notices) == {f"SIGTERM: {PLANS.get(faults, interrupt.STEPPING)}"}
+        assert set(notices) == {f"SIGTERM: {PLANS.get(faults, signals.STEPPING)}"}
         assert "stopped by SIGTERM" in error and "the same command goes on" in error
         step = status(folder)["step"]
         assert step in steps, faults
@@ -178,20 +182,20 @@ def test_row33_a_loss_that_is_not_finite_ends_the_run(home, tmp_path, monkeypatc
     assert found["examples"] == list(range(112, 120))
     assert found["loss"] == found["gradient_norms"]["block_00/attn/query/kernel"] == "nan"
     skipped = [
-        event["step"] for event in logs.read(folder)[1] if event["event"] == "skipped_update"
+        event["step"] for event in metrics_log.read(folder)[1] if event["event"] == "skipped_update"
     ]
     assert skipped == [11, 12, 13, 14, 15]
 
     # Nothing was applied: what was saved since is what there was before.
     assert saved_states.steps(folder) == [10, 15]
-    before, after = (checkpoint.load_params(folder, step)[0] for step in (10, 15))
+    before, after = (checkpointer.load_params(folder, step)[0] for step in (10, 15))
     jax.tree.map(np.testing.assert_array_equal, before, after)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
 
 
 def test_row29_the_best_checkpoint_is_kept(home, tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, float("nan"), 2.5, float("nan"), 2.4, 2.6, 2.3])
-    monkeypatch.setattr(evaluate, "measured", lambda *args, **facts: {"loss": next(losses)})
+    monkeypatch.setattr(eval_loop, "measured", lambda *args, **facts: {"loss": next(losses)})
     flags = "--config.eval_every=5", "--config.keep=1"
     run_here(home, tmp_path / "run", *flags, monkeypatch=monkeypatch)
     assert saved_states.steps(tmp_path / "run") == [10, 40]
@@ -219,7 +223,7 @@ def test_row23_a_report_without_room_is_written_by_the_next_start(home, tmp_path
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="done and saved"):
-        patch.setattr(report, "summarize", full)
+        patch.setattr(run_report, "summarize", full)
         run_here(home, folder, *flags, monkeypatch=monkeypatch)
     assert saved_states.steps(folder) == [5] and status(folder)["exit_code"] == 4
     run_here(home, folder, *flags, monkeypatch=monkeypatch)

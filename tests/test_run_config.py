@@ -7,9 +7,9 @@ import pytest
 import runs
 from ml_collections import ConfigDict
 
-from fmjax import config as configs
-from fmjax import manifest, run_config, workdir
+from fmjax.config import load as configs
 from fmjax.errors import CheckpointError, ConfigError, DataError
+from fmjax.io import manifest, run_config, workdir
 
 pytest_plugins = ["runs"]
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tiny
 
-from fmjax import build, evaluate, sample_predictions
+from fmjax import build
+from fmjax.evaluation import eval_loop, sample_predictions
 
 
 class Words:
@@ -19,7 +20,7 @@ class Words:
 
 def test_masks_stand_where_the_targets_are_and_guesses_are_those_that_accuracy_counts(monkeypatch):
     made, batch = tiny.make(), tiny.batch(8)
-    step = jax.jit(evaluate.make_step(build.apply(made.model), made.objectives))
+    step = jax.jit(eval_loop.make_step(build.apply(made.model), made.objectives))
     sums, outputs = step(made.state().params, batch, jax.random.key(0))
     outputs = jax.device_get(outputs)
     found = outputs["mlm"]

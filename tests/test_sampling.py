@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import streams
 from fmjax.errors import ConfigError
-from fmjax.sampling import NONE, Sampling, chosen, left
+from fmjax.generation.sampling import NONE, Sampling, chosen, left
+from fmjax.params import randomness
 
 
 def seeds(rows):
     key = jax.random.fold_in(jax.random.key(0), 0)
-    return streams.named(streams.seeds(key, jnp.arange(rows)), "text")
+    return randomness.named(randomness.seeds(key, jnp.arange(rows)), "text")
 
 
 def shares(probabilities, **how):

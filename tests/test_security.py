@@ -19,10 +19,12 @@ from common import CACHE, ROOT
 from test_report import Page
 
 import run as command
-from fmjax import checkpoint, logs, manifest, pretrained, report, sealed, sharding, step_folders
-from fmjax import config as configs
-from fmjax.data import cache
+from fmjax.checkpoints import checkpointer, pretrained
+from fmjax.config import load as configs
 from fmjax.errors import CheckpointError, ConfigError, DataError
+from fmjax.io import disk_cache, manifest, metrics_log, retention, sealed
+from fmjax.params import sharding
+from fmjax.reports import run_report
 
 SECRET = "hunter2-0123456789abcdef"
 CONFIG = f"""
@@ -123,12 +125,12 @@ def test_what_is_no_secret_is_kept(ran):
 
 
 def test_the_saved_command_can_be_typed_but_for_its_secrets(ran):
-    started = logs.read(ran[0])[1][0]["command"]
+    started = metrics_log.read(ran[0])[1][0]["command"]
     assert started == (
         "python run.py --config=mine.py --workdir=out '--config.hub.hf_token=***' "
         "--config.proxy.passwd '***' --config.seed=3"
     )
-    whole = logs.command(["run.py", "--config.hub={'api_key': 'x', 'user': 'y'}", "--fresh"])
+    whole = metrics_log.command(["run.py", "--config.hub={'api_key': 'x', 'user': 'y'}", "--fresh"])
     assert whole == "python run.py '--config.hub=***'"
 
 
@@ -148,8 +150,8 @@ def test_a_report_runs_and_fetches_nothing(tmp_path):
     status = {"state": f"done'\" onclick=alert(3) {nasty}", "reason": nasty}
     (folder / "status.json").write_text(json.dumps(status))
     difference = [["data.train", nasty, 1]]
-    report.summarize(folder, environment={nasty: nasty}, config_difference=difference)
-    text = report.write(folder).read_text(encoding="utf-8")
+    run_report.summarize(folder, environment={nasty: nasty}, config_difference=difference)
+    text = run_report.write(folder).read_text(encoding="utf-8")
     assert "default-src 'none'" in text.partition("<title>")[0]
     assert text.count("alert(1)") > 5  # shown, as text
     found = Page(text)
@@ -159,7 +161,7 @@ def test_a_report_runs_and_fetches_nothing(tmp_path):
 
 def test_a_report_of_names_that_are_no_utf8(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"data": {"train": "\udcff.txt"}}))
-    assert "\\udcff.txt" in report.write(tmp_path).read_text(encoding="utf-8")
+    assert "\\udcff.txt" in run_report.write(tmp_path).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json", "status.json"])
@@ -167,7 +169,7 @@ def test_a_report_of_names_that_are_no_utf8(tmp_path):
 def test_a_damaged_run_folder_is_an_error_that_names_the_file(tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode("latin1"))
     with pytest.raises(CheckpointError, match=f"{name} is damaged"):
-        report.write(tmp_path)
+        run_report.write(tmp_path)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------
@@ -175,7 +177,7 @@ def test_a_damaged_run_folder_is_an_error_that_names_the_file(tmp_path, name, co
 
 @pytest.fixture
 def saver(tmp_path):
-    with contextlib.closing(checkpoint.Checkpointer(tmp_path)) as saver:
+    with contextlib.closing(checkpointer.Checkpointer(tmp_path)) as saver:
         saved_states.save(saver, 1, 2)
         yield saver
 
@@ -229,7 +231,7 @@ def test_meta_that_nobody_wrote_is_refused(saver, tmp_path, content):
     (folder / "meta" / "metadata").write_bytes(content.encode("latin1"))
     (folder / manifest.NAME).unlink()
     manifest.write(folder)
-    for read in (lambda: checkpoint.load_params(tmp_path), lambda: step_folders.read_meta(folder)):
+    for read in (lambda: checkpointer.load_params(tmp_path), lambda: retention.read_meta(folder)):
         with pytest.raises(CheckpointError, match="meta"):
             read()
 
@@ -238,7 +240,7 @@ def test_deleting_a_step_that_is_a_link_leaves_what_it_leads_to(saver, tmp_path)
     mine = tmp_path / "mine" / "checkpoints"
     mine.mkdir(parents=True)
     (mine / "7").symlink_to(saved_states.step_folder(tmp_path, 2))
-    step_folders.make_room(mine, 7)
+    retention.make_room(mine, 7)
     assert os.listdir(mine) == []
     assert manifest.problems(saved_states.step_folder(tmp_path, 2)) == []
 
@@ -263,12 +265,12 @@ def test_a_run_folder_with_a_config_that_nobody_wrote(saver, tmp_path, content, 
 
 def test_compiled_programs_are_kept_for_this_user_alone(tmp_path, monkeypatch):
     folder = tmp_path / "cache" / "xla"
-    assert cache.private(folder).stat().st_mode & 0o777 == 0o700
+    assert disk_cache.private(folder).stat().st_mode & 0o777 == 0o700
     folder.chmod(0o777)
-    assert cache.private(folder).stat().st_mode & 0o777 == 0o700
+    assert disk_cache.private(folder).stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
     with pytest.raises(DataError, match="belongs to another user"):
-        cache.private(folder)
+        disk_cache.private(folder)
 
 
 def test_a_run_compiles_into_that_folder(ran):

@@ -28,12 +28,15 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fmjax import convert, data, pretrained, sharding, snapshot, state
+from fmjax import convert, data
+from fmjax.checkpoints import pretrained
 from fmjax.convert import files as weights
 from fmjax.data import files, hub, lines, records, tokenizer
 from fmjax.data.settings import DataSettings
 from fmjax.errors import CheckpointError, ConfigError, DataError
-from fmjax.models import bert
+from fmjax.io import snapshot
+from fmjax.models import bert, param_init
+from fmjax.params import sharding
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # Weights in formats that can hold code: pickles, numpy's objects, Keras' lambdas.
@@ -52,7 +55,7 @@ def made(tmp_path_factory):
     source = tmp_path_factory.mktemp("tokenizer")
     PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(source)
     model = bert.Model("tiny", **tiny.SIZES)
-    convert.export(folder, model, state.init_params(model, jax.random.key(0)), source)
+    convert.export(folder, model, param_init.init_params(model, jax.random.key(0)), source)
     return folder
 
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from common import CACHE, ROOT
 
-from fmjax import config as configs
-from fmjax import convert, embed, losses, sentence, state
+from fmjax import convert
+from fmjax.config import load as configs
+from fmjax.convert import sentence
 from fmjax.errors import CheckpointError, ConfigError
-from fmjax.models import bert
+from fmjax.models import bert, param_init, text_pooling
+from fmjax.tasks import embed
 
 WORDS = (
     "[PAD] [UNK] [CLS] [SEP] [MASK] the a dog cat sees likes river runs query : good bad".split()
@@ -42,7 +44,7 @@ def encoder(tmp_path_factory):
     (made / "tokenizer_config.json").write_text(json.dumps(options | {"model_max_length": 20}))
     sizes = dict(vocab_size=len(WORDS), width=16, depth=2, heads=2, mlp=24, max_len=32)
     model = bert.Model("tiny", **sizes)
-    params = jax.jit(lambda: state.init_params(model, jax.random.key(0)))()
+    params = jax.jit(lambda: param_init.init_params(model, jax.random.key(0)))()
     params = jax.tree.map(lambda x: 5 * x, params)
     convert.export(folder / "bert", model, params, made)
     return folder / "bert"
@@ -134,7 +136,9 @@ def test_pools_by_hand():
     expected = dict(first=1, last=-2, mean=1, max=4)
     expected |= dict(weighted_mean=(1 + 8 - 6) / 6, sum_over_sqrt=3 / 3**0.5)
     for pool, value in expected.items():
-        np.testing.assert_allclose(losses.pooled(hidden, segment_ids, pool), [[value]], rtol=1e-6)
+        np.testing.assert_allclose(
+            text_pooling.pooled(hidden, segment_ids, pool), [[value]], rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize(

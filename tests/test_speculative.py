@@ -7,9 +7,10 @@ import pytest
 import scipy.stats
 from test_decoding import ADAPTERS, GREEDY, PROMPTS, made
 
-from fmjax import decoding, speculative, streams
 from fmjax.errors import ConfigError
-from fmjax.sampling import Sampling
+from fmjax.generation import decoder, speculative
+from fmjax.generation.sampling import Sampling
+from fmjax.params import randomness
 
 MORE = ("gpt2", 1), ("llama", 3), ("t5", 1)
 
@@ -33,9 +34,9 @@ def another(family, adapter=None, **changes):
     ],
 )
 def test_the_likeliest_text_is_the_same(family, ahead):
-    writer = decoding.Writer(*made(family))
+    writer = decoder.Writer(*made(family))
     alone = [writer([ids], 20, GREEDY)[0] for ids in PROMPTS]
-    for guesser in (decoding.Writer(*another(family)), writer):
+    for guesser in (decoder.Writer(*another(family)), writer):
         several = speculative.Speculator(writer, guesser, ahead)
         assert several(PROMPTS, 20, GREEDY) == alone
         assert several.written == 60
@@ -48,8 +49,8 @@ def test_the_likeliest_text_is_the_same(family, ahead):
 )
 def test_the_likeliest_text_is_the_same_in_fewer_bits(bits):
     kind = {key: bits.pop(key) for key in tuple(bits) if key == "dtype"}
-    writer = decoding.Writer(*made("llama", window=5, full_every=2, **kind), **bits)
-    guesser = decoding.Writer(*another("llama", window=5, full_every=2, **kind), **bits)
+    writer = decoder.Writer(*made("llama", window=5, full_every=2, **kind), **bits)
+    guesser = decoder.Writer(*another("llama", window=5, full_every=2, **kind), **bits)
     several = speculative.Speculator(writer, guesser, 3)
     assert several(PROMPTS, 12, GREEDY) == [writer([ids], 12, GREEDY)[0] for ids in PROMPTS]
 
@@ -59,8 +60,8 @@ def test_the_likeliest_text_is_the_same_in_fewer_bits(bits):
 )
 def test_the_one_that_guesses_may_have_adapters(adapter):
     """Positions of its own that the model has not, and the other way round."""
-    plain = decoding.Writer(*made("llama"))
-    adapted = decoding.Writer(*another("llama", ADAPTERS[adapter]))
+    plain = decoder.Writer(*made("llama"))
+    adapted = decoder.Writer(*another("llama", ADAPTERS[adapter]))
     for writer, guesser in ((plain, adapted), (adapted, plain)):
         expected = [writer([ids], 12, GREEDY)[0] for ids in PROMPTS]
         assert speculative.Speculator(writer, guesser, 3)(PROMPTS, 12, GREEDY) == expected
@@ -70,10 +71,10 @@ def test_the_one_that_guesses_may_have_adapters(adapter):
 
 
 def test_texts_end_where_they_end_and_look_up_on_the_way():
-    writer = decoding.Writer(*made("gpt2"))
+    writer = decoder.Writer(*made("gpt2"))
     free = writer(PROMPTS[:1], 12, GREEDY)[0]
     end = free[5]
-    ended = decoding.Writer(*made("gpt2"), stop=(end,))
+    ended = decoder.Writer(*made("gpt2"), stop=(end,))
     several = speculative.Speculator(ended, writer, 4)
     assert several(PROMPTS[:1], 12, GREEDY)[0] == free[: free.index(end) + 1]
     seen = []
@@ -82,7 +83,7 @@ def test_texts_end_where_they_end_and_look_up_on_the_way():
         seen.append([i for i in rows[0].tolist() if i >= 0])
         return [len(seen) == 2]
 
-    several = speculative.Speculator(writer, decoding.Writer(*another("gpt2")), 2)
+    several = speculative.Speculator(writer, decoder.Writer(*another("gpt2")), 2)
     found = several(PROMPTS[:1], 12, GREEDY, told=told, every=3)[0]
     assert len(seen) == 2 and found == seen[-1] == free[: len(found)] and len(seen[0]) >= 4
 
@@ -90,8 +91,8 @@ def test_texts_end_where_they_end_and_look_up_on_the_way():
 def test_as_far_as_the_last_place():
     """Guesses go on behind it, and are thrown away."""
     model, params = made("gpt2")
-    writer, length = decoding.Writer(model, params), model.cfg.max_len - 4
-    several = speculative.Speculator(writer, decoding.Writer(*another("gpt2")), 5)
+    writer, length = decoder.Writer(model, params), model.cfg.max_len - 4
+    several = speculative.Speculator(writer, decoder.Writer(*another("gpt2")), 5)
     assert several(PROMPTS[:1], length, GREEDY) == writer(PROMPTS[:1], length, GREEDY)
 
 
@@ -101,7 +102,7 @@ def test_a_text_is_as_probable_as_without_guesses():
     p, q = (jnp.asarray(rng.dirichlet([0.7] * 5, n), jnp.float32) for n in (2, 1))
     draws = 200_000
     numbers = jnp.arange(draws)
-    seeds = streams.seeds(jax.random.fold_in(jax.random.key(1), 0), numbers)
+    seeds = randomness.seeds(jax.random.fold_in(jax.random.key(1), 0), numbers)
     guesses = jax.random.categorical(jax.random.key(2), jnp.log(q[0]), shape=(draws, 1))
     uniform = jax.random.uniform(jax.random.key(3), (draws, 1))
     each = jax.vmap(lambda g, u, s: speculative.verified(p, q, g, u, s[None]))
@@ -133,7 +134,7 @@ def test_whole_texts_are_as_probable_as_without_guesses():
     """Of three tokens, where one and the next is guessed at once, against the model's own."""
     hot, tokens, draws = Sampling(temperature=4.0), 4, 1500
     models = made("gpt2"), another("gpt2")
-    writer, guesser = (decoding.Writer(*one, tokens=tokens) for one in models)
+    writer, guesser = (decoder.Writer(*one, tokens=tokens) for one in models)
     texts = speculative.Speculator(writer, guesser, 2)(PROMPTS[:1] * draws, 3, hot, seed=1)
     counts = np.zeros((tokens,) * 3)
     np.add.at(counts, tuple(np.asarray(texts).T), 1)
@@ -148,7 +149,7 @@ def test_whole_texts_are_as_probable_as_without_guesses():
 
 
 def test_a_seed_decides_what_is_drawn():
-    writer, guesser = decoding.Writer(*made("llama")), decoding.Writer(*another("llama"))
+    writer, guesser = decoder.Writer(*made("llama")), decoder.Writer(*another("llama"))
     several = speculative.Speculator(writer, guesser, 3)
     hot = Sampling(temperature=0.9, top_p=0.95)
     found = several(PROMPTS, 12, hot, seed=3)
@@ -157,7 +158,7 @@ def test_a_seed_decides_what_is_drawn():
 
 
 def test_what_cannot_be_guessed_is_refused():
-    writer = decoding.Writer(*made("gpt2"))
+    writer = decoder.Writer(*made("gpt2"))
     with pytest.raises(ConfigError, match="config.ahead=0"):
         speculative.Speculator(writer, writer, 0)
     several = speculative.Speculator(writer, writer, 2)

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 from common import ROOT
 
-from fmjax import interrupt, standstill, watchdog
-from fmjax.interrupt import SLOW_SEC, STEPS_SEEN, Stop
-from fmjax.standstill import RollCall, places
+from fmjax.distributed import signals, standstill, watchdog
+from fmjax.distributed.signals import SLOW_SEC, STEPS_SEEN, Stop
+from fmjax.distributed.standstill import RollCall, places
 
 HEARTBEAT = 100.0
 
@@ -21,7 +21,7 @@ HEARTBEAT = 100.0
 @pytest.fixture
 def clock(monkeypatch):
     clock = SimpleNamespace(now=0.0)
-    for module in (interrupt, standstill):
+    for module in (signals, standstill):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
@@ -151,9 +151,9 @@ STUCK = """
 import sys, threading
 import jax
 from jax._src import distributed
-from fmjax import standstill
-from fmjax.interrupt import Stop
-from fmjax.peers import Peers
+from fmjax.distributed import standstill
+from fmjax.distributed.signals import Stop
+from fmjax.distributed.coordination import Peers
 
 def deadlock():
     lock = threading.Lock()

@@ -10,9 +10,12 @@ from types import SimpleNamespace
 import pytest
 from common import ROOT
 
-from fmjax import config as configs
-from fmjax import config_files, interrupt, output, startup
+from fmjax import startup
+from fmjax.config import files
+from fmjax.config import load as configs
+from fmjax.distributed import signals
 from fmjax.errors import CheckpointError, ConfigError, did_you_mean
+from fmjax.io import output
 
 RUN = [sys.executable, str(ROOT / "run.py")]
 
@@ -102,7 +105,7 @@ def test_a_signal_while_it_starts_ends_it_in_silence(number, code):
 def test_a_signal_before_the_program_is_started_again_is_not_lost():
     """It waits, blocked, for the handlers of the second start."""
     program = (
-        "import os, signal, sys; from fmjax import interrupt, startup\n"
+        "import os, signal, sys; from fmjax.distributed import signals; from fmjax import startup\n"
         "if 'GLIBC_TUNABLES' not in os.environ:\n"
         "    exec_ = os.execv\n"
         "    os.execv = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), exec_(*a))\n"
@@ -125,11 +128,11 @@ def test_a_program_that_cannot_be_started_again_goes_on(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(os, "execv", refused)
     startup.use_huge_pages()
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(interrupt.SIGNALS)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(signals.SIGNALS)
 
 
 def test_sighup_stays_ignored_under_nohup():
-    program = "import signal; from fmjax import interrupt; interrupt.end_at_once(); "
+    program = "import signal; from fmjax.distributed import signals; signals.end_at_once(); "
     program += "print(signal.getsignal(signal.SIGHUP).name)"
     done = shell(f"trap '' HUP; {sys.executable} -c '{program}'", PYTHONPATH=str(ROOT))
     assert done.stdout == "SIG_IGN\n", done.stderr
@@ -162,11 +165,11 @@ def test_a_config_without_its_flag_is_recognised(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     file = tmp_path / "configs" / "mine.py"
     file.write_text('"""Mine, of today:\n\nmore"""\n')
-    usage = config_files.usage(["configs/mine.py:tiny", "--fresh"])
+    usage = files.usage(["configs/mine.py:tiny", "--fresh"])
     assert usage == " Did you mean: python run.py --config=configs/mine.py:tiny"
-    assert config_files.usage([]).splitlines()[1] == "  --config=configs/mine.py  Mine, of today"
+    assert files.usage([]).splitlines()[1] == "  --config=configs/mine.py  Mine, of today"
     file.unlink()
-    assert "Configs are in " in config_files.usage([]) and "\n" not in config_files.usage([])
+    assert "Configs are in " in files.usage([]) and "\n" not in files.usage([])
 
 
 def test_a_config_is_looked_for_where_the_program_is(tmp_path, monkeypatch):

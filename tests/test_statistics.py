@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fmjax import statistics
+from fmjax.experiments import statistics
 
 
 def draws(seed, seeds, examples, deviations):

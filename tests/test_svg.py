@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from fmjax import svg
+from fmjax.reports import svg
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from common import ROOT
 
-from fmjax import config as configs
-from fmjax import lock, sweep, sweep_results, tasks, trials, workdir
+from fmjax import dispatch
+from fmjax.config import load as configs
 from fmjax.errors import (
     CheckpointError,
     ConfigError,
@@ -19,10 +19,12 @@ from fmjax.errors import (
     NumericsError,
     Preempted,
 )
+from fmjax.experiments import sweep, sweep_results, trials
+from fmjax.io import lock, workdir
 
 FILE = """
 import runpy
-from fmjax import sweep
+from fmjax.experiments import sweep
 
 def get_config(arg=None):
     return runpy.run_path({path!r})["get_config"]("tiny" + (arg or ""))
@@ -165,7 +167,7 @@ class Task:
 def task(monkeypatch):
     def use(**failing):
         made = Task(**failing)
-        monkeypatch.setattr(tasks, "start", made)
+        monkeypatch.setattr(dispatch, "start", made)
         return made
 
     return use
@@ -314,7 +316,7 @@ def test_arms_are_shown_as_what_they_are():
 
 
 def test_a_task_of_which_nothing_is_known_afterwards_has_failed(monkeypatch, tmp_path):
-    monkeypatch.setattr(tasks, "start", lambda *args, **flags: None)
+    monkeypatch.setattr(dispatch, "start", lambda *args, **flags: None)
     with pytest.raises(ConfigError, match="the task 'train' leaves no summary.json"):
         start(write(tmp_path), tmp_path / "sweep", "1")
 
@@ -352,7 +354,7 @@ def test_commands_at_once_share_the_trials(monkeypatch, tmp_path):
         both.wait()  # each of two has one
         work(made, *args, **flags)
 
-    monkeypatch.setattr(tasks, "start", slowly)
+    monkeypatch.setattr(dispatch, "start", slowly)
     threads = [threading.Thread(target=start, args=(spec, folder)) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -398,7 +400,7 @@ def test_a_trial_of_a_real_sweep_is_the_run_alone(tmp_path):
     words = ["--config.total=3", "--config.eval_every=0", "--config.save_every=0"]
     start(spec, tmp_path / "sweep", "4", *words)
     trial = walk(spec, *words)[3]
-    tasks.start(trial.config, tmp_path / "alone", file=spec)
+    dispatch.start(trial.config, tmp_path / "alone", file=spec)
     summary = json.loads((tmp_path / "alone/summary.json").read_text())
     (result,) = trials.read(tmp_path / "sweep", trial)["results"]
     for name, value in summary["metrics"].items():

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fmjax import report, svg, sweep_report, sweep_results
+from fmjax.experiments import sweep_report, sweep_results
+from fmjax.reports import svg
+from fmjax.tasks import report
 
 METRIC = "validation/classify/accuracy"
 

@@ -15,26 +15,18 @@ import numpy as np
 import pytest
 from common import CACHE, ROOT
 
-from fmjax import (
-    checkpoint,
-    convert,
-    evaluate,
-    export,
-    fill_mask,
-    objectives,
-    pretrained,
-    report,
-    setup,
-    sharding,
-    state,
-    train,
-    trees,
-)
-from fmjax import config as configs
+from fmjax import convert, objectives
 from fmjax.adapters import prompt
+from fmjax.checkpoints import checkpointer, pretrained
+from fmjax.config import load as configs
 from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.errors import CheckpointError, ConfigError, DataError
-from fmjax.models import bert
+from fmjax.evaluation import export_check
+from fmjax.models import bert, param_init
+from fmjax.params import paths, sharding
+from fmjax.reports import run_report
+from fmjax.tasks import evaluate, export, fill_mask, train
+from fmjax.training import initialize, setup
 
 WORDS = "the a value name of is returned by function class list when given and not call".split()
 # A head that transformers has no class for.
@@ -97,7 +89,7 @@ def records(path):
 
 
 def assert_same(one, other):
-    one, other = trees.unstack(one), trees.unstack(other)
+    one, other = paths.unstack(one), paths.unstack(other)
     assert one.keys() == other.keys()
     for name in one:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
@@ -107,7 +99,7 @@ def assert_same(one, other):
 
 
 def test_a_run_folder_opens_with_its_newest_average(folder, opened):
-    saved, _, averaged = checkpoint.load_params(folder)
+    saved, _, averaged = checkpointer.load_params(folder)
     assert averaged
     assert_same(opened.params, saved)
     assert (opened.step, opened.config.total, opened.tokenizer) == (4, 4, folder / "tokenizer")
@@ -122,7 +114,7 @@ def test_the_tasks_take_the_step_that_is_asked_for(folder, exported, tmp, capsys
     assert capsys.readouterr().out.count(f"{folder} at step 2 (averaged parameters)") == 3
     mesh = sharding.make_mesh()
     params = pretrained.open_folder(str(folder), mesh, step=2).params
-    assert_same(params, checkpoint.load_params(folder, 2)[0])
+    assert_same(params, checkpointer.load_params(folder, 2)[0])
     with pytest.raises(CheckpointError, match="no finished step 3. There are: 2, 4."):
         pretrained.open_folder(str(folder), mesh, step=3)
     with pytest.raises(ConfigError, match="config.step=4, but config.folder='.*' is not the fold"):
@@ -140,8 +132,8 @@ def test_process_0_alone_prints(exported, opened, tmp, capsys, monkeypatch):
 
 def test_an_exported_folder_opens_with_the_same_parameters(exported, opened):
     again = pretrained.open_folder(str(exported), sharding.make_mesh(fsdp=2), "bfloat16")
-    kept = {n: x for n, x in trees.unstack(opened.params).items() if n not in LEFT_OUT}
-    assert_same(again.params, trees.unflatten(kept))
+    kept = {n: x for n, x in paths.unstack(opened.params).items() if n not in LEFT_OUT}
+    assert_same(again.params, paths.unflatten(kept))
     assert (again.missing, again.config, again.step) == ((), None, None)
     assert again.model.cfg.dtype == "bfloat16"
 
@@ -224,7 +216,7 @@ def test_a_dry_run_measures_nothing(folder, tmp, capsys):
 def released(tmp, folder):
     """A BertForPreTraining's folder."""
     model = bert.Model("tiny", **{**SIZES, "vocab_size": 92, "classes": {"nsp": 2}})
-    params = state.init_params(model, jax.random.key(0))
+    params = param_init.init_params(model, jax.random.key(0))
     convert.export(tmp / "released", model, params, folder / "tokenizer")
     return tmp / "released"
 
@@ -315,9 +307,9 @@ def test_guesses_behind_a_prompt_of_words_are_those_of_the_words_in_front(export
     (row,) = fill_mask.encode(["is [MASK] by a function"], tokenizer, 40)
     words = [7, 8, 9]
     model = prompt.wrap(opened.model, length=len(words))
-    flat = trees.flatten(model.add(opened.params, jax.random.key(0)))
+    flat = paths.flatten(model.add(opened.params, jax.random.key(0)))
     table = flat[f"{prompt.TABLE}/embedding"]
-    params = trees.unflatten(flat | {f"{prompt.TABLE}/prompt_tokens": table[np.array(words)]})
+    params = paths.unflatten(flat | {f"{prompt.TABLE}/prompt_tokens": table[np.array(words)]})
     ((found,),) = fill_mask.guesses(
         opened._replace(model=model, params=params), tokenizer, [row], 5
     )
@@ -374,10 +366,10 @@ def test_export_notices_one_flipped_bit(exported, opened, tmp):
     data = bytearray((damaged / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (damaged / "model.safetensors").write_bytes(data)
-    abstract = state.abstract_params(opened.model, sharding.make_mesh())
-    export.check(exported, opened, LEFT_OUT, abstract)
+    abstract = param_init.abstract_params(opened.model, sharding.make_mesh())
+    export_check.check(exported, opened, LEFT_OUT, abstract)
     with pytest.raises(CheckpointError, match="reads back differently"):
-        export.check(damaged, opened, LEFT_OUT, abstract)
+        export_check.check(damaged, opened, LEFT_OUT, abstract)
 
 
 # ---- config.init ----
@@ -388,17 +380,17 @@ def target(init, groups=((".*", "train"),), **changes):
     model = bert.Model("tiny", **{**SIZES, "vocab_size": 92, "dropout": 0.0, **changes})
     model, _ = setup.grouped(model, groups, {"decay": ".*"}, {})
     config = SimpleNamespace(init=str(init), new_head=False, seed=0)
-    abstract = state.abstract_params(model, sharding.make_mesh(fsdp=2))
-    params = pretrained.initial(config, model, abstract).params
+    abstract = param_init.abstract_params(model, sharding.make_mesh(fsdp=2))
+    params = initialize.initial(config, model, abstract).params
     for leaf, like in zip(jax.tree.leaves(params), jax.tree.leaves(abstract), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (like.shape, like.dtype, like.sharding)
-    return trees.unstack(params)
+    return paths.unstack(params)
 
 
 def test_starting_from_a_run_gives_its_parameters_in_any_stacks(folder, opened, capsys):
     freeze = ((r"block_00/.*|embed/.*", "freeze"), (".*", "train"))
     for found in (target(folder), target(folder, freeze), target(folder, scan=False)):
-        assert_same(trees.unflatten(found), opened.params)
+        assert_same(paths.unflatten(found), opened.params)
     said = f"starting from step 4 of {folder} (averaged parameters): every parameter loaded"
     assert said in capsys.readouterr().out
 
@@ -408,11 +400,11 @@ def test_starting_with_a_head_that_the_run_lacks(folder, opened, capsys):
     assert "newly initialised: head/nsp/bias, head/nsp/kernel" in capsys.readouterr().out
     assert np.std(found.pop("head/nsp/kernel")) == pytest.approx(0.02, rel=0.5)
     assert not np.any(found.pop("head/nsp/bias"))
-    assert_same(trees.unflatten(found), opened.params)
+    assert_same(paths.unflatten(found), opened.params)
 
 
 def test_starting_from_an_exported_folder(exported, opened):
-    found, same = target(exported), trees.unstack(opened.params)
+    found, same = target(exported), paths.unstack(opened.params)
     assert found.keys() == same.keys()
     for name in found.keys() - set(LEFT_OUT):
         np.testing.assert_array_equal(found[name], same[name], err_msg=name)
@@ -425,10 +417,10 @@ def test_starting_with_another_tokenizer_is_refused(folder, exported, tmp):
     (other / "tokenizer.json").write_text(text)
     for init, right in ((folder, folder / "tokenizer"), (exported, exported)):
         config = SimpleNamespace(init=str(init))
-        pretrained.check_tokenizer(config, folder / "tokenizer")
+        initialize.check_tokenizer(config, folder / "tokenizer")
         with pytest.raises(ConfigError, match=f"--config.tokenizer.name={right}$"):
-            pretrained.check_tokenizer(config, other)
-    pretrained.check_tokenizer(SimpleNamespace(init=""), other)
+            initialize.check_tokenizer(config, other)
+    initialize.check_tokenizer(SimpleNamespace(init=""), other)
 
 
 def test_starting_from_a_run_of_another_shape_is_refused(folder):
@@ -454,7 +446,7 @@ def test_a_run_whose_tokenizer_has_changed_is_refused(folder, tmp):
     with refused:
         pretrained.open_folder(str(run), sharding.make_mesh())
     with refused:
-        pretrained.resolved(load("mlm", "--config.tokenizer.name=init", init=run))
+        initialize.resolved(load("mlm", "--config.tokenizer.name=init", init=run))
     with refused:
         train.run(configs.load(str(run / "config.json")), run)
     options.write_text(before)
@@ -465,7 +457,7 @@ def test_a_run_whose_tokenizer_has_changed_is_refused(folder, tmp):
 
 def test_the_commands_of_the_report_are_understood(folder):
     """Each loads its config; what they then do is tested above."""
-    page = html.unescape(report.write(folder).read_text(encoding="utf-8"))
+    page = html.unescape(run_report.write(folder).read_text(encoding="utf-8"))
     for name in ("evaluate", "fill_mask", "export"):
         command = re.search(rf"run\.py --config=configs/{name}\.py (--[^<]*)", page)
         assert load(name, *shlex.split(command[1])).folder == str(folder)

@@ -15,9 +15,12 @@ import pytest
 from common import ROOT, least_sent
 from jax.experimental import topologies
 
-from fmjax import build, communication, data, setup, sharding, trees
-from fmjax import config as configs
-from fmjax.step import make_train_step
+from fmjax import build, data
+from fmjax.config import load as configs
+from fmjax.distributed import collective_bytes
+from fmjax.params import paths, sharding
+from fmjax.training import setup
+from fmjax.training.step import make_train_step
 
 pytestmark = [
     pytest.mark.slow,
@@ -90,7 +93,7 @@ def test_step_fits_and_moves_no_more_than_it_must(variant, topology, layout, opt
     arguments = memory.argument_size_in_bytes
     total = arguments + memory.temp_size_in_bytes + memory.output_size_in_bytes
     total -= memory.alias_size_in_bytes
-    sent = communication.sent(partitioned(tmp_path))
+    sent = collective_bytes.sent(partitioned(tmp_path))
     itemsize = jnp.dtype(run.config.precision).itemsize
     least = least_sent(run.abstract.params, run.mesh, itemsize)
     ratio = sum(sent.values()) / least
@@ -98,12 +101,12 @@ def test_step_fits_and_moves_no_more_than_it_must(variant, topology, layout, opt
         f"\n| {variant} | {topology} | {layout} | {run.config.data.seq_len} | "
         f"{arguments / GIB:.2f} | {total / GIB:.2f} | {sum(sent.values()) / 1e6:,.0f} | "
         f"{least / 1e6:,.0f} | {ratio:.3f} | {seconds:.0f} |"
-        f"\n{sent}\nas libtpu writes it: {communication.sent(compiled.as_text())}"
+        f"\n{sent}\nas libtpu writes it: {collective_bytes.sent(compiled.as_text())}"
     )
     assert total < MEMORY[topology]
     assert memory.alias_size_in_bytes > 0.99 * arguments, "the state is updated in place"
     # Parameters and two moments, in float32; the gradient, which makes it 16, is no argument.
-    state = 12 * trees.size(run.abstract.params) / run.mesh.shape["fsdp"]
+    state = 12 * paths.size(run.abstract.params) / run.mesh.shape["fsdp"]
     assert arguments <= 1.05 * state
     assert ratio <= MOST[run.config.model.name], sent
 

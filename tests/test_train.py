@@ -9,12 +9,17 @@ import pytest
 import tiny
 from common import ROOT, dots
 
-from fmjax import config, flops, objectives, sharding, state, train, trees
+from fmjax import objectives
+from fmjax.config import load
 from fmjax.errors import ConfigError
+from fmjax.models import param_init
+from fmjax.params import paths, sharding
+from fmjax.tasks import train
+from fmjax.training import flops, loop
 
 
 def values(tree):
-    return trees.unstack(jax.device_get(tree))
+    return paths.unstack(jax.device_get(tree))
 
 
 def close(a, b, atol=2e-6):
@@ -79,9 +84,9 @@ def test_accumulation_does_no_work_twice():
 def test_best_must_be_a_metric_that_evaluation_brings():
     metrics = ["mlm/loss", "mlm/accuracy"]
     for best in ("", "validation/loss", "validation/mlm/accuracy", "validation/mlm/perplexity"):
-        train.check_best(best, metrics)
+        loop.check_best(best, metrics)
     with pytest.raises(ConfigError, match="config.best = .*acuracy.*'validation/mlm/accuracy'"):
-        train.check_best("validation/mlm/acuracy", metrics)
+        loop.check_best("validation/mlm/acuracy", metrics)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
@@ -155,7 +160,7 @@ def test_row12_any_layout_gives_the_same_numbers(layout, family):
     close(current.params, single[0])
     # Really laid out: each device holds its share of a matrix, and of its Adam moments.
     ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    kernels = [x for p, x in trees.flatten(current.params).items() if p.endswith("up/kernel")]
+    kernels = [x for p, x in paths.flatten(current.params).items() if p.endswith("up/kernel")]
     kernels += [x for x in jax.tree.leaves(current.opt_state) if x.shape == kernels[0].shape]
     # Of a Llama with the moments of its gates; of a T5 two stacks.
     assert len(kernels) == {"llama": 5, "t5": 4}.get(family, 3)
@@ -185,8 +190,8 @@ def test_row41_same_seed_same_numbers_other_seed_other_numbers():
 
 
 def poisoned(made, current, path, where="params"):
-    flat = trees.flatten(current.params)
-    return current.replace(params=trees.unflatten({**flat, path: flat[path].at[0].set(jnp.nan)}))
+    flat = paths.flatten(current.params)
+    return current.replace(params=paths.unflatten({**flat, path: flat[path].at[0].set(jnp.nan)}))
 
 
 def test_row33_a_non_finite_loss_changes_nothing_but_the_step():
@@ -234,8 +239,8 @@ def test_frozen_parameters_stay_and_hold_no_optimizer_memory(family):
     moved = {name for name, x in now.items() if (x != old[name]).any()}
     trains = {name for name, group in made.assigned.items() if group == "train"}
     assert moved == trains - {n for n in trains if "pooler" in n}
-    trainable = trees.size(made.split(before.params)[0])
-    assert trees.size(before.opt_state) - 2 * trainable < 10  # counters only
+    trainable = paths.size(made.split(before.params)[0])
+    assert paths.size(before.opt_state) - 2 * trainable < 10  # counters only
     # And the numbers are those of an unrolled model.
     unrolled = tiny.make(groups=groups, family=family, scan=False)
     close(unrolled.step(unrolled.state(), tiny.batch(8))[0].params, after.params)
@@ -349,17 +354,17 @@ def test_init_does_not_depend_on_stacking():
     whole = tiny.make()
     cut = tiny.make(groups=((r"block_00/.*", "freeze"), (".*", "train")))
     close(whole.state().params, cut.state().params, atol=0)
-    assert state.abstract_params(cut.model)["blocks_00_00"]
+    assert param_init.abstract_params(cut.model)["blocks_00_00"]
 
 
 @pytest.mark.slow
 def test_a_run_may_be_as_long_as_its_operations(tmp_path):
     words = ["--config.tensorboard=False", "--config.log_every=1"]
     one = [*words, "--config.total=1"]
-    train.run(config.load(f"{ROOT}/configs/mlm.py:tiny", one), tmp_path / "one")
+    train.run(load.load(f"{ROOT}/configs/mlm.py:tiny", one), tmp_path / "one")
     flops = json.loads((tmp_path / "one/summary.json").read_text())["metrics"]["flops"]
     for given, steps in ((3 * flops, 3), (3 * flops + 1, 4)):
         three = [*words, f"--config.total={given} flops"]
-        train.run(config.load(f"{ROOT}/configs/mlm.py:tiny", three), tmp_path / str(steps))
+        train.run(load.load(f"{ROOT}/configs/mlm.py:tiny", three), tmp_path / str(steps))
         found = json.loads((tmp_path / str(steps) / "summary.json").read_text())
         assert found["step"] == steps and found["metrics"]["flops"] == steps * flops

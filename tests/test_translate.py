@@ -6,9 +6,9 @@ import pytest
 from common import ROOT
 from test_encoder_decoders import folder  # noqa: F401
 
-from fmjax import config as configs
-from fmjax import translate
+from fmjax.config import load as configs
 from fmjax.errors import ConfigError, DataError
+from fmjax.tasks import translate
 
 
 def rows(path, *given):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import trees
+from fmjax.params import paths
 
 NAMED = {
     "embed/token/embedding": jnp.arange(6.0).reshape(3, 2),
@@ -13,39 +13,39 @@ NAMED = {
 
 @pytest.mark.parametrize("stacks", [None, (5,), (3, 2), (1, 1, 3)])
 def test_stacking_is_storage_only(stacks):
-    stored = trees.stack(NAMED, stacks)
-    back = trees.unstack(stored)
+    stored = paths.stack(NAMED, stacks)
+    back = paths.unstack(stored)
     assert back.keys() == NAMED.keys()
     jax.tree.map(np.testing.assert_array_equal, back, NAMED)
 
 
 def test_restack_from_any_to_any():
-    a = trees.restack(trees.stack(NAMED, (3, 2)), (1, 4))
-    assert trees.flatten(a)["blocks_01_04/attn/kernel"].shape == (4, 2, 2)
-    assert float(trees.flatten(a)["blocks_01_04/attn/kernel"][2, 0, 0]) == 3.0
+    a = paths.restack(paths.stack(NAMED, (3, 2)), (1, 4))
+    assert paths.flatten(a)["blocks_01_04/attn/kernel"].shape == (4, 2, 2)
+    assert float(paths.flatten(a)["blocks_01_04/attn/kernel"][2, 0, 0]) == 3.0
 
 
 def test_names_of_a_stack():
-    assert trees.names("blocks_08_10/mlp/up/kernel") == [
+    assert paths.names("blocks_08_10/mlp/up/kernel") == [
         "block_08/mlp/up/kernel",
         "block_09/mlp/up/kernel",
         "block_10/mlp/up/kernel",
     ]
-    assert trees.names("head/mlm/bias") == ["head/mlm/bias"]
+    assert paths.names("head/mlm/bias") == ["head/mlm/bias"]
 
 
 def test_a_run_cannot_mix_layers_that_lack_a_parameter():
     with pytest.raises(ValueError, match="blocks_00_04 mixes"):
-        trees.stack({**NAMED, "block_02/extra": jnp.ones(1)}, (5,))
+        paths.stack({**NAMED, "block_02/extra": jnp.ones(1)}, (5,))
 
 
 def test_runs():
-    assert trees.runs("aab") == (2, 1)
-    assert trees.runs([]) == ()
+    assert paths.runs("aab") == (2, 1)
+    assert paths.runs([]) == ()
 
 
 def test_shapes_without_memory():
-    shapes = jax.eval_shape(lambda: trees.stack(NAMED, (5,)))
-    assert trees.unstack(shapes)["block_03/attn/kernel"].shape == (2, 2)
-    assert trees.size(shapes) == 6 + 5 * 4
-    assert trees.nbytes(shapes) == 4 * 26
+    shapes = jax.eval_shape(lambda: paths.stack(NAMED, (5,)))
+    assert paths.unstack(shapes)["block_03/attn/kernel"].shape == (2, 2)
+    assert paths.size(shapes) == 6 + 5 * 4
+    assert paths.nbytes(shapes) == 4 * 26

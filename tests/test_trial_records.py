@@ -6,8 +6,9 @@ import pytest
 import runs
 from test_sweep import ALL, records, start, task, walk, write  # noqa: F401  (task is a fixture)
 
-from fmjax import evidence, sealed, summary, sweep_results, trial_records, workdir
 from fmjax.errors import CheckpointError
+from fmjax.experiments import evidence, sweep_results, trial_records
+from fmjax.io import sealed, summary, workdir
 
 pytest_plugins = ["runs"]
 DAMAGE = [b"[]", lambda text: text[:100], lambda text: text.replace(b"1.0", b"1.4")]

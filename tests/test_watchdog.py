@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 from common import ROOT
 
-from fmjax import interrupt, watchdog
+from fmjax.distributed import signals, watchdog
 
 STUCK = """
 import ctypes, os, re, signal, sys, time
-from fmjax import interrupt, watchdog
+from fmjax.distributed import signals
+from fmjax.distributed import watchdog
 
 watchdog.TICK_SEC = 0.1
 
@@ -32,7 +33,7 @@ def match():
 def collective():
     mutex(ctypes.CDLL(None))
 
-with interrupt.catch(grace_sec=0.5) as stop:
+with signals.catch(grace_sec=0.5) as stop:
     stop.last_words = lambda error: print("last words:", error, flush=True)
     print("ready", flush=True)
     globals()[sys.argv[1]]()
@@ -57,12 +58,12 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now = 0.0
         monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(interrupt, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: self.now))
 
 
 def watched(monkeypatch, grace_sec=60.0):
     """(clock, stop, watchdog, reasons for which it would have ended the process)."""
-    clock, stop, reasons = Clock(monkeypatch), interrupt.Stop(), []
+    clock, stop, reasons = Clock(monkeypatch), signals.Stop(), []
     return clock, stop, watchdog.Watchdog(stop, grace_sec, reasons.append), reasons
 
 
@@ -95,12 +96,12 @@ def test_compilation_takes_its_time_and_says_nothing_about_steps(monkeypatch):
     clock, stop, dog, reasons = watched(monkeypatch)
     stop.poll()
     with stop.compiling():
-        assert stop.plan == interrupt.COMPILING
+        assert stop.plan == signals.COMPILING
         assert dog.look() == watchdog.COMPILING_SEC
         clock.now += 500
         dog.look()
     stop.poll()
-    assert reasons == [] and stop.longest_sec == 0.0 and stop.plan == interrupt.STEPPING
+    assert reasons == [] and stop.longest_sec == 0.0 and stop.plan == signals.STEPPING
 
 
 def test_a_save_that_was_begun_is_waited_for(monkeypatch):
@@ -115,7 +116,7 @@ def test_a_save_that_was_begun_is_waited_for(monkeypatch):
 
 def test_all_is_given_back(monkeypatch):
     alarm, threads = signal.getsignal(signal.SIGALRM), watchdog.threading.active_count()
-    with interrupt.catch():
+    with signals.catch():
         assert watchdog.threading.active_count() == threads + 1
     assert signal.getsignal(signal.SIGALRM) is alarm
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

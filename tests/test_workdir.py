@@ -11,8 +11,8 @@ import time
 import pytest
 from ml_collections import ConfigDict
 
-from fmjax import workdir
 from fmjax.errors import CheckpointError, ConfigError, NumericsError, Preempted, ResourceError
+from fmjax.io import atomic, workdir
 
 
 def config(**changes):
@@ -111,10 +111,10 @@ def test_a_status_that_cannot_be_written_does_not_stop_the_run(tmp_path, monkeyp
 
 def test_a_reader_never_sees_a_part(tmp_path, monkeypatch):
     file = tmp_path / "status.json"
-    workdir.write_atomic(file, "old")
+    atomic.write_atomic(file, "old")
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(CheckpointError, match="status.json cannot be written"):
-        workdir.write_atomic(file, "new")
+        atomic.write_atomic(file, "new")
     assert file.read_text() == "old\n"
 
 
@@ -208,7 +208,7 @@ def test_fresh_leaves_an_arm_alone_in_which_somebody_works(tmp_path):
 HOLD = """
 import sys, time
 from ml_collections import ConfigDict
-from fmjax import workdir
+from fmjax.io import workdir
 with workdir.open(sys.argv[1], ConfigDict({"seed": 0, "log_every": 10, "hub_token": "abc"})):
     print("open", flush=True)
     time.sleep(60)

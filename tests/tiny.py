@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import adapters, build, objectives, optim, setup, sharding, state
-from fmjax import groups as parameter_groups
-from fmjax.models import bert, gpt2, llama, t5
-from fmjax.step import make_train_step
+from fmjax import adapters, build, objectives
+from fmjax.models import bert, gpt2, llama, param_init, t5
+from fmjax.params import groups as parameter_groups
+from fmjax.params import sharding
+from fmjax.training import optim, setup, state
+from fmjax.training.step import make_train_step
 
 V, T = 64, 16
 VOCAB = SimpleNamespace(
@@ -127,7 +129,7 @@ def make(
     split = functools.partial(parameter_groups.split, assigned=assigned)
     goals = objectives.build(losses or FAMILIES[family][2], vocab=VOCAB, target="nsp")
     made = optim.make(
-        split(state.abstract_params(net))[0],
+        split(param_init.abstract_params(net))[0],
         assigned,
         steps=lambda duration: {"100%": 100}.get(duration, duration),
         depth=net.cfg.depth,

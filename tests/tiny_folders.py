@@ -8,8 +8,10 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fmjax import convert, pretrained, sharding
+from fmjax import convert
+from fmjax.checkpoints import pretrained
 from fmjax.models import llama
+from fmjax.params import sharding
 
 MARKS = ("<pad>", "<s>", "</s>", "<|start|>", "<|end|>")
 CHATML = (

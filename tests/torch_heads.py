@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import build, convert, objectives, trees
+from fmjax import build, convert, objectives
 from fmjax.models import bert
+from fmjax.params import paths
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -36,7 +37,7 @@ def make(architecture: str, theirs: str, objective: str, folder, outputs: int = 
 
     options = convert.describe(folder)[1] | dict(classes={objective: outputs}, lm_head=False)
     ours = bert.Model(**options, attention="xla")
-    ours = ours.clone(stacks=trees.runs(ours.kinds))
+    ours = ours.clone(stacks=paths.runs(ours.kinds))
     initial = lambda: ours.init(jax.random.key(0), *ours.example())["params"]
     abstract = jax.eval_shape(initial)
     params, report = convert.load(folder, abstract, may_miss="head/.*", initial=initial)

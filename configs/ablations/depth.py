@@ -28,7 +28,7 @@ LoRA 51.6 ± 1.1, the head alone 38.5 ± 0.9 %; with four epochs everything reac
 import runpy
 from pathlib import Path
 
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
 
 COMPARE = runpy.run_path(str(Path(__file__).resolve().parents[1] / "compare.py"))
 

@@ -49,8 +49,8 @@ from pathlib import Path
 
 from ml_collections import FieldReference
 
-from fmjax import sweep
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
+from fmjax.experiments import sweep
 
 HERE = Path(__file__).resolve().parents[1]
 DEFAULTS = dict(task="docstrings", way="full", template=0, norm="gain", steps=100, seeds=3)

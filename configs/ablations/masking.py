@@ -25,7 +25,7 @@ encoders so small, after minutes, do not tell how to mask a large one (40 % in W
 import runpy
 from pathlib import Path
 
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
 from fmjax.errors import ConfigError, did_you_mean
 
 HERE = Path(__file__).resolve().parents[1]

@@ -38,8 +38,8 @@ without their package: from 16 to 3,000 examples 21.7, 35.8, 55.5, 67.7 and 70.5
 import runpy
 from pathlib import Path
 
-from fmjax import sweep
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
+from fmjax.experiments import sweep
 
 HERE = Path(__file__).resolve().parents[1]
 DEFAULTS = dict(base="scratch", more="", steps=200, seeds=3)

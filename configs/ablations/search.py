@@ -5,9 +5,10 @@
     python run.py --config=configs/ablations/search.py --sweep
     python run.py --config=configs/ablations/search.py:trials=50,method=lora --sweep
 
-The search is a sweep that is told of each trial before it says the next (`fmjax.trials`). It draws
-the same numbers each time, so that the same command goes on. `method` is one of configs/compare.py.
-The best of many trials looks better than it is: run it again with other seeds, on other examples.
+The search is a sweep that is told of each trial before it says the next
+(`fmjax.experiments.trials`). It draws the same numbers each time, so that the same command goes on.
+`method` is one of configs/compare.py. The best of many trials looks better than it is: run it again
+with other seeds, on other examples.
 
 Has not been run to its end.
 """
@@ -15,7 +16,7 @@ Has not been run to its end.
 import runpy
 from pathlib import Path
 
-from fmjax.config import parse_arg
+from fmjax.config.load import parse_arg
 
 COMPARE = runpy.run_path(str(Path(__file__).resolve().parents[1] / "compare.py"))
 DEFAULTS = dict(method="full", trials=20, steps=100, big=False)

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fmjax import sharding, trees
 from fmjax.adapters import initial, merge, prompt, quantise
 from fmjax.adapters.wrapper import LEAVES, Adapted, base
 from fmjax.errors import ConfigError, did_you_mean
 from fmjax.models import AnyModel
+from fmjax.params import paths, sharding
 
 __all__ = [
     "LEAVES",
@@ -111,8 +111,8 @@ def check_frozen(model: AnyModel, moving: Collection[str]) -> None:
 def parameters(model: AnyModel, params: Any) -> int:
     """How many parameters the (abstract) tree stands for: a quantised matrix counts as it was."""
     few = packings(model)
-    apart = [x for name, x in trees.unstack(params).items() if name.rpartition("/")[0] not in few]
-    return trees.size(apart) + sum(math.prod(packing.shape) for packing in few.values())
+    apart = [x for name, x in paths.unstack(params).items() if name.rpartition("/")[0] not in few]
+    return paths.size(apart) + sum(math.prod(packing.shape) for packing in few.values())
 
 
 def positions(model: AnyModel) -> int:
@@ -145,7 +145,7 @@ def start(
     init = getattr(getattr(model, "adapter", None), "init", "uniform")
     if init in ("uniform", "normal") or not any(re.fullmatch(LEAVES, name) for name in fresh):
         return params
-    leaves = {name for name in trees.unstack(params) if re.fullmatch(LEAVES, name)}
+    leaves = {name for name in paths.unstack(params) if re.fullmatch(LEAVES, name)}
     if leaves - set(fresh):
         raise ConfigError(
             f"config.adapter.init={init!r} starts all of the adapter from the weights, but "
@@ -164,8 +164,8 @@ def changes_base(model: Any) -> bool:
 
 def of_adapter(params: Any) -> Any:
     """What adapters have added to the stored tree."""
-    flat = trees.flatten(params)
-    return trees.unflatten({p: x for p, x in flat.items() if re.fullmatch(LEAVES, p)})
+    flat = paths.flatten(params)
+    return paths.unflatten({p: x for p, x in flat.items() if re.fullmatch(LEAVES, p)})
 
 
 def merged(model: Any, params: Any) -> tuple[Any, Any]:

@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fmjax import precision
 from fmjax.adapters.wrapper import (
     Adapted,
     Adapter,
@@ -32,6 +31,7 @@ from fmjax.adapters.wrapper import (
     chosen,
 )
 from fmjax.models import layers
+from fmjax.params import precision
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fmjax import trees
 from fmjax.adapters import low_rank, merge, quantise
 from fmjax.adapters.wrapper import Adapted
 from fmjax.errors import ConfigError
+from fmjax.params import paths
 
 Weight = Float[Array, "*I O"]
 ROUNDS = 5  # of LoftQ's alternation
@@ -32,8 +32,8 @@ def _same(x: Any) -> Any:
 
 
 def start(
-    model: Adapted, params: trees.Tree, whole: Callable[[str], Any] | None = None
-) -> trees.Tree:
+    model: Adapted, params: paths.Tree, whole: Callable[[str], Any] | None = None
+) -> paths.Tree:
     """`params` with base and adapter as `model.adapter.init` says, where they lay.
 
     `whole` gives a matrix of the base that is quantised in `params`, by its name, as it was.
@@ -59,7 +59,7 @@ def start(
 
 def _over_quantised(model, params, whole, function):
     """One matrix after the other, each whole only while it is its turn."""
-    named, few = dict(trees.unstack(params)), model.model.sites()
+    named, few = dict(paths.unstack(params)), model.model.sites()
     scheme = quantise.SCHEMES[model.model.adapter.name]
 
     @functools.partial(jax.jit, static_argnums=2)
@@ -80,7 +80,7 @@ def _over_quantised(model, params, whole, function):
         named |= {f"{name}/{part}": x for part, x in kept.items()}
         found = {f"{path}/{part}": x for part, x in zip(parts, found, strict=True)}
         named |= {name: x for name, x in found.items() if x is not None}
-    return trees.stack(named, model.stacks)
+    return paths.stack(named, model.stacks)
 
 
 def pissa(

@@ -27,7 +27,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fmjax import precision
 from fmjax.adapters import low_rank, quantise
 from fmjax.adapters.wrapper import (
     Adapted,
@@ -41,6 +40,7 @@ from fmjax.adapters.wrapper import (
 )
 from fmjax.errors import ConfigError, did_you_mean
 from fmjax.models import layers, trunk
+from fmjax.params import precision
 
 # The modules that the path can be added to, and the parameter that it stands beside.
 MATMULS: dict[type[nn.Module], str] = {

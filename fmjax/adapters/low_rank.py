@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fmjax import precision, streams
 from fmjax.models import layers
+from fmjax.params import precision, randomness
 
 
 class Leaves(NamedTuple):
@@ -25,7 +25,7 @@ class Leaves(NamedTuple):
     m: jax.Array | None  # (O,): DoRA's magnitudes less the norms of the columns of W
     scale: float
     dropout: float = 0.0
-    seeds: streams.Seeds | None = None
+    seeds: randomness.Seeds | None = None
     ids: jax.Array | None = None  # (B,): which adapter each example uses; NaN where there is none
 
     def dropped(self, x: jax.Array) -> jax.Array:

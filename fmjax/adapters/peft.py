@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from fmjax import adapters, rules, trees
+from fmjax import adapters
 from fmjax.adapters import (
     merge,
     peft_formats,
@@ -34,14 +34,16 @@ from fmjax.adapters.peft_matrices import Held, adapted
 from fmjax.adapters.peft_settings import CONFIG
 from fmjax.adapters.peft_tensors import WEIGHTS
 from fmjax.adapters.wrapper import Adapted
+from fmjax.config import rules
 from fmjax.errors import CheckpointError, ConfigError, quoted
-from fmjax.snapshot import find, read_json
+from fmjax.io.snapshot import find, read_json
+from fmjax.params import paths
 
 BASE = "base.json"
 
 
 def write(
-    folder: str | Path, model: Adapted, params: trees.Tree, *, heads: str = "", source: str = ""
+    folder: str | Path, model: Adapted, params: paths.Tree, *, heads: str = "", source: str = ""
 ) -> dict[str, Any]:
     """Writes the adapter, and the heads `head/<name>` whose name matches `heads`, to a new folder.
 
@@ -52,14 +54,14 @@ def write(
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; write to a new folder.")
     model, params = peft_prompts.plain(model, params)
-    named = {name: np.asarray(leaf) for name, leaf in trees.unstack(params).items()}
+    named = {name: np.asarray(leaf) for name, leaf in paths.unstack(params).items()}
     places = peft_tensors.places(model, named)
     held = peft_tensors.held(places)
-    beside, paths = {}, ()
+    beside, sites = {}, ()
     if kind in ("LORA", "IA3"):
-        beside, paths = adapted(model, held), model.sites()
+        beside, sites = adapted(model, held), model.sites()
     there = {path for one in beside.values() for path in one.paths}
-    if lost := [path for path in paths if path not in there]:
+    if lost := [path for path in sites if path not in there]:
         raise ConfigError(f"PEFT has no place for an adapter of {lost[0]}: no matrix of its own.")
     saving = [name for name in named if re.fullmatch(f"head/({heads})/.*", name)]
     saving = [name for name in saving if not re.fullmatch(merge.LEAVES, name)]
@@ -91,7 +93,7 @@ def write(
     written = common | peft_settings.shortened(config, peft_tensors.modules(model, named))
     _write_json(folder / CONFIG, written)
 
-    again = trees.unstack(read(folder, model.model, merge.separate(params)[0])[1])
+    again = paths.unstack(read(folder, model.model, merge.separate(params)[0])[1])
     if wrong := [name for name in named if not _same(name, named[name], again.get(name))]:
         raise CheckpointError(
             f"{folder} was written, but reads back differently: {', '.join(wrong[:5])}. Do not use "
@@ -100,7 +102,7 @@ def write(
     return written
 
 
-def read(folder: str | Path, model: Any, params: trees.Tree) -> tuple[Adapted, trees.Tree]:
+def read(folder: str | Path, model: Any, params: paths.Tree) -> tuple[Adapted, paths.Tree]:
     """(`model`, adapted as the folder says; its parameters on the base `params`).
 
     Heads that the folder holds replace those of `params`. A model that is stacked is stacked anew,
@@ -111,22 +113,22 @@ def read(folder: str | Path, model: Any, params: trees.Tree) -> tuple[Adapted, t
     """
     folder = find(folder, files=(CONFIG, WEIGHTS, BASE))
     config = peft_settings.read(folder, tuple(FORMATS))
-    named = trees.unstack(params)
+    named = paths.unstack(params)
     _check_base(folder, model, params)
     kind = FORMATS[config["peft_type"]]
     heads, tensors = peft_tensors.read(folder, kind.before, model, named)
     held = _with_parts(folder, peft_tensors.held(peft_tensors.places(model, named)))
     settings, leaves = kind.read(folder, config, tensors, model, named, held)
     adapted = Adapted(model, settings)
-    stacks = None if model.stacks is None else trees.runs(adapted.kinds)
+    stacks = None if model.stacks is None else paths.runs(adapted.kinds)
     named = {name: jnp.asarray(leaf) for name, leaf in (named | heads | leaves).items()}
-    return adapted.clone(stacks=stacks), trees.stack(named, stacks)
+    return adapted.clone(stacks=stacks), paths.stack(named, stacks)
 
 
-def digest(params: trees.Tree) -> str:
+def digest(params: paths.Tree) -> str:
     """SHA-256 over names, shapes and bytes of all parameters but adapters' and heads'."""
     total = hashlib.sha256()
-    for name, leaf in sorted(trees.unstack(merge.separate(params)[0]).items()):
+    for name, leaf in sorted(paths.unstack(merge.separate(params)[0]).items()):
         if not name.startswith("head/"):
             total.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
             total.update(np.ascontiguousarray(leaf).tobytes())
@@ -157,7 +159,7 @@ def _quantised(model: Any) -> dict[str, Any]:
     return {"quantise": {"name": adapter.name, "targets": adapter.targets}}
 
 
-def _check_base(folder: Path, model: Any, params: trees.Tree) -> None:
+def _check_base(folder: Path, model: Any, params: paths.Tree) -> None:
     """Refuses another base than the adapter was made for; PEFT's own folders do not say.
 
     A whole base that is the right one once it is quantised is accepted.
@@ -170,7 +172,7 @@ def _check_base(folder: Path, model: Any, params: trees.Tree) -> None:
         if how and not _quantised(model):
             rules.check({"quantise": how})
             wrapped = quantise.wrap(model, name=how["name"], targets=how["targets"])
-            params = _few(trees.unstack(params), adapters.packings(wrapped))
+            params = _few(paths.unstack(params), adapters.packings(wrapped))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{folder / BASE} cannot be read: {error!r}") from error
     if wanted != (got := digest(params)):
@@ -180,12 +182,12 @@ def _check_base(folder: Path, model: Any, params: trees.Tree) -> None:
         )
 
 
-def _few(named: dict[str, jax.Array], packings: Mapping[str, Any]) -> trees.Tree:
+def _few(named: dict[str, jax.Array], packings: Mapping[str, Any]) -> paths.Tree:
     """The whole parameters as a folder of them is loaded: one matrix after the other."""
     for name, packing in packings.items():
         arrays = packing.pack(named.pop(name))
         named |= {f"{name}/{part}": x for part, x in arrays.items()}
-    return trees.unflatten(named)
+    return paths.unflatten(named)
 
 
 def _same(name: str, one: np.ndarray, other: Any) -> bool:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fmjax import rules
 from fmjax.adapters import ia3, lora, quantise
+from fmjax.config import rules
 from fmjax.errors import CheckpointError, ConfigError, quoted
 
 Tensors = dict[str, np.ndarray]

@@ -13,21 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import trees
 from fmjax.adapters import peft_settings, prefix, prompt
 from fmjax.adapters.wrapper import Adapted, base
 from fmjax.errors import CheckpointError, ConfigError
+from fmjax.params import paths
 
 Tensors = dict[str, np.ndarray]
 
 
-def plain(model: Adapted, params: trees.Tree) -> tuple[Adapted, trees.Tree]:
+def plain(model: Adapted, params: paths.Tree) -> tuple[Adapted, paths.Tree]:
     """A prompt or prefix as the network makes it, without the network; others as they are."""
     adapter = model.adapter
     if not (getattr(adapter, "encoder", "") or getattr(adapter, "hidden", 0)):
         return model, params
     prepared = adapter.prepare(params, model.places(params))
-    named = {name: jnp.asarray(leaf) for name, leaf in trees.unstack(prepared).items()}
+    named = {name: jnp.asarray(leaf) for name, leaf in paths.unstack(prepared).items()}
     made: dict[str, jax.Array] = {}
     if isinstance(adapter, prompt.Prompt):
         leaf = lambda name: named[f"{prompt.TABLE}/{name}"]
@@ -39,7 +39,7 @@ def plain(model: Adapted, params: trees.Tree) -> tuple[Adapted, trees.Tree]:
             made[f"{path}/prefix_values"] = adapter.values(leaf)
         bare = dataclasses.replace(adapter, hidden=0)
     rest = {name: x for name, x in named.items() if not re.search(r"/(prompt|prefix)_\w+$", name)}
-    return dataclasses.replace(model, adapter=bare), trees.stack(rest | made, model.stacks)
+    return dataclasses.replace(model, adapter=bare), paths.stack(rest | made, model.stacks)
 
 
 def write_prompt(model, named, held, heads):

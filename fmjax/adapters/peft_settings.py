@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fmjax.errors import ConfigError, quoted
-from fmjax.snapshot import read_json
+from fmjax.io.snapshot import read_json
 
 CONFIG = "adapter_config.json"
 # Settings that would change outputs, with the values that mean "not used".

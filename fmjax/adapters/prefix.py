@@ -24,10 +24,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fmjax import precision, trees
 from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module, around
 from fmjax.errors import ConfigError
 from fmjax.models import layers
+from fmjax.params import paths, precision
 
 SHARED = "embed"  # module at which the sequence of all layers lies
 _HIDDEN = "prefix_hidden"  # what the perceptron gives: present while a program is traced
@@ -71,19 +71,19 @@ class Prefix(Adapter):
         new = {"prefix_kernel": uniform(self.hidden, 2 * width)}
         return own | new | {"prefix_bias": jnp.zeros(2 * width)}
 
-    def prepare(self, params: trees.Tree, places: Mapping[str, Any]) -> trees.Tree:
+    def prepare(self, params: paths.Tree, places: Mapping[str, Any]) -> paths.Tree:
         if not self.hidden:
             return params
-        flat = trees.flatten(params)
+        flat = paths.flatten(params)
         leaf = lambda name: flat[f"{SHARED}/prefix_{name}"]
         h = jnp.tanh(precision.affine(leaf("tokens"), leaf("up_kernel"), leaf("up_bias")))
         for path, (kind, *_) in places.items():
             if kind == "layer":
-                copies = [len(trees.names(path))] if trees.is_stacked(path) else []
+                copies = [len(paths.names(path))] if paths.is_stacked(path) else []
                 flat[f"{path}/{_HIDDEN}"] = jnp.broadcast_to(
                     h.reshape(*[1] * len(copies), *h.shape), (*copies, *h.shape)
                 )
-        return trees.unflatten(flat)
+        return paths.unflatten(flat)
 
     def call(self, site: Any, here: Call, *args: Any, **options: Any) -> Any:
         kind, *sizes = site

@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fmjax import precision, trees
 from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module, around
 from fmjax.errors import ConfigError, did_you_mean
+from fmjax.params import paths, precision
 
 TABLE = "embed/token"  # path of the module that embeds tokens
 INITS = ("vocabulary", "text", "random", "normal")
@@ -113,10 +113,10 @@ class Prompt(Adapter):
         return tokens + linear(jax.nn.relu(linear(h, "up")), "down")
 
     def from_base(
-        self, params: trees.Tree, tokenize: Callable[[str], Sequence[int]], seed: int
-    ) -> trees.Tree:
+        self, params: paths.Tree, tokenize: Callable[[str], Sequence[int]], seed: int
+    ) -> paths.Tree:
         """`params` of a base that was just loaded, with the vectors that `init` means."""
-        flat = trees.flatten(params)
+        flat = paths.flatten(params)
         table = flat[f"{TABLE}/embedding"]
         place = f"{TABLE}/prompt_tokens"
         rng = np.random.default_rng(seed)
@@ -134,7 +134,7 @@ class Prompt(Adapter):
                     )
                 ids = np.resize(said, self.length)  # cut, or repeated
             found = table[ids]
-        return trees.unflatten(flat | {place: jax.device_put(found, flat[place].sharding)})
+        return paths.unflatten(flat | {place: jax.device_put(found, flat[place].sharding)})
 
     def _longer(self, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `encode` with room for the prompt in front."""

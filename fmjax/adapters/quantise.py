@@ -31,11 +31,11 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from fmjax import precision, sharding
 from fmjax.adapters import merge
 from fmjax.adapters.wrapper import Adapted, Adapter, Call, Leaves, Module, around, chosen
 from fmjax.errors import ConfigError
 from fmjax.models import layers
+from fmjax.params import precision, sharding
 
 BLOCK, GROUP = 64, 256  # weights that share a scale; scales that share one
 NF4 = np.array(

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from fmjax import streams, trees
 from fmjax.errors import ConfigError, did_you_mean
+from fmjax.params import paths, randomness
 
 LEAVES = r".*/(lora|ia3|bottleneck|prompt|prefix)_\w+"  # names of the parameters that adapters add
 # A stream of randomness for each module: present while a program is traced, never in a state.
@@ -47,7 +47,7 @@ class Call(NamedTuple):
     module: nn.Module
     method: str  # `__call__`; of the whole model any
     run: Callable[..., Any]  # what the module itself computes
-    seeds: streams.Seeds | None  # of the adapter here; None: deterministic
+    seeds: randomness.Seeds | None  # of the adapter here; None: deterministic
     adapter_ids: Int[Array, "B"] | None
 
     def leaf(self, name: str) -> Any:
@@ -78,7 +78,7 @@ class Adapter:
         """The parameters at a module in the place of its `own`, fresh from `key`."""
         return own
 
-    def prepare(self, params: trees.Tree, places: Mapping[str, Any]) -> trees.Tree:
+    def prepare(self, params: paths.Tree, places: Mapping[str, Any]) -> paths.Tree:
         """The stored tree as the modules are to find it; `places` are stored paths of modules."""
         return params
 
@@ -158,26 +158,26 @@ class Adapted:
         variables = inner.init(key, *args)
         params = variables["params"]
         if inner is not self.model:
-            params = trees.restack(params, self.model.stacks)
+            params = paths.restack(params, self.model.stacks)
         return {**variables, "params": self.add(params, key)}
 
-    def add(self, params: trees.Tree, key: jax.Array) -> trees.Tree:
+    def add(self, params: paths.Tree, key: jax.Array) -> paths.Tree:
         """The stored tree `params` of the model with what the adapter starts with."""
-        flat = trees.flatten(params)
+        flat = paths.flatten(params)
         for path, site in self.places(params).items():
-            names = trees.names(path)
+            names = paths.names(path)
             own = take(flat, path)
             keys = jnp.stack([jax.random.fold_in(key, _stream(name)) for name in names])
             start = functools.partial(self.adapter.start, site)
-            each = jax.vmap(start) if trees.is_stacked(path) else start
-            leaves = each(keys if trees.is_stacked(path) else keys[0], own)
-            flat |= {f"{path}/{name}": leaf for name, leaf in trees.flatten(leaves).items()}
-        return trees.unflatten(flat)
+            each = jax.vmap(start) if paths.is_stacked(path) else start
+            leaves = each(keys if paths.is_stacked(path) else keys[0], own)
+            flat |= {f"{path}/{name}": leaf for name, leaf in paths.flatten(leaves).items()}
+        return paths.unflatten(flat)
 
-    def places(self, params: trees.Tree) -> dict[str, Any]:
+    def places(self, params: paths.Tree) -> dict[str, Any]:
         """{stored path of an adapted module: its site}, in the stacks of the tree `params`; not
         that of the whole model, which has no parameters of its own."""
-        runs = {name.rpartition("/")[0]: top for top in params for name in trees.names(f"{top}/-")}
+        runs = {name.rpartition("/")[0]: top for top in params for name in paths.names(f"{top}/-")}
         found: dict[str, Any] = {}
         for path, site in self.sites().items():
             if not path:
@@ -217,12 +217,12 @@ class Adapted:
 
         def intercept(call, args, options, context):
             module = context.module
-            path, called = trees.names("/".join(module.path))[0], context.method_name
+            path, called = paths.names("/".join(module.path))[0], context.method_name
             if path not in sites or (path and called != "__call__"):
                 return call(*args, **options)
             there = None
             if seeds is not None and path:
-                there = streams.fold(seeds, module.get_variable("params", _STREAM))
+                there = randomness.fold(seeds, module.get_variable("params", _STREAM))
             here = Call(module, called, call, there, adapter_ids)
             return self.adapter.call(sites[path], here, *args, **options)
 
@@ -238,17 +238,17 @@ class Adapted:
         function = method if callable(method) else getattr(type(model), method or "__call__")
         given = inspect.signature(function).bind_partial(model, *args, **options)
         seeds = given.arguments.get("seeds")
-        return None if seeds is None else streams.named(seeds, "adapter")
+        return None if seeds is None else randomness.named(seeds, "adapter")
 
     def _with_streams(self, params):
         """A number for each adapted module beside its parameters: inside of a scan a module knows
         its layer by what is sliced for it alone."""
-        flat = trees.flatten(params)
+        flat = paths.flatten(params)
         for path in self.places(params):
-            numbers = np.array([_stream(name) for name in trees.names(path)], np.uint32)
+            numbers = np.array([_stream(name) for name in paths.names(path)], np.uint32)
             numbers = jnp.asarray(numbers.view(np.int32))
-            flat[f"{path}/{_STREAM}"] = numbers if trees.is_stacked(path) else numbers[0]
-        return trees.unflatten(flat)
+            flat[f"{path}/{_STREAM}"] = numbers if paths.is_stacked(path) else numbers[0]
+        return paths.unflatten(flat)
 
 
 def around(model: Any, adapter: Adapter) -> Adapted:
@@ -261,9 +261,9 @@ def around(model: Any, adapter: Adapter) -> Adapted:
             "positions of the model: make it shorter."
         )
     adapted, inner = Adapted(model, adapter), model
-    paths = adapted.sites().keys() - {""}
+    sites = adapted.sites().keys() - {""}
     while isinstance(inner, Adapted):
-        both = sorted(paths & inner.sites().keys())
+        both = sorted(sites & inner.sites().keys())
         if both and (adapter.keeps or not inner.adapter.keeps):
             raise ConfigError(
                 f"{both[0]} would have two adapters, {type(inner.adapter).__name__} and "
@@ -283,7 +283,7 @@ def take(flat: dict[str, Any], path: str) -> Leaves:
     start = f"{path}/"
     names = [n for n in flat if n.startswith(start)]
     own = [n for n in names if re.fullmatch(r"(kernel/)?[^/]+", n.removeprefix(start))]
-    return trees.unflatten({name.removeprefix(start): flat.pop(name) for name in own})
+    return paths.unflatten({name.removeprefix(start): flat.pop(name) for name in own})
 
 
 def chosen(
@@ -345,7 +345,7 @@ def _canonical(model: Any) -> Any:
     if not hasattr(model, "stacks"):
         return model
     whole = dict(start=0, stop=None) if hasattr(base(model), "start") else {}
-    return model.clone(stacks=trees.runs(model.kinds), **whole)
+    return model.clone(stacks=paths.runs(model.kinds), **whole)
 
 
 @functools.cache  # asked for by every part of a run, and found by tracing the model
@@ -378,15 +378,15 @@ def _modules(model: Any) -> dict[str, Module]:
 
     with nn.intercept_methods(record):
         init = lambda: model.init(jax.random.key(0), *model.example())["params"]
-        flat = trees.flatten(jax.eval_shape(init))
+        flat = paths.flatten(jax.eval_shape(init))
     own: dict[str, dict[str, tuple[int, ...]]] = {path: {} for path in seen if path}
     for stored, leaf in flat.items():
         module, _, name = stored.rpartition("/")
         if module in own:
-            own[module][name] = leaf.shape[1:] if trees.is_stacked(stored) else leaf.shape
+            own[module][name] = leaf.shape[1:] if paths.is_stacked(stored) else leaf.shape
     return {
         name: Module(module, leaves, path in shared, inputs, outputs)
         for path, leaves in own.items()
         for module, inputs, outputs in [seen[path]]
-        for name in trees.names(path)
+        for name in paths.names(path)
     }

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from fmjax import rules, trees
+from fmjax.config import rules
 from fmjax.convert import files, options
 from fmjax.convert.files import Place, Tensors
 from fmjax.convert.options import MULTI_LABEL, check_architecture
@@ -37,7 +37,8 @@ from fmjax.convert.writer import (
     located,
 )
 from fmjax.errors import CheckpointError, ConfigError, did_you_mean, quoted
-from fmjax.snapshot import find, read_json
+from fmjax.io.snapshot import find, read_json
+from fmjax.params import paths
 
 __all__ = [
     "copy_tokenizer",
@@ -122,13 +123,13 @@ def several_labels(source: str | Path) -> bool:
 
 def load(
     source: str | Path,
-    like: trees.Tree,
+    like: paths.Tree,
     *,
     may_miss: str = "",
     leave: str = "",
     packings: Mapping[str, Any] = MappingProxyType({}),
-    initial: Callable[[], trees.Tree] | None = None,
-) -> tuple[trees.Tree, Report]:
+    initial: Callable[[], paths.Tree] | None = None,
+) -> tuple[paths.Tree, Report]:
     """The parameters of a checkpoint with the paths, shapes, dtypes and shardings of `like`.
 
     `like`: a stored tree, layers stacked or not, of arrays or of ShapeDtypeStructs (one without a
@@ -161,22 +162,22 @@ def load(
             return place if enough and keys.keys() >= set(place.keys()) else None
 
         problems, missing, places, packed = [], {}, {}, {}
-        for path, leaf in trees.flatten(like).items():
+        for path, leaf in paths.flatten(like).items():
             whole, _, last = path.rpartition("/")
-            if trees.names(whole)[0] in packings:
+            if paths.names(whole)[0] in packings:
                 packed.setdefault(whole, {})[last] = leaf
                 continue
-            names = trees.names(path)
+            names = paths.names(path)
             found = {name: located(name) for name in names}
             if not any(found.values()) and all(re.fullmatch(may_miss, name) for name in names):
                 missing[path] = leaf
                 continue
-            shape = leaf.shape[1:] if trees.is_stacked(path) else leaf.shape
+            shape = leaf.shape[1:] if paths.is_stacked(path) else leaf.shape
             wrong = [_problem(name, place, shape, tensors) for name, place in found.items()]
             problems += filter(None, wrong)
             places[path] = leaf, list(found.values())
         for path in packed:
-            row = [(name, located(name), packings[name]) for name in trees.names(path)]
+            row = [(name, located(name), packings[name]) for name in paths.names(path)]
             wrong = [_problem(name, place, how.shape, tensors) for name, place, how in row]
             problems += filter(None, wrong)
             packed[path] = packed[path], [(place, how) for _, place, how in row]
@@ -196,9 +197,9 @@ def load(
         used |= {key for _, row in packed.values() for place, _ in row for key in place.keys()}
     if missing:
         loaded |= _initialise(initial, missing)
-    kept = [name for path in missing for name in trees.names(path)]
+    kept = [name for path in missing for name in paths.names(path)]
     unused = sorted(key for name, key in keys.items() if name not in used)
-    return trees.unflatten(loaded), Report(tuple(kept), tuple(unused))
+    return paths.unflatten(loaded), Report(tuple(kept), tuple(unused))
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], ModuleType]:
@@ -278,7 +279,7 @@ def _read(path: str, leaf: Any, places: list[Place], tensors: Tensors) -> jax.Ar
         bounds = tuple((s.start, s.stop) for s in index)
         if bounds not in pieces:
             out = np.empty([stop - start for start, stop in bounds], leaf.dtype)
-            if trees.is_stacked(path):
+            if paths.is_stacked(path):
                 for row, place in zip(out, places[index[0]], strict=True):
                     row[...] = tensors.read(place, index[1:])
             else:
@@ -301,7 +302,7 @@ def _packed(
     found = {}
     for name, leaf in leaves.items():
         each = [layer[name] for layer in layers]
-        array = np.stack(each) if trees.is_stacked(path) else each[0]
+        array = np.stack(each) if paths.is_stacked(path) else each[0]
         sharding = leaf.sharding or SingleDeviceSharding(jax.devices()[0])
         piece = functools.partial(operator.getitem, array)
         found[f"{path}/{name}"] = jax.make_array_from_callback(leaf.shape, sharding, piece)
@@ -309,12 +310,12 @@ def _packed(
 
 
 def _initialise(
-    initial: Callable[[], trees.Tree], missing: Mapping[str, Any]
+    initial: Callable[[], paths.Tree], missing: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
     """The missing paths of a fresh tree; what is not asked for is not computed."""
 
     def some():
-        tree = trees.flatten(initial())
+        tree = paths.flatten(initial())
         return {path: tree[path].astype(leaf.dtype) for path, leaf in missing.items()}
 
     return jax.jit(some, out_shardings={path: leaf.sharding for path, leaf in missing.items()})()

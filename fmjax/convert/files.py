@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fmjax.errors import CheckpointError, quoted
-from fmjax.snapshot import read_json
+from fmjax.io.snapshot import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fmjax import rules
+from fmjax.config import rules
 from fmjax.errors import ConfigError, did_you_mean, quoted
 
 Table = Mapping[str, tuple[str, Any]]

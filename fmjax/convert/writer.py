@@ -14,13 +14,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
-from fmjax import trees
 from fmjax.convert.files import INDEX, Place
 from fmjax.convert.options import MULTI_LABEL
 from fmjax.data import endings
 from fmjax.errors import ConfigError
+from fmjax.io.snapshot import find, read_json
 from fmjax.models import TOKEN_HEADS, WHOLE_HEADS
-from fmjax.snapshot import find, read_json
+from fmjax.params import paths
 
 _TOKENIZER = (
     "tokenizer*.json", "vocab.txt", "vocab.json", "merges.txt", "*.model",
@@ -33,7 +33,7 @@ _SPECIAL = ("pad", "bos", "eos", "cls", "sep")
 def export(
     folder: str | Path,
     model: Any,
-    params: trees.Tree,
+    params: paths.Tree,
     tokenizer_dir: str | Path | None = None,
     *,
     labels: Sequence[str] = (),
@@ -54,12 +54,12 @@ def export(
     if jax.process_index() == 0 and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty; export to a new folder.")
     family = family_of(model)
-    stored = trees.flatten(params)
+    stored = paths.flatten(params)
     # Where each parameter is stored: path and, in a stack, the layer.
     where = {
-        name: (path, layer if trees.is_stacked(path) else None)
+        name: (path, layer if paths.is_stacked(path) else None)
         for path in stored
-        for layer, name in enumerate(trees.names(path))
+        for layer, name in enumerate(paths.names(path))
     }
     kind = family.type_of(model.cfg)
     _, heads = architecture(model, where)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fmjax.data import cache, chat, labelled, packing, pairs, settings, sources, store
+from fmjax.data import chat, labelled, packing, pairs, settings, sources, store
 from fmjax.data import tokenizer as tokenizers
 from fmjax.data.batches import (
     Batches,
@@ -23,6 +23,7 @@ from fmjax.data.batches import (
 )
 from fmjax.data.vocabulary import Vocab
 from fmjax.errors import ConfigError, DataError
+from fmjax.io import disk_cache
 
 __all__ = [
     "Batches",
@@ -60,7 +61,7 @@ class Dataset:
     @property
     def rows_digest(self) -> str:
         """Of the tokens and of how they are packed: with another the examples are others."""
-        return cache.digest([self.digest, self.format])
+        return disk_cache.digest([self.digest, self.format])
 
 
 def prepare(
@@ -80,8 +81,8 @@ def prepare(
     """
     data = settings.read(settings.DataSettings, data, "data")
     chosen = settings.read(settings.TokenizerSettings, tokenizer, "tokenizer")
-    root = cache.root(data.cache)
-    cache.remove_leftovers(root)
+    root = disk_cache.root(data.cache)
+    disk_cache.remove_leftovers(root)
     source = sources.read(data, log, poll)
     words = tokenizers.prepare(chosen, source, root, log, poll, embedding_rows)
 
@@ -110,7 +111,7 @@ def prepare(
         vocab=words.vocab,
         tokenizer_dir=words.folder,
         splits=splits,
-        digest=index.get("tokens_digest") or cache.digest(index["files"]),
+        digest=index.get("tokens_digest") or disk_cache.digest(index["files"]),
         format=f"{form}-{data.pair}" if data.format == "pairs" else form,
         counts=index["counts"] | {"bad_records": index["bad_records"]},
         target=data.target,
@@ -125,16 +126,16 @@ def _rows(root: Path, source, words, data, log, poll) -> tuple[Path, str, dict]:
     write = chat.writer(words.folder, data, log) if data.chat else None
     if write:
         identity["chat"] = write.identity
-    home = root / f"tokens-{cache.digest(identity)}"
+    home = root / f"tokens-{disk_cache.digest(identity)}"
     form = f"{data.format}-{data.seq_len}"
     if data.format != "pairs":
         form += f"-{data.long}" + f"-{data.frame}" * (data.frame != "piece")
         form += f"-room{data.room}" if data.room else ""
-    with cache.lock(root / f"{home.name}.lock", log, poll):
-        index = cache.verified(home / form, log, poll)
+    with disk_cache.lock(root / f"{home.name}.lock", log, poll):
+        index = disk_cache.verified(home / form, log, poll)
         if index is None:
             shards = store.tokenise(home, source, words, data.workers, log, poll, write)
-            index = cache.build(
+            index = disk_cache.build(
                 home / form, lambda folder: _pack(folder, home, shards, words, data, poll), poll
             )
     return home, form, index
@@ -187,7 +188,7 @@ def _pack(folder: Path, home: Path, shards: list[dict], words, data, poll) -> di
     return {
         "counts": counts,
         "bad_records": sum(shard["bad_records"] for shard in shards),
-        "tokens_digest": cache.digest([shard["files"] for shard in shards]),
+        "tokens_digest": disk_cache.digest([shard["files"] for shard in shards]),
     }
 
 

@@ -4,8 +4,9 @@ import os
 import time
 from pathlib import Path
 
-from fmjax.data import cache, lines
+from fmjax.data import lines
 from fmjax.errors import DataError
+from fmjax.io import disk_cache
 
 GRAIN = 0.02  # seconds; a file system may note the time of a change in steps of a kernel's tick
 
@@ -30,7 +31,7 @@ class Digests:
                     f"{path}: has content but no size, as files of /proc, which may be endless. "
                     f"Copy it to a disk; config.{self._key}"
                 )
-            digest = cache.file_digest(path)
+            digest = disk_cache.file_digest(path)
         self.check(path)
         return digest
 

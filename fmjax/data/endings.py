@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fmjax.errors import ConfigError, quoted
-from fmjax.snapshot import read_json
+from fmjax.io.snapshot import read_json
 
 FILE = "generation_config.json"
 KEY = "eos_token_id"

@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from fmjax import progress
-from fmjax.data import cache, spans, store, vocabulary
+from fmjax.data import spans, store, vocabulary
 from fmjax.data.encoding import NONE, Example, Reader
 from fmjax.data.settings import DataSettings
 from fmjax.data.sources import Document, Source
 from fmjax.data.tokenizer import Prepared
 from fmjax.data.vocabulary import Vocab
 from fmjax.errors import DataError, did_you_mean, quoted
+from fmjax.io import disk_cache, progress
 
 VERSION = 6  # of what a folder holds; raise it when the same records give other files
 CHUNK, CHUNK_CHARACTERS = 1000, 1 << 20  # of examples that are tokenised at once
@@ -140,12 +140,12 @@ def prepare(
     identity = {"version": VERSION, "source": source.identity, "tokenizer": words.digest}
     identity |= {key: getattr(settings, key) for key in keys}
     identity |= {"classes": list(settings.classes), "columns": settings.column_names}
-    home = root / f"examples-{cache.digest(identity)}"
-    with cache.lock(root / f"{home.name}.lock", log, poll):
-        index = cache.verified(home, log, poll)
+    home = root / f"examples-{disk_cache.digest(identity)}"
+    with disk_cache.lock(root / f"{home.name}.lock", log, poll):
+        index = disk_cache.verified(home, log, poll)
         if index is None:
             write = lambda folder: _write(folder, source, words, settings, log, poll)
-            index = cache.build(home, write, poll)
+            index = disk_cache.build(home, write, poll)
     return home, index
 
 

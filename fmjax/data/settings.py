@@ -1,12 +1,12 @@
 """The keys of `config.data` and `config.tokenizer`: their defaults, and what fits together.
 
-What a single key may hold is a row of `fmjax.rules.RULES`.
+What a single key may hold is a row of `fmjax.config.rules.RULES`.
 """
 
 import dataclasses
 from collections.abc import Mapping
 
-from fmjax import rules
+from fmjax.config import rules
 from fmjax.errors import ConfigError, did_you_mean
 
 # What the columns and the label of a labelled format hold (records.KINDS): {format: (number of

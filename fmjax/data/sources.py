@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from fmjax import snapshot
 from fmjax.data import files, hub, patterns, pycode, pydocs
 from fmjax.data.digests import Digests
 from fmjax.data.records import Record
 from fmjax.data.settings import DataSettings
 from fmjax.data.waiting import polled
 from fmjax.errors import ConfigError, DataError
+from fmjax.io import snapshot
 
 MAX_BAD_RECORDS = 1000
 

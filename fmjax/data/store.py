@@ -23,11 +23,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fmjax import interrupt, progress
-from fmjax.data import cache, vocabulary
+from fmjax.data import vocabulary
 from fmjax.data.sources import Document, Source
 from fmjax.data.tokenizer import Prepared, encoder
+from fmjax.distributed import signals
 from fmjax.errors import DataError
+from fmjax.io import disk_cache, progress
 
 SPLITS = ("train", "validation")
 OVERLAP = "dropped_as_in_validation"  # counts of these, of which the user is told
@@ -71,9 +72,11 @@ def tokenise(
     `write`: what makes a shard (None: of texts), given its folder, those of the tokenizer, the size
     of the vocabulary, and documents.
     """
-    whole = cache.verified(folder / "whole", log, poll)
+    whole = disk_cache.verified(folder / "whole", log, poll)
     if whole is not None:
-        indices = [cache.verified(folder / f"{i:05d}", log, poll) for i in range(whole["shards"])]
+        indices = [
+            disk_cache.verified(folder / f"{i:05d}", log, poll) for i in range(whole["shards"])
+        ]
         if all(indices):
             return indices
     indices, tokens = [], 0
@@ -83,7 +86,7 @@ def tokenise(
             indices.append(index)
             tokens += sum(index["tokens"].values())
             show(done, f"data: tokenised {tokens:,} tokens")
-    cache.build(folder / "whole", lambda _: {"shards": len(indices)})
+    disk_cache.build(folder / "whole", lambda _: {"shards": len(indices)})
     return indices
 
 
@@ -108,7 +111,7 @@ def _make(folder, source, tokenizer, workers, log, poll, write) -> Iterator[tupl
     if workers == 1:
         for shard, *job in jobs:
             poll()
-            index = cache.verified(shard, log, poll) or write(shard, *job)
+            index = disk_cache.verified(shard, log, poll) or write(shard, *job)
             yield index, job[-1][-1].done
         return
 
@@ -118,7 +121,7 @@ def _make(folder, source, tokenizer, workers, log, poll, write) -> Iterator[tupl
     try:
         for shard, *job in jobs:
             poll()
-            index = cache.verified(shard, log, poll)
+            index = disk_cache.verified(shard, log, poll)
             pending.append((index or _submit(pool, write, shard, *job), job[-1]))
             if len(pending) > 2 * workers:  # bounds the texts held in memory
                 yield _finished(*pending.popleft())
@@ -154,7 +157,7 @@ def _died(chunk: list[Document]) -> DataError:
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # The parent decides when to stop: a Ctrl-C or a scheduler signals the whole group.
-    for number in interrupt.SIGNALS:
+    for number in signals.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     # Without this a SIGKILLed parent leaves its workers waiting for ever.
@@ -203,7 +206,7 @@ def build(
         counts[OVERLAP] = {"train": overlapping(chunk), "validation": 0}
         return counts | {"bad_records": bad}
 
-    return cache.build(folder, write)
+    return disk_cache.build(folder, write)
 
 
 def overlapping(documents: list[Document]) -> int:

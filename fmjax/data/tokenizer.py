@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fmjax import snapshot
-from fmjax.data import cache, endings, lines, tokenizer_training, vocabulary
+from fmjax.data import endings, lines, tokenizer_training, vocabulary
 from fmjax.data.backend import Backend, guarded, reason
 from fmjax.data.settings import TokenizerSettings
 from fmjax.data.sources import Source
 from fmjax.data.vocabulary import Vocab
 from fmjax.errors import ConfigError, quoted
+from fmjax.io import disk_cache, snapshot
 
 SUFFIXES = (".json", ".txt", ".model", ".jinja")  # of what a tokenizer is made of
 FILE, OPTIONS = "tokenizer.json", "tokenizer_config.json"
@@ -45,11 +45,13 @@ def prepare(
     `rows` is the number of ids that the model has embeddings of, None where it will have all.
     """
     identity = {"version": 6, **_identity(settings, source)}
-    home = root / f"tokenizer-{cache.digest(identity)}"
-    with cache.lock(root / f"{home.name}.lock", log, poll):
-        index = cache.verified(home, log)
+    home = root / f"tokenizer-{disk_cache.digest(identity)}"
+    with disk_cache.lock(root / f"{home.name}.lock", log, poll):
+        index = disk_cache.verified(home, log)
         if index is None:
-            index = cache.build(home, lambda folder: _write(folder, settings, source, log, poll))
+            index = disk_cache.build(
+                home, lambda folder: _write(folder, settings, source, log, poll)
+            )
     with np.load(home / "vocab.npz") as stored:
         tables = {name: stored[name] for name in stored.files}
     ids = index["vocab"]
@@ -59,7 +61,7 @@ def prepare(
     digest = index["files"][f"files/{FILE}"][1]
     if rows is not None and rows < vocab.size:
         added = encoder(home / "files").get_added_tokens_decoder()
-        vocab, digest = vocabulary.limited(vocab, rows, added), cache.digest([digest, rows])
+        vocab, digest = vocabulary.limited(vocab, rows, added), disk_cache.digest([digest, rows])
     return Prepared(vocab, home / "files", digest)
 
 
@@ -93,7 +95,7 @@ def load(source: str | Path, revision: str = ""):
 def digests(folder: Path) -> dict[str, str]:
     """{name: digest} of the files of a tokenizer."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): cache.file_digest(path) for path in files}
+    return {str(path.relative_to(folder)): disk_cache.file_digest(path) for path in files}
 
 
 def encoder(folder: Path) -> Backend:
@@ -176,7 +178,7 @@ def _identity(settings: TokenizerSettings, source: Source) -> dict:
         folder = snapshot.find(settings.name)
         with lines.readable(folder, "tokenizer.name"):
             files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES)
-            return {"files": {path.name: cache.file_digest(path) for path in files}}
+            return {"files": {path.name: disk_cache.file_digest(path) for path in files}}
     if settings.name.startswith((".", "/", "~")):
         raise ConfigError(f"config.tokenizer.name={quoted(settings.name)}: no such folder.")
     return {"name": settings.name, "revision": settings.revision}

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from fmjax import precision, sharding, streams
 from fmjax.errors import ConfigError, did_you_mean
+from fmjax.params import precision, randomness, sharding
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "tpu")
 # Of head, query and key in the number of a pair, which dropout is drawn by: a batch may be padded
@@ -59,7 +59,7 @@ def attention(
     scale: float | None = None,
     softcap: float = 0.0,
     dropout: float = 0.0,
-    seeds: streams.Seeds | None = None,
+    seeds: randomness.Seeds | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "B N T H"]:
     """softmax(q kᵀ / √H) v over the positions that `mask` allows (Vaswani et al. 2017, §3.2.1).
@@ -123,7 +123,7 @@ def attention(
         keep = None
         if dropout > 0:
             pairs = q.shape[1], q.shape[2], k.shape[2]
-            keep = ~streams.bernoulli(seeds, dropout, pairs, STRIDES)
+            keep = ~randomness.bernoulli(seeds, dropout, pairs, STRIDES)
         return _xla(q, k, v, bias, mask, keep, _How(dropout, scale, softcap))
     return jnp.where((segment_ids > 0)[:, None, :, None], out, jnp.zeros((), out.dtype))
 

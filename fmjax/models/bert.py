@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fmjax import precision, sharding, streams
 from fmjax.errors import ConfigError, quoted
 from fmjax.models import TOKEN_HEADS, WHOLE_HEADS, layers, trunk
 from fmjax.models.attention import attention, mask
 from fmjax.models.rope import rope
-from fmjax.precision import DTYPES
+from fmjax.params import precision, randomness, sharding
+from fmjax.params.precision import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +170,8 @@ class Block(nn.Module):
     def __call__(self, x, layer, shared):
         cfg, dtype = self.cfg, DTYPES[self.cfg.dtype]
         segment_ids, positions, full, local, seeds = shared
-        seeds = None if seeds is None else streams.fold(seeds, layer["index"])
-        site = lambda i: None if seeds is None else streams.fold(seeds, i)
+        seeds = None if seeds is None else randomness.fold(seeds, layer["index"])
+        site = lambda i: None if seeds is None else randomness.fold(seeds, i)
         norm = lambda name: layers.LayerNorm(cfg.eps, cfg.biased("norm"), dtype, name=name)
         drop = lambda y, i: layers.dropout(y, cfg.dropout, site(i))
 
@@ -335,14 +335,14 @@ class Encoder(trunk.Trunk):
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         token_types: Int[Array, "B T"],
-        seeds: streams.Seeds | None = None,
+        seeds: randomness.Seeds | None = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states of the last layer that runs. `seeds` turn dropout on."""
         cfg = self.cfg
         if self.start:
             x = input_ids.astype(DTYPES[cfg.dtype])
         else:
-            site = None if seeds is None else streams.fold(seeds, cfg.depth)
+            site = None if seeds is None else randomness.fold(seeds, cfg.depth)
             x = self.embed(input_ids, positions, token_types, site)
         local = mask(segment_ids, positions, cfg.window) if cfg.modern else None
         shared = (segment_ids, positions, mask(segment_ids, positions), local, seeds)

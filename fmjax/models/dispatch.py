@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from fmjax import precision, sharding
 from fmjax.errors import ConfigError
 from fmjax.models import layers
+from fmjax.params import precision, sharding
 
 
 def by_device(way: Callable, rows: int, experts: int) -> Callable:
@@ -132,7 +132,7 @@ def _mlp(h, up, gate, down, product, activation, dtype):
     return product(h.astype(dtype), down)
 
 
-# --- Products that write their own gradients, as those of `fmjax.precision` do ---
+# --- Products that write their own gradients, as those of `fmjax.params.precision` do ---
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

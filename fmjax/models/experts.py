@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from fmjax import sharding, trees
 from fmjax.models import dispatch, layers
-from fmjax.precision import DTYPES
+from fmjax.params import paths, sharding
+from fmjax.params.precision import DTYPES
 
 COLLECTION = "routing"  # where layers leave their sums: `model.apply(…, mutable=[COLLECTION])`
 
@@ -131,9 +131,9 @@ def report(cfg: Any, kept: Mapping[str, Any]) -> Routing | None:
     if not kept:
         return None
     found: dict[str, jax.Array] = {}
-    for path, value in trees.flatten(kept).items():
+    for path, value in paths.flatten(kept).items():
         name = path.rpartition("/")[2]
-        own = jnp.sum(value, axis=0) if trees.is_stacked(path) else value
+        own = jnp.sum(value, axis=0) if paths.is_stacked(path) else value
         found[name] = found[name] + own if name in found else own
     tokens = found["tokens"]
     count = jnp.where(tokens > 0, tokens, 1)

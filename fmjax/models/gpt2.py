@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fmjax import sharding, streams
 from fmjax.models import layers, trunk
 from fmjax.models.attention import attention, mask
-from fmjax.precision import DTYPES
+from fmjax.params import randomness, sharding
+from fmjax.params.precision import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Block(nn.Module):
     def __call__(self, x, layer, shared):
         cfg, dtype = self.cfg, DTYPES[self.cfg.dtype]
         segment_ids, may_see, seeds = shared
-        seeds = None if seeds is None else streams.fold(seeds, layer["index"])
-        site = lambda i: None if seeds is None else streams.fold(seeds, i)
+        seeds = None if seeds is None else randomness.fold(seeds, layer["index"])
+        site = lambda i: None if seeds is None else randomness.fold(seeds, i)
         norm = lambda name: layers.LayerNorm(cfg.eps, cfg.biases, dtype, name=name)
         drop = lambda y, i: layers.dropout(y, cfg.dropout, site(i))
 
@@ -165,7 +165,7 @@ class Decoder(trunk.Trunk):
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         token_types: Int[Array, "B T"],
-        seeds: streams.Seeds | None = None,
+        seeds: randomness.Seeds | None = None,
         more: bool = False,
     ) -> Float[Array, "B T D"]:
         """Hidden states of the last layer that runs; `token_types` are not used but for prefixes.
@@ -175,7 +175,7 @@ class Decoder(trunk.Trunk):
         if self.start:
             x = input_ids.astype(DTYPES[cfg.dtype])
         else:
-            site = None if seeds is None else streams.fold(seeds, cfg.depth)
+            site = None if seeds is None else randomness.fold(seeds, cfg.depth)
             x = self.embed(input_ids, positions, site, more)
         segments, places, types = self.seen(segment_ids, positions, token_types)
         sees = dict(causal=True, prefix=types == 1 if cfg.prefix else None)

@@ -1,8 +1,8 @@
 """What model families share: linear maps, norms, embeddings, MLPs, dropout.
 
-Every module computes in `dtype` with float32 accumulation (`fmjax.precision`), keeps its parameters
-in float32 and takes its randomness as one seed per example (`fmjax.streams`); `seeds=None` means
-deterministic.
+Every module computes in `dtype` with float32 accumulation (`fmjax.params.precision`), keeps its
+parameters in float32 and takes its randomness as one seed per example (`fmjax.params.randomness`);
+`seeds=None` means deterministic.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from fmjax import precision, sharding, streams
+from fmjax.params import precision, randomness, sharding
 
 
 @jax.custom_vjp
@@ -288,7 +288,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "... D"], seeds: streams.Seeds | None = None
+        self, x: Float[Array, "... D"], seeds: randomness.Seeds | None = None
     ) -> Float[Array, "... D"]:
         make = functools.partial(
             Linear, use_bias=self.use_bias, dtype=self.dtype, kernel_init=self.up_init
@@ -328,10 +328,10 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def dropout(
-    x: Float[Array, "B *S"], rate: float, seeds: streams.Seeds | None
+    x: Float[Array, "B *S"], rate: float, seeds: randomness.Seeds | None
 ) -> Float[Array, "B *S"]:
     """Zeroes elements with probability `rate` and rescales the rest; the identity without seeds."""
     if seeds is None or rate == 0.0:
         return x
-    dropped = streams.bernoulli(seeds, rate, x.shape[1:])
+    dropped = randomness.bernoulli(seeds, rate, x.shape[1:])
     return jnp.where(dropped, jnp.zeros((), x.dtype), x * jnp.asarray(1 / (1 - rate), x.dtype))

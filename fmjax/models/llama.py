@@ -33,11 +33,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fmjax import sharding, streams
 from fmjax.errors import ConfigError, did_you_mean, quoted
 from fmjax.models import alibi, experts, layers, rope, trunk
 from fmjax.models.attention import attention, mask
-from fmjax.precision import DTYPES
+from fmjax.params import randomness, sharding
+from fmjax.params.precision import DTYPES
 
 NORM = ("rms", "layer", "plain")
 NORMS = ("before", "behind", "around")
@@ -240,8 +240,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, layer, shared):
         cfg = self.cfg
-        seeds = None if shared["seeds"] is None else streams.fold(shared["seeds"], layer["index"])
-        site = lambda i: None if seeds is None else streams.fold(seeds, i)
+        seeds = (
+            None if shared["seeds"] is None else randomness.fold(shared["seeds"], layer["index"])
+        )
+        site = lambda i: None if seeds is None else randomness.fold(seeds, i)
         if self.kind == "experts":
             routed = experts.Experts(cfg, name="mlp")
             mlp = lambda h: routed(h, shared["segment_ids"] > 0)
@@ -372,7 +374,7 @@ class Decoder(trunk.Trunk):
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         token_types: Int[Array, "B T"],
-        seeds: streams.Seeds | None = None,
+        seeds: randomness.Seeds | None = None,
         more: bool = False,
     ) -> Float[Array, "B T D"]:
         """Hidden states of the last layer that runs; `token_types` are not used but for prefixes.
@@ -382,7 +384,7 @@ class Decoder(trunk.Trunk):
         if self.start:
             x = input_ids.astype(DTYPES[cfg.dtype])
         else:
-            site = None if seeds is None else streams.fold(seeds, cfg.depth)
+            site = None if seeds is None else randomness.fold(seeds, cfg.depth)
             x = self.embed(input_ids, site, more)
         segments, places, types = self.seen(segment_ids, positions, token_types)
         sees = dict(causal=True, prefix=types == 1 if cfg.prefix else None)

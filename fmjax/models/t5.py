@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fmjax import sharding, streams
 from fmjax.errors import ConfigError
 from fmjax.models import layers, trunk
 from fmjax.models.attention import attention, mask
-from fmjax.precision import DTYPES
+from fmjax.params import randomness, sharding
+from fmjax.params.precision import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +111,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, layer, shared):
         cfg, dtype = self.cfg, DTYPES[self.cfg.dtype]
-        seeds = None if shared["seeds"] is None else streams.fold(shared["seeds"], layer["index"])
-        site = lambda i: None if seeds is None else streams.fold(seeds, i)
+        seeds = (
+            None if shared["seeds"] is None else randomness.fold(shared["seeds"], layer["index"])
+        )
+        site = lambda i: None if seeds is None else randomness.fold(seeds, i)
         mlp = layers.Mlp(
             cfg.mlp, cfg.activation, cfg.gated, False, dtype,
             nn.initializers.normal(cfg.mlp**-0.5),
@@ -303,7 +305,7 @@ class EncoderDecoder(trunk.Trunk):
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         token_types: Int[Array, "B T"],
-        seeds: streams.Seeds | None = None,
+        seeds: randomness.Seeds | None = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states of the encoder's last layer that runs; `token_types` are not used. `seeds`
         turn dropout on."""
@@ -330,7 +332,7 @@ class EncoderDecoder(trunk.Trunk):
         positions: Int[Array, "B S"],
         source: Float[Array, "B T D"] | None,
         source_segment_ids: Int[Array, "B T"],
-        seeds: streams.Seeds | None = None,
+        seeds: randomness.Seeds | None = None,
     ) -> Float[Array, "B S D"]:
         """Hidden states of the decoder's last layer, as the vocabulary takes them: each of the
         tokens `input_ids` with those before it, and of what `encode` gave as `source` with the
@@ -362,7 +364,7 @@ class EncoderDecoder(trunk.Trunk):
 
     def _site(self, seeds, i):
         """Of the dropout outside of layers and heads."""
-        return None if seeds is None else streams.fold(seeds, self.cfg.depth + 2 + i)
+        return None if seeds is None else randomness.fold(seeds, self.cfg.depth + 2 + i)
 
     def vocabulary(self) -> trunk.Vocabulary:
         """What `logits` multiplies with."""

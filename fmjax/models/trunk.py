@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fmjax import losses, precision, sharding, streams, trees
 from fmjax.errors import ConfigError, did_you_mean
-from fmjax.models import TOKEN_HEADS, experts, layers
-from fmjax.precision import DTYPES
+from fmjax.models import TOKEN_HEADS, experts, layers, text_pooling
+from fmjax.params import paths, precision, randomness, sharding
+from fmjax.params.precision import DTYPES
 
 REMAT = {
     "none": None,
@@ -72,7 +72,7 @@ class Heads(nn.Module):
 
     def summary(self, hidden, segment_ids, pool):
         """What stands for the whole sequence."""
-        return losses.pooled(hidden, segment_ids, pool)
+        return text_pooling.pooled(hidden, segment_ids, pool)
 
     def whole(self, hidden, segment_ids, name, pool, seeds):
         pool = pool or getattr(self.cfg, "pool", "") or self.pool
@@ -148,7 +148,7 @@ class Trunk(nn.Module):
             for i, kind in enumerate(self.kinds):
                 setattr(self, f"block_{i:02d}", block(cfg, kind))
             return
-        for name, (first, last) in trees.stack_names(self.stacks).items():
+        for name, (first, last) in paths.stack_names(self.stacks).items():
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0, experts.COLLECTION: 0},
@@ -175,7 +175,7 @@ class Trunk(nn.Module):
                 one = {key: value[i] for key, value in layer.items()}
                 x, _ = getattr(self, f"block_{i:02d}")(x, one, shared)
             return x
-        for name, (low, high) in trees.stack_names(self.stacks).items():
+        for name, (low, high) in paths.stack_names(self.stacks).items():
             if not start <= low < stop:
                 continue
             assert high < stop, f"layer {stop} is inside of {name}"
@@ -200,26 +200,26 @@ class Trunk(nn.Module):
         segment_ids: Int[Array, "B T"],
         name: str,
         pool: str = "",
-        seeds: streams.Seeds | None = None,
+        seeds: randomness.Seeds | None = None,
     ) -> Float[Array, "B C"]:
         """Outputs in float32 of the linear head `name` on the whole sequence, of which `pool` says
         what stands for it (`losses.pooled`; "" is the family's own). `seeds` turn dropout on."""
         return self.head.whole(hidden, segment_ids, name, pool, self._head_site(name, seeds))
 
     def project(
-        self, hidden: Float[Array, "B T D"], name: str, seeds: streams.Seeds | None = None
+        self, hidden: Float[Array, "B T D"], name: str, seeds: randomness.Seeds | None = None
     ) -> Float[Array, "B T C"]:
         """Outputs in float32 of the linear head `name` on every token. `seeds` turn dropout on."""
         return self.head.tokens(hidden, name, self._head_site(name, seeds))
 
-    def _head_site(self, name: str, seeds: streams.Seeds | None) -> streams.Seeds | None:
+    def _head_site(self, name: str, seeds: randomness.Seeds | None) -> randomness.Seeds | None:
         """The seeds of dropout before the head `name`, which the model must have."""
         if name not in dict(self.cfg.classes):
             raise ConfigError(
                 f"The model has no head {name!r}: it was not trained with config.objectives."
                 f"{name}." + did_you_mean(name, dict(self.cfg.classes))
             )
-        return None if seeds is None else streams.fold(seeds, self.cfg.depth + 1)
+        return None if seeds is None else randomness.fold(seeds, self.cfg.depth + 1)
 
     def __call__(self, *args):
         hidden, segment_ids = self.encode(*args), args[1]

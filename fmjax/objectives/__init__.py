@@ -43,8 +43,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fmjax import needs, streams
 from fmjax.errors import ConfigError, did_you_mean
+from fmjax.objectives import requirements
+from fmjax.params import randomness
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 FUNCTIONS = ("prepare", "loss_fn", "outputs", "guesses", "score", "each", "describe")
@@ -96,7 +97,7 @@ def _bind(
     facts: Mapping[str, Any],
 ) -> Objective:
     module = importlib.import_module(f"fmjax.objectives.{name}")
-    needs.check_target(name, getattr(module, "TARGET", ""), target)
+    requirements.check_target(name, getattr(module, "TARGET", ""), target)
     if getattr(module, "MASKS", False) and facts["vocab"].mask_id is None:
         raise ConfigError(
             f"config.objectives.{name} needs a tokenizer with a mask token: set "
@@ -266,14 +267,14 @@ def prepare(
     step: jax.Array | int | None = None,
 ) -> dict[str, jax.Array]:
     """The batch as the model sees it: every objective's corruption, and `seeds` for dropout."""
-    seeds = streams.seeds(rng, batch["index"])
+    seeds = randomness.seeds(rng, batch["index"])
     batch = dict(batch)
     for objective in objectives:
         corrupt = objective.prepare if train else objective.prepare_validation
         if corrupt:
-            seed = streams.named(seeds, objective.name)
+            seed = randomness.named(seeds, objective.name)
             batch = told(corrupt, batch, seed, **({"step": step} if train else {}))
-    batch["seeds"] = streams.named(seeds, "dropout") if train else None
+    batch["seeds"] = randomness.named(seeds, "dropout") if train else None
     return batch
 
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fmjax import losses, streams
+from fmjax.objectives import losses
 from fmjax.objectives.classify import pooled_logits
+from fmjax.params import randomness
 
 TARGET = "choices"
 INPUTS = ("input_ids", "segment_ids", "positions", "token_types")
@@ -58,7 +59,7 @@ def flat(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     rows = {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in INPUTS}
     if batch["seeds"] is None:
         return rows | {"seeds": None}
-    seeds = [streams.fold(batch["seeds"], choice) for choice in range(many)]
+    seeds = [randomness.fold(batch["seeds"], choice) for choice in range(many)]
     return rows | {"seeds": jnp.stack(seeds, axis=1).reshape(-1, 2)}  # (B · K, 2)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import losses
+from fmjax.objectives import losses
 
 SEVERAL = "labels"  # the target of examples with any number of labels
 TARGET = ("classes", SEVERAL)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from fmjax import cross_entropy
+from fmjax.objectives import chunked_cross_entropy
 
 VOCABULARY = CAUSAL = True
 
@@ -31,9 +31,9 @@ def loss_fn(
     """Cross-entropy in nats a target, accuracy, and where the tokenizer's tokens are the text
     itself bits a byte.
 
-    `z_loss` and `smoothing` as in `fmjax.cross_entropy`; with them, and with a model of experts,
-    "nats" is the cross-entropy, and the loss has what they add. Of a model of experts also what its
-    routers say (`models.experts.report`).
+    `z_loss` and `smoothing` as in `fmjax.objectives.chunked_cross_entropy`; with them, and with a
+    model of experts, "nats" is the cross-entropy, and the loss has what they add. Of a model of
+    experts also what its routers say (`models.experts.report`).
     """
     names = ("input_ids", "segment_ids", "positions", "token_types", "seeds")
     arrays = (batch[name] for name in names)
@@ -56,7 +56,7 @@ def judged(
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """The metrics of what the vocabulary makes of `hidden`, against the labels of weight 1."""
     how = dict(z_loss=z_loss, smoothing=smoothing)
-    sums = cross_entropy.of(apply, params, hidden, labels, weights, **how)
+    sums = chunked_cross_entropy.of(apply, params, hidden, labels, weights, **how)
     weight = jnp.sum(weights)
     found = {"loss": (sums.loss, weight), "accuracy": (sums.right, weight)}
     if routing:

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fmjax import losses
+from fmjax.models import text_pooling
+from fmjax.objectives import losses
 from fmjax.objectives.choose import INPUTS, flat
 
 TARGET = "texts"
@@ -101,7 +102,7 @@ def _embeddings(
     """The mean of the tokens of each text, or its first token, with length 1."""
     rows = flat(batch)
     hidden = apply(params, *(rows[name] for name in (*INPUTS, "seeds")), method="encode")
-    whole = losses.pooled(hidden, rows["segment_ids"], pool)
+    whole = text_pooling.pooled(hidden, rows["segment_ids"], pool)
     square = jnp.sum(jnp.square(whole), axis=-1, keepdims=True)
     # An empty row is zero: its gradient must not be infinity times zero.
     whole = whole * jax.lax.rsqrt(jnp.maximum(square, 1e-12))

@@ -25,9 +25,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fmjax import streams
 from fmjax.errors import ConfigError
 from fmjax.objectives import clm
+from fmjax.params import randomness
 
 VOCABULARY = CAUSAL = FIM = True
 ROOM = 3  # tokens that a document grows by
@@ -35,7 +35,7 @@ ROOM = 3  # tokens that a document grows by
 
 def prepare(
     batch: Mapping[str, jax.Array],
-    seeds: streams.Seeds,
+    seeds: randomness.Seeds,
     *,
     vocab: Any,
     rate: float = 0.5,
@@ -64,7 +64,7 @@ def prepare(
     first = at(special, start).astype(jnp.int32)
     size = last - start + 1
     text = size - first - (at(special, last) & (last > start)).astype(jnp.int32)
-    drawn = lambda name: at(streams.uniform(streams.named(seeds, name), (time,)), owner - 1)
+    drawn = lambda name: at(randomness.uniform(randomness.named(seeds, name), (time,)), owner - 1)
     cuts = [jnp.floor(drawn(name) * (text + 1)).astype(jnp.int32) for name in ("one", "two")]
     chosen = (drawn("rate") < rate) & (owner > 0) & (text > 0) & (following - start >= size + ROOM)
     between, behind = jnp.minimum(*cuts), jnp.maximum(*cuts)

@@ -2,7 +2,7 @@
 
 A fixed share of each row's real tokens is chosen; of those 80 % become [MASK], 10 % a random token,
 10 % stay. Only the chosen positions, a static number of them, go through the vocabulary projection.
-What is chosen is a pure function of (seed, step, example): see `fmjax.streams`.
+What is chosen is a pure function of (seed, step, example): see `fmjax.params.randomness`.
 """
 
 import math
@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from fmjax import losses, rules, streams
+from fmjax.config import rules
 from fmjax.errors import ConfigError, did_you_mean
+from fmjax.objectives import losses
+from fmjax.params import randomness
 
 MASKS = VOCABULARY = True
 CAUSAL = False
@@ -23,7 +25,7 @@ DURATIONS = ("over",)
 
 def prepare(
     batch: Mapping[str, jax.Array],
-    seeds: streams.Seeds,
+    seeds: randomness.Seeds,
     *,
     vocab: Any,
     rate: float | tuple[float, float] = 0.15,
@@ -70,7 +72,7 @@ def prepare(
     count = jnp.clip(count, jnp.minimum(1, jnp.sum(eligible, axis=1)), most)
 
     word, unit = _units(ids, eligible, seeds, vocab, mask, span_stop, span_max)
-    draws = streams.bits(streams.named(seeds, "choose"), (time,))
+    draws = randomness.bits(randomness.named(seeds, "choose"), (time,))
     score = jnp.take_along_axis(draws >> 1, unit, axis=1)
     score = jnp.where(eligible, score, jnp.uint32(2**32 - 1))
     # Stable, so the tokens of a unit (equal scores) stay together and in order.
@@ -82,8 +84,8 @@ def prepare(
         chosen &= _whole(*ordered, count)[:, :most]
 
     labels = jnp.take_along_axis(ids, positions, axis=1)
-    fate = streams.uniform(streams.named(seeds, "fate"), (most,))
-    other = streams.uniform(streams.named(seeds, "other"), (most,)) * vocab.size
+    fate = randomness.uniform(randomness.named(seeds, "fate"), (most,))
+    other = randomness.uniform(randomness.named(seeds, "other"), (most,)) * vocab.size
     new = jnp.where(fate < replace[0] + replace[1], other.astype(ids.dtype), labels)
     new = jnp.where(fate < replace[0], jnp.asarray(vocab.mask_id, ids.dtype), new)
     rows = jnp.arange(ids.shape[0])[:, None]
@@ -153,7 +155,7 @@ def _now(
 def _units(
     ids: Int[Array, "B T"],
     eligible: Bool[Array, "B T"],
-    seeds: streams.Seeds,
+    seeds: randomness.Seeds,
     vocab: Any,
     mask: str,
     span_stop: float,
@@ -171,7 +173,7 @@ def _units(
     if mask == "span":
         # Gaps of a Bernoulli process are geometric: a span starts at a word with probability
         # `span_stop`.
-        stop = streams.bernoulli(streams.named(seeds, "span"), span_stop, (ids.shape[1],))
+        stop = randomness.bernoulli(randomness.named(seeds, "span"), span_stop, (ids.shape[1],))
         fresh = starts & (stop | after_gap)
         since = word - jax.lax.cummax(jnp.where(fresh, word, 0), axis=1)
         starts &= fresh | (since % span_max == 0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from fmjax import losses
+from fmjax.objectives import losses
 from fmjax.objectives.classify import pooled_logits
 
 TARGET = "nsp"

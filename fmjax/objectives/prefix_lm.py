@@ -3,7 +3,8 @@
 (Raffel et al. 2020, §3.2.1; as one of several masks in UniLM, Dong et al. 2019.) Each document of a
 row is cut at a place of its own, which any of those between its tokens is equally likely to be. The
 tokens before it are seen by all of their document, in front of them or behind; the loss is on those
-behind it. Where the cut falls is a pure function of (seed, step, example): see `fmjax.streams`.
+behind it. Where the cut falls is a pure function of (seed, step, example): see
+`fmjax.params.randomness`.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,20 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fmjax import streams
 from fmjax.objectives import clm, documents
+from fmjax.params import randomness
 
 VOCABULARY = CAUSAL = PREFIX = True
 
 
 def prepare(
-    batch: Mapping[str, jax.Array], seeds: streams.Seeds, *, rate: float = 1.0
+    batch: Mapping[str, jax.Array], seeds: randomness.Seeds, *, rate: float = 1.0
 ) -> dict[str, jax.Array]:
     """Chooses the prefixes: `token_types` (B, T) 1 in them, and `loss_mask` (B, T) 0 there, else as
     it was. Of the rows a share of `rate` has prefixes; in the others all is predicted."""
     segments, time = batch["segment_ids"], batch["segment_ids"].shape[1]
-    draws = streams.uniform(streams.named(seeds, "cut"), (time,))
-    chosen = streams.bernoulli(streams.named(seeds, "rate"), rate, (1,))
+    draws = randomness.uniform(randomness.named(seeds, "cut"), (time,))
+    chosen = randomness.bernoulli(randomness.named(seeds, "rate"), rate, (1,))
     length = documents.last(segments) - documents.begin(segments) + 1  # of the token's document
     draw = jnp.take_along_axis(draws, jnp.maximum(segments - 1, 0), axis=1)
     cut = 1 + jnp.floor(draw * (length - 1)).astype(jnp.int32)  # 1 … length - 1

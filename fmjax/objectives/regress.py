@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fmjax import losses
+from fmjax.objectives import losses
 from fmjax.objectives.classify import pooled_logits
 
 TARGET = "values"

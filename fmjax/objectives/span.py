@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fmjax import losses
+from fmjax.objectives import losses
 
 TARGET = "spans"
 SCORES = ("exact_match", "f1")

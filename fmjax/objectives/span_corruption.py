@@ -4,7 +4,7 @@
 "<s> a b c d e f g" the source can be "a <0> d e <1>" and the target "<0> b c <1> f g": sentinels,
 tokens of their own, stand for what is gone. The examples are rows of `config.data.format="packed"`
 or "padded"; each document in a row has its own sentinels, from the first on, and its own target.
-What is cut out is a pure function of (seed, step, example): see `fmjax.streams`.
+What is cut out is a pure function of (seed, step, example): see `fmjax.params.randomness`.
 """
 
 import math
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from fmjax import streams
 from fmjax.errors import ConfigError
 from fmjax.objectives import documents, seq2seq
+from fmjax.params import randomness
 
 VOCABULARY = DECODES = True
 SHORTEST = 8  # tokens of a document that is cut at one place
@@ -40,7 +40,7 @@ def loss_fn(
 
 def prepare(
     batch: Mapping[str, jax.Array],
-    seeds: streams.Seeds,
+    seeds: randomness.Seeds,
     *,
     vocab: Any,
     denoisers: Sequence[tuple[float, float]] = ((3.0, 0.15),),
@@ -79,7 +79,7 @@ def prepare(
     # All of a text can go; what begins and ends it stays.
     kept = np.isin(np.arange(vocab.size), [*vocab.first, *vocab.last, *vocab.sentinels])
     eligible = (segments > 0) & ~jnp.asarray(kept)[ids]
-    drawn = streams.uniform(streams.named(seeds, "denoiser"), (1,))[:, 0]
+    drawn = randomness.uniform(randomness.named(seeds, "denoiser"), (1,))[:, 0]
     drawn = (drawn * len(denoisers)).astype(jnp.int32)
     mean, rate = (jnp.asarray(x, jnp.float32)[drawn] for x in zip(*denoisers, strict=True))
     kinds = {mean > 0 for mean, _ in denoisers}
@@ -106,7 +106,7 @@ def _room(time: int, mean: float, rate: float) -> tuple[int, int]:
 def _spans(
     eligible: Bool[Array, "B T"],
     segments: Int[Array, "B T"],
-    seeds: streams.Seeds,
+    seeds: randomness.Seeds,
     most: int,
     mean: Float[Array, "B"],
     rate: Float[Array, "B"],
@@ -119,7 +119,7 @@ def _spans(
     number = jnp.clip(jnp.round(noise / mean), 1, noise).astype(jnp.int32)
     number = jnp.minimum(number, tokens - noise)  # as many parts stay
     parts = [
-        _composed(total, number, most, streams.named(seeds, name), time)
+        _composed(total, number, most, randomness.named(seeds, name), time)
         for name, total in (("stays", tokens - noise), ("goes", noise))
     ]
     ends = jnp.cumsum(jnp.stack(parts, axis=2).reshape(len(tokens), -1), axis=1)  # (B, 2 K)
@@ -132,11 +132,11 @@ def _spans(
 
 
 def _composed(
-    total: Int[Array, "B"], number: Int[Array, "B"], most: int, seeds: streams.Seeds, time: int
+    total: Int[Array, "B"], number: Int[Array, "B"], most: int, seeds: randomness.Seeds, time: int
 ) -> Int[Array, "B K"]:
     """`total` as a sum of `number` terms of at least 1, each such sum as probable; others are 0."""
     place = jnp.arange(time - 1)[None]
-    draws = streams.bits(seeds, (time - 1,)) >> 1
+    draws = randomness.bits(seeds, (time - 1,)) >> 1
     draws = jnp.where(place < (total - 1)[:, None], draws, jnp.uint32(2**32 - 1))
     rank = jnp.argsort(jnp.argsort(draws, axis=1), axis=1)
     border = (rank < (number - 1)[:, None]) & (place < (total - 1)[:, None])
@@ -149,7 +149,7 @@ def _composed(
 def _ends(
     eligible: Bool[Array, "B T"],
     segments: Int[Array, "B T"],
-    seeds: streams.Seeds,
+    seeds: randomness.Seeds,
     rate: Float[Array, "B"],
 ) -> Bool[Array, "B T"]:
     """What is behind a random place in each document of `SHORTEST` tokens or more."""
@@ -157,7 +157,7 @@ def _ends(
     begin = documents.begin(segments)
     of_document = lambda x: jnp.take_along_axis(x, begin, axis=1)
     length = of_document(behind + eligible)
-    draw = of_document(streams.uniform(streams.named(seeds, "ends"), segments.shape[1:]))
+    draw = of_document(randomness.uniform(randomness.named(seeds, "ends"), segments.shape[1:]))
     goes = jnp.maximum(jnp.floor(2 * rate[:, None] * draw * length), 1)
     return eligible & (behind < goes) & (length >= SHORTEST)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fmjax import losses
+from fmjax.objectives import losses
 
 TARGET = "tags"
 SCORES = ("precision", "recall", "f1")

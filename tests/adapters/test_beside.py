@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from fmjax import adapters, sharding, state, trees
+from fmjax import adapters
 from fmjax.adapters import bottleneck, ia3, merge
 from fmjax.errors import ConfigError
-from fmjax.models import bert
+from fmjax.models import bert, param_init
+from fmjax.params import paths, sharding
 
 SCALED = ((r"block_.*/attn/(key|value)", "output"), (r"block_.*/mlp/down", "input"))
 HOULSBY = ((r"block_.*/(attn/out|mlp/down)", None),)
@@ -40,7 +41,7 @@ def moved(params):
     rng = np.random.default_rng(0)
     noise = lambda x: 0.3 * rng.standard_normal(x.shape).astype(np.float32)
     own = lambda name: adapters.wrapper.re.fullmatch(adapters.LEAVES, name)
-    return trees.map_names(lambda name, x: x + noise(x) if own(name) else x, params)
+    return paths.map_names(lambda name, x: x + noise(x) if own(name) else x, params)
 
 
 @functools.cache
@@ -69,10 +70,10 @@ def test_outputs_are_the_bases_at_first_and_not_after(kind, family):
 def test_two_steps_move_all_of_the_adapter_and_nothing_else(kind, family):
     run = made(kind, family)
     current = run.state()
-    before = trees.unstack(jax.device_get(current.params))
+    before = paths.unstack(jax.device_get(current.params))
     for seed in (0, 1):
         current, _ = run.step(current, tiny.batch(4, seed))
-    after = trees.unstack(jax.device_get(current.params))
+    after = paths.unstack(jax.device_get(current.params))
     moving = {name for name in after if not np.array_equal(before[name], after[name])}
     assert moving == {
         name for name in after if adapters.wrapper.re.fullmatch(adapters.LEAVES, name)
@@ -101,7 +102,7 @@ def test_any_layout_gives_the_same_numbers(layout, kind, family):
                 batch = {name: jax.device_put(x, place) for name, x in tiny.batch(8, seed).items()}
                 current, found = run.step(current, batch)
                 losses.append(float(found["loss"]))
-        return trees.flatten(jax.device_get(current.params)), losses
+        return paths.flatten(jax.device_get(current.params)), losses
 
     params, losses = two_steps(sharding.make_mesh(**{"data": 1, **layout}))
     wanted, wanted_losses = two_steps(tiny.mesh())
@@ -151,7 +152,7 @@ def test_ia3_merges_into_the_weights(family):
     run = made("ia3", family)
     params = moved(run.state().params)
     model, merged = adapters.merged(run.model, params)
-    assert trees.unstack(merged).keys() == trees.unstack(state.abstract_params(model)).keys()
+    assert paths.unstack(merged).keys() == paths.unstack(param_init.abstract_params(model)).keys()
     np.testing.assert_allclose(program(model)(merged), program(run.model)(params), atol=1e-5)
 
 
@@ -159,14 +160,14 @@ def test_dropout_of_a_bottleneck_is_each_modules_own():
     inner = bert.Model("tiny", **tiny.SIZES, dropout=0.0, attention_dropout=0.0)
     model = adapters.wrap(inner, dict(adapter=KINDS["houlsby"] | dict(dropout=0.5)))
     model = model.clone(stacks=(3,))
-    params = moved(state.init_params(model, jax.random.key(0)))
-    from fmjax import streams
+    params = moved(param_init.init_params(model, jax.random.key(0)))
+    from fmjax.params import randomness
 
-    seeds = streams.seeds(jax.random.key(1), jnp.arange(2))
+    seeds = randomness.seeds(jax.random.key(1), jnp.arange(2))
     encode = lambda seeds: model.apply({"params": params}, *ARRAYS, seeds, method="encode")
     assert np.abs(encode(seeds) - encode(None)).max() > 0.05
     np.testing.assert_array_equal(encode(seeds), encode(seeds))
-    numbers = trees.unstack(model._with_streams(params))
+    numbers = paths.unstack(model._with_streams(params))
     own = [int(x) for name, x in numbers.items() if name.endswith("adapter_stream")]
     assert len(set(own)) == len(own) == 6
 
@@ -200,7 +201,7 @@ def test_a_module_has_one_adapter_and_a_base_is_quantised_once():
     with pytest.raises(ConfigError, match="quantise first, and adapt a module once"):
         quantise.wrap(scaled, name="int8", targets=r".*/key")
     both = lora.wrap(scaled, targets=((r".*/query", 2),)).clone(stacks=(3,))
-    params = moved(state.init_params(both, jax.random.key(0)))
+    params = moved(param_init.init_params(both, jax.random.key(0)))
     whole, merged = adapters.merged(both, params)
     assert whole == model.clone(stacks=(3,))
     np.testing.assert_allclose(program(whole)(merged), program(both)(params), atol=1e-5)
@@ -214,10 +215,10 @@ def test_adapters_train_over_one_another():
     model = lora.wrap(model, targets=((r".*/query", 2),))
     model = bottleneck.wrap(model, targets=((r".*/attn/out", None),), width=4)
     model = model.clone(stacks=(3,))
-    params = moved(state.init_params(model, jax.random.key(0)))
+    params = moved(param_init.init_params(model, jax.random.key(0)))
     frozen, own = merge.separate(params)
     loss = lambda own: jnp.sum(jnp.square(program(model)(merge.join(frozen, own))))
-    slopes = trees.flatten(jax.grad(loss)(own))
+    slopes = paths.flatten(jax.grad(loss)(own))
     assert {name.rpartition("/")[2] for name in slopes} == {
         "lora_a", "lora_b", "bottleneck_down", "bottleneck_down_bias", "bottleneck_up",
         "bottleneck_up_bias",

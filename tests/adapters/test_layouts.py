@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from fmjax import sharding, trees
+from fmjax.params import paths, sharding
 
 TRAIN = ((r".*/lora_.", "train"), (".*", "freeze"))
 LORA = dict(name="lora", targets=((r"block_.*/(attn|mlp)/.*|embed/token", 4),), rank=4, alpha=8.0)
@@ -32,7 +32,7 @@ def two_steps(kind, mesh, family="bert", **model):
 
 
 def flat(params):
-    return trees.flatten(jax.device_get(params))
+    return paths.flatten(jax.device_get(params))
 
 
 @functools.cache

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
-from fmjax import flops, precision, state, streams, trees
 from fmjax.adapters import initial, lora, low_rank, merge, wrapper
 from fmjax.errors import ConfigError
-from fmjax.models import bert, layers
+from fmjax.models import bert, layers, param_init
+from fmjax.params import paths, precision, randomness
+from fmjax.training import flops
 
 KEY = jax.random.key(0)
 ALL = ((r"block_.*/(attn|mlp)/.*", 4),)
@@ -22,13 +23,13 @@ MIXED = ((r"block_0[12]/attn/query", 3), *ALL)
 TRAIN = ((r".*/lora_.", "train"), (".*", "freeze"))
 BATCH = tiny.batch(2)
 ARRAYS = [BATCH[name] for name in ("input_ids", "segment_ids", "positions", "token_types")]
-SEEDS = streams.seeds(KEY, jnp.arange(2))
+SEEDS = randomness.seeds(KEY, jnp.arange(2))
 
 
 def wrapped(targets=MIXED, family="bert", **settings):
     """Rows are (expression, rank); in as few stacks as can be."""
     model = lora.wrap(tiny.model(family), targets=targets, **settings)
-    return model.clone(stacks=trees.runs(model.kinds))
+    return model.clone(stacks=paths.runs(model.kinds))
 
 
 def moved(params, scale=0.1):
@@ -38,15 +39,15 @@ def moved(params, scale=0.1):
         rng = np.random.default_rng(zlib.crc32(name.encode()))
         return np.float32(scale) * rng.standard_normal(x.shape, np.float32)
 
-    named = {n: x + noise(n, x) if "/lora_" in n else x for n, x in trees.unstack(params).items()}
+    named = {n: x + noise(n, x) if "/lora_" in n else x for n, x in paths.unstack(params).items()}
     stacks = [re.match(r"blocks_(\d+)_(\d+)$", name) for name in params]
     stacks = [int(m[2]) - int(m[1]) + 1 for m in stacks if m]
-    return trees.stack(named, stacks or None)
+    return paths.stack(named, stacks or None)
 
 
 @functools.cache
 def fresh(model):
-    return jax.jit(functools.partial(state.init_params, model))(KEY)
+    return jax.jit(functools.partial(param_init.init_params, model))(KEY)
 
 
 @functools.cache
@@ -123,9 +124,9 @@ def test_the_base_starts_as_without_an_adapter_and_stacking_changes_no_number(ra
     targets = RANKS[ranks]
     model = wrapped(targets, family)
     assert model.stacks == ((3,) if targets is ALL and family != "t5" else (1, 2))
-    base = trees.unstack(fresh(model.model.clone(stacks=None)))
+    base = paths.unstack(fresh(model.model.clone(stacks=None)))
     one, other = (
-        trees.unstack(fresh(model.clone(stacks=stacks))) for stacks in (model.stacks, None)
+        paths.unstack(fresh(model.clone(stacks=stacks))) for stacks in (model.stacks, None)
     )
     assert {name for name in one if not re.fullmatch(wrapper.LEAVES, name)} == base.keys()
     for name, leaf in one.items():
@@ -151,7 +152,7 @@ def test_layouts_give_the_same_numbers(change, scanned):
     """Dropout too, of which every layer has its own."""
     model, params, plain, dropped = scanned
     if change == "unrolled":
-        model, params = model.clone(stacks=None), trees.restack(params, None)
+        model, params = model.clone(stacks=None), paths.restack(params, None)
     else:
         changed = bert.Model("tiny", **tiny.SIZES, remat=change).clone(stacks=model.stacks)
         model = wrapper.Adapted(changed, model.adapter)
@@ -164,7 +165,7 @@ def test_dropout_is_of_the_example_and_of_the_path_alone(scanned):
     assert np.abs(plain - dropped).max() > 0.05
     base = merge.separate(params)[0]
     base_alone = outputs(model.model, base, SEEDS)
-    silent = trees.map_names(lambda p, x: 0 * x if p.endswith("lora_b") else x, params)
+    silent = paths.map_names(lambda p, x: 0 * x if p.endswith("lora_b") else x, params)
     np.testing.assert_allclose(outputs(model, silent, SEEDS), base_alone, atol=2e-6)
     again = outputs(model, params, SEEDS[::-1])
     assert np.abs(again - dropped).max() > 0.05
@@ -172,7 +173,7 @@ def test_dropout_is_of_the_example_and_of_the_path_alone(scanned):
 
 def test_every_module_of_every_layer_drops_its_own(scanned):
     model, params, *_ = scanned
-    flat = trees.flatten(model._with_streams(params))
+    flat = paths.flatten(model._with_streams(params))
     numbers = [np.ravel(leaf) for path, leaf in flat.items() if path.endswith("adapter_stream")]
     assert len(np.unique(np.concatenate(numbers))) == 3 * 6
 
@@ -180,7 +181,7 @@ def test_every_module_of_every_layer_drops_its_own(scanned):
 def test_dropout_scales_what_is_left():
     """Over many examples the mean is that of no dropout, and about half of the inputs are zero."""
     x, a, b = jnp.ones((2000, 4)), jnp.eye(4), jnp.eye(4)
-    seeds = streams.named(streams.seeds(KEY, jnp.arange(2000)), "lora")
+    seeds = randomness.named(randomness.seeds(KEY, jnp.arange(2000)), "lora")
     leaves = low_rank.Leaves(a, b, None, 1.0, 0.5, seeds)
     y = np.asarray(low_rank.linear(x, leaves, jnp.float32))
     assert set(np.unique(y)) == {0.0, 2.0}
@@ -307,7 +308,7 @@ def test_the_output_matrix_has_no_dropout_and_no_adapter_by_example():
 def test_each_example_has_the_adapter_it_asks_for(dora, family):
     model = wrapped((*MIXED, (r"embed/token", 2)), family, dora=dora)
     first = moved(fresh(model))
-    other = trees.map_names(lambda p, x: -2 * x if "/lora_" in p else x, first)
+    other = paths.map_names(lambda p, x: -2 * x if "/lora_" in p else x, first)
     both = merge.combine(first, [first, other])
     one, two = outputs(model, first), outputs(model, other)
     chosen = outputs(model, both, adapter_ids=jnp.array([1, 0]))
@@ -421,7 +422,7 @@ def test_a_base_without_the_leaves_is_not_run_in_silence():
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_the_backward_pass_keeps_x_and_x_a(rate):
     """Of a layer with 3 x 5 rows, 16 inputs, 24 outputs and rank 2."""
-    seeds = streams.named(streams.seeds(KEY, jnp.arange(3)), "lora")
+    seeds = randomness.named(randomness.seeds(KEY, jnp.arange(3)), "lora")
 
     def layer(x, a, b):
         leaves = low_rank.Leaves(a, b, None, 2.0, rate, seeds)
@@ -488,8 +489,8 @@ def test_training_moves_the_adapter_alone_and_lora_plus_is_a_group():
     start = made.state()
     end, metrics = made.step(start, tiny.batch(8))
     assert float(metrics["skipped"]) == 0 and float(metrics["grad_norm"]) > 0
-    before = trees.flatten(jax.device_get(start.params))
-    for path, leaf in trees.flatten(jax.device_get(end.params)).items():
+    before = paths.flatten(jax.device_get(start.params))
+    for path, leaf in paths.flatten(jax.device_get(end.params)).items():
         changed = np.abs(leaf - before[path]).max() > 0
         assert changed == path.endswith("lora_b"), path
 

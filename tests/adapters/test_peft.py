@@ -15,10 +15,11 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from fmjax import convert, state, trees
+from fmjax import convert
 from fmjax.adapters import ia3, lora, merge, peft, peft_loading, peft_settings, prefix, prompt
 from fmjax.errors import CheckpointError, ConfigError
-from fmjax.models import bert
+from fmjax.models import bert, param_init
+from fmjax.params import paths
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # PEFT 0.21 asks transformers 5.23 for a name that is being given up, and warns of tied tables.
@@ -46,14 +47,14 @@ def model_and_base(family="bert", seed=0, **changes):
     model = tiny.model(family, **SIZES | own.get(family, {}) | changes)
     times = 1 if family == "t5" else 5  # whose table has a deviation of 1
     larger = lambda path, x: x if path.endswith("scale") else times * x
-    return model, trees.map_names(larger, state.init_params(model, jax.random.key(seed)))
+    return model, paths.map_names(larger, param_init.init_params(model, jax.random.key(seed)))
 
 
 def moved(params, scale=0.2):
     """Every leaf of the adapter away from where it starts."""
     rng = np.random.default_rng(1)
     move = lambda path, x: x + scale * rng.standard_normal(x.shape).astype(np.float32)
-    return trees.map_names(lambda p, x: move(p, x) if "/lora_" in p or "/ia3_" in p else x, params)
+    return paths.map_names(lambda p, x: move(p, x) if "/lora_" in p or "/ia3_" in p else x, params)
 
 
 def logits(model, params):
@@ -211,7 +212,7 @@ def test_the_round_trip_keeps_every_bit_and_stacks_anew(written):
     again, read = peft.read(folder, model, base)
     jax.tree.map(np.testing.assert_array_equal, read, params)
     stacked = model.clone(stacks=(3,))
-    again, read = peft.read(folder, stacked, trees.restack(base, (3,)))
+    again, read = peft.read(folder, stacked, paths.restack(base, (3,)))
     assert again.stacks == (1, 2)
     np.testing.assert_allclose(
         logits(again, read), logits(again.clone(stacks=None), params), atol=1e-5
@@ -287,9 +288,9 @@ def test_the_printed_command_loads_base_adapter_and_labels(
     base_model, base = model_and_base(family, **changes)
     # The base is one without the head, as a published one is.
     bare, trunk = model_and_base(family)
-    whole = trees.unstack(base)
-    shared = {name: whole.get(name, x) for name, x in trees.unstack(trunk).items()}
-    convert.export(tmp_path / "base", bare, trees.stack(shared, bare.stacks))
+    whole = paths.unstack(base)
+    shared = {name: whole.get(name, x) for name, x in paths.unstack(trunk).items()}
+    convert.export(tmp_path / "base", bare, paths.stack(shared, bare.stacks))
     model = lora.wrap(base_model, targets=((".*/query", 2),))
     params = moved(model.add(base, jax.random.key(2)))
     folder = str(tmp_path / "out")
@@ -338,7 +339,7 @@ def test_another_base_is_refused(written):
 def test_the_digest_tells_bases_apart_and_nothing_else(written):
     _, model, base, adapted, params = written
     assert peft.digest(base) == peft.digest(params)
-    assert peft.digest(trees.restack(base, (3,))) == peft.digest(base)
+    assert peft.digest(paths.restack(base, (3,))) == peft.digest(base)
     assert peft.digest(merge.merge(adapted, params)) != peft.digest(base)
     head = {**base, "head": jax.tree.map(lambda x: x + 1, base["head"])}
     assert peft.digest(head) == peft.digest(base)
@@ -516,7 +517,7 @@ def shaken(params):
     rng = np.random.default_rng(1)
     move = lambda x: x + 0.5 * rng.standard_normal(x.shape).astype(np.float32)
     own = lambda path: "/prompt_" in path or "/prefix_" in path
-    return trees.map_names(lambda path, x: move(x) if own(path) else x, params)
+    return paths.map_names(lambda path, x: move(x) if own(path) else x, params)
 
 
 def test_an_adapter_of_a_table_that_has_copies_is_not_written(tmp_path):
@@ -591,7 +592,7 @@ def test_what_writes_has_a_prompt_before_its_text(kind, family, reference, tmp_p
 
 def test_what_peft_cannot_say_of_a_prompt_is_refused(tmp_path):
     base_model = bert.Model("tiny", **SIZES, **CLASSIFY)
-    base = state.init_params(base_model, jax.random.key(0))
+    base = param_init.init_params(base_model, jax.random.key(0))
     model = prompt.wrap(base_model, length=4)
     params = model.add(base, jax.random.key(2))
     with pytest.raises(ConfigError, match="whole='token', but in PEFT the head of a SEQ_CLS"):
@@ -607,4 +608,4 @@ def test_what_peft_cannot_say_of_a_prompt_is_refused(tmp_path):
     wide = bert.Model("tiny", **SIZES | dict(depth=2), **CLASSIFY)
     (tmp_path / "three" / peft.BASE).unlink()
     with pytest.raises(CheckpointError, match=r"vectors are \(4, 96\), those of the model 64 wide"):
-        peft.read(tmp_path / "three", wide, state.init_params(wide, jax.random.key(0)))
+        peft.read(tmp_path / "three", wide, param_init.init_params(wide, jax.random.key(0)))

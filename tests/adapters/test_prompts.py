@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from fmjax import adapters, build, sharding, state, streams, trees
+from fmjax import adapters, build
 from fmjax.adapters import prefix, prompt
 from fmjax.errors import ConfigError
-from fmjax.models import bert
+from fmjax.models import bert, param_init
+from fmjax.params import paths, randomness, sharding
 
 P = 3
 KINDS = {
@@ -44,7 +45,7 @@ def model_of(family, **sizes):
 def fresh(model, seed=0):
     """Of the base larger than it starts, for outputs that differ."""
     larger = lambda path, x: x if path.endswith("scale") else 4 * x
-    return trees.map_names(larger, state.init_params(model, jax.random.key(seed)))
+    return paths.map_names(larger, param_init.init_params(model, jax.random.key(seed)))
 
 
 @functools.cache
@@ -74,7 +75,7 @@ def test_vectors_of_the_table_are_those_tokens(family):
     params, arrays, ids = fresh(base), alone(), np.array([7, 9, 11])
     model = prompt.wrap(base, length=P)
     given = model.add(params, jax.random.key(1))
-    assert set(trees.unstack(given)) - set(trees.unstack(params)) == {"embed/token/prompt_tokens"}
+    assert set(paths.unstack(given)) - set(paths.unstack(params)) == {"embed/token/prompt_tokens"}
     table = given["embed"]["token"]
     table["prompt_tokens"] = table["embedding"][ids]
     wanted = encode(base, params, in_front(arrays, ids))
@@ -172,7 +173,7 @@ def moved(params):
     rng = np.random.default_rng(0)
     noise = lambda x: 0.5 * rng.standard_normal(x.shape).astype(np.float32)
     own = lambda name: adapters.wrapper.re.fullmatch(adapters.LEAVES, name)
-    return trees.map_names(lambda name, x: x + noise(x) if own(name) else x, params)
+    return paths.map_names(lambda name, x: x + noise(x) if own(name) else x, params)
 
 
 @functools.cache
@@ -184,13 +185,13 @@ def made(kind, family="bert", **options):
 def test_two_steps_move_all_of_it_and_nothing_else(kind, family):
     run = made(kind, family)
     current = run.state()
-    before = trees.unstack(jax.device_get(current.params))
+    before = paths.unstack(jax.device_get(current.params))
     for seed in (0, 1):
         batch = tiny.batch(4, seed)
         batch["segment_ids"] = jnp.minimum(batch["segment_ids"], 1)
         current, found = run.step(current, batch)
         assert float(found["skipped"]) == 0
-    after = trees.unstack(jax.device_get(current.params))
+    after = paths.unstack(jax.device_get(current.params))
     moving = {name for name in after if not np.array_equal(before[name], after[name])}
     assert moving == {
         name for name in after if adapters.wrapper.re.fullmatch(adapters.LEAVES, name)
@@ -201,17 +202,17 @@ def test_two_steps_move_all_of_it_and_nothing_else(kind, family):
 @pytest.mark.parametrize("change", ["unrolled", "block"])
 def test_layouts_give_the_same_numbers(kind, family, change):
     base = model_of(family, dropout=0.1)
-    stacks = trees.runs(base.kinds)
+    stacks = paths.runs(base.kinds)
     model = adapters.wrap(base, dict(adapter=KINDS[kind])).clone(stacks=stacks)
     params = moved(fresh(model))
     wanted = encode(model, params, alone())
     if change == "unrolled":
-        model, params = model.clone(stacks=None), trees.restack(params, None)
+        model, params = model.clone(stacks=None), paths.restack(params, None)
     else:
         inner = model_of(family, dropout=0.1, remat="block").clone(stacks=stacks)
         model = adapters.Adapted(inner, model.adapter)
     np.testing.assert_allclose(encode(model, params, alone()), wanted, atol=1e-5)
-    seeds = streams.seeds(jax.random.key(1), jnp.arange(2))
+    seeds = randomness.seeds(jax.random.key(1), jnp.arange(2))
     assert np.abs(encode(model, params, alone(), seeds) - wanted).max() > 0.05  # the model's own
 
 
@@ -233,7 +234,7 @@ def test_any_layout_of_devices_gives_the_same_numbers(kind, family):
             for seed in (0, 1):
                 batch = {name: jax.device_put(x, place) for name, x in tiny.batch(8, seed).items()}
                 current, _ = run.step(current, batch)
-        return trees.flatten(jax.device_get(current.params))
+        return paths.flatten(jax.device_get(current.params))
 
     wanted = two_steps(tiny.mesh())
     for path, leaf in two_steps(sharding.make_mesh(data=2, fsdp=2, tensor=2)).items():

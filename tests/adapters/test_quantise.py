@@ -16,11 +16,16 @@ import tiny
 from common import ROOT
 from test_finetune import encoder, files, home, load  # noqa: F401
 
-from fmjax import adapters, convert, export, pretrained, sharding, state, train, trees
-from fmjax import config as configs
+from fmjax import adapters, convert
 from fmjax.adapters import lora, peft, quantise
+from fmjax.checkpoints import pretrained
+from fmjax.config import load as configs
 from fmjax.errors import CheckpointError, ConfigError
-from fmjax.models import bert, layers
+from fmjax.evaluation import export_check
+from fmjax.models import bert, layers, param_init
+from fmjax.params import paths, sharding
+from fmjax.tasks import export, train
+from fmjax.training import initialize
 
 MATRICES = r"block_.*/(attn|mlp)/.*"
 LORA = dict(name="lora", targets=((MATRICES, 4),), rank=4, alpha=8.0)
@@ -116,7 +121,7 @@ def stepped(scheme, family="bert", scan=True, layout=None):
             batch = {name: jax.device_put(x, place) for name, x in tiny.batch(8, seed).items()}
             current, found = run.step(current, batch)
             losses.append(float(found["loss"]))
-    return trees.unstack(jax.device_get(current.params)), losses
+    return paths.unstack(jax.device_get(current.params)), losses
 
 
 @pytest.mark.parametrize(
@@ -134,14 +139,14 @@ def test_a_step_is_that_of_a_base_that_lost_what_quantising_loses(scheme, family
     start = run.state().params
     model, restored = quantise.restored(run.model, start)
     assert model == whole.model.clone(stacks=model.stacks)
-    start_whole = whole.state(params=trees.restack(restored, whole.model.stacks))
+    start_whole = whole.state(params=paths.restack(restored, whole.model.stacks))
     one, other = run.state(), start_whole
     for seed in (0, 1):
         one, found = run.step(one, tiny.batch(8, seed))
         other, wanted = whole.step(other, tiny.batch(8, seed))
         np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-6)
     before, got, wanted = (
-        trees.unstack(jax.device_get(x)) for x in (start, one.params, other.params)
+        paths.unstack(jax.device_get(x)) for x in (start, one.params, other.params)
     )
     for name in (name for name in got if "/lora_" in name):
         np.testing.assert_allclose(got[name], wanted[name], atol=1e-6, err_msg=name)
@@ -258,21 +263,21 @@ def test_a_bias_and_the_dtype_are_the_modules_own():
 def test_a_folder_is_quantised_while_it_is_loaded(tmp_path):
     """To the same bits as the whole would be."""
     model = bert.Model("tiny", **tiny.SIZES | SIZES)
-    params = state.init_params(model, jax.random.key(3))
+    params = param_init.init_params(model, jax.random.key(3))
     convert.export(tmp_path / "hf", model, params)
     wrapped = lora.wrap(
         quantise.wrap(model, name="nf4", targets=MATRICES), targets=((MATRICES, 2),)
     )
     wrapped = wrapped.clone(stacks=(3,))
-    abstract = state.abstract_params(wrapped, sharding.make_mesh(data=1, fsdp=8))
-    fresh = lambda: state.init_params(wrapped, jax.random.key(0))
+    abstract = param_init.abstract_params(wrapped, sharding.make_mesh(data=1, fsdp=8))
+    fresh = lambda: param_init.init_params(wrapped, jax.random.key(0))
     loaded, report = convert.load(
         tmp_path / "hf", abstract, may_miss=pretrained.FRESH,
         packings=adapters.packings(wrapped), initial=fresh,
     )  # fmt: skip
     assert all("/lora_" in name for name in report.kept) and not report.unused
-    wanted = trees.unstack(wrapped.model.add(trees.restack(params, (3,)), jax.random.key(0)))
-    got = trees.unstack(loaded)
+    wanted = paths.unstack(wrapped.model.add(paths.restack(params, (3,)), jax.random.key(0)))
+    got = paths.unstack(loaded)
     for name, leaf in wanted.items():
         np.testing.assert_array_equal(got[name], leaf, err_msg=name)
     assert loaded["blocks_00_02"]["attn"]["query"]["kernel"]["codes"].sharding.spec[1] == "fsdp"
@@ -280,7 +285,7 @@ def test_a_folder_is_quantised_while_it_is_loaded(tmp_path):
     narrow = quantise.wrap(cut, name="nf4", targets=MATRICES)
     with pytest.raises(CheckpointError, match=r"\(128,\) in the model, \(64,\) in the files"):
         convert.load(
-            tmp_path / "hf", state.abstract_params(narrow, sharding.make_mesh()),
+            tmp_path / "hf", param_init.abstract_params(narrow, sharding.make_mesh()),
             packings=adapters.packings(narrow),
         )  # fmt: skip
 
@@ -300,7 +305,7 @@ def adapted(home, config):  # noqa: F811
 
 def test_a_run_opens_as_it_was_trained_and_merges_into_a_whole_model(adapted):
     opened = pretrained.open_folder(str(adapted), sharding.make_mesh())
-    codes = [n for n, x in trees.unstack(opened.params).items() if x.dtype == jnp.int8]
+    codes = [n for n, x in paths.unstack(opened.params).items() if x.dtype == jnp.int8]
     assert len(codes) == len(adapters.packings(opened.model)) > 0
     model, params = adapters.merged(opened.model, opened.params)
     assert model == adapters.base(opened.model)
@@ -325,15 +330,15 @@ def test_an_export_says_how_near_it_is_and_refuses_what_is_not(adapted, tmp_path
         np.testing.assert_allclose(float(after), float(before), rtol=1e-4)
     opened = pretrained.open_folder(str(adapted), sharding.make_mesh())
     model, params = adapters.merged(opened.model, opened.params)
-    near = export.divergence(opened, model, params)["classify"]
+    near = export_check.divergence(opened, model, params)["classify"]
     assert abs(near) < 1e-6
     params["head"]["classify"]["kernel"] = 2 * params["head"]["classify"]["kernel"]
-    far = export.divergence(opened, model, params)
+    far = export_check.divergence(opened, model, params)
     assert far["classify"] > 1e-4
     with pytest.raises(ConfigError, match="Merged, the head classify gives other outputs"):
-        export._check_merged(far, 1e-6)
+        export_check._check_merged(far, 1e-6)
     with pytest.raises(ConfigError, match="Merged, the head classify"):
-        export._check_merged({"classify": float("nan")}, 1e-6)
+        export_check._check_merged({"classify": float("nan")}, 1e-6)
 
 
 def test_an_export_without_the_data_says_that_nothing_was_measured(adapted, tmp_path, capsys):
@@ -368,7 +373,7 @@ def test_another_run_starts_from_it_only_as_it_is(adapted, home, config, tmp_pat
     name = "--config.quantise.name=int8"
     train.run(load("finetune_qlora.py", *words, name), tmp_path / "same")
     before, after = (
-        trees.unstack(pretrained.open_folder(str(path), sharding.make_mesh()).params)
+        paths.unstack(pretrained.open_folder(str(path), sharding.make_mesh()).params)
         for path in (adapted, tmp_path / "same")
     )
     assert all(np.array_equal(before[n], after[n]) for n in before if n.endswith("/codes"))
@@ -378,35 +383,35 @@ def test_its_adapter_goes_with_the_base_it_was_made_for(adapted, tmp_path):
     words = [f"--config.folder={adapted}", "--config.merge=False", f"--config.output={tmp_path}/a"]
     export.run(configs.load(str(ROOT / "configs/export.py"), words), tmp_path)
     opened = pretrained.open_folder(str(adapted), sharding.make_mesh())
-    base = {n: x for n, x in trees.unstack(opened.params).items() if "/lora_" not in n}
+    base = {n: x for n, x in paths.unstack(opened.params).items() if "/lora_" not in n}
     model, params = peft.read(
-        tmp_path / "a", opened.model.model, trees.stack(base, opened.model.stacks)
+        tmp_path / "a", opened.model.model, paths.stack(base, opened.model.stacks)
     )
-    one, other = trees.unstack(params), trees.unstack(opened.params)
+    one, other = paths.unstack(params), paths.unstack(opened.params)
     assert one.keys() == other.keys()
     assert all(np.array_equal(one[name], other[name]) for name in one)
     codes = next(name for name in base if name.endswith("/codes"))
     wrong = base | {codes: -base[codes]}
     with pytest.raises(CheckpointError, match="was made for another base"):
-        peft.read(tmp_path / "a", opened.model.model, trees.stack(wrong, opened.model.stacks))
+        peft.read(tmp_path / "a", opened.model.model, paths.stack(wrong, opened.model.stacks))
 
 
 @pytest.mark.slow
 def test_a_whole_base_is_the_right_one_if_its_codes_are(tmp_path):
     """At sizes where the order of a sum changes its bits, from a folder as a run has it."""
     model = bert.Model("tiny", **tiny.SIZES | dict(width=768, mlp=1024)).clone(stacks=(3,))
-    base = state.init_params(model, jax.random.key(3))
+    base = param_init.init_params(model, jax.random.key(3))
     convert.export(tmp_path / "hf", model, base)
     nf4 = quantise.wrap(model, name="nf4", targets=MATRICES)
     adapted = lora.wrap(nf4, targets=((MATRICES, 2),))
     params, _ = convert.load(
-        tmp_path / "hf", state.abstract_params(adapted, sharding.make_mesh()),
+        tmp_path / "hf", param_init.abstract_params(adapted, sharding.make_mesh()),
         may_miss=pretrained.FRESH, packings=adapters.packings(nf4),
-        initial=lambda: state.init_params(adapted, jax.random.key(1)),
+        initial=lambda: param_init.init_params(adapted, jax.random.key(1)),
     )  # fmt: skip
     peft.write(tmp_path / "a", adapted, params)
     peft.read(tmp_path / "a", model, base)
-    other = trees.map_names(lambda _, x: 1.5 * x, base)
+    other = paths.map_names(lambda _, x: 1.5 * x, base)
     with pytest.raises(CheckpointError, match="was made for another base"):
         peft.read(tmp_path / "a", model, other)
 
@@ -415,15 +420,15 @@ def test_a_whole_base_is_the_right_one_if_its_codes_are(tmp_path):
 def test_a_quantised_matrix_counts_as_it_was(scheme):
     whole, few = made(None), made(scheme)
     number = adapters.parameters(whole.model, whole.abstract.params)
-    assert number == trees.size(whole.abstract.params)
+    assert number == paths.size(whole.abstract.params)
     assert adapters.parameters(few.model, few.abstract.params) == number
 
 
 def test_names_of_the_base_stay():
     model = bert.Model("tiny", **tiny.SIZES | SIZES)
-    plain = set(trees.unstack(state.abstract_params(model)))
+    plain = set(paths.unstack(param_init.abstract_params(model)))
     wrapped = quantise.wrap(model, name="nf4", targets=MATRICES)
-    found = set(trees.unstack(state.abstract_params(wrapped.clone(stacks=(3,)))))
+    found = set(paths.unstack(param_init.abstract_params(wrapped.clone(stacks=(3,)))))
     parts = set(adapters.packings(wrapped))
     assert {name for name in found if name.rpartition("/")[0] not in parts} == plain - parts
     ends = itertools.product(parts, ("codes", "absmax", "scales", "mean"))
@@ -436,12 +441,12 @@ def test_an_adapter_that_starts_from_what_quantising_loses(init, dora, source, t
     """Base and adapter together are nearer to the weights than the base alone would be."""
     if source == "folder":
         model = bert.Model("tiny", **tiny.SIZES | SIZES)
-        params = state.init_params(model, jax.random.key(3))
+        params = param_init.init_params(model, jax.random.key(3))
         convert.export(tmp_path / "hf", model, params)
-        name, wanted = str(tmp_path / "hf"), trees.unstack(params)
+        name, wanted = str(tmp_path / "hf"), paths.unstack(params)
     else:
         opened = pretrained.open_folder(str(encoder), sharding.make_mesh())
-        model, wanted, name = opened.model, trees.unstack(opened.params), str(encoder)
+        model, wanted, name = opened.model, paths.unstack(opened.params), str(encoder)
     attention = r"block_.*/attn/.*"
     how = dict(name="int8" if source == "run" else "nf4", targets=attention)
     wrapped = quantise.wrap(model.clone(stacks=None), **how)
@@ -449,12 +454,12 @@ def test_an_adapter_that_starts_from_what_quantising_loses(init, dora, source, t
     config = SimpleNamespace(
         init=name, new_head=False, objectives={}, seed=0, quantise=SimpleNamespace(name="nf4")
     )
-    params = pretrained.initial(
-        config, wrapped, state.abstract_params(wrapped, sharding.make_mesh())
+    params = initialize.initial(
+        config, wrapped, param_init.abstract_params(wrapped, sharding.make_mesh())
     ).params
-    found = trees.unstack(adapters.merged(wrapped, params)[1])
+    found = paths.unstack(adapters.merged(wrapped, params)[1])
     path = "block_00/attn/query/kernel"
     error = lambda x: np.linalg.norm(np.asarray(x) - np.asarray(wanted[path]))
     plain = quantise.dense(quantise.SCHEMES[how["name"]].pack(jnp.asarray(wanted[path])))
     assert 0 < error(found[path]) < (1.0 if source == "run" else 0.95) * error(plain)
-    assert np.abs(trees.unstack(params)["block_00/attn/query/lora_b"]).max() > 0
+    assert np.abs(paths.unstack(params)["block_00/attn/query/lora_b"]).max() > 0

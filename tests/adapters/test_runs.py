@@ -8,10 +8,14 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from fmjax import combinations, convert, pretrained, rules, state, trees
+from fmjax import convert
 from fmjax.adapters import lora, merge
+from fmjax.checkpoints import pretrained
+from fmjax.config import constraints, rules
 from fmjax.errors import ConfigError
-from fmjax.models import bert
+from fmjax.models import bert, param_init
+from fmjax.params import paths
+from fmjax.training import initialize
 
 TARGETS = ((r"block_0[12]/attn/query", 2), (r"block_.*/attn/(query|value)", 3))
 
@@ -32,19 +36,19 @@ def base(tmp_path_factory):
     """A folder in Hugging Face format and what it holds."""
     folder = tmp_path_factory.mktemp("base") / "bert"
     model = bert.Model("tiny", **tiny.SIZES)
-    params = jax.jit(lambda: state.init_params(model, jax.random.key(7)))()
+    params = jax.jit(lambda: param_init.init_params(model, jax.random.key(7)))()
     convert.export(folder, model, params)
-    return folder, trees.unstack(params)
+    return folder, paths.unstack(params)
 
 
 @pytest.mark.parametrize("init", ["uniform", "pissa"])
 def test_any_base_loads_under_any_adapter(init, base, capsys):
     folder, expected = base
     config, model, abstract = made(folder, init=init)
-    params = pretrained.initial(config, model, abstract).params
+    params = initialize.initial(config, model, abstract).params
     told = capsys.readouterr().out
     assert re.search(r"newly initialised: (block_00…02/\S+/lora_[ab](, )?)+$", told, re.M)
-    found = trees.unstack(
+    found = paths.unstack(
         jax.jit(lambda p: merge.merge(model, p))(params)
     )  # PiSSA cuts the weights in two
     for name, leaf in expected.items():
@@ -62,7 +66,7 @@ def test_a_loaded_adapter_is_not_started_again(base, monkeypatch, tmp_path):
     monkeypatch.setattr(pretrained, "is_run", lambda source: True)
     saved = lambda source: (trained, {"step": 5}, False)
     monkeypatch.setattr(pretrained.checkpoint, "load_params", saved)
-    params = pretrained.initial(config, model, abstract).params
+    params = initialize.initial(config, model, abstract).params
     assert all((np.asarray(leaf) == 1).all() for leaf in jax.tree.leaves(params))
 
 
@@ -70,11 +74,11 @@ def test_a_base_of_a_run_loads_under_an_adapter(base, monkeypatch, tmp_path):
     _, expected = base
     config, model, abstract = made(tmp_path)
     monkeypatch.setattr(pretrained, "is_run", lambda source: True)
-    saved = lambda source: (trees.stack(expected, (3,)), {"step": 5}, False)
+    saved = lambda source: (paths.stack(expected, (3,)), {"step": 5}, False)
     monkeypatch.setattr(pretrained.checkpoint, "load_params", saved)
-    found = trees.unstack(pretrained.initial(config, model, abstract).params)
+    found = paths.unstack(initialize.initial(config, model, abstract).params)
     key = jax.random.fold_in(jax.random.key(3), 0)
-    fresh = trees.unstack(jax.jit(lambda: state.init_params(model, key))())
+    fresh = paths.unstack(jax.jit(lambda: param_init.init_params(model, key))())
     for name, leaf in found.items():
         adapter = name.rpartition("/")[2].startswith("lora_")
         np.testing.assert_allclose(leaf, (fresh if adapter else expected)[name], atol=1e-7)
@@ -101,14 +105,14 @@ def test_values_that_cannot_be_meant_are_refused(key, value, message):
 
 def test_a_start_from_weights_needs_weights():
     adapter = dict(name="lora", targets=TARGETS, init="pissa")
-    combinations.check({"adapter": adapter, "init": "somewhere"})
-    combinations.check({"adapter": {**adapter, "name": ""}, "init": ""})
+    constraints.check({"adapter": adapter, "init": "somewhere"})
+    constraints.check({"adapter": {**adapter, "name": ""}, "init": ""})
     with pytest.raises(ConfigError, match="starts from the weights of a trained model"):
-        combinations.check({"adapter": adapter, "init": ""})
+        constraints.check({"adapter": adapter, "init": ""})
 
 
 def test_a_rank_above_the_weights_has_no_singular_values(base):
     config, model, abstract = made(base[0])
     model = lora.wrap(model.model.clone(stacks=None), targets=((r".*/query", 33),), init="pissa")
     with pytest.raises(ConfigError, match="32 singular values, fewer than its rank 33"):
-        pretrained.initial(config, model, state.abstract_params(model))
+        initialize.initial(config, model, param_init.abstract_params(model))

@@ -9,10 +9,13 @@ import pytest
 from common import ROOT
 from test_finetune import decoder, encoder, files, home, load  # noqa: F401
 
-from fmjax import config as configs
-from fmjax import export, predict, pretrained, sharding, step_folders, train, trees
 from fmjax.adapters import peft
+from fmjax.checkpoints import pretrained
+from fmjax.config import load as configs
 from fmjax.errors import ConfigError
+from fmjax.io import retention
+from fmjax.params import paths, sharding
+from fmjax.tasks import export, predict, train
 
 POOL = "--config.objectives.classify.pool="  # as the classes of transformers have it
 WHOLE = ["--config.adapter.whole=prompt", "--config.adapter.length=4"]
@@ -36,7 +39,7 @@ def config_of(kind, home, base, *words):  # noqa: F811
 
 
 def params_of(folder):
-    return trees.unstack(pretrained.open_folder(str(folder), sharding.make_mesh()).params)
+    return paths.unstack(pretrained.open_folder(str(folder), sharding.make_mesh()).params)
 
 
 ALWAYS = (("prompt", "encoder"),)
@@ -57,7 +60,7 @@ def test_a_run_of_each_kind(kind, base, home, request, tmp_path, capsys):  # noq
 
     # Stopped half way it ends with the same bits.
     again = shutil.copytree(run, tmp_path / "again")
-    steps = step_folders.finished(again / "checkpoints")
+    steps = retention.finished(again / "checkpoints")
     shutil.rmtree(again / "checkpoints" / str(steps[-1]))
     status = json.loads((again / "status.json").read_text())
     status |= {"checkpoint": steps[-2], "state": "running"}

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fmjax import convert, sharding, trees
+from fmjax import convert
 from fmjax.convert.bert import SHARED, TABLES, TIED
 from fmjax.errors import CheckpointError, ConfigError
 from fmjax.models import bert
+from fmjax.params import paths, sharding
 
 SIZES = dict(vocab_size=64, width=16, heads=2, mlp=32, depth=4, max_len=16)
 VARIANTS = ["tiny", "roberta_base", "distilbert", "modernbert_base"]
@@ -30,10 +31,10 @@ def make(variant, scanned=True, **overrides):
     if variant == "tiny":
         overrides.setdefault("classes", {"nsp": 2})
     model = bert.Model(variant, **SIZES | overrides)
-    model = model.clone(stacks=trees.runs(model.kinds) if scanned else None)
+    model = model.clone(stacks=paths.runs(model.kinds) if scanned else None)
     rng = np.random.default_rng(0)
     shapes = abstract(model)
-    return model, trees.map_names(
+    return model, paths.map_names(
         lambda _, leaf: jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype), shapes
     )
 
@@ -87,7 +88,7 @@ def test_round_trip_stacked_and_not(exported):
     assert report == ((), ())
     assert_equal(again, params)
     unrolled = model.clone(stacks=None)
-    assert_equal(convert.load(folder, abstract(unrolled))[0], trees.restack(params, None))
+    assert_equal(convert.load(folder, abstract(unrolled))[0], paths.restack(params, None))
 
 
 def test_described_options_rebuild_the_model(exported):
@@ -211,7 +212,7 @@ def test_missing_heads_keep_their_initialisation(folder):
     again, report = convert.load(
         folder, abstract(model), may_miss="head/(mlm|nsp)/.*", initial=initial
     )
-    assert set(report.kept) == {n for n in trees.unstack(params) if re.match("head/(mlm|nsp)", n)}
+    assert set(report.kept) == {n for n in paths.unstack(params) if re.match("head/(mlm|nsp)", n)}
     assert "newly initialised: head/mlm/bias" in str(report)
     fresh = jax.jit(initial)()
     for head in ("mlm", "nsp"):

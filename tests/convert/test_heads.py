@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fmjax import convert, pretrained, sharding, state, trees
+from fmjax import convert
+from fmjax.checkpoints import pretrained
 from fmjax.errors import ConfigError
-from fmjax.models import bert
+from fmjax.models import bert, param_init
+from fmjax.params import paths, sharding
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
@@ -49,7 +51,7 @@ def opened(folder, **kwargs):
     """(model, parameters, report) of a folder, with the heads that it has."""
     _, options = convert.describe(folder)
     model = bert.Model(**options | dict(lm_head=False) | kwargs, attention="xla")
-    model = model.clone(stacks=trees.runs(model.kinds))
+    model = model.clone(stacks=paths.runs(model.kinds))
     initial = lambda: model.init(jax.random.key(0), *model.example())["params"]
     like = jax.eval_shape(initial)
     return model, *convert.load(folder, like, may_miss="head/.*", initial=initial)
@@ -145,9 +147,9 @@ def test_the_layer_of_a_modernbert_head_starts_as_that_of_its_vocabulary_head():
     sizes = dict(width=8, depth=1, heads=2, mlp=8, vocab_size=20, max_len=16)
     build = lambda **own: bert.Model("modernbert_tiny", **sizes, **own)
     pretrained_model, model = build(lm_head=True), build(lm_head=False, classes={"classify": 3})
-    init = lambda model, seed: state.init_params(model, jax.random.key(seed))
+    init = lambda model, seed: param_init.init_params(model, jax.random.key(seed))
     found, fresh = init(pretrained_model, 0), init(model, 1)
-    abstract = state.abstract_params(model, sharding.make_mesh())
+    abstract = param_init.abstract_params(model, sharding.make_mesh())
     params, report = pretrained._laid_out(found, model, abstract, "a run", lambda: fresh)
     for name in ("dense", "norm"):
         jax.tree.map(

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fmjax import convert, trees
+from fmjax import convert
 from fmjax.convert.llama_options import ANSWERED, CLASSIFIED, PREFIXES, TAGGED
 from fmjax.models import TOKEN_HEADS
+from fmjax.params import paths
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
@@ -121,7 +122,7 @@ def opened(folder):
     name, options = convert.describe(folder)
     module = importlib.import_module(f"fmjax.models.{name}")
     model = module.Model(**options | dict(lm_head=False), attention="xla")
-    model = model.clone(stacks=trees.runs(model.kinds))
+    model = model.clone(stacks=paths.runs(model.kinds))
     like = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example())["params"])
     params, report = convert.load(folder, like)
     assert report == ((), ())

@@ -22,10 +22,12 @@ import numpy as np
 import pytest
 from key_rows import BASES, ROWS, WRITTEN, WRITTEN_KEYS, Row
 
-from fmjax import convert, decoding, trees
+from fmjax import convert
 from fmjax.errors import ConfigError
+from fmjax.generation import decoder
+from fmjax.generation.sampling import Sampling
 from fmjax.models import bert, gpt2, llama, t5
-from fmjax.sampling import Sampling
+from fmjax.params import paths
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
@@ -99,7 +101,7 @@ def ours(folder, config):
     """(the model, its parameters, its logits of real tokens)."""
     name, options = convert.describe(folder)
     model = FILES[name].Model(**options, attention="xla")
-    model = model.clone(stacks=trees.runs(model.kinds))
+    model = model.clone(stacks=paths.runs(model.kinds))
     shapes = jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"]
     params, _ = convert.load(folder, shapes)
     given = inputs(config)
@@ -138,7 +140,7 @@ def compare(row: Row, folder: Path) -> None:
     keys = row.options.keys() | row.edits.keys()
     if row.family in WRITTEN and (not keys or keys & WRITTEN_KEYS):
         prompt = inputs(reference.config)["ids"][0, :4].tolist()
-        greedy = decoding.Writer(model, params)([prompt], 4, Sampling(temperature=0))
+        greedy = decoder.Writer(model, params)([prompt], 4, Sampling(temperature=0))
         assert greedy == [text(reference, prompt)]
 
 

@@ -13,11 +13,15 @@ from common import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fmjax import build, generate, llama2c, pretrained, sharding
-from fmjax import config as configs
+from fmjax import build
+from fmjax.checkpoints import pretrained
+from fmjax.config import load as configs
 from fmjax.convert import llama2c as files
 from fmjax.data import tokenizer as tokenizers
 from fmjax.errors import CheckpointError, ConfigError
+from fmjax.generation import text_generator
+from fmjax.params import sharding
+from fmjax.tasks import llama2c
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 DATA = ROOT.parent / "shared" / "data"
@@ -243,7 +247,7 @@ def test_the_story_is_the_published_one(tmp_path):
     story = rest.partition("\n```")[0]
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh):
-        author = generate.Author(pretrained.open_folder(str(folder), mesh))
+        author = text_generator.Author(pretrained.open_folder(str(folder), mesh))
         how = dict(prompt="", count=1, length=256, temperature=0)
         assert author.texts(how, 0)[0].strip() == story
 

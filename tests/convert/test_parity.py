@@ -15,10 +15,12 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from fmjax import beams, build, convert, decoding, trees
+from fmjax import build, convert
 from fmjax.convert import llama_config
+from fmjax.generation import beam_search, decoder
+from fmjax.generation.sampling import Sampling
 from fmjax.models import bert, gpt2, llama, rope, t5
-from fmjax.sampling import Sampling
+from fmjax.params import paths
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
@@ -304,7 +306,7 @@ def load(folder, scanned):
     name, options = convert.describe(folder)
     family = importlib.import_module(f"fmjax.models.{name}")
     model = family.Model(**options, attention="xla")
-    model = model.clone(stacks=trees.runs(model.kinds) if scanned else None)
+    model = model.clone(stacks=paths.runs(model.kinds) if scanned else None)
     params, report = convert.load(folder, abstract(model))
     assert report == ((), ())
     return model, params
@@ -359,7 +361,7 @@ def test_greedy_text_is_that_of_transformers_whatever_is_beside(reference):
     if reference.written is None:
         pytest.skip("an encoder does not write")
     model, params = load(reference.folder, scanned=True)
-    writer = decoding.Writer(model, params)
+    writer = decoder.Writer(model, params)
     greedy, theirs = Sampling(temperature=0), reference.written["greedy"]
     assert writer(reference.prompts, 4, greedy) == theirs
     assert writer(reference.prompts[1:], 4, greedy) == theirs[1:]
@@ -370,9 +372,9 @@ def test_beam_search_finds_what_that_of_transformers_finds(reference):
     if reference.written is None:
         pytest.skip("an encoder does not write")
     model, params = load(reference.folder, scanned=True)
-    writer = decoding.Writer(model, params, stop=BEAMS["eos_token_id"])
-    how = beams.Beams(BEAMS["num_beams"], BEAMS["length_penalty"])
-    found = beams.search(writer, reference.prompts, 4, how)
+    writer = decoder.Writer(model, params, stop=BEAMS["eos_token_id"])
+    how = beam_search.Beams(BEAMS["num_beams"], BEAMS["length_penalty"])
+    found = beam_search.search(writer, reference.prompts, 4, how)
     assert [ids for ids, _ in found] == reference.written["beams"]
 
 
@@ -429,15 +431,15 @@ def test_full_size_names_and_shapes_are_those_of_transformers(family, variant):
     model = family.Model(variant)
     if getattr(model.cfg, "pooler", False):
         model = family.Model(variant, classes={"nsp": 2})
-    model = model.clone(stacks=trees.runs(model.kinds))
+    model = model.clone(stacks=paths.runs(model.kinds))
     tables = convert.family_of(model)
     kind = tables.type_of(model.cfg)
     possible = tables.ARCHITECTURES[kind]
-    has = {name.split("/")[1] for name in trees.unstack(abstract(model)) if "head/" in name}
+    has = {name.split("/")[1] for name in paths.unstack(abstract(model)) if "head/" in name}
     architecture, heads = next((name, heads) for name, heads in possible if heads <= has)
     config = tables.hf_config(model.cfg, heads, {})
     found = {}
-    for name, leaf in trees.unstack(abstract(model)).items():
+    for name, leaf in paths.unstack(abstract(model)).items():
         place = tables.place(config, name).sized(vars(model.cfg))
         shape = leaf.shape[1:] if place.each else leaf.shape
         shape = shape[::-1] if place.transposed else shape
@@ -473,7 +475,7 @@ def test_real_sentence_embeddings():
         theirs = transformers.AutoModel.from_pretrained(folder)(**encoded).last_hidden_state
 
     model = bert.Model(**convert.describe(folder)[1])
-    model = model.clone(stacks=trees.runs(model.kinds))
+    model = model.clone(stacks=paths.runs(model.kinds))
     initial = lambda: model.init(jax.random.key(0), *[jnp.ones((1, 4), jnp.int32)] * 4)["params"]
     params, report = convert.load(folder, abstract(model), may_miss="head/mlm/.*", initial=initial)
     assert all(name.startswith("head/mlm/") for name in report.kept)

@@ -7,9 +7,10 @@ import random
 import numpy as np
 import pytest
 
-from fmjax import questions, sealed, translate
-from fmjax.data import cache
 from fmjax.errors import ConfigError, DataError
+from fmjax.evaluation import benchmarks
+from fmjax.io import disk_cache, sealed
+from fmjax.tasks import translate
 
 
 def made(folder):
@@ -17,13 +18,13 @@ def made(folder):
         (temporary / "numbers").write_bytes(b"12345")
         return {"counts": {"train": 3}, "labels": ["no", "yes"]}
 
-    return cache.build(folder, write)
+    return disk_cache.build(folder, write)
 
 
 def test_the_index_is_read_as_it_was_written(tmp_path):
     index = made(tmp_path / "home")
-    assert cache.verified(tmp_path / "home", pytest.fail) == index
-    assert index["files"] == {"numbers": [5, cache.file_digest(tmp_path / "home/numbers")]}
+    assert disk_cache.verified(tmp_path / "home", pytest.fail) == index
+    assert index["files"] == {"numbers": [5, disk_cache.file_digest(tmp_path / "home/numbers")]}
 
 
 @pytest.mark.parametrize("name", ["index.json", "numbers"])
@@ -35,10 +36,10 @@ def test_every_flipped_bit_is_seen(tmp_path, name):
         damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << bit % 8
         file.write_bytes(damaged)
-        assert cache.verified(tmp_path / "home", lines.append) is None, bit
+        assert disk_cache.verified(tmp_path / "home", lines.append) is None, bit
         assert "is damaged" in lines[-1] and len(lines[-1].splitlines()) == 1
     file.write_bytes(content)
-    assert cache.verified(tmp_path / "home", lines.append)
+    assert disk_cache.verified(tmp_path / "home", lines.append)
 
 
 SHAPES = {
@@ -62,9 +63,9 @@ def test_an_index_of_another_shape_is_made_again(tmp_path, shape, whole):
     before = made(home)
     can_seal = whole and isinstance(shape, dict)
     raw = sealed.dumps(shape) if can_seal else json.dumps(shape).encode()
-    (home / cache.INDEX).write_bytes(raw)
-    assert cache.verified(home, lines.append) is None and len(lines) == 1
-    assert made(home) == before == cache.verified(home, pytest.fail)
+    (home / disk_cache.INDEX).write_bytes(raw)
+    assert disk_cache.verified(home, lines.append) is None and len(lines) == 1
+    assert made(home) == before == disk_cache.verified(home, pytest.fail)
 
 
 @pytest.mark.parametrize("place", ["file", "dead link", "folder as index", "nested", "not UTF-8"])
@@ -76,13 +77,13 @@ def test_what_is_not_a_folder_with_an_index_is_made_again(tmp_path, place):
         home.symlink_to("/nonexistent/x")
     else:
         made(home)
-        (home / cache.INDEX).unlink()
+        (home / disk_cache.INDEX).unlink()
         if place == "folder as index":
-            (home / cache.INDEX).mkdir()
+            (home / disk_cache.INDEX).mkdir()
         else:
-            (home / cache.INDEX).write_bytes(b"[" * 100_000 if place == "nested" else b"\xff")
-    assert cache.verified(home, lambda line: None) is None
-    assert made(home) == cache.verified(home, pytest.fail)
+            (home / disk_cache.INDEX).write_bytes(b"[" * 100_000 if place == "nested" else b"\xff")
+    assert disk_cache.verified(home, lambda line: None) is None
+    assert made(home) == disk_cache.verified(home, pytest.fail)
 
 
 def test_a_file_that_a_bad_disk_does_not_give_is_made_again(tmp_path, monkeypatch):
@@ -91,9 +92,9 @@ def test_a_file_that_a_bad_disk_does_not_give_is_made_again(tmp_path, monkeypatc
     def fail(path, poll):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(cache, "file_digest", fail)
+    monkeypatch.setattr(disk_cache, "file_digest", fail)
     lines = []
-    assert cache.verified(tmp_path / "home", lines.append) is None
+    assert disk_cache.verified(tmp_path / "home", lines.append) is None
     assert "Input/output error" in lines[0] and "preparing it again" in lines[0]
 
 
@@ -101,7 +102,7 @@ def test_a_file_that_a_bad_disk_does_not_give_is_made_again(tmp_path, monkeypatc
 def test_what_was_prepared_is_found_again(prepare, tmp_path, monkeypatch, format):
     (tmp_path / "a.jsonl").write_text('{"text": "ab.", "label": 0}\n{"text": "cd.", "label": 1}\n')
     first, lines = prepare(tmp_path / "a.jsonl", format=format, long="truncate"), []
-    monkeypatch.setattr(cache, "build", lambda *_: pytest.fail("it is prepared again"))
+    monkeypatch.setattr(disk_cache, "build", lambda *_: pytest.fail("it is prepared again"))
     again = prepare(tmp_path / "a.jsonl", format=format, long="truncate", log=lines.append)
     assert again.digest == first.digest and not any("again" in line for line in lines)
 
@@ -125,7 +126,7 @@ def test_flips_in_a_prepared_set_change_no_numbers(prepare, tmp_path):
 
 def test_what_is_stored_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(cache.manifest, "sync", lambda path: synced.append(os.fspath(path)))
+    monkeypatch.setattr(disk_cache.manifest, "sync", lambda path: synced.append(os.fspath(path)))
     made(tmp_path / "home")
     temporary = f"{tmp_path}/home.tmp-{os.getpid()}"
     inside = [f"{temporary}/numbers", f"{temporary}/index.json", temporary]
@@ -150,10 +151,10 @@ def test_leftovers_of_killed_preparations_are_removed(prepare, tmp_path):
 def test_what_another_process_makes_right_now_is_left_alone(tmp_path):
     making = tmp_path / "examples-0123456789abcdef.tmp-5"
     making.mkdir()
-    with cache.lock(tmp_path / "examples-0123456789abcdef.lock", print, lambda: None):
-        cache.remove_leftovers(tmp_path)
+    with disk_cache.lock(tmp_path / "examples-0123456789abcdef.lock", print, lambda: None):
+        disk_cache.remove_leftovers(tmp_path)
         assert making.is_dir()
-    cache.remove_leftovers(tmp_path)
+    disk_cache.remove_leftovers(tmp_path)
     assert not making.exists()
 
 
@@ -168,10 +169,10 @@ def test_a_user_that_the_system_does_not_know(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: 54321)
     for folder in ("", "~/mine", "~nobody-of-this-name/x"):
         with pytest.raises(DataError, match=r"no home folder.*config\.data\.cache or .FMJAX_CACHE"):
-            cache.root(folder)
+            disk_cache.root(folder)
     with pytest.raises(ConfigError, match="no such file"):
-        questions.items("choices", "~/questions.jsonl")
+        benchmarks.items("choices", "~/questions.jsonl")
     with pytest.raises(ConfigError, match="no such file"):
         translate.read("~/texts.jsonl", "source", "target")
     assert not list(tmp_path.iterdir())
-    assert cache.root(str(tmp_path / "cache")).is_dir()
+    assert disk_cache.root(str(tmp_path / "cache")).is_dir()

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from fmjax import prompts, questions, translate
 from fmjax.data import files, json_files, lines, sources
 from fmjax.data.settings import DataSettings
 from fmjax.errors import DataError, quoted
+from fmjax.evaluation import benchmarks, prompt_templates
+from fmjax.tasks import translate
 
 
 @pytest.fixture
@@ -149,8 +150,8 @@ SPANS = dict(format="spans", columns="question,context", label="answers", long="
 QUESTION = {"question": "x", "answers": []}
 
 
-def squad(*questions, context="a"):
-    return {"data": [{"paragraphs": [{"context": context, "qas": list(questions)}]}]}
+def squad(*asked, context="a"):
+    return {"data": [{"paragraphs": [{"context": context, "qas": list(asked)}]}]}
 
 
 ODD = {
@@ -261,7 +262,7 @@ CHOICES = '{"context": "a", "choices": ["x", "y"], "label": %s}'
 def test_a_row_that_is_no_question(tmp_path, row):
     (tmp_path / "a.jsonl").write_text((CHOICES % 0) + "\n" + row + "\n")
     with pytest.raises(DataError, match=r"a\.jsonl:2") as error:
-        questions.items("choices", tmp_path / "a.jsonl")
+        benchmarks.items("choices", tmp_path / "a.jsonl")
     assert one_line(error)
 
 
@@ -285,20 +286,20 @@ def test_a_glue_file_with_a_column_twice_or_a_long_field(tmp_path):
     path = tmp_path / "sst2.tsv"
     path.write_text("sentence\tlabel\tsentence\na\t1\tb\n")
     with pytest.raises(DataError, match="'sentence' twice"):
-        list(prompts.glue("sst2", path))
+        list(prompt_templates.glue("sst2", path))
     path.write_text("sentence\tlabel\n" + "x" * 200_000 + "\t1\n")  # csv's own limit is 131,072
-    (row,) = prompts.glue("sst2", path)
+    (row,) = prompt_templates.glue("sst2", path)
     assert len(row.columns["sentence"]) == 200_000
 
 
 def test_files_of_other_tasks_that_cannot_be_read(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip")
     with pytest.raises(DataError, match=r"not a whole gzip file .*config\.benchmark\.path"):
-        questions.items("choices", tmp_path / "a.jsonl.gz")
+        benchmarks.items("choices", tmp_path / "a.jsonl.gz")
     with pytest.raises(DataError, match=r"not a whole gzip file .*config\.file"):
         translate.read(str(tmp_path / "a.jsonl.gz"), "s", "t")
     with pytest.raises(DataError, match=r"cannot be read \(No such file.*config\.benchmark\.path"):
-        list(prompts.glue("sst2", tmp_path / "none.tsv"))
+        list(prompt_templates.glue("sst2", tmp_path / "none.tsv"))
 
 
 def test_a_file_that_goes_away(tmp_path):

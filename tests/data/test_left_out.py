@@ -12,9 +12,10 @@ import pyarrow.parquet
 import pytest
 from common import ROOT
 
-from fmjax.data import cache, digests, files, labelled, sources
+from fmjax.data import digests, files, labelled, sources
 from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError, DataError, Preempted
+from fmjax.io import disk_cache
 
 
 def settings_of(path, **more):
@@ -340,7 +341,7 @@ def test_a_signal_is_heard_while_digests_are_taken(tmp_path, monkeypatch):
     with pytest.raises(Preempted):
         sources.read(settings_of(path), print, stopped)
     with pytest.raises(Preempted):
-        cache.file_digest(path, stopped)
+        disk_cache.file_digest(path, stopped)
     settings = DataSettings(name="hub", path=str(tmp_path))
     calm = sources.read(settings, print)
     assert calm.identity["hub"]

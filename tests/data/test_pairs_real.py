@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from common import ROOT
 
-from fmjax import convert, data, state, trees
-from fmjax.models import bert
+from fmjax import convert, data
+from fmjax.models import bert, param_init
+from fmjax.params import paths
 
 BOOKS = ROOT.parent / "shared" / "data" / "books_pd" / "valid.jsonl.gz"
 
@@ -47,9 +48,9 @@ def vectors(folder, pairs, kind, vocab):
     """Mean-pooled unit vectors of the A (kind 0) or B parts, each as [CLS] part [SEP]."""
     _, options = convert.describe(folder)
     model = bert.Model(**options)
-    model = model.clone(stacks=trees.runs(model.kinds))
-    fresh = lambda: state.init_params(model, jax.random.key(0))
-    like = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.abstract_params(model))
+    model = model.clone(stacks=paths.runs(model.kinds))
+    fresh = lambda: param_init.init_params(model, jax.random.key(0))
+    like = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), param_init.abstract_params(model))
     params, _ = convert.load(folder, like, may_miss="head/.*", initial=fresh)
     ids, segments = np.zeros((2, *pairs["input_ids"].shape), np.int32)
     mine = (pairs["segment_ids"] > 0) & (pairs["token_types"] == kind)

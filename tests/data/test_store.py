@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fmjax.data import cache, store
+from fmjax.data import store
 from fmjax.errors import DataError
+from fmjax.io import disk_cache
 
 DOCUMENTS = [f"{a}{b}c. {a}d." for a in "abcdefghij" for b in "abcdefghij"]  # 100 of 8 characters
 TEXT = "\n\n".join(DOCUMENTS)
@@ -156,11 +157,11 @@ def test_who_comes_second_waits_and_says_so(tmp_path):
     path, lines, polls = tmp_path / "x.lock", [], []
 
     def second():
-        with cache.lock(path, lines.append, lambda: polls.append(1)):
+        with disk_cache.lock(path, lines.append, lambda: polls.append(1)):
             lines.append("in")
 
     thread = threading.Thread(target=second)
-    with cache.lock(path, print, lambda: None):
+    with disk_cache.lock(path, print, lambda: None):
         thread.start()
         while not polls:
             time.sleep(0.01)

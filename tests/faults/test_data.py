@@ -4,7 +4,7 @@ import pytest
 from common import ROOT
 
 from fmjax import build
-from fmjax import config as configs
+from fmjax.config import load as configs
 from fmjax.errors import ConfigError
 
 

@@ -15,12 +15,14 @@ import saved_states
 import tiny
 from ml_collections import ConfigDict
 
-from fmjax import logs, objectives, spikes
-from fmjax.checkpoint import Checkpointer, load_params
+from fmjax import objectives
+from fmjax.checkpoints.checkpointer import Checkpointer, load_params
 from fmjax.errors import DataError, NumericsError
-from fmjax.monitor import Monitor
-from fmjax.state import TrainState
-from fmjax.step import make_train_step
+from fmjax.io import metrics_log
+from fmjax.training import spike_skipping
+from fmjax.training.monitor import Monitor
+from fmjax.training.state import TrainState
+from fmjax.training.step import make_train_step
 
 pytest_plugins = ["runs"]
 
@@ -29,16 +31,16 @@ ROW = {"segment_ids": jnp.ones((1, 4), jnp.int32)}
 
 @functools.partial(jax.jit, static_argnums=3)
 def judge(state, loss, gradient, sigma):
-    return spikes.guard(optax.sgd(1.0), sigma).update({"w": gradient}, state, loss=loss)
+    return spike_skipping.guard(optax.sgd(1.0), sigma).update({"w": gradient}, state, loss=loss)
 
 
 def skipped(losses, norms=None, sigma=6.0):
     """Which of the updates with these losses and gradients (of one number) are left out."""
     norms = np.ones(len(losses)) if norms is None else norms
-    state, found = spikes.guard(optax.sgd(1.0), sigma).init({"w": jnp.float32(0)}), []
+    state, found = spike_skipping.guard(optax.sgd(1.0), sigma).init({"w": jnp.float32(0)}), []
     for i, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
         _, state = judge(state, jnp.float32(loss), jnp.float32(norm), sigma)
-        if spikes.spiked(state):
+        if spike_skipping.spiked(state):
             found.append(i)
     return found
 
@@ -79,7 +81,7 @@ def test_row35_what_is_not_finite_poisons_nothing(bad):
 def test_row35_nothing_is_judged_before_half_the_window():
     """And where all numbers are the same, none is one."""
     losses = 3 + noise(80)
-    losses[[20, spikes.WINDOW // 2 - 1]] += 5.0
+    losses[[20, spike_skipping.WINDOW // 2 - 1]] += 5.0
     assert skipped(losses) == []
     assert skipped(np.full(300, 3.3), norms=np.full(300, 0.7)) == []
 
@@ -103,8 +105,8 @@ def sloping(slope):
 
 def test_row35_a_spike_changes_the_window_and_nothing_else(monkeypatch, tmp_path):
     """And the window is saved: what is skipped after a restart is what was skipped without it."""
-    monkeypatch.setattr(spikes, "WINDOW", 8)
-    step, state = three_weights(spikes.guard(optax.adam(1e-3), 20.0))
+    monkeypatch.setattr(spike_skipping, "WINDOW", 8)
+    step, state = three_weights(spike_skipping.guard(optax.adam(1e-3), 20.0))
     step = jax.jit(step)
     for slope in (1.0, 1.1, 0.9, 1.0, 1.1):
         state, found = step(state, sloping(slope))
@@ -129,15 +131,15 @@ def test_row35_a_spike_changes_the_window_and_nothing_else(monkeypatch, tmp_path
 
 
 def test_row35_a_run_skips_a_spike_says_so_and_goes_on(home, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(spikes, "WINDOW", 8)
+    monkeypatch.setattr(spike_skipping, "WINDOW", 8)
     here = functools.partial(runs.run_here, home, tmp_path, monkeypatch=monkeypatch)
     here("--config.optim.skip_spikes=20.0", "--config.max_skipped=1", faults="spike@12")
-    (event,) = [e for e in logs.read(tmp_path)[1] if e["event"].startswith("skipped")]
+    (event,) = [e for e in metrics_log.read(tmp_path)[1] if e["event"].startswith("skipped")]
     assert (event["event"], event["step"], event["examples"]) == ("skipped_spike", 12, [88, 96])
     assert (
         event["grad_norm"] > 100 and "step 12: update skipped as a spike" in capsys.readouterr().out
     )
-    rows = {row["step"]: row for row in logs.read(tmp_path)[0] if "optim/spike" in row}
+    rows = {row["step"]: row for row in metrics_log.read(tmp_path)[0] if "optim/spike" in row}
     assert [rows[step]["optim/spike"] for step in (10, 15, 20)] == [0.0, 0.2, 0.0]
     assert all(row["optim/skipped"] == 0.0 for row in rows.values())
     # The schedule waits for what was skipped: at step 40 it is where 39 updates bring it.
@@ -167,7 +169,7 @@ def test_row36_examples_that_break_a_run_can_be_skipped(
     here = functools.partial(runs.run_here, home, monkeypatch=monkeypatch)
     with pytest.raises(NumericsError, match="last at step 8.*config.data.skip"):
         here(folder, *flags)
-    bad = [event for event in logs.read(folder)[1] if event["event"] == "skipped_update"]
+    bad = [event for event in metrics_log.read(folder)[1] if event["event"] == "skipped_update"]
     assert [(e["step"], e["examples"]) for e in bad] == [(7, [48, 56]), (8, [56, 64])]
     with pytest.raises(DataError, match="of the 40 examples before step 5"):
         here(folder, *flags, "--config.data.skip=((8, 16),)")
@@ -222,7 +224,7 @@ def test_row35_a_spike_neither_counts_as_not_finite_nor_as_an_update(tmp_path):
         assert found == [0, 1, 1, 2, 0, 0, 0, 1]
         log.log(8)
         assert log.saved()["skipped"] == 6
-    (row,) = logs.read(tmp_path)[0]
+    (row,) = metrics_log.read(tmp_path)[0]
     assert (row["optim/skipped"], row["optim/spike"]) == (3 / 8, 3 / 8)
 
 
@@ -233,7 +235,7 @@ def test_row39_tokens_are_counted_beyond_32_bits(tmp_path):
             log.step(step, numbers(tokens=most), ROW)
         log.log(2**33 + 2)
         assert json.loads(json.dumps(log.saved()))["tokens"] == before + 2 * most
-    (row,) = logs.read(tmp_path)[0]
+    (row,) = metrics_log.read(tmp_path)[0]
     assert (row["step"], row["tokens"]) == (2**33 + 2, before + 2 * most)
 
 

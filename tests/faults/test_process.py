@@ -11,8 +11,9 @@ import pytest
 import runs
 import saved_states
 
-from fmjax import logs, sharding
 from fmjax.errors import ConfigError
+from fmjax.io import metrics_log
+from fmjax.params import sharding
 
 pytest_plugins = ["runs"]
 
@@ -52,8 +53,8 @@ def test_row01_row03_killed_forty_times_ends_bit_identical(home, tmp_path, abstr
 
 def kill_at_any_moment(process, folder, rng):
     """While it starts, or after it has written one to three lines."""
-    lines, more = len(logs.read(folder)[1]), rng.randrange(4)
-    runs.wait(process, lambda: len(logs.read(folder)[1]) >= lines + more)
+    lines, more = len(metrics_log.read(folder)[1]), rng.randrange(4)
+    runs.wait(process, lambda: len(metrics_log.read(folder)[1]) >= lines + more)
     time.sleep(rng.uniform(0, 1.0 if more else 8.0))
     process.kill()
 

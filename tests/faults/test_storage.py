@@ -10,14 +10,14 @@ import pytest
 import runs
 import saved_states
 
-from fmjax import checkpoint
-from fmjax.checkpoint import Checkpointer, load_params
+from fmjax.checkpoints import checkpointer
+from fmjax.checkpoints.checkpointer import Checkpointer, load_params
 
 pytest_plugins = ["runs"]
 
 
 def test_row23_a_disk_that_is_full_for_a_while_ends_no_run(home, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(checkpoint, "RETRY_SEC", 0.0)
+    monkeypatch.setattr(checkpointer, "RETRY_SEC", 0.0)
     with caplog.at_level(logging.ERROR):
         runs.run_here(home, tmp_path, faults="io_error@10x2", monkeypatch=monkeypatch)
     said = [record.message for record in caplog.records if record.name.startswith("fmjax")]
@@ -29,7 +29,7 @@ def test_row23_a_disk_that_is_full_for_a_while_ends_no_run(home, tmp_path, caplo
     assert not any(saved_states.problems(tmp_path, step) for step in there)
 
 
-@pytest.mark.parametrize("number", range(1, checkpoint.manifest.FORMAT + 1))
+@pytest.mark.parametrize("number", range(1, checkpointer.manifest.FORMAT + 1))
 def test_row27_every_format_there_was_can_be_read(tmp_path, number):
     """checkpoint_format_<number>.tar.gz holds step 3 of saved_states.py, kept when it was new."""
     stored = Path(__file__).with_name(f"checkpoint_format_{number}.tar.gz")

@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import streams
 from fmjax.errors import ConfigError
 from fmjax.models import alibi
 from fmjax.models.attention import attention, mask
+from fmjax.params import randomness
 
 B, N, T, H = 2, 3, 8, 4
 
@@ -135,12 +135,12 @@ def test_a_prefix_is_seen_by_all_of_its_document_and_a_window_still_holds():
 def test_dropout_keeps_the_mean_and_its_gradient_uses_the_same_mask():
     q, k, v, segment_ids, positions = inputs()
     may_see = mask(segment_ids, positions)
-    seeds = streams.seeds(jax.random.key(3), jnp.arange(B))
+    seeds = randomness.seeds(jax.random.key(3), jnp.arange(B))
 
     def out(v, seeds):
         return attention(q, k, v, may_see, segment_ids=segment_ids, dropout=0.5, seeds=seeds)
 
-    many = [out(v, streams.fold(seeds, i)) for i in range(400)]
+    many = [out(v, randomness.fold(seeds, i)) for i in range(400)]
     plain = attention(q, k, v, may_see, segment_ids=segment_ids)
     np.testing.assert_allclose(np.mean(many, axis=0), plain, atol=0.35)
     # Linear in v, so the directional derivative is the function itself.
@@ -152,7 +152,7 @@ def test_dropout_keeps_the_mean_and_its_gradient_uses_the_same_mask():
 def test_gradient_through_dropout_matches_finite_differences():
     q, k, v, segment_ids, positions = inputs()
     may_see = mask(segment_ids, positions)
-    seeds = streams.seeds(jax.random.key(3), jnp.arange(B))
+    seeds = randomness.seeds(jax.random.key(3), jnp.arange(B))
     total = lambda q, k: jnp.sin(
         attention(q, k, v, may_see, segment_ids=segment_ids, dropout=0.3, seeds=seeds)
     ).sum()
@@ -200,7 +200,7 @@ def test_the_tpu_kernel_lowers_for_tpu():
 def test_dropout_of_a_row_does_not_depend_on_how_wide_it_is_padded():
     key = jax.random.key(0)
     q, k, v = (jax.random.normal(jax.random.fold_in(key, i), (2, 3, 12, 8)) for i in range(3))
-    seeds = streams.seeds(key, jnp.arange(2))
+    seeds = randomness.seeds(key, jnp.arange(2))
     segments = jnp.where(jnp.arange(12) < 7, 1, 0)[None].repeat(2, 0)
 
     def out(width):

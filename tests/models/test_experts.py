@@ -10,10 +10,13 @@ import pytest
 import tiny
 from common import ROOT
 
-from fmjax import build, config, flops, objectives, setup, sharding, streams, trees
+from fmjax import build, objectives
 from fmjax.adapters import lora
+from fmjax.config import load
 from fmjax.errors import ConfigError
 from fmjax.models import dispatch, experts, llama
+from fmjax.params import paths, randomness, sharding
+from fmjax.training import flops, setup
 
 B, T, D, F, E, K = 2, 6, 4, 8, 3, 2
 HOW = dict(activation="silu", dtype=jnp.float32)
@@ -115,7 +118,7 @@ def test_what_comes_later_in_a_row_has_no_place(capacity, wanted):
 def model(**changes):
     sizes = tiny.SIZES | dict(depth=2, mlp=16, experts=4, shared_mlp=8, dense_layers=(0,))
     made = llama.Model("tiny", **sizes | dict(router_z_loss=0.1) | changes)
-    stacks = trees.runs(made.kinds) if made.cfg.scan else None
+    stacks = paths.runs(made.kinds) if made.cfg.scan else None
     return made.clone(stacks=stacks)
 
 
@@ -135,13 +138,13 @@ def learnt(made, mesh):
         found = objectives.metrics(goals, build.apply(made), params, batch, rng, train=True)
         return objectives.loss(goals, found, {k: w for k, (_, w) in found.items()}), found
 
-    stored = jax.device_get(trees.restack(params(), made.stacks))
+    stored = jax.device_get(paths.restack(params(), made.stacks))
     with jax.set_mesh(mesh):
         stored = jax.device_put(stored, sharding.shardings(stored, mesh))
         batch = jax.device_put(tiny.batch(8), jax.NamedSharding(mesh, sharding.BATCH))
         gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
         (_, found), gradients = gradient(stored, batch)
-    return jax.device_get((found, trees.unstack(gradients)))
+    return jax.device_get((found, paths.unstack(gradients)))
 
 
 def assert_alike(found, wanted):
@@ -187,7 +190,7 @@ def test_an_adapter_leaves_the_sums_alone():
     adapted = wrapped, wrapped.add(params(), jax.random.key(1))
     both = {"plain": (model(), params()), "lora": adapted}
     batch = tiny.batch(2)
-    seeds = streams.seeds(jax.random.key(0), batch["index"])
+    seeds = randomness.seeds(jax.random.key(0), batch["index"])
     names = ("input_ids", "segment_ids", "positions", "token_types")
 
     def balance(made, stored):
@@ -222,7 +225,7 @@ def test_experts_that_an_axis_does_not_divide_are_refused():
 
 
 def test_a_balance_over_parts_of_a_batch_is_refused():
-    settings = config.load(f"{ROOT}/configs/clm.py:tiny", ["--config.accumulate=2"])
+    settings = load.load(f"{ROOT}/configs/clm.py:tiny", ["--config.accumulate=2"])
     with pytest.raises(ConfigError, match="accumulate=2: the losses of the routers"):
         setup._check_balance(settings, model())
     setup._check_balance(settings, model(router_aux_loss=0.0, router_z_loss=0.0))

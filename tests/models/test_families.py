@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from fmjax import trees
 from fmjax.errors import ConfigError
 from fmjax.models import bert, gpt2, llama, t5
+from fmjax.params import paths
 
 FAMILIES = {
     "bert": (bert, dict()),
@@ -40,7 +40,7 @@ CAUSAL = ("gpt2", "llama", "gemma3", "bloom", "mixtral", *LIMITED)
 def build(family, **changes):
     module, own = (FAMILIES | LIMITED)[family]
     model = module.Model("tiny", **{**tiny.SIZES, "dropout": 0.0, **own, **changes})
-    model = model.clone(stacks=trees.runs(model.kinds))
+    model = model.clone(stacks=paths.runs(model.kinds))
     params = jax.jit(model.init)(jax.random.key(0), *model.example())["params"]
     # Larger than at initialisation, so that attention really depends on what it sees.
     return model, jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
@@ -95,7 +95,7 @@ def test_a_packed_document_has_the_logits_of_the_document_alone(family):
 @pytest.mark.parametrize("family", ["bert", *CAUSAL])
 def test_what_lies_behind_a_layer_follows_from_its_states(family):
     model, params = build(family)
-    model, params = model.clone(stacks=None), trees.restack(params, None)
+    model, params = model.clone(stacks=None), paths.restack(params, None)
     batch = tiny.batch(2)
     arrays = [batch[k] for k in ("segment_ids", "positions", "token_types")]
 
@@ -167,9 +167,9 @@ def test_modernbert_layers_see_a_window_except_every_third():
         one = {**batch, "input_ids": jnp.full((1, tiny.T), 7, jnp.int32)}
         two = {**one, "input_ids": one["input_ids"].at[0, -1].set(9)}
         # Layer 0 is always full; hide it by comparing layer 1 alone: block it with zeroed output.
-        flat = trees.flatten(params)
+        flat = paths.flatten(params)
         flat["blocks_00_00/attn/out/kernel"] = 0 * flat["blocks_00_00/attn/out/kernel"]
-        zeroed = trees.unflatten(flat)
+        zeroed = paths.unflatten(flat)
         far[full_every] = np.abs(logits(model, zeroed, one) - logits(model, zeroed, two))[0].max(-1)
     assert (far[1] > 0).all()
     assert (far[100][: tiny.T - 4] == 0).all() and (far[100][tiny.T - 4 :] > 0).all()

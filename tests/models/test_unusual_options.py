@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from fmjax import trees
 from fmjax.errors import ConfigError
 from fmjax.models import bert, gpt2, llama, t5
+from fmjax.params import paths
 
 BIASES = ("attention_bias", "mlp_bias", "norm_bias", "head_bias")
 YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=8, truncate=False)
@@ -55,7 +55,7 @@ def test_a_step_with_an_adapter_is_the_same_on_four_devices(family, monkeypatch)
         with jax.set_mesh(run.mesh):
             state, found = run.step(run.state(), tiny.batch(4))
         norms.append(float(found["grad_norm"]))
-        moved.append({name: np.asarray(x) for name, x in trees.flatten(state.params).items()})
+        moved.append({name: np.asarray(x) for name, x in paths.flatten(state.params).items()})
     assert norms[0] > 0 and norms[1] == pytest.approx(norms[0], rel=1e-5)
     for name, array in moved[0].items():
         np.testing.assert_allclose(moved[1][name], array, atol=1e-5, rtol=0, err_msg=name)
@@ -66,7 +66,7 @@ def test_a_step_with_an_adapter_is_the_same_on_four_devices(family, monkeypatch)
 def test_layers_one_by_one_give_what_the_scan_gives(family):
     module, own, _ = VARIANTS[family]
     model = module.Model("tiny", **tiny.SIZES | own)
-    stacked = model.clone(stacks=trees.runs(model.kinds))
+    stacked = model.clone(stacks=paths.runs(model.kinds))
     batch = tiny.batch(2)
     arrays = [batch[k] for k in ("input_ids", "segment_ids", "positions", "token_types")]
 
@@ -76,7 +76,7 @@ def test_layers_one_by_one_give_what_the_scan_gives(family):
 
     params = jax.jit(model.init)(jax.random.key(0), *model.example())["params"]
     params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
-    one, other = logits(model, params), logits(stacked, trees.restack(params, stacked.stacks))
+    one, other = logits(model, params), logits(stacked, paths.restack(params, stacked.stacks))
     assert jnp.abs(one).max() > 0.1
     np.testing.assert_allclose(one, other, atol=2e-5, rtol=0)
 

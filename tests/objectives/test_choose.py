@@ -8,9 +8,10 @@ import numpy as np
 import tiny
 import torch_heads
 
-from fmjax import build, objectives, streams
+from fmjax import build, objectives
 from fmjax.models import bert
 from fmjax.objectives import choose
+from fmjax.params import randomness
 
 ROWS = ("input_ids", "segment_ids", "positions", "token_types")
 
@@ -86,7 +87,7 @@ def test_the_order_of_choices_does_not_matter_without_dropout():
 
 
 def test_each_choice_has_dropout_of_its_own_whatever_the_batch():
-    whole = random() | {"seeds": streams.seeds(jax.random.key(0), jnp.arange(4))}
+    whole = random() | {"seeds": randomness.seeds(jax.random.key(0), jnp.arange(4))}
     seeds = choose.flat(whole)["seeds"]
     assert len({tuple(row) for row in np.asarray(seeds).tolist()}) == 12
     half = choose.flat({name: x[2:] for name, x in whole.items()})["seeds"]

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
-from fmjax import build, objectives, sharding
+from fmjax import build, objectives
 from fmjax.models import bert
 from fmjax.objectives import contrast
+from fmjax.params import sharding
 
 ROWS = ("input_ids", "segment_ids", "positions", "token_types")
 E = np.eye(4, dtype=np.float32)

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmjax import objectives, streams
+from fmjax import objectives
 from fmjax.data import packing
 from fmjax.errors import ConfigError
 from fmjax.objectives import clm, fim
+from fmjax.params import randomness
 
 FIRST, LAST, PRE, MID, SUF, V = 1, 2, 3, 4, 5, 64
 VOCAB = SimpleNamespace(special=np.arange(V) < 6, fim=(PRE, MID, SUF), bytes=None, mask_id=None)
@@ -32,7 +33,7 @@ def batch_of(documents, time, space=fim.ROOM, around=((FIRST,), (LAST,))):
 
 
 def prepared(batch, seed=0, **how):
-    seeds = streams.seeds(jax.random.key(seed), batch["index"])
+    seeds = randomness.seeds(jax.random.key(seed), batch["index"])
     return fim.prepare(batch, seeds, vocab=VOCAB, **how)
 
 

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import objectives, rules, streams
+from fmjax import objectives
+from fmjax.config import rules
 from fmjax.errors import ConfigError
 from fmjax.objectives import mlm
+from fmjax.params import randomness
 
 V, MASK = 100, 4
 # Ids below 5 are special; ids ≥ 50 continue a word.
@@ -33,7 +35,7 @@ def batch(n=64, time=40, seed=0):
 
 def prepared(b, key=0, **args):
     run = jax.jit(
-        lambda b, key: mlm.prepare(b, streams.seeds(key, b["index"]), vocab=VOCAB, **args)
+        lambda b, key: mlm.prepare(b, randomness.seeds(key, b["index"]), vocab=VOCAB, **args)
     )
     return jax.tree.map(np.asarray, run(b, jax.random.key(key)))
 

@@ -10,13 +10,16 @@ import pytest
 import tiny
 from common import ROOT
 
-from fmjax import build, checkpoint, objectives, replay, train, trees
-from fmjax import config as configs
+from fmjax import build, objectives
+from fmjax.checkpoints import checkpointer
+from fmjax.config import load as configs
 from fmjax.errors import ConfigError
 from fmjax.models import gpt2
 from fmjax.objectives import mlm
-from fmjax.state import TrainState
-from fmjax.step import make_gradient
+from fmjax.params import paths
+from fmjax.tasks import replay, train
+from fmjax.training.state import TrainState
+from fmjax.training.step import make_gradient
 
 STEPS = dict(target="", vocab=tiny.VOCAB, steps=lambda duration: duration)
 
@@ -78,7 +81,7 @@ def test_the_share_of_masked_tokens_goes_in_a_line():
 @pytest.fixture(scope="module")
 def decoder():
     model = gpt2.Model("tiny", **tiny.SIZES, prefix=True)
-    model = model.clone(stacks=trees.runs(model.kinds))
+    model = model.clone(stacks=paths.runs(model.kinds))
     return model, jax.jit(model.init)(jax.random.key(0), *model.example())["params"]
 
 
@@ -151,13 +154,13 @@ def test_a_run_resumes_at_the_switch_with_the_same_bits(tmp_path):
     assert both["validation/loss"] == pytest.approx(
         both["validation/clm/loss"] + both["validation/mlm/loss"], abs=1e-5
     )
-    straight, _, _ = checkpoint.load_params(tmp_path / "run", 4)
+    straight, _, _ = checkpointer.load_params(tmp_path / "run", 4)
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
     for name in ("summary.json", "status.json"):
         (tmp_path / "again" / name).unlink()
     train.run(made, tmp_path / "again")
-    resumed, _, _ = checkpoint.load_params(tmp_path / "again", 4)
+    resumed, _, _ = checkpointer.load_params(tmp_path / "again", 4)
     jax.tree.map(np.testing.assert_array_equal, straight, resumed)
     told = replay_of(tmp_path / "run", 3)
     assert all("mlm/loss" in one and "clm/loss" not in one for one in told["examples"])

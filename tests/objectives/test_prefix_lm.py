@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import tiny
 
-from fmjax import streams
 from fmjax.objectives import clm, prefix_lm
+from fmjax.params import randomness
 
 
 def prepared(batch, seed=0, **how):
-    seeds = streams.seeds(jax.random.key(seed), batch["index"])
+    seeds = randomness.seeds(jax.random.key(seed), batch["index"])
     return prefix_lm.prepare(batch, seeds, **how)
 
 

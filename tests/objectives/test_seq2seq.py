@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fmjax import rules, streams
+from fmjax.config import rules
 from fmjax.errors import ConfigError
 from fmjax.objectives import seq2seq, span_corruption
+from fmjax.params import randomness
 
 V, END, SENTINELS = 300, 1, tuple(range(299, 199, -1))
 VOCAB = SimpleNamespace(
@@ -38,7 +39,7 @@ def rows(*documents, time=64):
 
 
 def corrupted(batch, denoisers=SHORT, seed=0):
-    seeds = streams.seeds(jax.random.key(seed), jnp.arange(len(batch["input_ids"])))
+    seeds = randomness.seeds(jax.random.key(seed), jnp.arange(len(batch["input_ids"])))
     prepare = lambda batch, seeds: span_corruption.prepare(
         batch, seeds, vocab=VOCAB, denoisers=denoisers
     )
@@ -104,9 +105,9 @@ def test_share_and_length_are_those_asked_for():
 
 
 def test_lengths_are_each_sum_as_often():
-    seeds = streams.seeds(jax.random.key(0), jnp.arange(3000))
+    seeds = randomness.seeds(jax.random.key(0), jnp.arange(3000))
     total, number = jnp.full(3000, 5), jnp.full(3000, 3)
-    found = span_corruption._composed(total, number, 4, streams.named(seeds, "goes"), 16)
+    found = span_corruption._composed(total, number, 4, randomness.named(seeds, "goes"), 16)
     sums, often = np.unique(np.asarray(found), axis=0, return_counts=True)
     assert {tuple(x) for x in sums.tolist()} == {
         (1, 1, 3, 0), (1, 2, 2, 0), (1, 3, 1, 0), (2, 1, 2, 0), (2, 2, 1, 0), (3, 1, 1, 0)
@@ -132,7 +133,7 @@ def test_another_row_changes_nothing():
 
 def test_more_spans_than_sentinels_are_refused():
     few = SimpleNamespace(**{**vars(VOCAB), "sentinels": SENTINELS[:20]})
-    seeds = streams.seeds(jax.random.key(0), jnp.arange(1))
+    seeds = randomness.seeds(jax.random.key(0), jnp.arange(1))
     said = "up to 60 spans of a row of 64 tokens, but the tokenizer has 20 sentinels"
     with pytest.raises(ConfigError, match=said):
         span_corruption.prepare(rows((64,)), seeds, vocab=few, denoisers=((1.0, 0.9),))

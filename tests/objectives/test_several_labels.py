@@ -9,10 +9,15 @@ import pytest
 import torch_heads
 from common import CACHE, ROOT
 
-from fmjax import config as configs
-from fmjax import data, evaluate, export, losses, objectives, predict, pretrained, sharding, train
+from fmjax import data, objectives
+from fmjax.checkpoints import pretrained
+from fmjax.config import load as configs
 from fmjax.errors import ConfigError, DataError
-from fmjax.objectives import classify
+from fmjax.evaluation import measurement
+from fmjax.objectives import classify, losses
+from fmjax.params import sharding
+from fmjax.tasks import export, predict, train
+from fmjax.training import initialize
 
 NAMES = ("toxic", "insult", "threat")
 
@@ -125,7 +130,7 @@ def test_such_a_head_goes_on_and_is_exported_as_one(folder, tmp_path):
     words += ["--config.objectives.classify.pool=first", "--config.tensorboard=False"]
     with pytest.raises(ConfigError, match="format='classes'. Set it to 'labels' to go on"):
         one = load("finetune.py", *words)
-        pretrained.check_head(pretrained.resolved(one), NAMES)
+        initialize.check_head(initialize.resolved(one), NAMES)
     words += ["--config.data.format=labels", f"--config.data.classes={NAMES}"]
     train.run(load("finetune.py", *words), tmp_path / "run")
     out = [f"--config.folder={tmp_path}/run", f"--config.output={tmp_path}/out"]
@@ -140,7 +145,7 @@ def test_such_a_head_goes_on_and_is_exported_as_one(folder, tmp_path):
         words += ["--config.data.long=truncate", "--config.data.seq_len=16"]
         opened = pretrained.open_folder(f"{tmp_path}/{name}", sharding.make_mesh())
         config = load("evaluate.py", *words)
-        measure = evaluate.Measure(config, opened, sharding.make_mesh())
+        measure = measurement.Measure(config, opened, sharding.make_mesh())
         measured[name] = measure(opened.model, opened.params, sharding.make_mesh())
     assert measured["out"] == pytest.approx(measured["run"], rel=1e-5, nan_ok=True)
 

@@ -9,7 +9,8 @@ import pytest
 import tiny
 import torch_heads
 
-from fmjax import build, evaluate, objectives
+from fmjax import build, objectives
+from fmjax.evaluation import eval_loop
 from fmjax.models import bert
 from fmjax.objectives import tag
 
@@ -81,7 +82,7 @@ def test_logits_that_are_not_finite_are_seen():
     logits = [[[5, 0, 0], [0, float("nan"), 0], [0, 0, 5], [5, 0, 0]]] * 2
     found = tag.outputs(fake(logits), None, batch([[-1, -2, -3, -1], [-1, -1, -2, -1]]))
     found = {name: np.asarray(array) for name, array in found.items()}
-    assert evaluate.not_finite(found).tolist() == [True, False]
+    assert eval_loop.not_finite(found).tolist() == [True, False]
 
 
 def test_entities_are_found_whole_or_not_at_all():

@@ -1,0 +1,1 @@
+"""Checkpoints: saving, verification, restoring, and opening a folder for use."""

@@ -1,0 +1,1 @@
+"""Configs: loading, command-line overrides, the rules of each key and of keys together."""

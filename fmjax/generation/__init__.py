@@ -1,0 +1,1 @@
+"""Autoregressive generation: prefill, decode, sampling, beams, speculation."""

@@ -1,0 +1,32 @@
+"""What the folder of a model says of conversations with it: their template, and where texts end."""
+
+from typing import Any
+
+from fmjax.checkpoints import pretrained
+from fmjax.data import chat, endings, vocabulary
+
+
+def learnt_to_answer(opened: pretrained.Opened) -> bool:
+    """Whether the model is of a run on conversations."""
+    return opened.config is not None and opened.config.data.format in ("chat", "chat_padded")
+
+
+def template_of(
+    opened: pretrained.Opened, words: Any, name: str = "auto", key: str = "config.data.template"
+) -> tuple[str, str, chat.Reader]:
+    """As `chat.fitting`, where "auto" is the template that the run was trained with, else the
+    tokenizer's own, else "plain"."""
+    trained = opened.config.data.get("template") if opened.config else None
+    return chat.fitting(opened.tokenizer, words, name if name != "auto" else trained or name, key)
+
+
+def stop_tokens(opened: pretrained.Opened, words: Any) -> tuple[int, ...]:
+    """The tokens that end what a model writes: those that its folder lists, else the end of a text
+    of its tokenizer `words`; and the end of an answer, where it was trained on conversations."""
+    ids = endings.listed(opened.tokenizer)
+    if ids is None:
+        ids = vocabulary.around(words)[1][:1]
+    if learnt_to_answer(opened):
+        ids = (*ids, template_of(opened, words)[2].end())
+    # Some folders list ids that the model has no row for, which it never writes.
+    return tuple(i for i in dict.fromkeys(ids) if 0 <= i < opened.model.cfg.vocab_size)

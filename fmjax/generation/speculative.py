@@ -1,0 +1,206 @@
+"""Speculative decoding: a small model guesses some tokens, which the model reads at once (Leviathan
+et al. 2023; Chen et al. 2023).
+
+Of the guesses it keeps those up to the first that it would not have drawn, and draws the next
+itself, so that texts are as probable as without, and the likeliest one is the same. A step reads
+the weights once for several tokens; what it takes besides is the small model's time.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fmjax import adapters
+from fmjax.errors import ConfigError
+from fmjax.generation import decoder, sampling
+from fmjax.generation.decoder import Facts, Given, Writer
+from fmjax.generation.sampling import Sampling
+from fmjax.models import AnyModel
+from fmjax.params import randomness
+
+
+class Draft(NamedTuple):
+    """Where the writing of one text is; all arrays have the rows that a `Writer` needs, which are
+    alike."""
+
+    ids: Int[Array, "B L"]
+    step: Int[Array, ""]  # tokens that are written, of which the last was read by neither
+    done: Any
+    broken: Any  # as of `decoding.Texts`
+    rounds: Int[Array, ""]
+    caches: tuple[Any, Any]  # of the model, of the one that guesses
+
+
+class Speculator:
+    """A `Writer` that is told `ahead` tokens by another, of a smaller model; texts one by one.
+
+    `rounds` counts how often the model read since it was made, `written` the tokens of that.
+    """
+
+    def __init__(self, writer: Writer, guesser: Writer, ahead: int = 4):
+        if ahead < 1:
+            raise ConfigError(f"config.ahead={ahead}: give a whole number from 1.")
+        self.writer, self.guesser, self.ahead = writer, guesser, ahead
+        self.facts, self.model = writer.facts, writer.model
+        self.rounds = self.written = 0
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        length: int,
+        how: Sampling,
+        seed: int = 0,
+        first: int = 0,
+        told: Callable[[np.ndarray], Sequence[bool]] | None = None,
+        every: int = 16,
+    ) -> list[list[int]]:
+        """As a `Writer`, but that `told` is given the one text that is being written."""
+        if how.remembers:
+            raise ConfigError(
+                "config.repetition_penalty does not go with config.draft, whose guesses are judged "
+                "together: set it to 1, or config.draft to ''."
+            )
+        return [
+            self._one(ids, length, how, seed, first + i, told, every)
+            for i, ids in enumerate(prompts)
+        ]
+
+    def _one(self, ids, length, how, seed, number, told, every):
+        both = self.writer, self.guesser
+        small = self.guesser.model
+        most = small.cfg.max_len - adapters.positions(small)
+        if max(len(ids), length) > most or (not small.decodes and len(ids) + length > most):
+            raise ConfigError(
+                f"config.draft reads {most} tokens, and prompt and text have {len(ids)} and "
+                f"{length}: make config.length smaller, or give no draft."
+            )
+        given = self.writer.given([ids], length, seed, number)
+        size = decoder.room(length + self.ahead + 1)
+        rows = max(one.least for one in both)
+        # The guesser's own first token is not used: the model's is.
+        texts = [
+            decoder.begin(one.model, one.params, given, one.facts, how, size, rows) for one in both
+        ]
+        now = Draft(
+            ids=texts[0].ids,
+            step=texts[0].step,
+            done=texts[0].done,
+            broken=texts[0].broken | texts[1].broken,
+            rounds=jnp.int32(1),
+            caches=tuple(one.cache for one in texts),
+        )
+        given = jax.tree.map(lambda x: decoder.repeated(x, rows), given)
+        models, params = (tuple(getattr(one, x) for one in both) for x in ("model", "params"))
+        facts = self.writer.facts
+        while True:
+            until = length if told is None else min(int(now.step) + every, length)
+            now = _go_on(models, params, given, now, until, facts, how, self.ahead)
+            decoder.check(now.broken[:1], number)
+            over = bool(now.done[0]) or int(now.step) >= length
+            written = np.asarray(now.ids[:1, :length])
+            if over or (told is not None and told(written)[0]):
+                break
+        found = [int(i) for i in written[0] if i >= 0]
+        self.rounds, self.written = self.rounds + int(now.rounds), self.written + len(found)
+        return found
+
+
+def verified(
+    p: Float[Array, "M V"],
+    q: Float[Array, "K V"],
+    guesses: Int[Array, "K"],
+    uniform: Float[Array, "K"],
+    seeds: randomness.Seeds,
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """(how many of the guesses stand, the token behind them) of the model's probabilities `p` of
+    each token and of the one behind all, and those, `q`, that the guesses were drawn by.
+
+    A guess g stands with the probability min(1, p(g) / q(g)); behind those that do comes one drawn
+    by what p has over q, or by p behind all (Leviathan et al. 2023, algorithm 1).
+    """
+    each = jnp.arange(len(guesses))
+    stands = uniform * q[each, guesses] < p[each, guesses]
+    count = jnp.sum(jnp.cumprod(stands.astype(jnp.int32)))
+    left = jnp.concatenate([jnp.maximum(p[:-1] - q, 0), p[-1:]])[count]
+    left = jnp.where(jnp.any(left > 0), left, p[count])  # equal but for rounding
+    return count, sampling.drawn(_logits(left[None]), seeds)[0]
+
+
+def probabilities(logits: Float[Array, "B V"], how: Sampling) -> Float[Array, "B V"]:
+    """What a token is drawn by: the likeliest alone where `how` takes it."""
+    if how.temperature == 0:
+        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+    left = sampling.left(logits, how)
+    return jnp.where(left == sampling.NONE, 0, jax.nn.softmax(left, axis=-1))
+
+
+def _logits(p: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """What `sampling.drawn` draws by p with."""
+    return jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1)), sampling.NONE)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7), donate_argnums=(3,))
+def _go_on(
+    models: tuple[AnyModel, AnyModel],
+    params: tuple[Any, Any],
+    given: Given,
+    now: Draft,
+    until: Int[Array, ""],
+    facts: Facts,
+    how: Sampling,
+    ahead: int,
+) -> Draft:
+    """The text with tokens up to step `until`, or some more, or to its end."""
+    rows = len(now.ids)
+    seeds = lambda step, name: randomness.named(randomness.fold(given.seeds[:1], step), name)
+
+    def read(which, cache, ids, step):
+        model, own = models[which], params[which]
+        hidden, cache = decoder.read_more(model, own, given, cache, ids, step)
+        return decoder.logits(model, own, hidden[0], facts), cache
+
+    def guess(i, cache, last, step):
+        """(whether there is one, probabilities, cache, the next guess behind the token `last`)."""
+        logits, cache = read(1, cache, jnp.full((rows, 1), last), step + i)
+        q = probabilities(logits, how)
+        return (
+            decoder.usable(logits)[0],
+            q[0],
+            cache,
+            sampling.drawn(_logits(q), seeds(step + i, "guess"))[0],
+        )
+
+    def round(now):
+        last = jax.lax.dynamic_slice(now.ids, (0, now.step - 1), (1, 1))[0, 0]
+        tokens, q, (cache, guesses), usable = [last], [], now.caches, []
+        for i in range(ahead):
+            fine, found, guesses, token = guess(i, guesses, tokens[-1], now.step)
+            tokens.append(token), q.append(found), usable.append(fine)
+        # The last guess is read as well, so that both have read the same.
+        _, guesses = read(1, guesses, jnp.full((rows, 1), tokens[-1]), now.step + ahead)
+        ids = jnp.stack(tokens)
+        logits, cache = read(0, cache, jnp.broadcast_to(ids[None], (rows, ahead + 1)), now.step)
+        broken = ~(jnp.stack(usable).all() & decoder.usable(logits).all())
+        p = probabilities(logits, how)
+        uniform = randomness.uniform(seeds(now.step, "stands"), (ahead,))[0]
+        count, token = verified(p, jnp.stack(q), ids[1:], uniform, seeds(now.step, "text"))
+        place = jnp.arange(ahead + 1)
+        new = jnp.where(place < count, jnp.roll(ids, -1), jnp.where(place == count, token, -1))
+        ends = decoder.ends(new, facts) & (place <= count)
+        length = jnp.where(jnp.any(ends), jnp.argmax(ends), count) + 1
+        new = jnp.broadcast_to(jnp.where(place < length, new, -1)[None], (rows, ahead + 1))
+        return Draft(
+            ids=jax.lax.dynamic_update_slice(now.ids, new, (0, now.step)),
+            step=now.step + length,
+            done=now.done | jnp.any(ends) | broken,
+            broken=now.broken | broken,
+            rounds=now.rounds + 1,
+            caches=tuple(decoder.rewound(x, ahead + 1 - length) for x in (cache, guesses)),
+        )
+
+    return jax.lax.while_loop(lambda now: (now.step < until) & ~jnp.all(now.done), round, now)

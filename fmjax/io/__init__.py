@@ -1,0 +1,1 @@
+"""Files: run folders, logs, progress, the disk cache, the hub."""

@@ -1,0 +1,33 @@
+"""Files that are written as a whole or not at all."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from fmjax.io.storage import writing
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes `text` so that readers, and a crash, see the old file or the new one, never a part.
+
+    Raises CheckpointError where it cannot be written.
+    """
+    _replace(path, lambda file: file.write(f"{text}\n".encode()))
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes an .npz as a whole or not at all; raises CheckpointError where it cannot be."""
+    _replace(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with writing(path):
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""Parameter trees: names, groups, randomness by address, the one matrix product, shardings."""

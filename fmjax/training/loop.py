@@ -1,0 +1,332 @@
+"""The only loop there is, and the only place that knows the order of things."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fmjax import build, data
+from fmjax.checkpoints import checkpointer, pretrained
+from fmjax.config import load as configs
+from fmjax.distributed import processes, signals
+from fmjax.errors import CheckpointError, ConfigError, NumericsError, Preempted, did_you_mean
+from fmjax.evaluation import eval_loop, in_training, sample_predictions
+from fmjax.io import atomic, environment, storage, workdir
+from fmjax.io.cleanup import FirstError
+from fmjax.io.progress import FALLING
+from fmjax.params import groups, paths, sharding
+from fmjax.training import (
+    feature_cache,
+    monitor,
+    optim,
+    restore,
+)
+from fmjax.training.monitor import Monitor
+from fmjax.training.setup import Run
+from fmjax.training.state import TrainState
+from fmjax.training.step import make_gradient
+from fmjax.training.vmapped_runs import Arms
+
+
+def loop(
+    together: Arms,
+    folders: Sequence[workdir.Folder],
+    stop: signals.Stop,
+    started: float,
+    changed: Sequence[tuple[str, Any, Any]] = (),
+) -> None:
+    """Batch, step, log, evaluate, save; until the end, a signal, or too many bad steps in a row.
+
+    Each run has its folder, log and checkpoints. Of several one may fail, and the others go on.
+    """
+    runs, total = together.runs, together.wide.total
+    config = together.wide.config  # for what the runs share
+    every = {name: together.wide.steps(config[f"{name}_every"]) for name in ("log", "eval", "save")}
+    due = lambda name: step == total or (every[name] and step % every[name] == 0)
+    with FirstError() as cleanup:
+        mode = "min" if config.best.endswith(FALLING) else "max"
+        kept = dict(keep=config.keep, keep_best=config.keep_best, best=config.best, best_mode=mode)
+        run_folders = [folder.path for folder in folders]
+        savers = [
+            checkpointer.Checkpointer(path, **kept, beside=run_folders) for path in run_folders
+        ]
+        for saver in savers:
+            cleanup.callback(saver.close)
+        since = time.monotonic()
+        current, saved, still = restore.states(together, folders, savers)
+        restore_sec = time.monotonic() - since if saved[0] else 0.0
+        if config.cache_prefix:
+            runs = feature_cache.cached(runs, together.apart(current, 0).params, stop.poll)
+            together = Arms(runs)
+        batches = train_batches(together)
+        cleanup.callback(batches.close)
+        if saved[0]:
+            batches.restore(saved[0]["data"])
+        step = int(current.step)
+        for folder, meta_ in zip(folders, saved, strict=True):
+            if reason := meta_.get("failure"):
+                folder.failure = NumericsError(reason)
+                if together.alone:
+                    raise folder.failure
+        if step == total and all(folder.finished for folder in folders):
+            where = folders[0].path if together.alone else folders[0].path.parent.parent
+            print(f"{where}: already finished at step {step}; --fresh starts over")
+            return
+        progress = monitor.show(together.wide, step)
+        monitors = [
+            cleanup.enter_context(
+                Monitor(run, folder, step, meta, started, restore_sec, progress, arm)
+            )
+            for run, folder, meta, arm in zip(runs, folders, saved, together.numbers, strict=True)
+        ]
+        timed = functools.partial(monitor.timed, monitors)
+        asked = [in_training.Exams(run.config, run.model, run.dataset) for run in runs]
+        train_step, eval_step = compiled(together, monitors, asked[0].names, stop)
+
+        def evaluate_all():
+            seen = dataclasses.replace(current, params=measured_params(together.wide, current))
+            found = validate(together, eval_step, seen.params, stop, monitors)
+            for arm, (one, (metrics, *of)) in enumerate(zip(monitors, found, strict=True)):
+                if metrics is not None and asked[arm].items:
+                    with timed("evaluation"):
+                        told = asked[arm](together.apart(seen, arm).params, stop.poll)
+                    metrics = None if told is None else metrics | told
+                one.evaluated(step, metrics, *of)
+
+        def save_all():
+            with timed("saving"):
+                for arm, (run, one, saver) in enumerate(zip(runs, monitors, savers, strict=True)):
+                    own = restore.moving(run, together.apart(current, arm))
+                    one.save(saver, step, own, meta(run, batches, one, still))
+
+        stop.plan = signals.STEPPING
+        if due("eval") and any(one.owes_evaluation(step) for one in monitors):
+            evaluate_all()
+        while step < total and not stop.poll():
+            with stop.stepping():
+                with timed("data_wait"):
+                    batch = sharding.put(next(batches), together.batch_sharding)
+                current, found = train_step(current, batch)
+                step += 1
+                bad = [one.step(step, found, batch) >= config.max_skipped for one in monitors]
+            if any(bad):
+                give_up(together, folders, current, monitors, step, bad)
+            if due("log"):
+                for one in monitors:
+                    one.log(step)
+            if due("eval"):
+                evaluate_all()
+            if due("save") or due("eval") or any([saver.check() for saver in savers]):
+                save_all()
+        if stop.requested and step > monitors[0].first:
+            save_all()
+        with timed("saving"):
+            for saver in savers:
+                saver.wait()
+        done = step == total and not any(one.owes_evaluation(step) for one in monitors)
+        signal = "" if done else stop.signal
+        for one in monitors:
+            one.end(step, signal)
+        for one in monitors:
+            one.finish(signal, changed)
+    processes.meet()  # An error ends all: not before the last has saved.
+    if not done:
+        where = f"after step {step}, which is saved" if step else "before the first step"
+        raise Preempted(f"stopped by {stop.signal} {where}; the same command goes on")
+
+
+def train_batches(together: Arms) -> Any:
+    """This process's part of the endless stream of training batches."""
+    run = together.wide
+    return data.batches(
+        run.dataset.splits["train"],
+        batch_size=run.config.batch_size,
+        seeds=together.seeds,
+        skip=run.config.data.skip,
+        drawn=run.config.data.examples,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def meta(run: Run, batches: Any, monitor: Monitor, still: str) -> dict[str, Any]:
+    """What a checkpoint holds beside arrays: where the data stands, what made the run, and the
+    digest of the frozen parameters, `still`."""
+    return {
+        "frozen": still,
+        "data": batches.state(),
+        "fingerprint": restore.fingerprint(run),
+        "model": pretrained.identity(run.model),
+        "tokenizer": restore.tokenizer_digests(monitor.folder.path),
+        "config": configs.flatten(configs.redact(run.config)),
+        "versions": environment.environment(),
+        **monitor.saved(),
+    }
+
+
+def compiled(
+    together: Arms, monitors: Sequence[Monitor], asked: Sequence[str], stop: signals.Stop
+) -> tuple[Callable, Callable]:
+    """The train step, with the state donated, and the evaluation step; both are compiled when the
+    first batch of each width comes. `asked` are metrics of `exams`."""
+    run = together.wide
+    jitted, programs = jax.jit(together.train_step(), donate_argnums=0), {}
+    measure, measured = jax.jit(together.eval_step()), set()
+
+    def program(state, batch):
+        width = batch["segment_ids"].shape[-1]
+        if width not in programs:
+            with (
+                monitor.timed(monitors, "compile"),
+                monitors[0].doing("compiling …"),
+                stop.compiling(),
+            ):
+                traced = jitted.trace(together.abstract, together.batch_spec(width))
+                for one, flops in zip(monitors, together.flops(width, traced), strict=True):
+                    one.flops[width] = flops
+                lowered = traced.lower()
+                scores = [f"{o.name}/{score}" for o in run.objectives for score in o.scores]
+                check_best(run.config.best, [*lowered.out_info[1]["sums"], *scores, *asked])
+                programs[width] = lowered.compile()
+            processes.meet()  # some compile faster
+        return programs[width](state, batch)
+
+    def evaluation(params, batch, rng):
+        width = batch["segment_ids"].shape[-1]
+        with contextlib.nullcontext() if width in measured else stop.compiling():
+            measured.add(width)
+            return measure(params, batch, rng)
+
+    return program, evaluation
+
+
+def check_best(best: str, metrics: Iterable[str]) -> None:
+    """Refuses a `config.best` that no evaluation will bring, before the first step."""
+    names = dict.fromkeys(("loss", *metrics), 0.0)
+    possible = [f"validation/{name}" for name in (*names, *eval_loop.perplexity(names))]
+    if best and best not in possible:
+        raise ConfigError(f"config.best = {best!r} is no metric.{did_you_mean(best, possible)}")
+
+
+def measured_params(run: Run, current: TrainState) -> Any:
+    """The parameters that are evaluated: averaged ones where the config keeps them."""
+    average = optim.averaged(current.opt_state)
+    if average is None:
+        return current.params
+    return groups.merge(average, run.split(current.params)[1])
+
+
+def validate(
+    together: Arms,
+    eval_step: Callable,
+    params: Any,
+    stop: signals.Stop,
+    monitors: Sequence[Monitor],
+) -> list[tuple[dict[str, float] | None, dict[str, np.ndarray], Callable[[], list]]]:
+    """(metrics, what each example adds to them, what gives a few samples) of each run over the
+    validation split.
+
+    Metrics are None if a signal ended it early, {} if there is no validation split.
+    """
+    run = together.wide
+    if "validation" not in run.dataset.splits:
+        return [({}, {}, list) for _ in monitors]
+    split = run.dataset.splits["validation"]
+    # Numbers do not depend on it: evaluation needs no more memory than a microbatch.
+    batch_size = run.config.batch_size // run.config.accumulate
+    batches = data.eval_batches(
+        split,
+        batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        alike=not any(objective.whole_batch for objective in run.objectives),
+    )
+    steps, show = data.eval_steps(split, batch_size), monitors[0].part("evaluation")
+    with monitor.timed(monitors, "evaluation"):
+        with stop.stepping():
+            found = eval_loop.collect(
+                eval_step,
+                params,
+                batches,
+                run.mesh,
+                eval_loop.keeps(run.objectives),
+                stop.poll,
+                lambda done: show(done / steps),
+            )
+        if found is None:
+            return [(None, {}, list) for _ in monitors]
+        about = dict(names=run.dataset.labels, split=split)
+        each = [together.measured(*found, arm) for arm in range(len(monitors))]
+        return [
+            (
+                eval_loop.measured(totals, kept, run.objectives, **about),
+                eval_loop.by_example(kept, run.objectives, split),
+                functools.partial(sample_predictions.of, run, kept),
+            )
+            for totals, kept in each
+        ]
+
+
+def give_up(
+    together: Arms,
+    folders: Sequence[workdir.Folder],
+    current: TrainState,
+    monitors: Sequence[Monitor],
+    step: int,
+    bad: Sequence[bool],
+) -> None:
+    """Ends the runs in which too many updates in a row were `bad`; raises where none is left."""
+    for arm, folder in enumerate(folders):
+        if bad[arm] and not folder.failure:
+            error = numerics_error(together, folder, current, monitors[arm], arm)
+            if together.alone:
+                raise error
+            monitors[arm].fail(step, error)
+    if all(folder.failure for folder in folders):
+        raise folders[-1].failure
+
+
+def numerics_error(
+    together: Arms, folder: workdir.Folder, current: TrainState, monitor: Monitor, arm: int
+) -> NumericsError:
+    """Writes down what went wrong at the last bad step: which examples, which layers."""
+    run, current = together.runs[arm], together.apart(current, arm)
+    step, batch = monitor.last_bad
+    batch = together.batch(batch, arm)
+    gradient = make_gradient(
+        build.apply(run.model), run.objectives, run.split, run.config.accumulate
+    )
+
+    def norms(state, batch):
+        (loss, _), grads = gradient(state.replace(step=step - 1), batch)
+        return loss, {name: jnp.linalg.norm(g) for name, g in paths.unstack(grads).items()}
+
+    loss, gradients = jax.device_get(jax.jit(norms)(current, batch))
+    dump = folder.path / "dumps" / f"step_{step}.json"
+    facts = {
+        "step": step,
+        "loss": str(loss),
+        "examples": multihost_utils.process_allgather(batch["index"], tiled=True).tolist(),
+        "gradient_norms": {name: str(norm) for name, norm in gradients.items()},
+    }
+    where = f"{dump} names the examples and each layer's gradient norm."
+    if jax.process_index() == 0:
+        try:
+            with storage.writing(dump):
+                dump.parent.mkdir(exist_ok=True)
+            atomic.write_atomic(dump, json.dumps(facts, indent=2))
+        except CheckpointError as error:  # The numbers are what ended the run.
+            where = f"{error}."
+    return NumericsError(
+        f"{monitor.bad_in_a_row} updates in a row were not finite, the last at step {step}; none "
+        f"was applied or saved. {where} Lower config.optim.lr, raise config.optim.warmup, or leave "
+        "examples out with config.data.skip."
+    )

@@ -1,0 +1,143 @@
+"""`--dry_run`: what a run would be, before it costs anything."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fmjax import adapters, convert, objectives
+from fmjax.data import check_drawn
+from fmjax.data.tokenizer import load as load_tokenizer
+from fmjax.distributed import collective_bytes
+from fmjax.errors import ConfigError
+from fmjax.io.progress import count
+from fmjax.params import paths
+from fmjax.training import flops
+from fmjax.training.setup import batch_spec
+from fmjax.training.vmapped_runs import Arms
+
+
+def show(together: Arms, batch: Mapping[str, np.ndarray]) -> None:
+    """Prints data, parameters with groups, what a step costs, and the first batch."""
+    run = together.wide
+    config, dataset = run.config, run.dataset
+    split = dataset.splits["train"]
+    print(f"\ndata        {len(split):,} rows of {split.seq_len}; {split.tokens:,} tokens an epoch")
+    seen = check_drawn(split, config.data.examples)
+    drawn = f" of {seen:,} that are drawn" if seen < len(split) else ""
+    epochs = run.total * config.batch_size / seen
+    print(
+        f"run         {run.total:,} steps of {config.batch_size} rows = {epochs:.2f} epochs{drawn}"
+    )
+    print(f"mesh        {dict(run.mesh.shape)} on {jax.device_count()} x {jax.devices()[0]}")
+    if not together.alone:
+        print(f"arms        {len(together.runs)} in one program; what follows is of the widest,")
+        print("            time and memory of the step of all")
+    print(f"export      {_export(run)}")
+    _parameters(run)
+    _cost(together)
+    _batch(run, together.batch(batch, 0))
+
+
+def _export(run: Any) -> str:
+    """The class of transformers that the run could be exported as, or why there is none."""
+    model, names = adapters.base(run.model), paths.unstack(run.abstract.params)
+    try:
+        convert.check_pool(model, run.config.objectives.to_dict())
+        return f"transformers.{convert.architecture(model, names)[0]}"
+    except ConfigError as error:
+        return f"none. {error}"
+
+
+def _parameters(run: Any) -> None:
+    """One line a kind of parameter: layers of one shape and group are counted together."""
+    print(f"\n{'parameters':<44} {'shape':>16} {'number':>12}  group")
+    rows: dict[tuple, int] = {}
+    for path, leaf in paths.flatten(run.abstract.params).items():
+        names = paths.names(path)
+        stacked = paths.is_stacked(path)
+        # block_00/… for one layer, block_00…11/… for a stack of them.
+        shown = names[0].replace("/", f"…{names[-1][6:8]}/", 1) if len(names) > 1 else names[0]
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        rows[(shown, shape, run.assigned[names[0]])] = len(names)
+    total = {}
+    for (name, shape, group), layers in rows.items():
+        size = layers * int(np.prod(shape))
+        total[group] = total.get(group, 0) + size
+        times = f"{layers} x " if layers > 1 else ""
+        print(f"{name:<44} {times + str(shape):>16} {size:>12,}  {group}")
+    everything = sum(total.values())
+    for group, size in total.items():
+        print(f"{group:<44} {'':>16} {size:>12,}  {size / everything:.2%}")
+
+
+def _cost(together: Arms) -> None:
+    run, abstract = together.wide, together.abstract
+    step = compiled(together)
+    memory = step.memory_analysis()
+    operations = flops.of_step(run, batch_spec(run))
+    tokens = run.config.batch_size * run.config.data.seq_len
+    every, moving = run.abstract.params, run.split(run.abstract.params)[0]
+    frozen = adapters.parameters(run.model, every) - paths.size(moving)
+    a_token = count(operations / tokens)
+    print(f"\nstep        {count(operations)}FLOP in matrix products, {a_token} a token")
+    cost = step.cost_analysis() or {}
+    told = count(cost.get("flops", 0))
+    print(f"            {told}FLOP by the compiler, which counts a scanned layer once")
+    for name, size in {
+        "state": memory.argument_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+    }.items():
+        print(f"memory      {size / 2**20:,.1f} MiB {name} a device")
+    print(f"            {paths.nbytes(abstract.opt_state) / 2**20:,.1f} MiB optimizer in all")
+    if run.mesh.size > 1:
+        print(f"sent        {_sent(step.as_text())}")
+    print(f"frozen      {frozen:,} parameters")
+
+
+def compiled(together: Arms) -> jax.stages.Compiled:
+    """The step on batches of the full width."""
+    step = jax.jit(together.train_step(), donate_argnums=0)
+    return step.lower(together.abstract, together.batch_spec()).compile()
+
+
+def peak_bytes(step: jax.stages.Compiled) -> int:
+    """Of a device at once, by the compiler: the state and the batch, and temporary arrays."""
+    memory = step.memory_analysis()
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
+def _sent(program: str) -> str:
+    """What a device sends the others in a step, the largest part first."""
+    try:
+        sent = collective_bytes.sent(program)
+    except ValueError as error:
+        return f"unknown. {error}"
+    kinds = sorted(sent.items(), key=lambda item: -item[1])
+    parts = ", ".join(f"{kind} {size / 2**20:,.1f}" for kind, size in kinds)
+    return f"{sum(sent.values()) / 2**20:,.1f} MiB by a device ({parts})"
+
+
+def _batch(run: Any, batch: Mapping[str, np.ndarray]) -> None:
+    """The first row of the first batch as the model sees it, decoded."""
+    tokenizer = load_tokenizer(run.dataset.tokenizer_dir)
+    batch = {name: jnp.asarray(x) for name, x in batch.items()}  # of several processes, this one's
+    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.config.seed), 1), 0)
+    _, phases = objectives.phases(run.objectives)
+    prepared = objectives.prepare(phases[0], batch, rng, True, jnp.int32(0))
+
+    def text(arrays: Mapping[str, jax.Array], ids: str = "input_ids", own: str = "segment_ids"):
+        return tokenizer.decode(np.asarray(arrays[ids][0])[np.asarray(arrays[own][0]) > 0])
+
+    print(f"\nfirst row of the first batch\n{text(batch)}")
+    if text(prepared) != text(batch):
+        print(f"\nas the model sees it\n{text(prepared)}")
+    if "target_ids" in prepared:
+        print(f"\ntarget\n{text(prepared, 'target_ids', 'target_segment_ids')}")
+    if "mlm_labels" in prepared:
+        kept = np.asarray(prepared["mlm_weights"][0]) > 0
+        order = np.argsort(np.asarray(prepared["mlm_positions"][0])[kept])
+        labels = np.asarray(prepared["mlm_labels"][0])[kept][order]
+        print("\ntargets     " + " ".join(tokenizer.convert_ids_to_tokens(labels)))
