@@ -43,7 +43,7 @@ def use_huge_pages() -> None:
 
 def show_unraisable(found: Any) -> None:
     """sys.unraisablehook without what tensorstore's threads report of a save that has failed: each
-    write that nobody waits for any more, after checkpoint.py said what went wrong."""
+    write that nobody waits for any more, after checkpointer.py said what went wrong."""
     if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == LOOP_CLOSED):
         sys.__unraisablehook__(found)
 
