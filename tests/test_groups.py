@@ -3,11 +3,12 @@ import numpy as np
 import pytest
 import tiny
 from common import ROOT
+from jax.sharding import PartitionSpec as P
 
 from fmjax.config import load as configs
 from fmjax.errors import ConfigError
 from fmjax.models import param_init
-from fmjax.params import groups, paths
+from fmjax.params import groups, paths, sharding
 
 NAMES = ["embed/token/embedding", "head/mlm/bias"] + [f"block_{i:02d}/up/kernel" for i in range(4)]
 
@@ -29,6 +30,20 @@ def test_layers_can_be_counted_from_the_last():
     assigned = groups.assign(NAMES, ((r"block_-[12]/.*|head/.*", "train"), (r".*", "freeze")))
     moving = [name for name, group in assigned.items() if group == "train"]
     assert moving == ["head/mlm/bias", "block_02/up/kernel", "block_03/up/kernel"]
+
+
+TOWERS = [f"image/{name}" for name in NAMES] + [f"text/{name}" for name in NAMES[:-2]]
+
+
+def test_each_trunk_counts_its_layers_from_its_last():
+    patterns = ((r"image/block_-1/.*|text/block_-1/.*", "train"), (r".*", "freeze"))
+    assigned = groups.assign(TOWERS, patterns)
+    moving = [name for name, group in assigned.items() if group == "train"]
+    assert moving == ["image/block_03/up/kernel", "text/block_01/up/kernel"]
+    stacks = lambda trunk, depth: groups.stacks(
+        ["rest"] * depth, assigned, dict(decay=".*"), {}, trunk
+    )
+    assert stacks("image/", 4) == (3, 1) and stacks("text/", 2) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +103,10 @@ def test_what_configs_train_of_each_family(family):
     if not any(name.endswith("/bias") for name in names):
         with pytest.raises(ConfigError, match="'.*/bias' .'train'. decides no parameter"):
             groups.assign(names, ((".*/bias", "train"), (".*", "freeze")))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_parameter_lies_on_the_mesh_as_under_any_prefix(family):
+    for name in paths.flatten(param_init.abstract_params(tiny.model(family))):
+        assert sharding.spec_of(f"text/{name}") == sharding.spec_of(name)
+    assert sharding.spec_of("image/head/mlm/bias") == sharding.spec_of("head/mlm/bias") != P()

@@ -33,7 +33,7 @@ def make(params, assigned=None, group_optim=None, **changes):
         trainable,
         assigned,
         steps=steps,
-        depth=4,
+        depths={"": 4},
         optim=OPTIM | changes,
         group_optim=group_optim or {},
     )
@@ -92,6 +92,19 @@ def test_layer_decay_factors():
     expected = {f"block_{i:02d}/up/kernel": 0.5 ** (4 - i) for i in range(4)}
     expected |= {"head/mlm/bias": 1.0, "embed/token/embedding": 0.5**5}
     assert moved == pytest.approx(expected, rel=1e-4)
+
+
+def test_layer_decay_is_of_each_trunk():
+    """Trunks of 4 and 1 layers; what is of neither moves at the whole rate."""
+    one = dict(jax.tree.map(jnp.ones_like, params((4,))))
+    other = {name: {"w": jnp.ones(1)} for name in ("block_00", "embed", "head")}
+    values = {"image": one, "text": other, "scale": {"logit": jnp.ones(1)}}
+    depths = {"image/": 4, "text/": 1}
+    factors = paths.unstack(optim._layerwise(values, 0.5, depths))
+    assert float(factors["image/embed/token/embedding"]) == 0.5**5
+    assert factors["image/block_01/up/kernel"].item() == 0.5**3
+    assert [float(factors[f"text/{name}/w"]) for name in other] == [0.5, 0.25, 1.0]
+    assert float(factors["scale/logit"]) == 1.0
 
 
 def test_groups_have_their_own_learning_rates():

@@ -132,7 +132,7 @@ def make(
         split(param_init.abstract_params(net))[0],
         assigned,
         steps=lambda duration: {"100%": 100}.get(duration, duration),
-        depth=net.cfg.depth,
+        depths={"": net.cfg.depth},
         optim=OPTIM | (changes or {}),
         group_optim=group_optim,
     )

@@ -137,8 +137,8 @@ class Adapted:
         """The model's own, told apart by what is adapted: one scan has one rank."""
         inside: list[list[tuple]] = [[] for _ in self.model.kinds]
         for name, site in self.sites().items():
-            if match := re.match(r"block_(\d+)/(.*)", name):
-                inside[int(match[1])].append((match[2], site))
+            if place := paths.layer(name):
+                inside[place.index].append((place.rest, site))
         return [f"{kind} {sites}" for kind, sites in zip(self.model.kinds, inside, strict=True)]
 
     def example(self) -> tuple[Any, ...]:
@@ -177,13 +177,14 @@ class Adapted:
     def places(self, params: paths.Tree) -> dict[str, Any]:
         """{stored path of an adapted module: its site}, in the stacks of the tree `params`; not
         that of the whole model, which has no parameters of its own."""
-        runs = {name.rpartition("/")[0]: top for top in params for name in paths.names(f"{top}/-")}
+        stored = paths.stored_layers(params)
         found: dict[str, Any] = {}
         for path, site in self.sites().items():
-            if not path:
-                continue
-            top, _, rest = path.partition("/")
-            found.setdefault("/".join(filter(None, (runs.get(top, top), rest))), site)
+            if place := paths.layer(f"{path}/"):
+                run = stored.get(place.prefix, place.prefix)
+                path = f"{run}/{place.rest}".rstrip("/")
+            if path:
+                found.setdefault(path, site)
         return found
 
     def apply(

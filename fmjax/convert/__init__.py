@@ -325,9 +325,9 @@ def _by_block(names: Iterable[str]) -> list[str]:
     """The names; one for what several blocks have: "block_00…05/attn/query/lora_a"."""
     alike: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(re.sub(r"^block_\d+", "", name), []).append(name)
-    shown = lambda first, last: first.replace("/", f"…{last[6:8]}/", 1) if first != last else first
-    return [shown(same[0], same[-1]) for same in alike.values()]
+        place = paths.layer(name)
+        alike.setdefault(f"{place.trunk}/{place.rest}" if place else name, []).append(name)
+    return [paths.span(same[0], same[-1]) for same in alike.values()]
 
 
 def _some(lines: Iterable[str], separator: str = ", ", limit: int = 20) -> str:

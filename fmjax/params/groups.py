@@ -2,8 +2,9 @@
 
 Groups are ordered (regex over parameter names, group name); the first full match wins and an
 uncovered parameter is an error. Layers are numbered from the front, `block_00`, and from the back:
-`block_-1` is the last. "freeze" does not train: its parameters are split off before the
-gradient is taken, so they cost neither a weight gradient nor optimizer memory.
+`block_-1` is the last, of each trunk (`image/block_-1`). "freeze" does not train: its parameters
+are split off before the gradient is taken, so they cost neither a weight gradient nor optimizer
+memory.
 """
 
 import re
@@ -23,11 +24,13 @@ def assign(names: Sequence[str], groups: Sequence[tuple[str, str]]) -> dict[str,
     trains.
     """
     assigned, used = {}, set()
-    layers = [int(match[1]) for name in names if (match := re.match(r"block_(\d+)/", name))]
-    depth = max(layers, default=-1) + 1
+    depths = paths.depths(names)
     for name in names:
-        behind = re.sub(r"^block_(\d+)", lambda match: f"block_{int(match[1]) - depth}", name)
-        matches = lambda p, both=(name, behind): any(re.fullmatch(p, one) for one in both)
+        both = [name]
+        if place := paths.layer(name):
+            from_last = place.index - depths[place.trunk]
+            both.append(f"{place.trunk}block_{from_last}/{place.rest}")
+        matches = lambda p, both=both: any(re.fullmatch(p, one) for one in both)
         match = next((i for i, (p, _) in enumerate(groups) if matches(p)), None)
         if match is None:
             raise ConfigError(
@@ -58,16 +61,17 @@ def stacks(
     assigned: Mapping[str, str],
     optim: Mapping[str, Any],
     group_optim: Mapping[str, Mapping[str, Any]],
+    trunk: str = "",
 ) -> tuple[int, ...]:
-    """Run lengths of neighbouring layers that are of one kind, train in the same groups and decay
-    alike."""
+    """Run lengths of neighbouring layers of a `trunk` that are of one kind, train in the same
+    groups and decay alike."""
     keys: list[Any] = [(kind, []) for kind in kinds]
     for name, group in assigned.items():
-        match = re.fullmatch(r"block_(\d+)/(.*)", name)
-        if match:
+        place = paths.layer(name)
+        if place and place.trunk == trunk:
             pattern = group_optim.get(group, {}).get("decay", optim["decay"])
             decays = re.fullmatch(pattern, name) is not None
-            keys[int(match[1])][1].append((match[2], group, decays))
+            keys[place.index][1].append((place.rest, group, decays))
     return paths.runs([(kind, tuple(sorted(members))) for kind, members in keys])
 
 

@@ -1,22 +1,61 @@
 """Parameter trees and their names.
 
 A parameter's name is its path, `block_07/attn/query/kernel`, and names are API: groups,
-checkpoints, exports and configs use them. In memory the blocks of one kind may be stacked under
-`blocks_00_11` (leading axis = layer), so that `scan` compiles one of them; that is storage and
-never part of a name. This file is the only one that knows both.
+checkpoints, exports and configs use them. A model of several trunks has each under a prefix:
+`image/block_07/attn/query/kernel`, `text/block_03/…`. In memory the blocks of one kind may be
+stacked under `blocks_00_11` (leading axis = layer), so that `scan` compiles one of them; that is
+storage and never part of a name. This file is the only one that knows both.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
 Tree = Any
-_STACK = re.compile(r"blocks_(\d+)_(\d+)/(.*)")
-_BLOCK = re.compile(r"block_(\d+)/(.*)")
+# Lengths of the runs of layers that are stored together, of one trunk or {prefix: those of each};
+# None: the layers are stored one by one.
+Stacks = Sequence[int] | Mapping[str, Sequence[int] | None] | None
+_STACK = re.compile(r"((?:\w+/)*?)blocks_(\d+)_(\d+)/(.*)")
+_LAYER = re.compile(r"((?:\w+/)*?)block_(\d+)/(.*)")
+
+
+class Layer(NamedTuple):
+    """Where a layer's parameter is: `image/block_07/attn/out/bias` is `attn/out/bias` of layer 7 of
+    the trunk `image/`. A model that is one trunk has the prefix ""."""
+
+    trunk: str
+    index: int
+    rest: str
+
+    @property
+    def prefix(self) -> str:
+        """`image/block_07`."""
+        return f"{self.trunk}block_{self.index:02d}"
+
+
+def layer(name: str) -> Layer | None:
+    """The layer of a parameter, None for one that is of no layer."""
+    match = _LAYER.fullmatch(name)
+    return Layer(match[1], int(match[2]), match[3]) if match else None
+
+
+def span(first: str, last: str) -> str:
+    """One name for a parameter of the layers from that of `first` to that of `last`:
+    `image/block_00…11/attn/out/bias`."""
+    one, other = layer(first), layer(last)
+    return first if one == other else f"{one.prefix}…{other.index:02d}/{one.rest}"
+
+
+def depths(names: Iterable[str]) -> dict[str, int]:
+    """{trunk: number of its layers} of a model's parameter names."""
+    found: dict[str, int] = {}
+    for one in filter(None, map(layer, names)):
+        found[one.trunk] = max(found.get(one.trunk, 0), one.index + 1)
+    return found
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -33,12 +72,22 @@ def names(path: str) -> list[str]:
     match = _STACK.fullmatch(path)
     if not match:
         return [path]
-    first, last, rest = int(match[1]), int(match[2]), match[3]
-    return [f"block_{i:02d}/{rest}" for i in range(first, last + 1)]
+    trunk, first, last, rest = match[1], int(match[2]), int(match[3]), match[4]
+    return [f"{trunk}block_{i:02d}/{rest}" for i in range(first, last + 1)]
 
 
 def is_stacked(path: str) -> bool:
     return _STACK.fullmatch(path) is not None
+
+
+def stored_layers(tree: Tree) -> dict[str, str]:
+    """{`image/block_07`: `image/blocks_04_11`} for all layers of a stored tree that are stacked."""
+    found = {}
+    for path in filter(is_stacked, flatten(tree)):
+        match = _STACK.fullmatch(path)
+        run = path.removesuffix(f"/{match[4]}")
+        found |= {layer(name).prefix: run for name in names(path)}
+    return found
 
 
 def unstack(tree: Tree) -> dict[str, Any]:
@@ -59,29 +108,28 @@ def unstack(tree: Tree) -> dict[str, Any]:
     return flat
 
 
-def stack(named: Mapping[str, Any], stacks: Sequence[int] | None) -> Tree:
-    """The stored tree of {parameter name: array} for runs of `stacks` layers (None: one by one)."""
-    if stacks is None:
-        return unflatten(named)
-    flat, runs = {}, stack_names(stacks)
-    members: dict[str, dict[int, Any]] = {}
+def stack(named: Mapping[str, Any], stacks: Stacks) -> Tree:
+    """The stored tree of {parameter name: array} for runs of `stacks` layers."""
+    of_trunks = stacks if isinstance(stacks, Mapping) else {"": stacks}
+    flat: dict[str, Any] = {}
+    members: dict[tuple[str, str], dict[int, Any]] = {}
     for name, leaf in named.items():
-        match = _BLOCK.fullmatch(name)
-        if match:
-            members.setdefault(match[2], {})[int(match[1])] = leaf
-        else:
+        place = layer(name)
+        if place is None or of_trunks.get(place.trunk) is None:
             flat[name] = leaf
-    for rest, layers in members.items():
-        for run, (first, last) in runs.items():
+        else:
+            members.setdefault((place.trunk, place.rest), {})[place.index] = leaf
+    for (trunk, rest), layers in members.items():
+        for run, (first, last) in stack_names(of_trunks[trunk]).items():
             present = [i for i in range(first, last + 1) if i in layers]
             if len(present) not in (0, last - first + 1):
-                raise ValueError(f"{run} mixes layers with and without {rest!r}: {present}")
+                raise ValueError(f"{trunk}{run} mixes layers with and without {rest!r}: {present}")
             if present:
-                flat[f"{run}/{rest}"] = jnp.stack([layers[i] for i in present])
+                flat[f"{trunk}{run}/{rest}"] = jnp.stack([layers[i] for i in present])
     return unflatten(flat)
 
 
-def restack(tree: Tree, stacks: Sequence[int] | None) -> Tree:
+def restack(tree: Tree, stacks: Stacks) -> Tree:
     """The same parameters, stored in other runs of layers."""
     return stack(unstack(tree), stacks)
 

@@ -122,9 +122,10 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh, rules=RULES) -> Any:
 
 
 def spec_of(path: str, rules=RULES) -> P:
-    """How one layer's parameter lies, given its stored path."""
+    """How one layer's parameter lies, given its stored path, under whatever prefix."""
     name = paths.names(path)[0]
-    return next(spec for pattern, spec in rules if re.fullmatch(pattern, name))
+    matches = lambda pattern: re.fullmatch(rf"(\w+/)*?({pattern})", name)
+    return next(spec for pattern, spec in rules if matches(pattern))
 
 
 def like_params(tree: Any, params: Any, mesh: jax.sharding.Mesh, rules=RULES) -> Any:

@@ -7,7 +7,6 @@ cost. With all layers frozen it is training of a head on features.
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ def depth(run: Any) -> int:
             f"config.data.format ({', '.join(LABELLED)}) and objectives that corrupt nothing."
         )
     moving = groups.trained(run.assigned)
-    layers = [int(match[1]) for n in moving if (match := re.match(r"block_(\d+)/", n))]
+    layers = [place.index for place in map(paths.layer, moving) if place]
     found = min([*layers, run.model.encoded])
     if not found or any(name.startswith("embed/") for name in moving):
         raise ConfigError(
@@ -133,8 +132,8 @@ def _states(run: Any, params: Any, name: str, split: Any, layers: int, stop) -> 
 
 
 def _layer(parameter: str) -> float:
-    match = re.match(r"block_(\d+)/", parameter)
-    return int(match[1]) if match else float("inf")
+    place = paths.layer(parameter)
+    return place.index if place else float("inf")
 
 
 def _compute(run: Any, params: Any, split: Any, layers: int, folder: Path, stop) -> dict:

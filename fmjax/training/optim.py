@@ -86,7 +86,7 @@ def make(
     assigned: Mapping[str, str],
     *,
     steps: Callable[[Any], int],
-    depth: int,
+    depths: Mapping[str, int],
     optim: Mapping[str, Any],
     group_optim: Mapping[str, Mapping[str, Any]],
 ) -> Optimizer:
@@ -97,7 +97,7 @@ def make(
             trainable.
         assigned: {parameter name: group}.
         steps: converts a duration ("10%", "2 epochs") to steps; `steps("100%")` is the whole run.
-        depth: number of layers, for `layer_decay`.
+        depths: {prefix of a trunk: number of its layers}, for `layer_decay`.
         optim: `config.optim`; group_optim: what a group sets differently.
     """
     optim = dict(optim)
@@ -128,7 +128,7 @@ def make(
     if clip:
         parts.insert(0, optax.clip_by_global_norm(clip))
     if layer_decay != 1.0:
-        parts.append(_scale(_layerwise(trainable, layer_decay, depth)))
+        parts.append(_scale(_layerwise(trainable, layer_decay, depths)))
     if ema:
         parts.append(moving_average(ema))
     tx = optax.with_extra_args_support(optax.chain(*parts))
@@ -235,12 +235,18 @@ def _per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation
     )
 
 
-def _layerwise(trainable: Any, decay: float, depth: int) -> Any:
-    """Factors decay^(depth + 1 - position): embeddings 0, block i at i + 1, heads depth + 1."""
+def _layerwise(trainable: Any, decay: float, depths: Mapping[str, int]) -> Any:
+    """Factors decay^(depth + 1 - position) in each trunk: embeddings 0, block i at i + 1, heads
+    depth + 1; 1 for what is of no trunk."""
 
     def factor(name):
-        match = re.match(r"block_(\d+)/", name)
-        position = int(match[1]) + 1 if match else 0 if name.startswith("embed/") else depth + 1
+        within = [trunk for trunk in depths if name.startswith(trunk)]
+        if not within:
+            return 1.0
+        trunk = max(within, key=len)
+        depth, place = depths[trunk], paths.layer(name)
+        embeds = name.startswith(f"{trunk}embed/")
+        position = place.index + 1 if place else 0 if embeds else depth + 1
         return decay ** (depth + 1 - position)
 
     def of_leaf(path, leaf):

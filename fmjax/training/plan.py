@@ -59,7 +59,7 @@ def _parameters(run: Any) -> None:
         names = paths.names(path)
         stacked = paths.is_stacked(path)
         # block_00/… for one layer, block_00…11/… for a stack of them.
-        shown = names[0].replace("/", f"…{names[-1][6:8]}/", 1) if len(names) > 1 else names[0]
+        shown = paths.span(names[0], names[-1])
         shape = leaf.shape[1:] if stacked else leaf.shape
         rows[(shown, shape, run.assigned[names[0]])] = len(names)
     total = {}

@@ -141,7 +141,7 @@ def assemble(
         split(param_init.abstract_params(model))[0],
         assigned,
         steps=steps,
-        depth=model.cfg.depth,
+        depths={"": model.cfg.depth},
         optim=optimizers[0],
         group_optim=optimizers[1],
     )

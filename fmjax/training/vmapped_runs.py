@@ -247,7 +247,7 @@ class Arms:
             run.split(run.abstract.params)[0],
             run.assigned,
             steps=run.steps,
-            depth=run.model.cfg.depth,
+            depths={"": run.model.cfg.depth},
             optim=settings["optim"],
             group_optim=settings["group_optim"],
         ).tx

@@ -61,8 +61,8 @@ def test_row35_one_spike_is_one_update_skipped():
 
 
 def test_row35_a_new_level_is_known_after_four():
-    """By the formula at the top of spike_skipping.py: 4 entries of 128 are the first whose share f has
-    6 √(f (1 - f)) > 1 - f, for any distance much larger than the noise."""
+    """By the formula at the top of spike_skipping.py: 4 entries of 128 are the first whose share f
+    has 6 √(f (1 - f)) > 1 - f, for any distance much larger than the noise."""
     for distance in (100, 1e6):
         assert skipped(3 + noise(300) + distance * (np.arange(300) >= 200)) == [200, 201, 202, 203]
 
