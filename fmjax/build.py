@@ -56,8 +56,8 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
 
 
 def check_rows(model: AnyModel, data: Mapping[str, Any]) -> None:
-    """Refuses rows of `data` (`config.data`) that the model has no positions for, and several
-    documents in one where a prompt is before the first alone."""
+    """Raise ConfigError for rows of `data` (`config.data`) that the model has no positions for, and
+    for several documents in one where a prompt is before the first alone."""
     taken, seq_len, target_len = adapters.positions(model), data["seq_len"], data.get("target_len")
     if (target_len or 0) > model.cfg.max_len:
         raise ConfigError(

@@ -41,7 +41,7 @@ __all__ = [
 
 
 class Packing(NamedTuple):
-    """How a parameter of the base is kept in several arrays, one layer at a time."""
+    """The several arrays in which a parameter of the base is stored, one layer at a time."""
 
     shape: tuple[int, ...]  # of the whole
     pack: Callable[[Any], Mapping[str, jax.Array]]
@@ -99,7 +99,8 @@ def _packed(scheme: str, name: str, audit: dict[str, float] | None, whole: Any) 
 
 
 def check_frozen(model: AnyModel, moving: Collection[str]) -> None:
-    """Refuses to train what is quantised: `moving` are the parameters that train."""
+    """Raise ConfigError if a quantized parameter would train: `moving` are the parameters that
+    train."""
     quantised = packings(model)
     if wrong := [name for name in moving if name.rpartition("/")[0] in quantised]:
         raise ConfigError(
@@ -109,21 +110,22 @@ def check_frozen(model: AnyModel, moving: Collection[str]) -> None:
 
 
 def parameters(model: AnyModel, params: Any) -> int:
-    """How many parameters the (abstract) tree stands for: a quantised matrix counts as it was."""
+    """Number of parameters that the (abstract) tree stands for: a quantized matrix counts as it
+    was."""
     few = packings(model)
     apart = [x for name, x in paths.unstack(params).items() if name.rpartition("/")[0] not in few]
     return paths.size(apart) + sum(math.prod(packing.shape) for packing in few.values())
 
 
 def positions(model: AnyModel) -> int:
-    """How many of the model's positions its adapters take."""
+    """Number of the model's positions that its adapters take."""
     if not isinstance(model, Adapted):
         return 0
     return model.adapter.positions + positions(model.model)
 
 
 def has_prompt(model: AnyModel) -> bool:
-    """Whether there are vectors in front of the tokens of a row."""
+    """True if there are vectors in front of the tokens of a row."""
     inside = isinstance(model, Adapted) and has_prompt(model.model)
     return inside or isinstance(getattr(model, "adapter", None), prompt.Prompt)
 
@@ -158,12 +160,12 @@ def start(
 
 
 def changes_base(model: Any) -> bool:
-    """Whether `start` gives a base other weights: what the adapter has is taken out of it."""
+    """True if `start` changes the base weights: the adapter's product is subtracted from them."""
     return getattr(getattr(model, "adapter", None), "init", "") in ("pissa", "loftq")
 
 
 def of_adapter(params: Any) -> Any:
-    """What adapters have added to the stored tree."""
+    """The leaves that adapters have added to the stored tree."""
     flat = paths.flatten(params)
     return paths.unflatten({p: x for p, x in flat.items() if re.fullmatch(LEAVES, p)})
 

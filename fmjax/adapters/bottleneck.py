@@ -36,7 +36,7 @@ from fmjax.params import precision
 
 @dataclasses.dataclass(frozen=True)
 class Bottleneck(Adapter):
-    """What `config.adapter` holds; the first target that matches a path decides."""
+    """Settings of `config.adapter`; the first target that matches a path decides."""
 
     targets: tuple[tuple[str, int], ...]
     beside: bool = False

@@ -24,7 +24,7 @@ SIDES = ("input", "output")
 
 @dataclasses.dataclass(frozen=True)
 class Ia3(Adapter):
-    """What `config.adapter` holds; the first target that matches a path decides."""
+    """Settings of `config.adapter`; the first target that matches a path decides."""
 
     targets: tuple[tuple[str, str], ...]
 

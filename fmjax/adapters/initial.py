@@ -86,8 +86,8 @@ def _over_quantised(model, params, whole, function):
 def pissa(
     weight: Weight, leaves: low_rank.Leaves, pack: Callable = _same, unpack: Callable = _same
 ) -> tuple[Any, low_rank.Leaves]:
-    """What `pack` makes of the weight without its principal part, and leaves whose product that
-    is."""
+    """The weight without its principal part, as `pack` stores it, and the leaves whose product that
+    part is."""
     found = _principal(weight, leaves)
     kept = pack(weight - low_rank.product(found))
     return kept, _keeping(unpack(kept), found)

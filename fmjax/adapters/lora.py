@@ -76,7 +76,7 @@ class Site(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Lora(Adapter):
-    """What `config.adapter` holds; the first target that matches a path decides."""
+    """Settings of `config.adapter`; the first target that matches a path decides."""
 
     targets: tuple[Target, ...]
     dropout: float = 0.0  # of x on the low-rank path, while training

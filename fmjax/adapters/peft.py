@@ -152,7 +152,7 @@ def _with_parts(folder: Path, held: Mapping[str, Held]) -> dict[str, Held]:
 
 
 def _quantised(model: Any) -> dict[str, Any]:
-    """How the base is quantised, as JSON; nothing if it is not."""
+    """The quantization of the base, as JSON; nothing if it is not quantized."""
     adapter = getattr(model, "adapter", None)
     if not isinstance(adapter, quantise.Quantised):
         return {}
@@ -160,7 +160,8 @@ def _quantised(model: Any) -> dict[str, Any]:
 
 
 def _check_base(folder: Path, model: Any, params: paths.Tree) -> None:
-    """Refuses another base than the adapter was made for; PEFT's own folders do not say.
+    """Raise CheckpointError if the base is not the one the adapter was made for; PEFT's own folders do
+    not say.
 
     A whole base that is the right one once it is quantised is accepted.
     """

@@ -22,7 +22,7 @@ Named = Mapping[str, Any]  # our parameters by name
 
 
 class Format(NamedTuple):
-    """How one kind of adapter is kept."""
+    """Storage format of one kind of adapter."""
 
     before: str  # what PEFT writes before the name of a module
     # (model, parameters, {module in transformers that is adapted: what it holds}, heads)

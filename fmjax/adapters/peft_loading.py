@@ -18,9 +18,9 @@ OTHERS = {"choose": "ForMultipleChoice", "nsp": "ForPreTraining", "sop": "ForPre
 
 
 def command(folder: str, settings: Mapping[str, Any], opened: Any) -> str:
-    """What to type for the adapter in `folder`; `settings` are its adapter_config.json, `opened`
-    the run (`fmjax.checkpoints.pretrained.Opened`). PEFT takes the base's labels, so these are
-    arguments."""
+    """The command that loads the adapter in `folder`; `settings` are its adapter_config.json,
+    `opened` the run (`fmjax.checkpoints.pretrained.Opened`). PEFT takes the base's labels, so these
+    are arguments."""
     task, source = settings["task_type"], settings["base_model_name_or_path"]
     labels = _labels(dict(opened.model.cfg.classes), task, opened.labels)
     if source and task:

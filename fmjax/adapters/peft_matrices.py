@@ -1,4 +1,4 @@
-"""What stands beside matrices, LoRA and IA³, in PEFT's format.
+"""LoRA and IA³ in PEFT's format.
 
 GPT-2 holds queries, keys and values in one matrix, W = [Q, K, V] along the outputs, beside which
 PEFT has one pair A, B, and we one for each part:
@@ -34,7 +34,7 @@ SAME_BASE = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 
 
 class Held(NamedTuple):
-    """What a module of transformers holds."""
+    """Parameters of one module of transformers."""
 
     weights: tuple[str, ...]  # our parameters, beside each other along the outputs; mostly one
     conv: bool  # whether it is a Conv1D, which keeps (in, out)

@@ -60,8 +60,8 @@ def read_prompt(folder, config, tensors, model, named, held):
 
 
 def _whole(config: Mapping[str, Any], model: Any) -> str:
-    """Whose state stands first for the head of a task, `Prompt.whole`; of a causal model the last
-    one stands for all."""
+    """The vector whose state comes first for the head of a task, `Prompt.whole`; in a causal model
+    the last one stands for all."""
     first = config.get("task_type") == "SEQ_CLS" and not model.causal
     return "prompt" if first else "token"
 

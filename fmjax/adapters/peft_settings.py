@@ -78,7 +78,7 @@ def task(model: Any, heads: Iterable[str]) -> str | None:
 
 def origin(source: str) -> dict[str, str | None]:
     """Where transformers finds the base of an adapter: the folder, or the hub id, in `source`, and
-    its revision; of a run the folder that it was exported to, if it was."""
+    its revision; for a run the folder that it was exported to, if it was."""
     if os.path.isdir(os.path.expanduser(source)):
         exported = os.path.join(source, "export")
         folder = exported if os.path.isdir(os.path.join(source, "checkpoints")) else source

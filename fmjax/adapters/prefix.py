@@ -35,7 +35,7 @@ _HIDDEN = "prefix_hidden"  # what the perceptron gives: present while a program 
 
 @dataclasses.dataclass(frozen=True)
 class Prefix(Adapter):
-    """What `config.adapter` holds."""
+    """Settings of `config.adapter`."""
 
     length: int
     hidden: int = 0  # width of the perceptron; 0: none

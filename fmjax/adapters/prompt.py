@@ -38,7 +38,7 @@ INITS = ("vocabulary", "text", "random", "normal")
 
 @dataclasses.dataclass(frozen=True)
 class Prompt(Adapter):
-    """What `config.adapter` holds."""
+    """Settings of `config.adapter`."""
 
     length: int
     init: str = "vocabulary"

@@ -51,7 +51,7 @@ Packed = dict[str, jax.Array]
 
 
 class Scheme(NamedTuple):
-    """How a matrix is kept."""
+    """Storage format of a quantized matrix."""
 
     pack: Callable[[Float[Array, "I O"]], Packed]
     unpack: Callable[[Packed], Float[Array, "I O"]]
@@ -60,7 +60,7 @@ class Scheme(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Quantised(Adapter):
-    """What `config.quantise` holds."""
+    """Settings of `config.quantise`."""
 
     name: str
     targets: str

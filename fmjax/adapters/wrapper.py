@@ -83,7 +83,7 @@ class Adapter:
         return params
 
     def call(self, site: Any, here: Call, *args: Any, **options: Any) -> Any:
-        """What the module gives with the adapter."""
+        """Output of the module with the adapter."""
         raise NotImplementedError
 
     def check_by_example(self) -> None:
@@ -328,7 +328,8 @@ def chosen(
 
 
 def check_numbers(targets: Sequence[tuple[str, Any]]) -> None:
-    """Refuses targets whose values are no numbers, as those of another kind of adapter."""
+    """Raise ConfigError for targets whose values are not numbers, as those of another kind of
+    adapter."""
     for pattern, value in targets:
         if value is not None and not isinstance(value, int):
             raise ConfigError(

@@ -288,7 +288,7 @@ def load_params(workdir: str | Path, step: int | None = None) -> tuple[Any, dict
 
 
 def load_meta(workdir: str | Path, step: int | None = None) -> dict:
-    """What the newest undamaged step of a run folder, or `step`, says beside its arrays."""
+    """Metadata of the newest undamaged step of a run folder, or of `step`."""
     return retention.read_meta(_verified(workdir, step))
 
 

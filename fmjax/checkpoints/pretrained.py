@@ -61,7 +61,7 @@ class Opened(NamedTuple):
         return dataset
 
     def require_head(self, name: str) -> None:
-        """Refuse to go on with a head whose numbers would be noise."""
+        """Raise ConfigError for a head that is not trained, whose numbers would be noise."""
         if any(parameter.startswith(f"head/{name}/") for parameter in self.missing):
             trained_by = {"mlm": "mlm", "lm": "seq2seq" if self.model.decodes else "clm"}
             raise ConfigError(
@@ -72,7 +72,7 @@ class Opened(NamedTuple):
             )
 
     def require_output(self) -> None:
-        """Refuse to go on without a trained output, which gives the logits of tokens. One that is
+        """Raise ConfigError without a trained output, which gives the logits of tokens. One that is
         tied to the embedding has no parameters of its own."""
         self.require_head("lm" if self.model.causal or self.model.decodes else "mlm")
 
@@ -92,7 +92,7 @@ def described(source: str, heads: Sequence[str] = ()) -> tuple[str, dict[str, An
 
 
 def identity(model: AnyModel) -> dict[str, Any]:
-    """What a checkpoint keeps of a model, as JSON; `described` reads it."""
+    """The description of a model that a checkpoint stores, as JSON; `described` reads it."""
     name = type(adapters.base(model)).__module__.rpartition(".")[2]
     return {"name": name, "options": dataclasses.asdict(model.cfg)}
 
@@ -129,12 +129,12 @@ def check_unchanged(folder: Path, meta: Mapping[str, Any]) -> None:
 
 
 def _tokenizer(source: str) -> Path:
-    """Where a source keeps its tokenizer, if it has one."""
+    """The folder of the source's tokenizer, if it has one."""
     return Path(source, "tokenizer") if is_run(source) else convert.find(source)
 
 
 def is_run(source: str | Path) -> bool:
-    """Whether `source` is the folder of a run, as opposed to one in Hugging Face format."""
+    """True if `source` is the folder of a run, as opposed to one in Hugging Face format."""
     return any(os.path.exists(Path(source, name)) for name in ("checkpoints", "status.json"))
 
 

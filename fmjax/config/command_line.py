@@ -69,7 +69,7 @@ def _overrides(config: ConfigDict, words: list[str]) -> list[tuple[str, str]]:
 
 
 def _spelling(config: ConfigDict, word: str) -> str:
-    """What was probably meant by an argument that is neither a flag nor `--config.key=value`."""
+    """The probable meaning of an argument that is neither a flag nor `--config.key=value`."""
     name, given, text = word.lstrip("-").partition("=")
     name = name.removeprefix("config.")
     found = [key for key in flatten(config) if name and f".{key}".endswith(f".{name}")]
@@ -119,7 +119,7 @@ def _near_keys(config: ConfigDict, key: str) -> str:
 
 
 def _addition(config: ConfigDict, key: str, text: str) -> str:
-    """How to set an unknown `key` of an open dict to `text`: the dict with it, as a whole."""
+    """The way to set an unknown `key` of an open dict to `text`: the dict with it, as a whole."""
     for opened in rules.OPEN:
         section, _, name = opened.rpartition(".")
         node = config.get(section) if section else config
@@ -140,7 +140,7 @@ def _with(entries: dict, path: list[str], value) -> dict:
 
 
 def _value(text: str):
-    """What `text` is as a Python literal, else the text itself."""
+    """`text` as a Python literal, or the text itself."""
     try:
         return ast.literal_eval(text)
     except UNREADABLE:

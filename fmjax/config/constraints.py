@@ -1,4 +1,4 @@
-"""Which values of a config go together: what no single key of it shows.
+"""Constraints between several keys of a config, which no single key shows.
 
 Asked after `fmjax.config.rules`, so each value is of its kind, and before jax is imported.
 """
@@ -24,7 +24,7 @@ NOT_ARGS = {
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Refuses values of the nested dict that contradict each other.
+    """Raise ConfigError for values of the nested dict that contradict each other.
 
     Raises:
       ConfigError: names the first offending key, the one that it contradicts, and what is possible.

@@ -11,7 +11,8 @@ SHIPPED = Path(__file__).parent.parent.parent / "configs"
 
 
 def usage(words: Iterable[str]) -> str:
-    """How to give a config where --config is missing: the one among `words`, else all there are."""
+    """The way to name a config when --config is missing: the one among `words`, else all there
+    are."""
     for word in words:
         name, colon, arg = word.partition(":")
         if name.endswith((".py", ".json")) and os.path.isfile(name):
@@ -34,7 +35,7 @@ def summary(file: Path) -> str:
 
 
 def hint(path: Path) -> str:
-    """Which config file may have been meant by `path`, which is none."""
+    """The config file that a `path` to nothing probably meant."""
     name = path.name
     for folder in (Path("configs"), SHIPPED):
         if os.path.isfile(folder / name) and path.parent.name in ("", "configs"):

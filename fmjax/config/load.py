@@ -77,8 +77,8 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
 
 
 def sweep(spec: str) -> list[dict[str, Any]] | Generator:
-    """What `get_sweep(arg=None)` of `path.py` or `path.py:arg` gives: {key: value} for each trial,
-    or a generator of them that is sent the record of each (`fmjax.experiments.trials`).
+    """The result of `get_sweep(arg=None)` of `path.py` or `path.py:arg`: {key: value} for each
+    trial, or a generator of them that is sent the record of each (`fmjax.experiments.trials`).
 
     Raises ConfigError where there is none.
     """
@@ -95,7 +95,7 @@ def sweep(spec: str) -> list[dict[str, Any]] | Generator:
 
 
 def defines(spec: str, name: str) -> bool:
-    """Whether the config file of `spec` defines a function of this name."""
+    """True if the config file of `spec` defines a function of this name."""
     path = Path(spec.partition(":")[0])
     _check_file(path)
     with located(path):
@@ -103,7 +103,7 @@ def defines(spec: str, name: str) -> bool:
 
 
 def expected(spec: str) -> list[Any]:
-    """What `get_expected(arg=None)` of `path.py` or `path.py:arg` gives, see
+    """The result of `get_expected(arg=None)` of `path.py` or `path.py:arg`, see
     fmjax/experiments/evidence.py.
 
     Raises ConfigError where there is none.
@@ -116,7 +116,7 @@ def expected(spec: str) -> list[Any]:
 
 
 def settings(path: str | os.PathLike, trial: Any) -> dict[str, Any]:
-    """What a sweep sets in a trial, numbers of numpy as Python's.
+    """The settings of a trial of a sweep, with numpy's numbers as Python's.
 
     Raises ConfigError for what is no {key: value}.
     """
@@ -273,7 +273,7 @@ def redact(config: ConfigDict) -> ConfigDict:
 
 
 def may_change(key: str) -> bool:
-    """Whether the dotted `key` may differ between two starts of one run."""
+    """True if the dotted `key` may differ between two starts of one run."""
     return any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
 
 
@@ -311,7 +311,7 @@ def located(path: Path) -> Iterator[None]:
 
 
 def _call(path: Path, name: str, arg: str | None) -> Any:
-    """What the function of a config file gives."""
+    """The result of a function of a config file."""
     function = runpy.run_path(str(path)).get(name) if path.suffix == ".py" else None
     if not callable(function):
         raise ConfigError(f"--config={path}: the file defines no {name}(arg=None)")

@@ -1,4 +1,4 @@
-"""Which values a config may hold: one table over dotted keys, checked before jax is imported.
+"""Legal values of config keys: one table over dotted keys, checked before jax is imported.
 
 To constrain a new key, add a row to `RULES`; the first row whose expression matches the whole key
 applies. Names of tasks, models and objectives are looked up in the folders, not imported.
@@ -63,7 +63,7 @@ def duration(value: Any) -> tuple[Fraction, str]:
 
 
 def is_duration(value: Any) -> bool:
-    """Whether `value` is text that reads as a duration; a bare int may be any count."""
+    """True if `value` is text that reads as a duration; a bare int may be any count."""
     try:
         return isinstance(value, str) and bool(duration(value))
     except ValueError:
@@ -77,8 +77,8 @@ def rule_of(key: str) -> Check | Modules | tuple[str, ...] | None:
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Refuses values outside `RULES` in the nested dict; which of them go together is checked by
-    `fmjax.config.constraints`.
+    """Raise ConfigError for values outside `RULES` in the nested dict; `fmjax.config.constraints`
+    checks which go together.
 
     Raises:
       ConfigError: names the first offending key and what is possible.

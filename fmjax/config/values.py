@@ -1,4 +1,4 @@
-"""What a config is made of: names, and plain data that JSON keeps."""
+"""The contents of a config: names, and plain data that JSON preserves."""
 
 import math
 import re

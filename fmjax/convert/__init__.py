@@ -69,7 +69,7 @@ MODEL_TYPES = {
 
 
 class Report(NamedTuple):
-    """What `load` did not find or did not need."""
+    """Parameters that `load` did not find, and tensors that it did not need."""
 
     kept: tuple[str, ...]  # parameters that the files lack and that have their initialisation
     unused: tuple[str, ...]  # tensors of the files that the model has no place for
@@ -113,7 +113,7 @@ def labels(source: str | Path) -> tuple[str, ...]:
 
 
 def several_labels(source: str | Path) -> bool:
-    """Whether several classes of a checkpoint's head may be true at once, each by itself."""
+    """True if several classes of a checkpoint's head may be true at once, each by itself."""
     folder = find(source)
     hf, family = _read_config(folder)
     return hf.get("problem_type") == MULTI_LABEL and "classify" in _options(folder, hf, family).get(

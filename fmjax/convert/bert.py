@@ -1,4 +1,4 @@
-"""Where the BERTs of Hugging Face (bert_config.py) keep our parameters.
+"""Names of BERT-like parameters in Hugging Face's files (configs: bert_config.py).
 
 The table is read in both directions. Left is a module of `fmjax.models.bert`, right its name in a
 file that `transformers` wrote; `{}` is the layer number. Torch keeps a Linear's weight as
@@ -163,7 +163,7 @@ def tied(hf: Mapping[str, Any]) -> dict[str, str]:
 
 
 def place(hf: Mapping[str, Any], name: str) -> Place | None:
-    """Where the parameter `name` lies in files beside a config.json; None: in none of them."""
+    """Where the parameter `name` is in files with a config.json; None if it is in none of them."""
     module, leaf = name.rsplit("/", 1)
     layer = re.match(r"block_(\d+)/", module)
     table = TABLES[hf["model_type"]]

@@ -20,7 +20,7 @@ REFUSED = "bin ckpt gguf h5 joblib msgpack npy npz onnx pb pickle pkl pt pth".sp
 
 
 class Place(NamedTuple):
-    """Where a parameter lies: in tensor `key`, or in block `part` of `parts` along its `axis`.
+    """Location of a parameter: tensor `key`, or block `part` of `parts` along its `axis`.
 
     `each` and `heads` are numbers, or names of the options of the model that say them.
     """
@@ -39,7 +39,7 @@ class Place(NamedTuple):
         return self._replace(each=number(self.each), heads=number(self.heads))
 
     def keys(self) -> tuple[str, ...]:
-        """Of all the tensors, once it is `sized`."""
+        """Names of all the tensors, once it is `sized`."""
         return tuple(self.key.format(i) for i in range(self.each)) if self.each else (self.key,)
 
 
@@ -92,7 +92,7 @@ class Tensors:
         return piece.T if place.transposed else piece
 
     def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same numbers."""
+        """True if two tensors hold the same numbers."""
         return np.array_equal(self._slices[one][:], self._slices[other][:])
 
 

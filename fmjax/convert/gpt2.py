@@ -1,4 +1,4 @@
-"""Where Hugging Face's GPT-2 keeps our parameters, and its config.json.
+"""Names of GPT-2's parameters in Hugging Face's files, and its config.json.
 
 Its linear maps are Conv1D, which keep a weight as (in, out), and one holds queries, keys and values
 beside each other.
@@ -80,7 +80,7 @@ def tied(hf: Mapping[str, Any]) -> dict[str, str]:
 
 
 def place(hf: Mapping[str, Any], name: str) -> Place | None:
-    """Where the parameter `name` lies in files beside a config.json; None: in none of them."""
+    """Where the parameter `name` is in files with a config.json; None if it is in none of them."""
     module, leaf = name.rsplit("/", 1)
     layer = re.match(r"block_(\d+)/", module)
     entry = TABLE.get(re.sub(r"^block_\d+/", "block_{}/", module))

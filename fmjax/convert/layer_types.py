@@ -9,7 +9,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def listed(hf: Mapping[str, Any], depth: int) -> list[bool] | None:
-    """Which layers have a window; None where the key is not given.
+    """For each layer, whether it has a window; None if the key is not given.
 
     Raises ConfigError for another number of layers, or layers of another kind.
     """

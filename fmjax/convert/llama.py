@@ -1,4 +1,4 @@
-"""Where Hugging Face's Llama and its relatives keep our parameters.
+"""Names of the parameters of Llama and its relatives in Hugging Face's files.
 
 The table is read in both directions. Left is a module of `fmjax.models.llama`, right its name in a
 file that `transformers` wrote; `{}` is the layer number, `{{}}` that of an expert. Torch keeps a
@@ -119,7 +119,7 @@ def tied(hf: Mapping[str, Any]) -> dict[str, str]:
 
 
 def place(hf: Mapping[str, Any], name: str) -> Place | None:
-    """Where the parameter `name` lies in files beside a config.json; None: in none of them."""
+    """Where the parameter `name` is in files with a config.json; None if it is in none of them."""
     module, leaf = name.rsplit("/", 1)
     layer = re.match(r"block_(\d+)/", module)
     entry = TABLES[hf["model_type"]].get(re.sub(r"^block_\d+/", "block_{}/", module))
@@ -137,7 +137,8 @@ def place(hf: Mapping[str, Any], name: str) -> Place | None:
 
 
 def _trunk_is_transformer(hf: Mapping[str, Any]) -> bool:
-    """Whether the class of a config.json calls its trunk so, where others have "model"."""
+    """True if the class of a config.json names its trunk "transformer", where others have
+    "model"."""
     answers = any(kind.endswith("ForQuestionAnswering") for kind in hf.get("architectures") or ())
     return answers and hf["model_type"] in ANSWERED_AS_TRANSFORMER
 

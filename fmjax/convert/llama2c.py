@@ -117,7 +117,7 @@ def _named(arrays, depth, heads, kv_heads) -> dict[str, np.ndarray]:
 
 
 def _halves(kernel: np.ndarray, heads: int) -> np.ndarray:
-    """Of each head's outputs the even ones, then the odd ones."""
+    """Reorder the outputs of each head: the even ones, then the odd ones."""
     depth, out, width = kernel.shape
     pairs = kernel.reshape(depth, heads, out // heads // 2, 2, width)
     return pairs.swapaxes(2, 3).reshape(depth, out, width)

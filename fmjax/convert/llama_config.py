@@ -166,7 +166,7 @@ def _gemma_activation(hf: Mapping[str, Any]) -> str:
 
 
 def _routing(hf: Mapping[str, Any], depth: int) -> dict[str, Any]:
-    """Which layers have no experts, and the losses with which transformers would train."""
+    """The layers without experts, and the router losses with which transformers would train."""
     step, alone = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or ()
     if not isinstance(step, int) or step < 1:
         raise ConfigError(

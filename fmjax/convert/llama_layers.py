@@ -1,4 +1,4 @@
-"""Which layers of a decoder have a window, and which have positions, in config.json and here.
+"""Layer types of decoders, windows and positions by layer, in config.json and here.
 
 config.json lists them layer by layer, or gives the rule of its family; `models.llama.Config` has a
 period (`full_every`, `nope_every`) where there is one, and otherwise the numbers of the layers.
@@ -94,7 +94,7 @@ def _window(hf: Mapping[str, Any], kind: str) -> int | None:
 def _sliding(
     hf: Mapping[str, Any], kind: str, depth: int, window: int | None, nope: Sequence[bool]
 ) -> list[bool]:
-    """Which layers have a window."""
+    """For each layer, whether it has a window."""
     given = listed(hf, depth)
     if kind not in LISTED:
         alike = [window is not None] * depth
@@ -121,7 +121,7 @@ def _sliding(
 
 
 def _nope(hf: Mapping[str, Any], depth: int) -> list[bool]:
-    """Which layers have no positions."""
+    """For each layer, whether it has no positions."""
     given = hf.get("no_rope_layers")
     if given is None:
         every = hf.get("no_rope_layer_interval", 4)

@@ -1,4 +1,4 @@
-"""What reading and writing a config.json of transformers has in common for all families.
+"""Reading and writing a config.json of transformers: the parts that all families share.
 
 A family's table is {key of config.json: (field of our Config, what transformers assumes when the
 key is absent)}, read in both directions.
@@ -165,7 +165,7 @@ def check_architecture(hf: Mapping[str, Any], architectures: Architectures) -> N
 def named_outputs(
     outputs: Mapping[str, int], heads: Iterable[str], labels: Sequence[str]
 ) -> dict[str, Any]:
-    """What config.json says of the classes of a head."""
+    """The classes of a head according to config.json."""
     head = next((name for name in ("classify", "tag", "regress") if name in heads), None)
     if head is None:
         return {}

@@ -1,4 +1,4 @@
-"""What a folder of sentence-transformers says of its vectors: modules.json and what it names.
+"""The vectors of a sentence-transformers folder: modules.json and the files that it names.
 
     modules.json                      Transformer, Pooling, then any of Dense and Normalize
     1_Pooling/config.json             what is taken of the tokens; several are put side by side
@@ -89,7 +89,7 @@ class Normalize(NamedTuple):
 
 
 class Vectors(NamedTuple):
-    """How hidden states become the vector of a text."""
+    """The map from hidden states to the vector of a text."""
 
     pools: tuple[str, ...] = ("mean",)  # of `losses.pooled`, side by side
     layers: tuple[Dense | Normalize, ...] = ()
@@ -109,8 +109,8 @@ class Vectors(NamedTuple):
         return x
 
     def width(self, hidden: int) -> int:
-        """Of a vector, for hidden states of this width. Raises ConfigError where a layer does not
-        fit what comes before it."""
+        """Width of a vector, for hidden states of this width. Raises ConfigError if a layer does
+        not fit the one before it."""
         size = hidden * len(self.pools)
         for layer in self.layers:
             if isinstance(layer, Dense):
@@ -125,7 +125,7 @@ class Vectors(NamedTuple):
 
 
 def read(folder: Path) -> Vectors | None:
-    """What a folder says; None where it has no modules.json.
+    """The vectors that a folder describes; None if it has no modules.json.
 
     Raises ConfigError for what is not supported, CheckpointError for damaged files.
     """

@@ -1,4 +1,4 @@
-"""Where Hugging Face's T5 and its relatives keep our parameters, and their config.json.
+"""Names of the parameters of T5 and its relatives in Hugging Face's files, and their config.json.
 
 Their decoder numbers its layers from 0 again. The first layer of each trunk has the table of
 distances, and in UMT5 every layer its own.
@@ -84,7 +84,7 @@ def tied(hf: Mapping[str, Any]) -> dict[str, str]:
 
 
 def place(hf: Mapping[str, Any], name: str) -> Place | None:
-    """Where the parameter `name` lies in files beside a config.json; None: in none of them."""
+    """Where the parameter `name` is in files with a config.json; None if it is in none of them."""
     module, leaf = name.rsplit("/", 1)
     key = TABLE.get(module)
     if match := re.fullmatch(r"block_(\d+)/(.*)", module):
@@ -126,7 +126,7 @@ def borrowed(hf: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _tied(hf: Mapping[str, Any]) -> bool:
-    """Whether the output is the embedding, for states times 1/√D. transformers 5 writes that it is
+    """True if the output is the embedding, for states times 1/√D. transformers 5 writes that it is
     tied whatever it is, and tells the two kinds of T5 apart by the scale alone. mT5 has none."""
     if hf["model_type"] == "mt5":
         return False

@@ -149,7 +149,7 @@ def family_of(model: Any) -> ModuleType:
 
 
 def located(model: Any) -> Callable[[str], Place | None]:
-    """Where transformers keeps a parameter of `model`; None: it has no place for it."""
+    """Where transformers stores a parameter of `model`; None if it has no place for it."""
     return functools.partial(family_of(model).place, _config(model))
 
 

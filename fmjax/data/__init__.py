@@ -60,7 +60,8 @@ class Dataset:
 
     @property
     def rows_digest(self) -> str:
-        """Of the tokens and of how they are packed: with another the examples are others."""
+        """Digest of the tokens and of their packing: with another packing the examples are
+        different."""
         return disk_cache.digest([self.digest, self.format])
 
 

@@ -84,7 +84,8 @@ def batches(
 
 
 def check_drawn(split, drawn: int) -> int:
-    """How many rows a run sees if it draws so many, 0: all. Raises DataError for more than all."""
+    """Number of rows that a run sees if it draws so many, 0: all. Raises DataError for more than
+    all."""
     if drawn > len(split):
         raise DataError(
             f"config.data.examples={drawn}, but the training split has {len(split)} rows."
@@ -135,13 +136,13 @@ def eval_batches(
 
 
 def eval_steps(split, batch_size: int, limit: int = 0) -> int:
-    """How many batches `eval_batches` gives."""
+    """Number of batches that `eval_batches` gives."""
     steps = -(-len(split) // batch_size)
     return min(steps, limit) if limit else steps
 
 
 def fingerprint(dataset, *, seed: int, batch_size: int) -> dict:
-    """What must not change under a run for its position to mean the same data."""
+    """Facts that must not change during a run for its position to mean the same data."""
     train = dataset.splits["train"]
     return {
         "data": dataset.digest,
@@ -219,7 +220,7 @@ class _Steps:
         return batch | {"index": (places & 0x7FFFFFFF).astype(np.int32)}
 
     def check_past(self, steps: int, skipped: Ranges) -> None:
-        """Refuses to go on after `steps` that skipped other examples than `skip` says they did."""
+        """Raise DataError if the steps so far skipped other examples than `skip` says they did."""
         seen = int(order.outside(steps * self.batch_size - 1, skipped)) + 1 if steps else 0
         past = lambda ranges: [(first, end) for first, end in ranges if first < seen]
         if past(skipped) != past(self.skip):

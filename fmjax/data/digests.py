@@ -57,7 +57,7 @@ def _first_byte(path: Path) -> bytes:
 
 
 def _state(path: Path) -> tuple[int, int, int]:
-    """What differs after a write: the size, and the times of the last change."""
+    """Facts that a write changes: the size, and the times of the last change."""
     found = os.stat(path)
     age = time.time() - found.st_ctime
     if 0 <= age < GRAIN:  # a change in the same step would not show

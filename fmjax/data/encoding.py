@@ -17,7 +17,8 @@ UNKNOWN = -2  # and less: the first piece of word UNKNOWN - label, whose label n
 
 
 class Example(NamedTuple):
-    """What is stored of one row: sequences of (tokens, types), a label, were any tokens lost?"""
+    """Stored content of one row: sequences of (tokens, types), a label, and whether tokens were
+    lost."""
 
     sequences: list[tuple[np.ndarray, np.ndarray]]
     label: Any
@@ -58,7 +59,7 @@ class Reader:
 
     @property
     def post_processor(self) -> dict[str, Any] | None:
-        """What puts tokens around a text, as tokenizer.json has it."""
+        """The part of a tokenizer.json that puts tokens around a text."""
         return json.loads(self._encode.to_str())["post_processor"]
 
     def examples(self, documents: list[Document]) -> Iterator[list[Example]]:
@@ -113,7 +114,7 @@ class Reader:
         return values
 
     def _windows(self, documents: list[Document]) -> Iterator[list[Example]]:
-        """Of each question its windows: the question, and a piece of the context."""
+        """The windows of each question: the question, and a piece of the context."""
         settings, names = self.settings, self.settings.column_names
         pairs = [tuple(document.fields[name] for name in names) for document in documents]
         self._encode.no_truncation()

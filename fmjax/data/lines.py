@@ -101,7 +101,7 @@ def readable(path: Path, key: str) -> Iterator[None]:
 
 
 def check_ratio(path: Path, unpacked: int, packed: int) -> None:
-    """Refuses what `packed` bytes of a file should not unpack to."""
+    """Raise DataError if `packed` bytes of a file unpack to implausibly many."""
     if unpacked > max(MAX_RECORD_BYTES, MAX_RATIO * packed):
         raise DataError(
             f"{path}: {packed:,} bytes unpack to more than {unpacked:,}, beyond the ratio of "
@@ -115,7 +115,8 @@ def mark_of(start: bytes) -> str:
 
 
 def not_utf8(error: UnicodeDecodeError, mark: str = "") -> str:
-    """What is wrong with bytes of a file, whose first bytes name the encoding `mark` or none."""
+    """The problem with bytes that are not UTF-8; the first bytes of the file name the encoding
+    `mark` or none."""
     place = f"byte 0x{error.object[error.start]:02x} at column {error.start + 1} is not UTF-8"
     if mark:
         return f"{place}: the file begins as {mark.upper()} does (iconv -f {mark} -t utf-8)"

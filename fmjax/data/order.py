@@ -27,7 +27,7 @@ def uniform(*keys: Integers) -> np.ndarray | np.float64:
 
 
 def permuted(position: np.ndarray, size: int, *keys: Integers) -> np.ndarray:
-    """Where `position` (int64 in [0, size)) goes in the permutation of [0, size) named by `keys`
+    """Image of `position` (int64 in [0, size)) under the permutation of [0, size) named by `keys`
     (arrays broadcast).
 
     A Feistel network over pairs (l, r) in a × b, the smallest rectangle near a square that holds

@@ -62,7 +62,8 @@ def _check_folders(pattern: str, key: str) -> None:
 
 
 def kind_of(path: Path) -> str:
-    """What a path is that is no file: a folder, a pipe, a dead link, or why nobody can say."""
+    """The kind of a path that is no file: a folder, a pipe, a dead link, or why it cannot be
+    told."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:

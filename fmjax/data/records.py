@@ -1,4 +1,4 @@
-"""What every source yields, and what the columns of a record must hold to be used."""
+"""The records that every source yields, and the types that their columns must have."""
 
 import itertools
 import math
@@ -68,7 +68,7 @@ def excerpt(value: Any) -> str:
 
 
 def fault(value: Any) -> str:
-    """What is wrong with a value that should be text; empty when nothing is."""
+    """The problem with a value that should be text; empty if there is none."""
     if not isinstance(value, str):
         return f"the value is {_type(value)}, not text"
     if "\0" in value:

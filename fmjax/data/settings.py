@@ -127,22 +127,22 @@ class DataSettings:
 
     @property
     def labelled(self) -> bool:
-        """Whether a record is an example with a label, and not a document."""
+        """True if a record is an example with a label, and not a document."""
         return self.format in LABELLED
 
     @property
     def chat(self) -> bool:
-        """Whether a record is a conversation, of which the assistant's words are learnt."""
+        """True if a record is a conversation, of which the assistant's words are learnt."""
         return self.format in ("chat", "chat_padded")
 
     @property
     def unlabelled(self) -> bool:
-        """Whether the labels that the format has are left out, to predict them."""
+        """True if the labels that the format has are left out, to predict them."""
         return self.labelled and bool(LABELLED[self.format][2]) and not self.label
 
     @property
     def target(self) -> str:
-        """What the labels of the data mean: a labelled format, a kind of pairs, "" for none."""
+        """The meaning of the data's labels: a labelled format, a kind of pairs, "" for none."""
         return self.format if self.labelled else self.pair if self.format == "pairs" else ""
 
     @property
@@ -204,7 +204,7 @@ def read(kind: type, values: Mapping, section: str):
 
 
 def _check(section: str, settings: DataSettings | TokenizerSettings) -> None:
-    """Refuses values that the rules of their keys refuse."""
+    """Raise ConfigError for values that the rules of their keys forbid."""
     for name, value in dataclasses.asdict(settings).items():
         key, rule = f"config.{section}.{name}", rules.rule_of(f"{section}.{name}")
         if isinstance(rule, rules.Check):

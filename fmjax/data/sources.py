@@ -1,4 +1,4 @@
-"""Where documents come from: `pydocs`, `pycode` (embedded), `text` (files), `hub` (`datasets`).
+"""Sources of documents: `pydocs`, `pycode` (embedded), `text` (files), `hub` (`datasets`).
 
 A source is read several times (to train a tokenizer, to tokenise, again when a killed preparation
 resumes), so `documents()` starts anew at each call and always gives the same documents in the same
@@ -119,7 +119,8 @@ def _held(settings: DataSettings, parts: Parts, poll: Callable[[], None]) -> set
 
 
 def _whole(record: Record, settings: DataSettings) -> str:
-    """What must not be in two splits: the text; all questions about one context go with it."""
+    """The content that must not be in two splits: the text; all questions about one context go with
+    it."""
     if settings.format == "spans":
         return record.fields[settings.column_names[1]]
     return _text_of(record, settings)
@@ -136,7 +137,8 @@ def _text_of(record: Record, settings: DataSettings) -> str:
 
 
 def check_bad(where: str, bad: str, policy: str, count: int) -> None:
-    """Refuses a record that is `bad`, the `count`th of them, where `policy` does not let it be."""
+    """Raise DataError for a record that is `bad`, the `count`th of them, unless `policy` allows
+    it."""
     if policy == "raise":
         raise DataError(
             f"{where}: {bad}. Correct it, or set config.data.on_bad_record to skip or quarantine."

@@ -38,7 +38,7 @@ def offsets_of(encoding: Any) -> np.ndarray:
 
 
 def check(answers: Iterable[Answer], context: str, where: str) -> None:
-    """Refuses answers that do not stand where they say."""
+    """Raise DataError for answers that are not at the place they name."""
     for start, text in answers:
         found = context[start : start + len(text)]
         if not text or found != text:

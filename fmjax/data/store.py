@@ -210,7 +210,7 @@ def build(
 
 
 def overlapping(documents: list[Document]) -> int:
-    """How many were left out because another split has them."""
+    """Number of documents that were left out because another split has them."""
     return sum(document.split == "overlap" for document in documents)
 
 

@@ -20,7 +20,7 @@ _PROGRAM = Path(__file__).with_name("template_process.py")
 
 
 class TemplateError(Exception):
-    """What a template, or jinja2 reading it, says against a conversation."""
+    """An objection of a template, or of jinja2 reading it, to a conversation."""
 
 
 class Renderer:

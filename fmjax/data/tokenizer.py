@@ -144,14 +144,14 @@ def _follow_file(tokenizer, folder: Path) -> None:
 
 
 def _same(built, file) -> bool:
-    """Whether two tokenizers cut a text alike."""
+    """True if two tokenizers cut a text alike."""
     parts = ("normalizer", "pre_tokenizer", "model", "decoder")
     state = lambda part: part and part.__getstate__()
     return all(state(getattr(built, name)) == state(getattr(file, name)) for name in parts)
 
 
 def _missing(folder: Path) -> str:
-    """What to do about a folder without tokenizer.json, "" where there is one or no older file."""
+    """The remedy for a folder without tokenizer.json, "" if there is one or no older file."""
     if (folder / FILE).is_file():
         return ""
     models = sorted(path.name for path in folder.glob("*.model"))

@@ -1,4 +1,4 @@
-"""Where the text of a conversation has its answers.
+"""Locations of the answers in the rendered text of a conversation.
 
 An answer is looked for in the text of the whole conversation, as templates write one otherwise when
 more follows (Qwen 3 leaves out what was thought). It is what changes in the text with its words. It
@@ -48,7 +48,7 @@ class Turns:
         return text, [self._span(text, messages, i) for i in answers]
 
     def text(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        """What the template makes of the messages. Raises Unfit."""
+        """The template's rendering of the messages. Raises Unfit."""
         said = [{key: message[key] for key in ("role", "content")} for message in messages]
         try:
             return self._render(said, add_generation_prompt)
@@ -83,8 +83,8 @@ class Turns:
         return before + _shared(text[before:first], prompt)
 
     def _closed(self, closing: str, shared: int) -> int:
-        """How many characters of what closes an answer the model says, of `shared` that the text
-        has too; 0 where no token ends it."""
+        """Number of characters, out of the `shared` ones that the text has too, that close an
+        answer and that the model says itself; 0 if no token ends it."""
         for pattern in (self.special, self._other):
             ends = [match.end() for match in pattern.finditer(closing)]
             if ends and not closing[ends[-1] :].strip():
@@ -128,7 +128,7 @@ def _unused(messages: list[Message]) -> str:
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters the beginnings of both have in common."""
+    """Length of the common beginning of both texts, in characters."""
     if other.startswith(one) or one.startswith(other):
         return min(len(one), len(other))
     return len(os.path.commonprefix((one, other)))

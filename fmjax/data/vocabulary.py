@@ -1,4 +1,4 @@
-"""What training needs to know of a tokenizer: its ids, and what they stand for."""
+"""The facts about a tokenizer that training needs: its ids and their meaning."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ MAX_VOCAB = 2**24  # ids; tables of this length are made before a model is
 
 
 class Vocab(NamedTuple):
-    """What training needs to know of a tokenizer. `special` and `word_start` are bool [V]."""
+    """The facts about a tokenizer that training needs. `special` and `word_start` are bool [V]."""
 
     size: int
     pad_id: int  # 0 where there is none: padding is known by its segment
@@ -106,7 +106,7 @@ def check_rows(size: int, rows: int, added: Collection[int], around: Collection[
 
 
 def beyond(ids: Sequence[int] | np.ndarray, rows: int) -> str:
-    """What is wrong with ids that are not all below `rows`, "" where they are."""
+    """The problem with ids that are not all below `rows`, "" if there is none."""
     largest = int(np.max(ids, initial=-1))
     if largest < rows:
         return ""
@@ -114,8 +114,8 @@ def beyond(ids: Sequence[int] | np.ndarray, rows: int) -> str:
 
 
 def around(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the tokenizer puts before and behind a text; where it leaves them open, its own tokens
-    for that."""
+    """The tokens that the tokenizer puts before and after a text; if it leaves them open, its own
+    tokens for that."""
     first, last = frame(tokenizer.backend_tokenizer)
     if not first and not last:
         first = _one_of(tokenizer.cls_token_id, tokenizer.bos_token_id)
@@ -153,7 +153,7 @@ def _one_of(*ids: int | None) -> tuple[int, ...]:
 
 
 def spaces_words(backend) -> bool:
-    """Whether a word has other tokens behind a space than alone, as " dog" of GPT-2, and the
+    """True if a word has other tokens after a space than alone, as " dog" of GPT-2, and the
     tokenizer puts no space before a word by itself."""
     steps = [*_steps(backend.normalizer), *_steps(backend.pre_tokenizer)]
     if any(
@@ -181,7 +181,7 @@ def _steps(part) -> list[dict]:
 
 
 def _bytes(state: dict) -> Callable[[str], int] | None:
-    """How many bytes of text a token stands for, where tokens are the text itself."""
+    """Number of bytes of text that a token stands for, where tokens are the text itself."""
     if state["normalizer"] not in (None, {"type": "Sequence", "normalizers": []}):
         return None
     if (state["pre_tokenizer"] or {}).get("type") == "Split":  # of characters
@@ -192,7 +192,7 @@ def _bytes(state: dict) -> Callable[[str], int] | None:
 
 
 def _word_start(state: dict) -> Callable[[str], bool]:
-    """Whether a token begins a word, by the convention of the model: "##x", "Ġx" or "▁x"."""
+    """True if a token begins a word, by the convention of the model: "##x", "Ġx" or "▁x"."""
     model, steps = state["model"], json.dumps([state["pre_tokenizer"], state["decoder"]])
     prefix = model.get("continuing_subword_prefix")
     if prefix:

@@ -1,4 +1,4 @@
-"""What all processes of a run must have in common: how they were started, their code, their data.
+"""Agreement between the processes of a run: how they were started, their code, their data.
 
 Each host has its own disk and its own Python. Processes that differ would make one run in silence,
 with numbers that nobody asked for, or wait for each other for ever in a computation that only some

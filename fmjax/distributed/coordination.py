@@ -50,7 +50,7 @@ class Peers:
         stop.peers = self
 
     def poll(self) -> bool:
-        """Whether all processes stop here. To be called equally often by all of them.
+        """True if all processes stop here. All of them must call it equally often.
 
         Communicates nothing before a signal comes. Then all tell how often they have polled, and
         stop at the first poll that nobody has passed: see `_agree`.
@@ -67,7 +67,7 @@ class Peers:
         self.first(lambda: [self._wait(f"{key}/{index}", index) for index in range(self.count)])
 
     def first(self, call: Callable[[], Any]) -> Any:
-        """What `call()` returns in process 0, in all of them."""
+        """The result of `call()` in process 0, in all of them."""
         key = f"meeting/{next(self._meetings)}"
         if self.index == 0:
             self._set(key, call())
@@ -99,8 +99,8 @@ class Peers:
         self._watch.join()
 
     def call_roll(self, patience_sec: float) -> list[dict[str, float] | None]:
-        """How often each process has polled, and the seconds that it has left (see standstill.py);
-        None for one that does not answer within `patience_sec`."""
+        """For each process, how often it has polled and the seconds that it has left (see
+        standstill.py); None for one that does not answer within `patience_sec`."""
         call, limit = self._tell(roll=self.index), time.monotonic() + patience_sec
 
         def look_up():

@@ -43,7 +43,8 @@ class Stop:
         self.last_words: Callable[[BaseException], None] = lambda error: None
 
     def poll(self) -> bool:
-        """Whether to stop now; all processes poll equally often, and stop at the same poll."""
+        """True if it is time to stop; all processes poll equally often, and stop at the same
+        poll."""
         self.requested = self.peers.poll() if self.peers else bool(self.signal)
         now = time.monotonic()
         self.longest_sec = max(self.longest_sec, now - self._polled)

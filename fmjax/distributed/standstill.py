@@ -20,7 +20,8 @@ NAMED = 3  # processes at one poll that a message names
 
 
 class RollCall:
-    """Where each process stands, asked by one that is overdue. Costs nothing before."""
+    """A roll call, started by a process that is overdue: where each of them is. Costs nothing
+    before."""
 
     def __init__(self, peers: Any, stop: Stop, heartbeat_sec: float):
         self._peers, self._stop, self._heartbeat_sec = peers, stop, heartbeat_sec
@@ -49,7 +50,8 @@ class RollCall:
         self._postpone(left)
 
     def answer(self, polls: int) -> dict[str, float]:
-        """What this process says when another calls the roll, which then need not be called."""
+        """The answer of this process to the roll call of another, which then need not be
+        repeated."""
         self._postpone(self._heartbeat_sec)
         return {"polls": polls, "left": self._left()}
 

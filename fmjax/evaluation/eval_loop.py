@@ -93,7 +93,8 @@ def measured(
 
 
 def keeps(objectives: Iterable[losses.Objective]) -> bool:
-    """Whether anything is said of single examples, so that `collect` has to keep the outputs."""
+    """True if an objective says something about single examples, so that `collect` has to keep the
+    outputs."""
     return any(objective.score or objective.each for objective in objectives)
 
 

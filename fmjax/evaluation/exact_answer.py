@@ -32,8 +32,8 @@ def number(text: str) -> str:
 def written(
     author: text_generator.Author, items: Sequence[Item], how: dict, batch_size: int
 ) -> list[str]:
-    """What the model writes behind each item, greedily; `how` has `length` and `long` as
-    configs/generate.py has them."""
+    """The greedy continuation of each item; `how` has `length` and `long` as configs/generate.py
+    has them."""
     prompts = [author.ids(how | {"prompt": item.context}) for item in items]
     order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
     texts: dict[int, str] = {}
@@ -46,7 +46,8 @@ def written(
 
 
 def metrics(items: Sequence[Item], texts: Sequence[str]) -> dict[str, dict]:
-    """How many come to the number that the worked answer comes to, as `choices.metrics`."""
+    """The share of texts with the number that the worked answer has, as
+    `multiple_choice.metrics`."""
     right = [
         number(text) == number(item.choices[0]) != ""
         for item, text in zip(items, texts, strict=True)

@@ -22,7 +22,8 @@ from fmjax.models import AnyModel
 
 
 class Exams:
-    """What a run is asked. Raises ConfigError and DataError for files that hold something else."""
+    """Benchmarks evaluated during training. Raises ConfigError and DataError for files with other
+    contents."""
 
     def __init__(self, config: Any, model: AnyModel, dataset: Dataset):
         self.config, self.model, self.dataset, self.items = config, model, dataset, {}

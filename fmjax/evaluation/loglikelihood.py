@@ -1,4 +1,5 @@
-"""How likely a model finds texts: of decoders, of encoder–decoders, and of encoders that fill gaps.
+"""Log-likelihoods of texts: of decoders, of encoder–decoders, and of encoders
+(pseudo-log-likelihood).
 
     score = Scorer(model, params, first=words_first, …)
     found = score([(context ids, continuation ids), …])
@@ -34,7 +35,7 @@ Ids = Sequence[int]
 
 
 class Likely(NamedTuple):
-    """What a model says of a continuation."""
+    """A model's judgement of one continuation."""
 
     nats: float  # minus the logarithm of its probability
     greedy: bool  # whether each of its tokens is the likeliest
@@ -91,9 +92,9 @@ class Scorer:
             self.width = min(self.width, trained)
 
     def __call__(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Likely]:
-        """What the model says of each (context, continuation); without a context, of the whole
-        text behind the tokens that begin one. Raises NumericsError where that is no number: the
-        least of several NaN is the first, which would often be the right choice."""
+        """The model's judgement of each (context, continuation); without a context, of the whole
+        text after the tokens that begin one. Raises NumericsError if it is not a number: the least
+        of several NaN is the first, which would often be the right choice."""
         if empty := [i for i, (_, said) in enumerate(pairs) if not len(said)]:
             raise ConfigError(f"text {empty[0]} has no tokens of which to ask how likely they are.")
         pieces = [

@@ -39,7 +39,7 @@ ROWS += ("columns", "label", "cache", "workers")
 
 
 class Measure:
-    """What the model of a folder is measured for, and on which rows: called with a model and its
+    """The objectives and rows that an opened model is measured on: called with a model and its
     stored parameters it gives the metrics.
 
     Of `config` are read data, objectives, batch_size, split and limit, as in configs/evaluate.py.
@@ -123,7 +123,8 @@ def settings_of(
 
 
 def check_labels(dataset: data.Dataset, opened: pretrained.Opened, goals: Iterable[str]) -> None:
-    """Refuses heads that are not trained, or whose outputs are not as many as the names."""
+    """Raise ConfigError for heads that are not trained, or whose outputs are not as many as the
+    names."""
     for name in goals:
         if requirements.vocabulary([name]):
             opened.require_output()

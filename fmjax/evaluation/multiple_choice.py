@@ -32,7 +32,7 @@ class Item(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What the model says of an item: minus log probabilities, tokens and bytes of its choices."""
+    """A model's judgement of an item: minus log probabilities, tokens and bytes of its choices."""
 
     nats: tuple[float, ...]
     tokens: tuple[int, ...]
@@ -53,8 +53,8 @@ def judged(
     encode: Callable[[str, str], tuple[list[int], list[int]]],
     items: Sequence[Item],
 ) -> list[Found]:
-    """What the model says of each, by a `likelihood.Scorer`; `encode` makes tokens of a context and
-    of what follows it."""
+    """Judge each item by a `loglikelihood.Scorer`; `encode` makes tokens of a context and of its
+    continuation."""
     contexts = [
         (item.context,) if item.bare is None else (item.context, item.bare) for item in items
     ]
@@ -100,7 +100,7 @@ def metrics(items: Sequence[Item], found: Sequence[Found]) -> dict[str, dict[str
 
 
 def mean(values: Sequence[float], groups: Sequence[str]) -> dict[str, Any]:
-    """What `metrics` says of one value an item."""
+    """Mean, error and interval of one value per item, and the means of groups."""
     values = np.array(values, float)
     error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     rng = np.random.default_rng(0)

@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 
 class Glue(NamedTuple):
-    """How a file of GLUE is read, and asked where nothing else is said."""
+    """Format of a GLUE file, and its default template."""
 
     columns: Mapping[str, str]  # {our name: the file's}
     label: str
@@ -152,7 +152,7 @@ def spread(rows: Sequence[Row], limit: int) -> list[Row]:
 
 
 def worded(words: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
-    """What stands for each class. Raises ConfigError where these are not as many."""
+    """The word for each class. Raises ConfigError if the numbers differ."""
     if not words:
         return tuple(classes)
     if len(words) != len(classes) or len(set(words)) != len(words):

@@ -1,4 +1,4 @@
-"""What a model says of an example, on one line that a person reads."""
+"""A model's output for one example, on one readable line."""
 
 from typing import Any
 

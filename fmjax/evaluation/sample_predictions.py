@@ -31,7 +31,7 @@ def of(run: Any, kept: Sequence[Any]) -> list[Sample]:
 
 
 def _masked(run: Any, name: str, found: Mapping, labels: Any, rows: np.ndarray) -> list[Sample]:
-    """Of each row the first masks, whatever was put in their place."""
+    """Fill-in samples: the first masks of each row."""
     words, samples = load_tokenizer(run.dataset.tokenizer_dir), []
     batch = run.dataset.splits["validation"].rows(rows[:EXAMPLES])
     for row, ids in enumerate(batch["input_ids"]):
@@ -47,7 +47,7 @@ def _masked(run: Any, name: str, found: Mapping, labels: Any, rows: np.ndarray) 
 
 
 def _judged(run: Any, name: str, found: Mapping, labels: Any, rows: np.ndarray) -> list[Sample]:
-    """Of each example its label beside what `describe` tells."""
+    """Labelled samples: the label of each example and the output of `describe`."""
     names, goal = run.dataset.labels, next(one for one in run.objectives if one.name == name)
     few = _spread(len(rows))
     said = objectives.told(goal.describe, {k: x[few] for k, x in found.items()}, names=names)
@@ -59,7 +59,7 @@ def _judged(run: Any, name: str, found: Mapping, labels: Any, rows: np.ndarray) 
 
 
 def _tagged(run: Any, name: str, found: Mapping, labels: Any, rows: np.ndarray) -> list[Sample]:
-    """Of each text the tags of its words."""
+    """Tagging samples: the tags of the words of each text."""
     read = lambda tags: " ".join(run.dataset.labels[tag] for tag in tags if tag >= 0)
     few = _spread(len(rows))
     each = zip(_texts(run, rows[few]), labels[few], found["tags"][few], strict=True)
@@ -70,7 +70,7 @@ def _tagged(run: Any, name: str, found: Mapping, labels: Any, rows: np.ndarray) 
 
 
 def _answered(run: Any, name: str, found: Mapping, labels: Any, rows: np.ndarray) -> list[Sample]:
-    """Of each question the answer, from all of its windows."""
+    """Question-answering samples: the answer of each question, from all of its windows."""
     asked = run.dataset.splits["validation"].questions
     goal = next(one for one in run.objectives if one.name == name)
     numbers = np.array([asked.of(row) for row in rows.tolist()])
@@ -108,7 +108,7 @@ def _spread(count: int) -> np.ndarray:
 
 
 def _texts(run: Any, rows: np.ndarray) -> list[str]:
-    """Of rows, or of all that stand side by side in one; two texts of a pair are kept apart."""
+    """The texts of rows; the two texts of a pair, and the choices of an example, are separated."""
     words = load_tokenizer(run.dataset.tokenizer_dir)
     batch = run.dataset.splits["validation"].rows(rows)
     texts = []
@@ -123,7 +123,7 @@ def _texts(run: Any, rows: np.ndarray) -> list[str]:
 
 
 def _said(told: Mapping[str, Any]) -> str:
-    """Where there is one class, its probability says that it is."""
+    """The probabilities of one class alone, which name it, or the whole description."""
     return readable.readable(told["probabilities"] if "label" in told else told)
 
 

@@ -23,7 +23,8 @@ def judged(scorer: Scorer, encode: Any, items: Sequence[Item]) -> tuple[list, di
 
 
 def scorer_of(opened: pretrained.Opened, words: Any, batch_size: int, way: str) -> Scorer:
-    """What judges texts with the model of a folder. Raises ConfigError for one that cannot."""
+    """A Scorer that judges texts with the model of a folder. Raises ConfigError if the model
+    cannot."""
     model = opened.model
     opened.require_output()
     text_generator.check_tokens(model, words)

@@ -1,4 +1,4 @@
-"""What the trials of a sweep say about each other: means over seeds, and differences with errors.
+"""Comparison of the trials of a sweep: means over seeds, and differences with errors.
 
 Results that differ in nothing but the seed are a group, or those that set the same "group". Each is
 compared with the first one that is set like it in all but the first key of the sweep, or with the
@@ -33,7 +33,7 @@ class Group(NamedTuple):
     failed: int = 0  # how many did not come to their end: the others alone would flatter it
 
     def values(self, metric: str, by_example: bool = True) -> dict[int | None, Value]:
-        """Of each seed that has the metric: [examples] where the result knows them, else a number.
+        """For each seed that has the metric: [examples] if the result knows them, else a number.
 
         Raises CheckpointError where examples are not those of the number.
         """
@@ -123,7 +123,7 @@ def _label(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def steps_until(group: Group, metric: str, level: float, falls: bool) -> list[int | None]:
-    """Of each run the step of the first evaluation that reaches `level`, None where none does."""
+    """For each run, the step of the first evaluation that reaches `level`, None if none does."""
     found = []
     for result in group.results.values():
         rows, _ = metrics_log.read(Path(result["folder"]))
@@ -155,7 +155,7 @@ def told_apart(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of each what not all set alike; of a single key the value is enough."""
+    """A name for each group, made of the keys that differ; of a single key the value is enough."""
     shown = told_apart(settings)
     keys = dict.fromkeys(key for own in shown for key in own)
     differ = [key for key in keys if len({repr(own.get(key)) for own in shown}) > 1]
@@ -230,8 +230,8 @@ def _possible(found: statistics.Estimate, metric: str) -> statistics.Estimate:
 
 
 def alike(one: Group, other: Group) -> bool:
-    """Whether all their results are of the same examples: by the labels where both know them, else
-    by the digests of the data and of their rows where both know these."""
+    """True if all their results are on the same examples: by the labels if both know them, else by
+    the digests of the data and of their rows if both know these."""
     both = [*one.results.values(), *other.results.values()]
     labels = [r["examples"]["label"].tobytes() for r in both if "label" in r.get("examples", {})]
     if len(labels) == len(both):
@@ -241,7 +241,7 @@ def alike(one: Group, other: Group) -> bool:
 
 
 def references(found: Sequence[Group]) -> list[int]:
-    """Of each group the number of the one that it is compared with, which may be its own."""
+    """For each group, the number of the one that it is compared with, which may be its own."""
     keys = dict.fromkeys(key for group in found for key in group.settings)
     first = next(iter(keys), "")
     others = [{k: v for k, v in group.settings.items() if k != first} for group in found]
@@ -249,7 +249,7 @@ def references(found: Sequence[Group]) -> list[int]:
 
 
 def _pairs(one: Mapping[Any, Value], other: Mapping[Any, Value]) -> tuple[np.ndarray, np.ndarray]:
-    """Of the seeds that both have; what has no seed (None) is the same with each."""
+    """The pairs of seeds that both have; a result without a seed (None) pairs with each."""
     seeds = one.keys() & other.keys()
     if None in one.keys() | other.keys():
         seeds = (one.keys() | other.keys()) - {None}
@@ -313,7 +313,7 @@ COSTS = {
 
 
 def forgotten(told: Mapping[str, float]) -> float:
-    """How much the loss of the base's own training has risen."""
+    """Increase of the loss of the base's own training."""
     return float(told["after"]) - float(told["before"])
 
 
@@ -325,7 +325,7 @@ def _score(metrics: Mapping[str, float], name: str) -> float:
 
 
 def cost(group: Group, name: str) -> list[float]:
-    """What each result of the group that knows it says."""
+    """The cost of each result of the group that knows it."""
     read, found = COSTS[name][0], []
     for result in group.results.values():
         with contextlib.suppress(KeyError):

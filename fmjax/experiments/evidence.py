@@ -63,7 +63,7 @@ class Expectation(NamedTuple):
 
 
 def expectations(spec: str) -> list[Expectation]:
-    """What the config file says is expected. Raises ConfigError where that is no expectation."""
+    """The expectations of a config file. Raises ConfigError for malformed ones."""
     found, rows = configs.expected(spec), []
     if not isinstance(found, Sequence) or not found:
         raise ConfigError(f"--config={spec}: get_expected gave {quoted(found)}, expected a list")
@@ -123,7 +123,7 @@ def verify(
 
 
 def _check_given(overrides: Sequence[str], given: Sequence[str]) -> None:
-    """Refuses words of the command line that make another config of it."""
+    """Raise ConfigError for command-line words that change the config."""
     for word in overrides:
         name, _, value = word.removeprefix("--config.").partition("=")
         if not (configs.may_change(name) or {name, f"{name}={value}"} & set(given)):
@@ -185,7 +185,7 @@ def measured(
 
 
 def _by_name(groups: Sequence[comparisons.Group]) -> dict[str, dict[str, Any]]:
-    """What is kept of each group; of one that several stages have, of all of them."""
+    """The kept numbers of each group; of one that several stages have, of all of them."""
     found: dict[str, dict[str, Any]] = {}
     for group in groups:
         found[group.name] = _told(group) | found.get(group.name, {})
@@ -213,7 +213,7 @@ def _judged(
 
 
 def _told(group: comparisons.Group) -> dict[str, Any]:
-    """What is kept of a group: validation metrics and costs, a number a seed."""
+    """The kept numbers of a group: validation metrics and costs, one per seed."""
     names = dict.fromkeys(
         name
         for result in group.results.values()
@@ -229,8 +229,9 @@ def _told(group: comparisons.Group) -> dict[str, Any]:
 
 
 def digest(spec: str) -> str:
-    """Of what the config, or each trial of its sweep, computes, and of what is expected of it; of a
-    sweep that is told of its trials, the code of the file is what can be known."""
+    """Digest of everything the config, or each trial of its sweep, computes, and of what is
+    expected; for a sweep whose trials depend on results, of the file's code, which is all that can
+    be known."""
     expected = expectations(spec)
     sweep = _sweep(spec, expected)
     names = [trial.name for trial in trials.walk(spec, (), Path("unused"), sweep)]
@@ -240,7 +241,7 @@ def digest(spec: str) -> str:
 
 
 def file_of(spec: str) -> Path:
-    """Where the row of a config stands: evidence/depth-tiny.json of …/depth.py:tiny; beside a
+    """The path of a config's evidence row: evidence/depth-tiny.json of …/depth.py:tiny; next to a
     config that is not of this project."""
     path, _, arg = spec.partition(":")
     name, path = re.sub(r"\W+", "-", arg), Path(path).resolve()

@@ -1,4 +1,5 @@
-"""Whether two ways of training differ, by how much, and what the runs at hand could show at all.
+"""Statistics of training runs: differences, their errors, and what the runs at hand could show at
+all.
 
 A way of training is measured with several seeds, each on the same examples: values [seeds] or
 [seeds, examples], such as 1 for a right answer and 0 for a wrong one. Two ways are compared pair by

@@ -115,7 +115,7 @@ def _of(result: Mapping[str, Any], name: str) -> float:
 
 
 def _told(rows: Sequence[Row], metric: str) -> str:
-    """What the comparisons come to, in a sentence; "" where there is none."""
+    """The conclusion of the comparisons, in a sentence; "" if there are none."""
     told = [row for row in rows if row.more]
     if not told:
         return ""
@@ -194,7 +194,7 @@ def _equal(groups: Sequence[Group], metric: str) -> str:
 
 
 def _until(rows: Sequence[Row], metric: str) -> str:
-    """How many steps each took to where its reference ended."""
+    """The steps that each group took to its reference's final value."""
     falls, lines = metric.endswith(FALLING), []
     ended = {row.group.name: row.mean for row in rows}
     for row in rows:
@@ -225,7 +225,7 @@ def _figures(rows: Sequence[Row], metric: str) -> Iterator[tuple[str, str]]:
 
 
 def _points(rows: Sequence[Row], read: Callable) -> dict[str, tuple[float, float, float, float]]:
-    """Of each group that knows both: what it takes, and the mean with its interval."""
+    """For each group that knows both, its cost, and the mean with its interval."""
     found = {}
     for row in rows:
         taken = []
@@ -383,7 +383,7 @@ def _failures(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _differences(records: Sequence[Mapping[str, Any]]) -> str:
-    """Of each trial the keys in which it differs from the first."""
+    """For each trial, the keys in which it differs from the first."""
     flat = [
         {key: value for key, value in flatten(record["config"]).items() if not may_change(key)}
         for record in records

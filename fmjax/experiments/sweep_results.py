@@ -1,4 +1,4 @@
-"""What the trials of a sweep came to: records, what compares in them, the tables and the page.
+"""Results of a sweep: records of trials, comparable metrics, tables and the page.
 
 A record is what trials.py keeps of a trial that has ended, with the results of each of its arms.
 Nothing here imports jax.
@@ -37,7 +37,8 @@ KEPT = (
 
 
 def found(folder: Path, config: ConfigDict) -> list[dict[str, Any]]:
-    """What each arm of a run came to, or the run itself; `failed` says why one did not end well."""
+    """The result of each arm of a run, or of the run itself; `failed` says why one did not end
+    well."""
     results = []
     for single, own in zip(configs.arms(config), workdir.of_arms(folder, config), strict=True):
         summary, status = summaries.read(own), storage.read_object(own / "status.json")
@@ -187,14 +188,14 @@ def _with_failures(
 
 
 def _fits(metric: str, best: str, names: set[str], metrics: Sequence[str]) -> bool:
-    """Whether a trial is compared in `metric`, of the `metrics` in which any is; one that failed
-    before it had any is told with the others."""
+    """True if a trial is compared in `metric`, one of the `metrics` in which any is; one that
+    failed before it had any is reported with the others."""
     return best == metric or best not in metrics and (metric in names or not names)
 
 
 def groups_of(told: Sequence[tuple[str, Record]], folder: Path) -> list[comparisons.Group]:
-    """What the records of trials with these names say, seeds put together, with what is known of
-    each example."""
+    """The results of trials with these names, grouped over seeds, with what is known of each
+    example."""
     return comparisons.groups([_with_examples(record, folder / name) for name, record in told])
 
 
@@ -232,7 +233,7 @@ def _number_of(results: Sequence[Mapping[str, Any]], metric: str) -> str:
 
 
 def _state(folder: Path, trial: Any) -> str:
-    """How far one is that has no record."""
+    """The progress of a trial that has no record."""
     held = [folder / "locks" / f"{trial.name}.json", folder / trial.name / "lock.json"]
     runs = any(map(lock.is_locked, held))
     own = workdir.of_arms(folder / trial.name, trial.config)

@@ -33,7 +33,7 @@ def write(file: Path, record: Record) -> None:
 
 
 def _problem(record: Record) -> str:
-    """What a record lacks of what is read from it, "" for nothing."""
+    """The first field that a record lacks, "" if it is complete."""
     kinds = {
         "state": str,
         "reason": str,

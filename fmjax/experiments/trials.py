@@ -194,7 +194,7 @@ def _different(trials: list[Trial]) -> list[Trial]:
 
 
 def _check_groups(trials: Sequence[Trial]) -> None:
-    """Refuses a group in which two results would have the same seed."""
+    """Raise ConfigError for a group in which two results would have the same seed."""
     first: dict[tuple, int] = {}
     for trial in trials:
         for single in configs.arms(trial.config) if "group" in trial.settings else ():
@@ -277,7 +277,7 @@ def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) ->
 
 @contextlib.contextmanager
 def _as_command(words: list[str]) -> Iterator[None]:
-    """What runs inside notes down these words as the command that goes on with it."""
+    """Record these words as the command that resumes what runs inside."""
     before, sys.argv = sys.argv, words
     try:
         yield
@@ -286,7 +286,7 @@ def _as_command(words: list[str]) -> Iterator[None]:
 
 
 def _asked(config: Mapping[str, Any] | ConfigDict) -> str:
-    """What was to be measured of a finished run, which can be made up for."""
+    """The requested measurements of a finished run, which can be made up for."""
     return json.dumps(configs.plain([config.get(k) for k in ("ledger", "pretraining", "samples")]))
 
 

@@ -1,4 +1,4 @@
-"""What runs that were computed together came to: a table, and summary.json beside their folders."""
+"""Summary of runs that were vmapped together: a table, and summary.json beside their folders."""
 
 import json
 from collections.abc import Sequence

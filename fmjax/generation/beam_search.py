@@ -27,7 +27,7 @@ NEVER = -1e9  # score of what is not there
 
 @dataclasses.dataclass(frozen=True)
 class Beams:
-    """How many texts are followed, and how long ones are weighed."""
+    """Beam search settings: the number of beams, and the length penalty."""
 
     count: int
     length_penalty: float = 1.0  # above 0 for longer texts

@@ -1,4 +1,4 @@
-"""What the folder of a model says of conversations with it: their template, and where texts end."""
+"""The conversation settings of a model's folder: chat template and stop tokens."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from fmjax.data import chat, endings, vocabulary
 
 
 def learnt_to_answer(opened: pretrained.Opened) -> bool:
-    """Whether the model is of a run on conversations."""
+    """True if the model is of a run on conversations."""
     return opened.config is not None and opened.config.data.format in ("chat", "chat_padded")
 
 

@@ -38,7 +38,7 @@ class Given(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Where the writing is: `step` tokens of each row of `ids` are written."""
+    """Decoding state: `step` tokens of each row of `ids` are written."""
 
     ids: Int[Array, "B L"]
     step: Int[Array, ""]
@@ -95,7 +95,7 @@ class Writer:
         told: Callable[[np.ndarray], Sequence[bool]] | None = None,
         every: int = 16,
     ) -> list[list[int]]:
-        """What follows each prompt: `length` tokens, or fewer that end with one of `stop`.
+        """The continuation of each prompt: `length` tokens, or fewer that end with one of `stop`.
 
         Row i is drawn by `seed` and the number `first` + i, however the prompts are split. `told`
         is called each `every` tokens with those written so far (padded with -1), and says of each
@@ -147,7 +147,7 @@ def check(broken: Bool[Array, "B"], first: int = 0) -> None:
 
 
 def usable(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
-    """Where a token can be chosen: none is NaN, and the largest is finite."""
+    """True where a token can be chosen: no logit is NaN, and the largest is finite."""
     return jnp.isfinite(jnp.max(logits, axis=-1))
 
 
@@ -160,7 +160,7 @@ def room(length: int) -> int:
 
 
 class Facts(NamedTuple):
-    """What programs are made for."""
+    """Static facts that programs are compiled for."""
 
     stop: tuple[int, ...]
     tokens: int
@@ -219,7 +219,7 @@ def read_more(
 def logits(
     model: AnyModel, params: Any, hidden: Float[Array, "B D"], facts: Facts
 ) -> Float[Array, "B V"]:
-    """Of the tokens that can be written."""
+    """Logits of the tokens that can be written."""
     return model.apply({"params": params}, hidden, method="logits")[:, : facts.tokens]
 
 
@@ -233,7 +233,7 @@ def rewound(cache: Any, by: Int[Array, ""]) -> Any:
 
 
 def ends(ids: Int[Array, "*B"], facts: Facts) -> Bool[Array, "*B"]:
-    """Which of the tokens end a text."""
+    """True for the tokens that end a text."""
     return jnp.isin(ids, jnp.asarray(facts.stop, jnp.int32))
 
 

@@ -15,7 +15,8 @@ NONE = jnp.finfo(jnp.float32).min  # logit of a token that cannot be drawn
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen; `temperature` 0 takes the likeliest, and the first of equal ones.
+    """Sampling settings; `temperature` 0 takes the most probable token, and the first of equal
+    ones.
 
     What is left to draw from is cut in this order, each from what the one before has left.
     """
@@ -40,12 +41,12 @@ class Sampling:
 
     @property
     def draws(self) -> bool:
-        """Whether a text depends on the seed."""
+        """True if a text depends on the seed."""
         return self.temperature > 0 and self.top_k != 1
 
     @property
     def remembers(self) -> bool:
-        """Whether it matters which tokens the text has."""
+        """True if the tokens written so far matter."""
         return self.repetition_penalty != 1
 
 

@@ -25,8 +25,8 @@ from fmjax.params import randomness
 
 
 class Draft(NamedTuple):
-    """Where the writing of one text is; all arrays have the rows that a `Writer` needs, which are
-    alike."""
+    """State of speculative decoding of one text; all arrays have the rows that a `Writer` needs,
+    which are alike."""
 
     ids: Int[Array, "B L"]
     step: Int[Array, ""]  # tokens that are written, of which the last was read by neither
@@ -132,7 +132,7 @@ def verified(
 
 
 def probabilities(logits: Float[Array, "B V"], how: Sampling) -> Float[Array, "B V"]:
-    """What a token is drawn by: the likeliest alone where `how` takes it."""
+    """The distribution that a token is drawn from: the most probable alone if `how` takes it."""
     if how.temperature == 0:
         return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
     left = sampling.left(logits, how)
@@ -140,7 +140,7 @@ def probabilities(logits: Float[Array, "B V"], how: Sampling) -> Float[Array, "B
 
 
 def _logits(p: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    """What `sampling.drawn` draws by p with."""
+    """Logits that `sampling.drawn` draws by p with."""
     return jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1)), sampling.NONE)
 
 

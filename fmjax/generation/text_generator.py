@@ -21,12 +21,12 @@ EVERY = 8  # tokens between looks at what is written, where somebody waits for i
 
 
 def bits_of(how: Mapping[str, Any]) -> dict[str, str]:
-    """How matrices and what was seen are to be kept."""
+    """Quantization settings of weights and KV cache."""
     return {key: how.get(key, "") for key in ("weights", "cache")}
 
 
 def sampling_of(how: Mapping[str, Any]) -> Sampling:
-    """How tokens are chosen, of the keys of configs/generate.py."""
+    """Sampling settings, from the keys of configs/generate.py."""
     names = [field.name for field in dataclasses.fields(Sampling)]
     return Sampling(**{name: how[name] for name in names if name in how})
 
@@ -73,8 +73,8 @@ class Author:
         )
 
     def guess(self, small: "Author", ahead: int) -> None:
-        """Has another author guess so many tokens of what this one writes. Raises ConfigError where
-        their tokens are not the same."""
+        """Let another model draft so many tokens at a time. Raises ConfigError if their tokenizers
+        differ."""
         if self.words.get_vocab() != small.words.get_vocab():
             raise ConfigError(
                 f"config.draft={small.opened.source!r} has other tokens than config.folder="
@@ -89,7 +89,7 @@ class Author:
         return prompt_ids(self.model, self.words, how, data.get("seq_len"), before=source_prefix)
 
     def before(self, prompt: str) -> str:
-        """What a reader is shown in front of what is written: of a source nothing."""
+        """The text shown before the continuation: the prompt; nothing for a source."""
         return "" if self.model.decodes else prompt
 
     def texts(
@@ -150,7 +150,7 @@ class Author:
         return [cut(self.text(ids, row), stop)[0] for ids, row in zip(prompts, rows, strict=True)]
 
     def _likeliest(self, ids, how, show) -> str:
-        """What beam search finds behind the tokens."""
+        """The result of beam search."""
         taken = dict(temperature=0, top_k=None, repetition_penalty=1, stop=(), draft="")
         for key, value in taken.items():
             if how.get(key, value) != value:
@@ -208,8 +208,8 @@ def check_tokens(model: Any, words: Any) -> None:
 
 
 def room(model: Any, trained: int | None) -> int:
-    """How many tokens the model reads and writes at most; `trained` is how long the rows of its
-    training were, None where nobody knows."""
+    """Largest number of tokens that the model reads and writes; `trained` is the length of its
+    training rows, None if unknown."""
     places = model.cfg.max_len - adapters.positions(model)
     if trained is not None and not adapters.base(model).endless:
         return min(places, trained)

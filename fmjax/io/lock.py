@@ -129,7 +129,7 @@ def locked(path: Path, log: Callable[[str], None], name: str = NAME) -> Iterator
 
 
 def is_locked(file: Path) -> bool:
-    """Whether a process holds this lock file."""
+    """True if a process holds this lock file."""
     try:
         with file.open("rb") as opened:
             fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -141,7 +141,7 @@ def is_locked(file: Path) -> bool:
 
 
 def _is_same(opened: IO[str], file: Path) -> bool:
-    """Whether the opened file is the one of that name."""
+    """True if the opened file is the one of that name."""
     try:
         return os.path.samestat(os.fstat(opened.fileno()), os.stat(file))
     except FileNotFoundError:

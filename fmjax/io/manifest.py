@@ -42,7 +42,7 @@ def write(folder: Path) -> None:
 
 
 def problems(folder: Path) -> list[str]:
-    """What differs from the manifest, one line a file; empty when every byte is as written.
+    """Differences from the manifest, one line a file; empty if every byte is as written.
 
     Raises CheckpointError for a folder of a newer format. Files the manifest does not know are
     ignored: file browsers and network file systems leave their own.
@@ -81,7 +81,8 @@ def digest(folder: Path) -> str:
 
 
 def check_format(saved: int, folder: Path) -> None:
-    """Refuses a folder written by an fmjax whose format this one does not know."""
+    """Raise CheckpointError for a folder written by an fmjax whose format this one does not
+    know."""
     if saved > FORMAT:
         raise CheckpointError(
             f"{folder} has checkpoint format {saved}; this fmjax ({__version__}) reads up to "

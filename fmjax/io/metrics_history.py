@@ -114,7 +114,7 @@ def _is_event(line: dict[str, Any]) -> bool:
 
 
 def _is_clock(line: dict[str, Any], spent: Any) -> bool:
-    """Whether the time of a line, and what it was spent on, are numbers."""
+    """True if the time of a line, and its spent seconds, are numbers."""
     return (
         _is_number(line.get("time"))
         and isinstance(spent, dict)

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl always, TensorBoard, and Weights & Biases on request.
+"""The log of a run: metrics.jsonl always, TensorBoard, and Weights & Biases on request.
 
 `metrics.jsonl` holds one JSON object a line, of two kinds:
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, else one plain line per log.
+"""Progress of a run for a person: a bar on a terminal, else one plain line per log.
 
 Also how numbers are shown to people everywhere: `count(41234)` is "41.2k", `duration(80)` "1m20s".
 """

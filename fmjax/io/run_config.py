@@ -79,7 +79,7 @@ def check_meta(folder: Path, meta: Mapping[str, Any], config: ConfigDict) -> Non
 
 
 def is_other(rows: Rows) -> bool:
-    """Whether the changes make another run."""
+    """True if the changes make another run."""
     return any(not configs.may_change(key) for key, _, _ in rows)
 
 
@@ -102,7 +102,7 @@ def read(folder: Path) -> bytes | None:
 
 
 def is_trained(folder: Path) -> bool:
-    """Whether a run, or one of its arms, has done a step there that something remains of."""
+    """True if a run, or one of its arms, has done a step there of which something remains."""
     checkpoints = folder / "checkpoints"
     names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
     return (
@@ -114,7 +114,7 @@ def is_trained(folder: Path) -> bool:
 
 
 def _has_steps(folder: Path) -> bool:
-    """Whether metrics.jsonl has a line of metrics or a damaged one, or status.json a step."""
+    """True if metrics.jsonl has a line of metrics or a damaged one, or status.json a step."""
     rows, events = metrics_log.read(folder)
     damaged = metrics_history.read(folder / metrics_log.FILE).damaged
     damaged += sum(event["event"] == "damaged" for event in events)

@@ -56,7 +56,7 @@ def find(source: str | Path, revision: str = "", *, files: Sequence[str] = MODEL
 
 
 def is_commit(revision: str) -> bool:
-    """Whether a revision can never mean anything else: branches and tags move."""
+    """True if a revision can never mean anything else: branches and tags move."""
     return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 

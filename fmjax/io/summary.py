@@ -34,7 +34,7 @@ def _is_whole(summary: Any) -> bool:
 
 
 def numbers(values: Any) -> bool:
-    """Whether it is a dict of numbers, which JSON has as text if they are not finite."""
+    """True if it is a dict of numbers, which JSON has as text if they are not finite."""
     if not isinstance(values, Mapping):
         return False
     return all(isinstance(value, int | float | str) and _float(value) for value in values.values())

@@ -110,8 +110,8 @@ class Folder:
 
     @property
     def finished(self) -> bool:
-        """Whether an earlier sitting came to the end of the run, or of what is left of the others
-        after it has failed, report and all."""
+        """True if an earlier session finished the run, or what remained of the others after it has
+        failed, with its report."""
         if self.failure:
             return self.previous.get("state") == "failed"
         return self.previous.get("state") == "done" and self.previous.get("exit_code") == 0
@@ -161,7 +161,8 @@ def open(
 
 
 def check(path: str | os.PathLike, config: ConfigDict, *, fresh: bool = False) -> None:
-    """Refuses a folder that `open` would refuse for its content. Reads only; takes no lock."""
+    """Raise the errors that `open` would raise for a folder's content. Reads only; takes no
+    lock."""
     path = Path(path).absolute()
     check_name(path)
     if os.path.exists(path) and not os.path.isdir(path):  # a Path raises for too long names

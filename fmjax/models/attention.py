@@ -30,9 +30,9 @@ def mask(
     prefix: Bool[Array, "B S"] | None = None,
     keys: tuple[Int[Array, "B S"], Int[Array, "B S"]] | None = None,
 ) -> Bool[Array, "B 1 T S"]:
-    """Who may see whom: same segment, not padding, at most `window` positions apart, and if
-    `causal` none that is behind but those of the `prefix` (Raffel et al. 2020, §3.2.1). `keys` are
-    segments and positions of what is seen, where they are not those of who sees."""
+    """Attention mask: same segment, not padding, at most `window` positions apart, and if `causal`
+    none that is later, except those of the `prefix` (Raffel et al. 2020, §3.2.1). `keys` are
+    segments and positions of the keys if they are not those of the queries."""
     others, theirs = keys or (segment_ids, positions)
     same = segment_ids[:, :, None] == others[:, None, :]
     same &= others[:, None, :] > 0

@@ -79,12 +79,12 @@ class Config:
         return self.embed_size or self.width
 
     def biased(self, part: str) -> bool:
-        """Whether `part` (attention, mlp, norm, head, output) has a bias."""
+        """True if `part` (attention, mlp, norm, head, output) has a bias."""
         return not self.modern or getattr(self, f"{part}_bias")
 
     @property
     def full_layers(self) -> list[bool]:
-        """Which layers see the whole row."""
+        """The layers with attention over the whole row."""
         layers = range(self.depth)
         if self.window_layers:
             return [i not in self.window_layers for i in layers]
@@ -148,7 +148,7 @@ def Model(variant: str = "base", **overrides: Any) -> "Encoder":
 
 
 def _has_pooler(cfg: Config) -> bool:
-    """Whether transformers has a layer between the trunk and the linear heads of `cfg`."""
+    """True if transformers has a layer between the trunk and the linear heads of `cfg`."""
     heads = {name for name, _ in cfg.classes}
     if cfg.modern:
         return bool(heads & {*WHOLE_HEADS, *TOKEN_HEADS})
@@ -266,7 +266,7 @@ class MlmHead(nn.Module):
 
 
 class ModernPooler(nn.Module):
-    """What ModernBERT has before a linear head: dense, activation, norm."""
+    """ModernBERT's layer before a linear head: dense, activation, norm."""
 
     cfg: Config
 

@@ -24,7 +24,7 @@ COLLECTION = "routing"  # where layers leave their sums: `model.apply(…, mutab
 
 
 class Routing(NamedTuple):
-    """What the routers of a model say of a batch."""
+    """Router statistics of a model for a batch."""
 
     loss: Float[Array, ""]  # to be added to a mean loss
     metrics: dict[str, tuple[jax.Array, jax.Array]]  # (sum, weight)
@@ -105,7 +105,7 @@ def sums(
     real: Bool[Array, "B T"],
     served: Bool[Array, "B T k"],
 ) -> dict[str, jax.Array]:
-    """What `report` needs of one layer, summed over the tokens that are no padding."""
+    """The sums that `report` needs of one layer, over the tokens that are no padding."""
     each, weight = probabilities.shape[-1], real.astype(jnp.float32)
     taken = jax.nn.one_hot(chosen, each, dtype=jnp.float32) * weight[..., None, None]
     squares = jnp.square(jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1))

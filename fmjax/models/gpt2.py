@@ -126,7 +126,8 @@ class Attention(nn.Module):
 
 
 def towards_residual(cfg: Config) -> nn.initializers.Initializer:
-    """Of what adds to the residual stream, twice a layer: 1/√(2 L) of the others (§2.3)."""
+    """Initial scale of the projections that add to the residual stream, twice a layer: 1/√(2 L) of
+    the others (§2.3)."""
     return nn.initializers.normal(0.02 * (2 * cfg.depth) ** -0.5)
 
 
@@ -186,7 +187,7 @@ class Decoder(trunk.Trunk):
         return self.norm(x) if self.stop is None else x
 
     def vocabulary(self) -> trunk.Vocabulary:
-        """What `logits` multiplies with."""
+        """The matrix that `logits` multiplies with."""
         self.need_vocabulary()
         if not self.cfg.tied:
             return self.head.lm()

@@ -1,4 +1,4 @@
-"""What model families share: linear maps, norms, embeddings, MLPs, dropout.
+"""Layers shared by all model families: linear maps, norms, embeddings, MLPs, dropout.
 
 Every module computes in `dtype` with float32 accumulation (`fmjax.params.precision`), keeps its
 parameters in float32 and takes its randomness as one seed per example (`fmjax.params.randomness`);
@@ -173,8 +173,7 @@ CACHE = "cache"  # collection of what was seen before, for text that is written 
 
 
 class Memory(nn.Module):
-    """What attention looks at: keys, values, and who may see which. As given; adapters add to
-    it.
+    """Keys, values and mask of attention. The identity; adapters add to it.
 
     Where the collection `CACHE` is mutable they are kept there, and from the second call on those
     given are written behind the kept, all of which come back; what is `fixed` stays as the first
@@ -197,7 +196,7 @@ class Memory(nn.Module):
         return k, v, may_see
 
     def full(self) -> bool:
-        """Whether something is kept."""
+        """True if something is cached."""
         return self.has_variable(CACHE, "rows")
 
     def kept(self) -> tuple[jax.Array, jax.Array]:
@@ -206,8 +205,8 @@ class Memory(nn.Module):
 
 
 class Seen(nn.Module):
-    """Which tokens attention looks at: arrays (B, T) that say something of each. As given, or with
-    those before them, as `Memory` keeps keys."""
+    """Per-token arrays (B, T) that attention masks by: as given, or with those of earlier tokens,
+    as `Memory` keeps keys."""
 
     def __call__(self, *arrays: Int[Array, "B T"]) -> tuple[Int[Array, "B S"], ...]:
         if not self.is_mutable_collection(CACHE):
@@ -269,7 +268,7 @@ class Embedding(nn.Module):
 
     @property
     def spec(self) -> P:
-        """How the table lies on the mesh."""
+        """Layout of the table on the mesh."""
         return sharding.spec_of("/".join((*self.path, "embedding")))
 
 

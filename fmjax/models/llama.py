@@ -109,12 +109,12 @@ class Config:
 
     @property
     def size(self) -> int:
-        """Of a head."""
+        """Width of a head."""
         return self.head_size or self.width // self.heads
 
     @property
     def full_layers(self) -> list[bool]:
-        """Which layers see all before them."""
+        """The layers with attention over all earlier tokens."""
         if not self.window:
             return [True] * self.depth
         if self.window_layers:
@@ -123,7 +123,7 @@ class Config:
 
     @property
     def rotary_layers(self) -> list[bool]:
-        """Which layers have positions."""
+        """The layers with rotary positions."""
         if self.nope_layers:
             return [i not in self.nope_layers for i in range(self.depth)]
         return [not nope for nope in _each(self.nope_every, self.depth)]
@@ -417,7 +417,7 @@ class Decoder(trunk.Trunk):
         return self.norm(x) if self.stop is None else x
 
     def vocabulary(self) -> trunk.Vocabulary:
-        """What `logits` multiplies with."""
+        """The matrix that `logits` multiplies with."""
         self.need_vocabulary()
         if not self.cfg.tied:
             return self.head.lm()._replace(softcap=self.cfg.logit_softcap)

@@ -94,7 +94,7 @@ def _yarn(
     factor = told["factor"]
 
     def dimension(turns: float) -> float:
-        """Where waves turn so often in the trained length."""
+        """The dimension whose waves turn so often in the trained length."""
         return size * np.log(original / (turns * 2 * np.pi)) / (2 * np.log(theta))
 
     low, high = dimension(told["beta_fast"]), dimension(told["beta_slow"])

@@ -184,7 +184,7 @@ class Attention(nn.Module):
 
 
 class Distances(layers.Embedding):
-    """What attention adds for the distance of two tokens, by head."""
+    """The attention bias for the distance of two tokens, by head."""
 
     def bias(
         self, bucket: Int[Array, "T S"] | Int[Array, "B T S"]
@@ -214,7 +214,7 @@ class Embed(nn.Module):
         return self._dropped(self.token(input_ids), seeds)
 
     def target(self, input_ids, seeds):
-        """Of the tokens that the decoder is given."""
+        """Embeddings of the decoder's input tokens."""
         return self._dropped(self.token(input_ids, bare=True), seeds)
 
     def _dropped(self, x, seeds):
@@ -229,8 +229,8 @@ class Embed(nn.Module):
 
 
 def row_buckets(cfg: Config, time: int, causal: bool) -> Int[Array, "T T"]:
-    """Of a row of `time` tokens. In a row the tokens of a segment are side by side, so that their
-    columns are as far apart as their positions."""
+    """Buckets of a row of `time` tokens. In a row the tokens of a segment are side by side, so that
+    their columns are as far apart as their positions."""
     place = np.arange(time)
     return jnp.asarray(bucket(place - place[:, None], not causal, cfg.buckets, cfg.far))
 
@@ -238,7 +238,7 @@ def row_buckets(cfg: Config, time: int, causal: bool) -> Int[Array, "T T"]:
 def written_buckets(
     cfg: Config, positions: Int[Array, "B T"], keys: Int[Array, "B S"]
 ) -> Int[Array, "B T S"]:
-    """Of tokens that a decoder writes, and those that were before them: keys of so many columns
+    """Buckets of the tokens that a decoder writes, and of the earlier ones: keys of so many columns
     have no larger distances."""
     place = np.arange(keys.shape[1])
     found = jnp.asarray(bucket(-place, False, cfg.buckets, cfg.far))
@@ -363,11 +363,11 @@ class EncoderDecoder(trunk.Trunk):
         return self.run_layers(sharding.constrain_batch(x), layer, shared, first, last)
 
     def _site(self, seeds, i):
-        """Of the dropout outside of layers and heads."""
+        """Seeds of the dropout outside of layers and heads."""
         return None if seeds is None else randomness.fold(seeds, self.cfg.depth + 2 + i)
 
     def vocabulary(self) -> trunk.Vocabulary:
-        """What `logits` multiplies with."""
+        """The matrix that `logits` multiplies with."""
         self.need_vocabulary()
         if not self.cfg.tied:
             return self.head.lm()

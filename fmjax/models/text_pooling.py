@@ -7,9 +7,9 @@ from jaxtyping import Array, Float, Int
 def pooled(
     hidden: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], pool: str
 ) -> Float[Array, "B D"]:
-    """What stands for a whole sequence, in float32: its "first" token, its "last", or of all tokens
-    the "mean", the "max", the "weighted_mean" (by place, from 1) or the "sum_over_sqrt" of how many
-    there are."""
+    """The vector of a whole sequence, in float32: of its "first" token, its "last", or over all
+    tokens the "mean", the "max", the "weighted_mean" (by place, from 1) or the "sum_over_sqrt" of
+    how many there are."""
     if pool == "first":
         return hidden[:, 0].astype(jnp.float32)
     if pool == "last":

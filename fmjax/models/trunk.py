@@ -1,4 +1,4 @@
-"""What the families have in common: layers that run one by one or in stacks, and heads on them.
+"""The trunk that the families share: layers that run one by one or in stacks, and heads on them.
 
 A family's model is a `Trunk` with a `Block` of its own; its file says what comes before the layers,
 what each is told, and what comes behind.
@@ -71,7 +71,7 @@ class Heads(nn.Module):
         return layers.Linear(features, dtype=DTYPES[self.cfg.dtype])
 
     def summary(self, hidden, segment_ids, pool):
-        """What stands for the whole sequence."""
+        """The vector of the whole sequence."""
         return text_pooling.pooled(hidden, segment_ids, pool)
 
     def whole(self, hidden, segment_ids, name, pool, seeds):
@@ -86,7 +86,7 @@ class Heads(nn.Module):
 
 
 class CausalHeads(Heads):
-    """Of models whose last token alone has seen the whole; heads on it have no bias, as in
+    """Heads of models whose last token alone has seen the whole; they have no bias, as in
     transformers."""
 
     pool = "last"
@@ -132,7 +132,7 @@ class Trunk(nn.Module):
 
     @property
     def encoded(self) -> int:
-        """How many of the layers, from the first on, `encode` runs."""
+        """Number of layers, from the first on, that `encode` runs."""
         return self.cfg.depth
 
     def example(self) -> tuple[jax.Array, ...]:
@@ -234,7 +234,8 @@ class Trunk(nn.Module):
 
 
 def check_config(cfg: Any, taken: Sequence[str] = ()) -> None:
-    """Refuses what no family can be: names of heads that are `taken`, an unknown way to compute.
+    """Raise ConfigError for settings that no family can have: names of heads that are `taken`, an
+    unknown way to compute.
 
     Raises ConfigError.
     """

@@ -171,8 +171,8 @@ def phases(objectives: list[Objective]) -> tuple[list[int], list[list[Objective]
 
 
 def check_phases(objectives: list[Objective], total: int) -> None:
-    """Refuses an objective that is never learnt, and a run of `total` steps that in some of them
-    learns nothing. Raises ConfigError."""
+    """Raise ConfigError for an objective that is never learnt, and for a run of `total` steps that
+    in some of them learns nothing."""
     for one in objectives:
         if one.stop is not None and one.stop <= one.start:
             raise ConfigError(

@@ -41,7 +41,7 @@ def outputs(
 
 
 def each(found: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Whether the most probable one is right."""
+    """True where the most probable one is right."""
     return {"accuracy": found["probabilities"].argmax(axis=1) == labels}
 
 

@@ -29,7 +29,7 @@ class Sums(NamedTuple):
 
 
 class _How(NamedTuple):
-    """What is no array."""
+    """The arguments that are not arrays."""
 
     out_in: bool
     spec: P

@@ -84,7 +84,7 @@ def score(found: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, floa
 
 
 def each(found: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Whether the most probable one is right, or all that are chosen of several."""
+    """True where the most probable one is right, or all that are chosen of several."""
     if "chosen" in found:
         return {"accuracy": (found["chosen"] == labels).all(axis=1)}
     return {"accuracy": found["probabilities"].argmax(axis=1) == labels}

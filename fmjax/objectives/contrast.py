@@ -61,8 +61,8 @@ def outputs(
 
 
 def score(found: Mapping[str, np.ndarray], labels: np.ndarray | None) -> dict[str, float]:
-    """How often the nearest of all second texts of a split is the right one, and the mean
-    reciprocal of its rank; NaN for single texts.
+    """The share of texts whose nearest of all second texts of a split is the right one, and the
+    mean reciprocal rank; NaN for single texts.
 
     Texts that are equally near count as in any order: of n the right one is the nearest once in n
     times, and its rank is their mean.

@@ -1,4 +1,4 @@
-"""Where the documents of packed rows begin and end, for objectives that take them apart."""
+"""Beginnings and ends of the documents in packed rows, for objectives that take them apart."""
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,6 @@ def last(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def behind(chosen: Bool[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """How many chosen tokens of its document stand behind each token."""
+    """Number of chosen tokens after each token in its document."""
     count = jnp.cumsum(chosen, axis=1)
     return jnp.take_along_axis(count, last(segments), axis=1) - count

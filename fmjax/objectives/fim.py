@@ -100,5 +100,5 @@ def loss_fn(
     z_loss: float = 0.0,
     smoothing: float = 0.0,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """That of `clm`, of all tokens in their new order, the marks among them."""
+    """The loss of `clm`, of all tokens in their new order, the marks among them."""
     return clm.loss_fn(apply, params, batch, vocab=vocab, z_loss=z_loss, smoothing=smoothing)

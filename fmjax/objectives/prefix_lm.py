@@ -48,5 +48,5 @@ def loss_fn(
     z_loss: float = 0.0,
     smoothing: float = 0.0,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """That of `clm`, of the tokens behind the prefixes."""
+    """The loss of `clm`, of the tokens after the prefixes."""
     return clm.loss_fn(apply, params, batch, vocab=vocab, z_loss=z_loss, smoothing=smoothing)

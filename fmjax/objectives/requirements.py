@@ -1,4 +1,5 @@
-"""What objectives need of a model and of its data, as their modules say (fmjax/objectives)."""
+"""Requirements of objectives on a model and its data, as their modules declare them
+(fmjax/objectives)."""
 
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,19 +19,19 @@ def heads(objectives: Iterable[str], labels: Sequence[str]) -> dict[str, int]:
 
 
 def vocabulary(objectives: Iterable[str]) -> bool:
-    """Whether one of the objectives predicts tokens."""
+    """True if one of the objectives predicts tokens."""
     modules = (importlib.import_module(f"fmjax.objectives.{name}") for name in objectives)
     return any(getattr(module, "VOCABULARY", False) for module in modules)
 
 
 def pool(objectives: Mapping[str, Mapping[str, Any]]) -> str:
-    """What stands for the whole sequence before linear heads; "": not said, or not the same."""
+    """The pooling before linear heads; "" if not given, or not the same for all."""
     pools = {args.get("pool", "") for name, args in objectives.items() if name in WHOLE_HEADS}
     return pools.pop() if len(pools) == 1 else ""
 
 
 def prefix(objectives: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether one of the objectives shows a decoder's tokens to those before them."""
+    """True if one of the objectives shows a decoder's tokens to earlier ones."""
     return any(
         args.get("prefix")
         or getattr(importlib.import_module(f"fmjax.objectives.{name}"), "PREFIX", 0)
@@ -39,14 +40,14 @@ def prefix(objectives: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def room(objectives: Iterable[str]) -> int:
-    """How many tokens the objectives add to a document at most."""
+    """Largest number of tokens that the objectives add to a document."""
     modules = (importlib.import_module(f"fmjax.objectives.{name}") for name in objectives)
     return sum(getattr(module, "ROOM", 0) for module in modules)
 
 
 def check_model(objectives: Mapping[str, Mapping[str, Any]], model: AnyModel) -> None:
-    """Refuses what the model cannot learn: whether its tokens see only what is before them, and
-    whether a decoder follows its encoder. Raises ConfigError."""
+    """Raise ConfigError for a model that cannot learn the objectives: whether its tokens see only
+    earlier ones, and whether a decoder follows its encoder."""
     for name, args in objectives.items():
         module = importlib.import_module(f"fmjax.objectives.{name}")
         decodes = getattr(module, "DECODES", False)
@@ -81,7 +82,7 @@ def check_model(objectives: Mapping[str, Mapping[str, Any]], model: AnyModel) ->
 
 
 def check_target(objective: str, needs: str | tuple[str, ...], target: str) -> None:
-    """Refuses labels that mean something else than the objective says."""
+    """Raise ConfigError for labels that mean something else than the objective declares."""
     if target in needs if isinstance(needs, tuple) else needs in ("", target):
         return
     made = f"made for {target!r}" if target else "without labels"

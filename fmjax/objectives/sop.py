@@ -23,5 +23,5 @@ def heads(labels: Sequence[str]) -> dict[str, int]:
 def loss_fn(
     apply: Callable, params: Any, batch: Mapping[str, jax.Array]
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """What `nsp.loss_fn` gives, of the order of two segments."""
+    """The loss of `nsp.loss_fn`, for the order of two segments."""
     return losses.classification(pooled_logits(apply, params, batch, "sop"), batch)

@@ -24,7 +24,7 @@ SCORES = ("exact_match", "f1")
 
 
 class Guess(NamedTuple):
-    """What is said of one question, and the sums of logits of the span and of having no answer."""
+    """The answer to one question, and the sums of logits of its span and of having no answer."""
 
     text: str
     score: float

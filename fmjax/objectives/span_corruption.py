@@ -111,8 +111,8 @@ def _spans(
     mean: Float[Array, "B"],
     rate: Float[Array, "B"],
 ) -> Bool[Array, "B T"]:
-    """What is in spans: as many as the share and their mean length ask for, of random lengths, with
-    tokens that stay before each. A span ends where its document does."""
+    """The tokens inside spans: as many as the share and their mean length ask for, of random
+    lengths, with tokens that stay before each. A span ends where its document does."""
     time = eligible.shape[1]
     tokens = jnp.sum(eligible, axis=1)
     noise = jnp.clip(jnp.round(tokens * rate), 1, jnp.maximum(tokens - 1, 0)).astype(jnp.int32)
@@ -152,7 +152,7 @@ def _ends(
     seeds: randomness.Seeds,
     rate: Float[Array, "B"],
 ) -> Bool[Array, "B T"]:
-    """What is behind a random place in each document of `SHORTEST` tokens or more."""
+    """The tokens after a random place in each document of `SHORTEST` tokens or more."""
     behind = documents.behind(eligible, segments)
     begin = documents.begin(segments)
     of_document = lambda x: jnp.take_along_axis(x, begin, axis=1)

@@ -1,4 +1,4 @@
-"""Which parameters move: groups by name, and what is frozen.
+"""Groups of parameters by name: which train, and which are frozen.
 
 Groups are ordered (regex over parameter names, group name); the first full match wins and an
 uncovered parameter is an error. Layers are numbered from the front, `block_00`, and from the back:

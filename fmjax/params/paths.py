@@ -24,8 +24,8 @@ _LAYER = re.compile(r"((?:\w+/)*?)block_(\d+)/(.*)")
 
 
 class Layer(NamedTuple):
-    """Where a layer's parameter is: `image/block_07/attn/out/bias` is `attn/out/bias` of layer 7 of
-    the trunk `image/`. A model that is one trunk has the prefix ""."""
+    """The place of a layer's parameter: `image/block_07/attn/out/bias` is `attn/out/bias` of layer
+    7 of the trunk `image/`. A model that is one trunk has the prefix ""."""
 
     trunk: str
     index: int

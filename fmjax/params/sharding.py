@@ -1,4 +1,4 @@
-"""Where arrays lie: one mesh, one table of rules, one program for any number of devices.
+"""Layout of arrays: one mesh, one table of rules, one program for any number of devices.
 
 The mesh has the axes `data` (batch), `fsdp` (batch, and parameters cut along one dimension),
 `expert` (batch, and which experts of a layer a device has) and `tensor` (heads and hidden units).
@@ -68,7 +68,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, expert: int = 1) -
 
 
 def table(mesh: jax.sharding.Mesh) -> str:
-    """What the program runs on, for people.
+    """The devices and mesh that the program runs on, for people.
 
     devices     16 x TPU v5 lite (tpu), 15.7 GiB each, 4 in each of 4 processes
     mesh        data 2 x fsdp 4 x tensor 2
@@ -86,7 +86,8 @@ def table(mesh: jax.sharding.Mesh) -> str:
 
 
 def check_batch(mesh: jax.sharding.Mesh, batch_size: int, accumulate: int = 1) -> None:
-    """Refuses a batch that the batch axes of the mesh do not divide, or the processes not."""
+    """Raise ConfigError for a batch that the batch axes of the mesh, or the processes, do not
+    divide."""
     ways = batch_ways(mesh)
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
     owners = owners.reshape(ways, mesh.shape["tensor"])
@@ -122,7 +123,7 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh, rules=RULES) -> Any:
 
 
 def spec_of(path: str, rules=RULES) -> P:
-    """How one layer's parameter lies, given its stored path, under whatever prefix."""
+    """Layout of one layer's parameter, given its stored path, under whatever prefix."""
     name = paths.names(path)[0]
     matches = lambda pattern: re.fullmatch(rf"(\w+/)*?({pattern})", name)
     return next(spec for pattern, spec in rules if matches(pattern))

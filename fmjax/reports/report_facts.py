@@ -1,4 +1,5 @@
-"""What a run trained on what: the first table of its page, from summary.json and config.json."""
+"""The first table of a run's page: model, data, parameters and length, from summary.json and
+config.json."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -161,7 +161,7 @@ def _results(summary: Mapping) -> str:
 
 
 def _repeats(name: str, metrics: Mapping[str, Any]) -> bool:
-    """Whether a metric is that of the only objective, and so the whole one once more."""
+    """True if a metric is that of the only objective, and so equal to the total."""
     last = _panel(name)
     both = [(metrics.get(f"{s}/{name}"), metrics.get(f"{s}/{last}")) for s in SPLITS]
     return name != last and any(x is not None for x, _ in both) and all(x == y for x, y in both)
@@ -225,7 +225,7 @@ def _goodput(seconds: Mapping[str, float]) -> str:
 
 
 def _predictions(file: Path) -> str:
-    """What the model says of a few examples, beside what is right."""
+    """A table of a few held-out examples: text, label and the model's output."""
     try:
         read = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
         rows = [tuple(str(one[key]) for key in ("text", "right", "said")) for one in read]
@@ -235,7 +235,7 @@ def _predictions(file: Path) -> str:
 
 
 def _samples(config: Mapping, ledger: Mapping) -> str:
-    """What the model has written, behind its prompt."""
+    """Generated samples, each after its prompt."""
     prompt = config.get("samples", {}).get("prompt", "")
     return "".join(f"<pre>{escape(prompt + text)}</pre>" for text in ledger.get("samples", ()))
 
@@ -268,7 +268,7 @@ def _panel(name: str) -> str:
 
 
 def _label(name: str) -> str:
-    """What a curve is called beside the others of its figure: train/mlm/loss -> "train mlm".
+    """The label of a curve in its figure: train/mlm/loss -> "train mlm".
 
     A metric without a split or a group, such as perf/tokens_per_sec, needs no name.
     """

@@ -227,14 +227,14 @@ def _further(
 
 
 def _clear(box: tuple[float, ...], boxes: list[tuple], dots: list[tuple[float, float]]) -> bool:
-    """Whether a box (left, top, right, bottom) meets none of the others, and no dot lies in it."""
+    """True if a box (left, top, right, bottom) meets none of the others, and no dot is in it."""
     left, top, right, bottom = box
     dotted = any(left - 2 < x < right + 2 and top < y < bottom for x, y in dots)
     return not dotted and not any(_meet(box, other) for other in boxes)
 
 
 def _meet(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    """Whether two boxes (left, top, right, bottom) overlap."""
+    """True if two boxes (left, top, right, bottom) overlap."""
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 

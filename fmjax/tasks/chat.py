@@ -88,8 +88,8 @@ class Talk:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def answer(self, said: str, show: Callable[[str], None]) -> str:
-        """What the model says to that, shown as it grows. Where there is no room for all, the
-        oldest question and its answer are forgotten, and that is said.
+        """The model's answer, shown as it grows. If there is no room for everything, the oldest
+        question and its answer are dropped, with a message.
 
         Raises Unfit where the template cannot have it, or it alone is too long: nothing is kept.
         """

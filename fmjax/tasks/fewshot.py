@@ -1,4 +1,4 @@
-"""What a model knows without training: questions by name, behind some examples or none."""
+"""Few-shot and zero-shot evaluation: benchmarks by name, after some examples or none."""
 
 import functools
 import json
@@ -102,7 +102,7 @@ def of_data(config: Any, opened: pretrained.Opened) -> tuple[dict, dict[str, Any
 
 
 def asker(config: Any, opened: pretrained.Opened):
-    """What gives (what the model says of each item, metrics) of items."""
+    """A function from items to (the model's judgement of each item, metrics)."""
     words = tokenizers.load(opened.tokenizer)
     if config.benchmark.name == "gsm8k":
         # Names of special tokens may hold a number: <|reserved_7|>.

@@ -1,4 +1,4 @@
-"""What a model puts in the place of masked words of a sentence."""
+"""Fill-in of masked words in a sentence."""
 
 import os
 from typing import Any, NamedTuple

@@ -108,12 +108,12 @@ class Model(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a text."""
+        """The token that ends a text."""
         return (self.scorer.last or [self._begins])[0]
 
     @property
     def prefix_token_id(self) -> int:
-        """What begins a text that nothing is before."""
+        """The token that begins a text without a context."""
         return self._begins
 
     @property
@@ -176,7 +176,7 @@ class Model(TemplateLM):
         return [-one.nats for one in self.scorer(pairs)]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes behind each context, up to one of the texts that end it."""
+        """The continuation of each context, up to one of the texts that end it."""
         answers: dict[int, str] = {}
         kind = lambda i: json.dumps(requests[i].args[1], sort_keys=True, default=str)
         for _, same in itertools.groupby(sorted(range(len(requests)), key=kind), key=kind):

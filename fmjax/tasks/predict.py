@@ -1,4 +1,4 @@
-"""What a fine-tuned model says of each record of a file: labels, probabilities, values."""
+"""Predictions of a fine-tuned model for each record of a file: labels, probabilities, values."""
 
 import json
 import os

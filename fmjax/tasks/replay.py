@@ -66,7 +66,8 @@ def run(config: Any, workdir_path: str | os.PathLike, *, dry_run: bool = False) 
 
 
 def _check_data(folder: Path, run: Run) -> None:
-    """Refuses data that have changed since the run, where it has ended and tells."""
+    """Raise DataError if the data have changed since the run, as far as a finished run recorded
+    it."""
     before = summary.read(folder)
     if before.get("data_digest", run.dataset.digest) != run.dataset.digest:
         raise DataError(
@@ -76,7 +77,7 @@ def _check_data(folder: Path, run: Run) -> None:
 
 
 def again(together: vmapped_runs.Arms, folder: Path, step: int) -> dict[str, Any]:
-    """What step `step` (from 1) of the run was made of; JSON."""
+    """The contents of step `step` (from 1) of the run; JSON."""
     run = together.wide
     state, position = restore.before(run, folder, step)
     first = int(state.step)
@@ -121,8 +122,8 @@ def norms(run: Run, state: TrainState, after: TrainState, batch: Mapping) -> dic
 
 
 def examples(run: Run, state: TrainState, batch: Mapping[str, jax.Array]) -> list[dict[str, Any]]:
-    """Of each example of the batch its place in the order, its loss by each objective, the text,
-    and of masked words the text as the model sees it and what it should say."""
+    """For each example of the batch: its place in the order, its loss by each objective, the text,
+    and for masked words the text as the model sees it and the targets."""
     apply = build.apply(run.model)
     cuts, phases = losses.phases(run.objectives)
     learnt = phases[bisect.bisect_right(cuts, int(state.step))]
@@ -183,7 +184,7 @@ def show(found: Mapping[str, Any], most: int) -> None:
 
 
 def _height(one: Mapping[str, Any], names: Sequence[str]) -> float:
-    """How high an example's losses are; what is not finite is the highest."""
+    """The largest loss of an example; one that is not finite is the highest."""
     total = sum(one[name] or 0.0 for name in names)
     return total if math.isfinite(total) else math.inf
 

@@ -1,4 +1,5 @@
-"""What an encoder–decoder makes of a file of sources, beside what it should: BLEU, chrF, ROUGE."""
+"""Translation of a file of sources by an encoder–decoder, scored against references: BLEU, chrF,
+ROUGE."""
 
 import importlib.util
 import json
@@ -105,7 +106,7 @@ def _texts(value: Any, where: str) -> list[str]:
 
 
 def written(writer: Writer, prompts: Sequence[list[int]], config: Any) -> list[list[int]]:
-    """What is written about each source, of `config.length` tokens at most."""
+    """The text generated for each source, of `config.length` tokens at most."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     found: dict[int, list[int]] = {}
     for first in range(0, len(order), config.batch_size):

@@ -71,7 +71,7 @@ def cached(
 
 
 def depth(run: Any) -> int:
-    """How many layers from the first on are frozen, with the embeddings; at least one."""
+    """Number of frozen layers, from the first on, with the embeddings; at least one."""
     cfg = run.model.cfg
     refused = "config.cache_prefix=True"
     if jax.process_count() > 1:

@@ -1,4 +1,4 @@
-"""What a run starts from: config.init as a model and its parameters."""
+"""Initialization of a run from config.init: the model and its parameters."""
 
 import functools
 import os
@@ -70,7 +70,7 @@ def resolved(config: Any) -> Any:
 
 
 class Start(NamedTuple):
-    """What a run starts from."""
+    """The initial parameters of a run."""
 
     params: Any  # stored tree
     fresh: tuple[str, ...] = ()  # names of the parameters that the source lacks
@@ -142,7 +142,7 @@ def _matrix(folder: Path, packings: Mapping[str, adapters.Packing], name: str) -
 
 
 def _told(audit: Mapping[str, float], name: str) -> str:
-    """How much quantising lost of each matrix, in a line."""
+    """The quantization error of each matrix, in a line."""
     worst = sorted(audit, key=audit.get, reverse=True)[:3]
     return (
         f"{len(audit)} matrices in {name}: {100 * np.median(list(audit.values())):.2g} % of their "
@@ -152,7 +152,7 @@ def _told(audit: Mapping[str, float], name: str) -> str:
 
 
 def check_tokenizer(config: Any, folder: Path) -> None:
-    """Refuses to start from `config.init` where the ids of the tokenizer in `folder` differ."""
+    """Raise ConfigError if the ids of `config.init`'s tokenizer differ from those in `folder`."""
     if not config.init:
         return
     source = _tokenizer(config.init)
@@ -167,7 +167,7 @@ def check_tokenizer(config: Any, folder: Path) -> None:
 
 
 def check_head(config: Any, labels: Sequence[str]) -> None:
-    """Refuses to go on with a head of `config.init` that was made for other classes than `labels`,
+    """Raise ConfigError for a head of `config.init` that was made for other classes than `labels`,
     or for another number, unless `config.new_head` leaves it out.
 
     `config.data.classes` states what each output of the head means in the data; names are compared

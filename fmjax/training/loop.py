@@ -158,8 +158,8 @@ def train_batches(together: Arms) -> Any:
 
 
 def meta(run: Run, batches: Any, monitor: Monitor, still: str) -> dict[str, Any]:
-    """What a checkpoint holds beside arrays: where the data stands, what made the run, and the
-    digest of the frozen parameters, `still`."""
+    """Metadata of a checkpoint: the position in the data, what made the run, and the digest of the
+    frozen parameters, `still`."""
     return {
         "frozen": still,
         "data": batches.state(),
@@ -209,7 +209,7 @@ def compiled(
 
 
 def check_best(best: str, metrics: Iterable[str]) -> None:
-    """Refuses a `config.best` that no evaluation will bring, before the first step."""
+    """Raise ConfigError for a `config.best` that no evaluation brings, before the first step."""
     names = dict.fromkeys(("loss", *metrics), 0.0)
     possible = [f"validation/{name}" for name in (*names, *eval_loop.perplexity(names))]
     if best and best not in possible:

@@ -1,4 +1,4 @@
-"""What happens beside the steps: numbers are fetched, averaged, written, shown, and judged.
+"""Monitoring of a run: numbers are fetched, averaged, written, shown, and checked.
 
 The loop hands over each step's metrics as device arrays. They are read one step late, when the next
 step is already running, so that looking at numbers never makes the device wait.
@@ -164,7 +164,7 @@ class Monitor:
             self._progress.print(f"{self._prefix}left out: {error}")
 
     def owes_evaluation(self, step: int) -> bool:
-        """Whether a signal has cut the evaluation of `step` short, in this sitting or the last."""
+        """True if a signal has cut the evaluation of `step` short, in this session or the last."""
         return self._results[0] != step
 
     def save(self, saver: Any, step: int, state: Any, meta: Mapping[str, Any]) -> None:
@@ -179,7 +179,8 @@ class Monitor:
             self.folder.update(checkpoint=saver.committed)
 
     def saved(self) -> dict[str, Any]:
-        """What a checkpoint keeps (JSON): the tokens so far, and the means being taken."""
+        """The monitor's part of a checkpoint (JSON): the tokens so far, and the means being
+        taken."""
         self._read()
         sums = {name: pair.tolist() for name, pair in self._sums.items()}
         window = metrics_log.plain({"sums": sums, "scalars": self._scalars})
@@ -331,14 +332,14 @@ class Monitor:
 
 
 def show(run: Any, first: int) -> Progress:
-    """What a person sees of a run that goes on after `first` steps."""
+    """The progress display of a run that resumes after `first` steps."""
     main = jax.process_index() == 0
     return Progress(run.total, start=first, best=run.config.best, enabled=main)
 
 
 @contextlib.contextmanager
 def timed(monitors: Iterable[Monitor], kind: str) -> Iterator[None]:
-    """What happens inside took the time of them all."""
+    """Charge the time of the block to every monitor."""
     with contextlib.ExitStack() as stack:
         for monitor in monitors:
             stack.enter_context(monitor.timed(kind))

@@ -1,4 +1,4 @@
-"""How parameters move: optimizers, schedules, the moving average.
+"""Optimizers, schedules, and the moving average of parameters.
 
 Every group of fmjax/params/groups.py that trains has its own optimizer under one
 `optax.multi_transform`.

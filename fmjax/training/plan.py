@@ -104,13 +104,13 @@ def compiled(together: Arms) -> jax.stages.Compiled:
 
 
 def peak_bytes(step: jax.stages.Compiled) -> int:
-    """Of a device at once, by the compiler: the state and the batch, and temporary arrays."""
+    """Peak memory of one device, by the compiler: the state and the batch, and temporary arrays."""
     memory = step.memory_analysis()
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
 def _sent(program: str) -> str:
-    """What a device sends the others in a step, the largest part first."""
+    """The bytes that a device sends the others in a step, the largest part first."""
     try:
         sent = collective_bytes.sent(program)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""How runs begin: from their newest checkpoints, or from what `config.init` names, or fresh."""
+"""The initial state of runs: from their newest checkpoints, from `config.init`, or fresh."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""What a config means: every part of a run, built and checked, with nothing computed yet."""
+"""From a config to the parts of a run, built and checked, with nothing computed yet."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ from fmjax.training.state import TrainState
 
 
 class Run(NamedTuple):
-    """What a config means: every part that the loop uses, nothing yet computed."""
+    """Every part of a run that the loop uses, nothing computed yet."""
 
     config: Any
     mesh: jax.sharding.Mesh
@@ -155,7 +155,7 @@ def beside(run: Run, config: Any) -> Run:
 
 
 def _check_noise(config: Any, model: AnyModel) -> None:
-    """Refuses to compare a text with itself where nothing tells the two apart."""
+    """Raise ConfigError if a text would be compared with itself and nothing tells the two apart."""
     alone = len(read(DataSettings, config.data.to_dict(), "data").column_names) == 1
     if "contrast" in config.objectives and alone and not model.cfg.dropout:
         raise ConfigError(
@@ -166,7 +166,8 @@ def _check_noise(config: Any, model: AnyModel) -> None:
 
 
 def _check_balance(config: Any, model: AnyModel) -> None:
-    """Refuses to balance experts over parts of a batch, which is not to balance them over it."""
+    """Raise ConfigError if experts would be balanced over parts of a batch, which is not to balance
+    them over it."""
     names = ("experts", "router_aux_loss", "router_z_loss")
     experts, *factors = (getattr(model.cfg, name, 0) for name in names)
     if experts and any(factors) and config.accumulate > 1:
@@ -179,7 +180,8 @@ def _check_balance(config: Any, model: AnyModel) -> None:
 
 
 def _check_prompt(config: Any) -> None:
-    """Refuses the state of a prompt among those of tokens that a head takes the mean of."""
+    """Raise ConfigError if a head takes the mean over tokens and the state of a prompt would be
+    among them."""
     means = [name for name, args in config.objectives.items() if args.get("pool") == "mean"]
     if config.adapter.get("whole") == "prompt" and means:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What a run gains and loses beside its metrics: `config.ledger`, after training, in ledger.json.
+"""Side effects of training: `config.ledger`, measured after training, in ledger.json.
 
     config.ledger = ("forgetting", "memory", "samples", "slices")
 
@@ -44,7 +44,7 @@ LENGTHS = 4  # parts of as many examples
 
 
 class Ledger:
-    """What is measured of the arms of a run. Raises ConfigError where that cannot be, before any is
+    """Measurements of the arms of a run. Raises ConfigError if one is impossible, before any is
     trained."""
 
     def __init__(self, config: Any, together: vmapped_runs.Arms, mesh: jax.sharding.Mesh):
@@ -98,7 +98,7 @@ class Ledger:
 
 
 def _check_samples(run: Run) -> None:
-    """Refuses samples that a run's model cannot be asked for."""
+    """Raise ConfigError for samples that a run's model cannot write."""
     how = dict(run.config.get("samples") or {})
     wanted = ("prompt", "count", "length", "temperature", "top_k")
     if sorted(how) != sorted(wanted):
@@ -165,7 +165,7 @@ class PretrainingLoss:
         self.before = self(source, mesh)
 
     def check(self, run: Run) -> None:
-        """Refuses a run whose model has no room for these texts."""
+        """Raise ConfigError for a run whose model has no room for these texts."""
         initialize.check_head(run.config, run.dataset.labels)
         try:
             build.check_rows(run.model, self.measure.settings)
@@ -179,7 +179,7 @@ class PretrainingLoss:
 
 @functools.lru_cache(maxsize=1)
 def base(source: str, settings: str, mesh: jax.sharding.Mesh) -> PretrainingLoss:
-    """That of `source`, which the trials of a sweep share."""
+    """The pretraining loss of `source`, which the trials of a sweep share."""
     return PretrainingLoss(json.loads(settings), source, mesh)
 
 

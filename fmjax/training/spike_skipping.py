@@ -66,7 +66,7 @@ def guard(tx: optax.GradientTransformation, sigma: float) -> optax.GradientTrans
 
 
 def spiked(opt_state: Any) -> jax.Array:
-    """Whether the update that gave this state was a spike; never without a guard."""
+    """True if the update that gave this state was a spike; never without a guard."""
     return opt_state.spike if isinstance(opt_state, Guarded) else jnp.array(False)
 
 

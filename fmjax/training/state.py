@@ -16,7 +16,8 @@ from fmjax.params import sharding
 
 @struct.dataclass
 class TrainState:
-    """What a step reads and replaces; model, optimizer and loss are closed over by the step."""
+    """The state that a step reads and replaces; model, optimizer and loss are closed over by the
+    step."""
 
     step: Any  # int32 scalar, updates tried so far (= batches consumed)
     params: Any  # stored tree, float32

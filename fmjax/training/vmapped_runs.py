@@ -120,7 +120,7 @@ class Arms:
 
     @functools.cache  # noqa: B019  (compiled once a shape; there is one of these in a process)
     def _cut(self, model: Any) -> Callable:
-        """What gives the part of an arm with this `model`."""
+        """A function that slices the part of an arm with this `model`."""
         run = next(run for run in self.runs if run.model == model)
         like = self._own(run.abstract)
         places = jax.tree.map(lambda x: x.sharding, like)
@@ -129,7 +129,8 @@ class Arms:
         return jax.jit(parts, out_shardings=places)
 
     def one(self, tree: Any, arm: int) -> Any:
-        """What `tree`, with a leading axis of arms in every leaf, has of one; without, all."""
+        """One arm's slice of `tree`, with a leading axis of arms in every leaf; without an arm,
+        all."""
         return tree if self.alone else jax.tree.map(lambda x: x[arm], tree)
 
     @property
@@ -138,7 +139,7 @@ class Arms:
         return [None] if self.alone else range(len(self.runs))
 
     def measured(self, totals: Mapping[str, Any], kept: list[Any], arm: int) -> tuple[Any, Any]:
-        """What `evaluate.collect` found of one arm."""
+        """One arm's part of the result of `eval_loop.collect`."""
         if self.alone:
             return totals, kept
         return {name: pair[:, arm] for name, pair in totals.items()}, self.one(kept, arm)
@@ -191,7 +192,7 @@ class Arms:
         return step
 
     def flops(self, width: int, traced: jax.stages.Traced) -> list[int]:
-        """Of a step of each arm, given the program of all that was traced for this width."""
+        """FLOPs of a step of each arm, given the program of all that was traced for this width."""
         number, models = len(self.runs), {run.model for run in self.runs}
         if self.alone or len(models) == 1 and jax.default_backend() in ONE_BY_ONE:
             alone = setup.batch_spec(self.wide, width)
@@ -203,7 +204,7 @@ class Arms:
         return [found[run.model] for run in self.runs]
 
     def _own(self, state: TrainState) -> tuple[Any, Any, Any]:
-        """What each arm has for itself."""
+        """The part of a state that each arm has for itself."""
         return self.wide.split(state.params)[0], state.opt_state, state.rng
 
     def _many(self, like: Any) -> Any:
@@ -254,7 +255,7 @@ class Arms:
 
 
 def _check(runs: Sequence[Run]) -> None:
-    """Refuses runs whose frozen parameters or programs are not the same."""
+    """Raise ConfigError for runs whose frozen parameters or programs are not the same."""
     first = runs[0]
     differ = lambda key: len({run.config.adapter.get(key) for run in runs}) > 1
     differs = [key for key in ("rank", "alpha", "init", "text") if differ(key)]
