@@ -76,7 +76,7 @@ def wrap(model: AnyModel, config: Mapping[str, Any]) -> AnyModel:
 
 
 def packings(model: AnyModel, audit: dict[str, float] | None = None) -> dict[str, Packing]:
-    """{parameter of the base that is quantised: how}, by the names of single layers.
+    """{parameter of the base that is quantized: how}, by the names of single layers.
 
     Into `audit` goes of each that is packed how much is lost: ||what is kept - W|| / ||W||.
     """

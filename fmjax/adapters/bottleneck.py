@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a narrow perceptron behind a module, or beside it.
+"""Bottleneck adapters: a narrow perceptron after a module, or beside it.
 
     model = bottleneck.wrap(model, targets=((r"block_.*/(attn/out|mlp/down)", None),), width=16)
 

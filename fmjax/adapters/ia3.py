@@ -3,7 +3,7 @@
     model = ia3.wrap(model, targets=((r"block_.*/attn/(key|value)", "output"),
                                      (r"block_.*/mlp/down", "input")))
 
-`ia3_scale`, as wide as what it multiplies, lies at the module and starts at one. An output is
+`ia3_scale`, as wide as what it multiplies, is at the module and starts at one. An output is
 multiplied with its bias, as PEFT does.
 """
 

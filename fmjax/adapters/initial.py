@@ -3,7 +3,7 @@
 | init | A and B | the base keeps |
 |---|---|---|
 | `pissa` | the largest singular values of W (Meng et al. 2024) | the rest of W |
-| `loftq` | what quantising W loses (Li et al. 2023) | W quantised |
+| `loftq` | what quantizing W loses (Li et al. 2023) | W quantized |
 
 Both change the base: what is trained from there belongs to the changed one alone. Under `pissa`
 outputs are at first those of W to rounding, under `loftq` nearly so.
@@ -36,7 +36,7 @@ def start(
 ) -> paths.Tree:
     """`params` with base and adapter as `model.adapter.init` says, where they lay.
 
-    `whole` gives a matrix of the base that is quantised in `params`, by its name, as it was.
+    `whole` gives a matrix of the base that is quantized in `params`, by its name, as it was.
     Raises ConfigError for a rank above that of the weight.
     """
     init = model.adapter.init
@@ -98,7 +98,7 @@ def loftq(
 ) -> tuple[Any, low_rank.Leaves]:
     """The weight as `pack` (int4) leaves it, and leaves that make up for most of the loss.
 
-    Quantising what the leaves lack, and fitting them to what quantising loses, in turn.
+    Quantising what the leaves lack, and fitting them to what quantizing loses, in turn.
     """
     pack = pack or int4
     found = leaves._replace(a=jnp.zeros_like(leaves.a), b=jnp.zeros_like(leaves.b))

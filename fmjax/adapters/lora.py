@@ -5,7 +5,7 @@
     y = model.apply({"params": params}, *args)
 
 The path is added to the output of the modules that match (`fmjax.adapters.wrapper`). Its parameters
-lie beside the kernel:
+are beside the kernel:
 
 | name | shape | at first |
 |---|---|---|

@@ -62,7 +62,7 @@ def join(base: paths.Tree, adapter: paths.Tree) -> paths.Tree:
 def combine(params: paths.Tree, adapters: Sequence[paths.Tree]) -> paths.Tree:
     """The base of `params` with several adapters (trees that have their leaves), for `adapter_ids`.
 
-    The axis of adapters is the first, in a stack the one behind the layers.
+    The axis of adapters is the first, in a stack the one after the layers.
     """
     leaves = [separate(adapter)[1] for adapter in adapters]
     shapes = [{path: x.shape for path, x in paths.flatten(one).items()} for one in leaves]

@@ -5,7 +5,7 @@
 
 The tensors of each kind are in `fmjax.adapters.peft_formats`. A key that PEFT has no place for it
 leaves out in silence, and an adapter on another base gives numbers that mean nothing, so we read
-back what we write, and beside it lies `BASE`, a digest of the base's parameters.
+back what we write, and beside it is `BASE`, a digest of the base's parameters.
 """
 
 import hashlib
@@ -160,10 +160,10 @@ def _quantised(model: Any) -> dict[str, Any]:
 
 
 def _check_base(folder: Path, model: Any, params: paths.Tree) -> None:
-    """Raise CheckpointError if the base is not the one the adapter was made for; PEFT's own folders do
-    not say.
+    """Raise CheckpointError if the base is not the one the adapter was made for; PEFT's own folders
+    do not say.
 
-    A whole base that is the right one once it is quantised is accepted.
+    A whole base that is the right one once it is quantized is accepted.
     """
     if not (folder / BASE).is_file():
         return

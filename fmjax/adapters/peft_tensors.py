@@ -64,7 +64,7 @@ def read(
 
 
 def places(model: Any, named: Iterable[str]) -> dict[str, Place]:
-    """{our parameter: where transformers keeps it}; a quantised one as the whole that it was. Not
+    """{our parameter: where transformers keeps it}; a quantized one as the whole that it was. Not
     those that are several matrices there, or strewn over one, nor an encoder–decoder's table of
     tokens, of which transformers looks rows up in copies."""
     found = _located(model, named)

@@ -29,7 +29,7 @@ from fmjax.errors import ConfigError
 from fmjax.models import layers
 from fmjax.params import paths, precision
 
-SHARED = "embed"  # module at which the sequence of all layers lies
+SHARED = "embed"  # module at which the sequence of all layers is
 _HIDDEN = "prefix_hidden"  # what the perceptron gives: present while a program is traced
 
 

@@ -185,7 +185,7 @@ def wrap(
     hidden: int = 128,
     whole: str = "token",
 ) -> Adapted:
-    """`model`, with an `encode` as `fmjax.models.bert` has it, behind a prompt of `length` vectors.
+    """`model`, with an `encode` as `fmjax.models.bert` has it, after a prompt of `length` vectors.
 
     `whole="prompt"` puts the hidden state of the first vector in the place of the first token's,
     for heads on the whole: so does PEFT.

@@ -127,7 +127,7 @@ def restored(model: Any, params: Any) -> tuple[Any, Any]:
 
 
 def dense(weight: jax.Array | Packed) -> jax.Array:
-    """The matrix of its arrays, in float32; one that is not quantised as it is."""
+    """The matrix of its arrays, in float32; one that is not quantized as it is."""
     if not isinstance(weight, Mapping):
         return weight
     kinds = {"uint8": "nf4", "int8": "int8", "float8_e4m3fn": "fp8"}
@@ -135,7 +135,7 @@ def dense(weight: jax.Array | Packed) -> jax.Array:
 
 
 def matrix(named: Mapping[str, Any], name: str) -> Any:
-    """The parameter `name` of {parameter name: array}, whole if it is quantised there."""
+    """The parameter `name` of {parameter name: array}, whole if it is quantized there."""
     if name in named:
         return named[name]
     start = f"{name}/"
@@ -155,7 +155,7 @@ def pack_nf4(weight: Float[Array, "I O"]) -> Packed:
     blocks = weight.astype(jnp.float32).reshape(-1, BLOCK, outputs)
     largest = jnp.max(jnp.abs(blocks), axis=1)  # (I/64, O)
     unit = blocks / jnp.where(largest > 0, largest, 1)[:, None]
-    # The nearest of 16: how many of the 15 midpoints lie below.
+    # The nearest of 16: how many of the 15 midpoints are below.
     middles = (NF4[1:] + NF4[:-1]) / 2
     codes = sum((unit > middle).astype(jnp.uint8) for middle in middles)
     pairs = codes.reshape(-1, 2, outputs)

@@ -2,9 +2,9 @@
 
 The model's files know nothing of adapters: calls of its modules are intercepted
 (`flax.linen.intercept_methods`), and an adapter computes something beside, before or instead of
-them. Names of the model's parameters stay; an adapter's own lie beside those of its modules, under
+them. Names of the model's parameters stay; an adapter's own are beside those of its modules, under
 names that `LEAVES` tells apart. A wrapper is a model again, so that wrappers nest: a LoRA over a
-quantised base is `Adapted(Adapted(model, nf4), lora)`.
+quantized base is `Adapted(Adapted(model, nf4), lora)`.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class Call(NamedTuple):
     adapter_ids: Int[Array, "B"] | None
 
     def leaf(self, name: str) -> Any:
-        """A parameter that lies at the module, None where it has none of that name."""
+        """A parameter that is at the module, None where it has none of that name."""
         return self.module.get_variable("params", name)
 
     def arguments(self, *args: Any, **options: Any) -> dict[str, Any]:
@@ -202,7 +202,7 @@ class Adapted:
         that has none runs without.
 
         With `adapter_ids`, for inference with LoRA, the adapter's leaves have an axis of adapters
-        in front (behind that of layers; `merge.combine` makes them), and example i uses adapter
+        in front (after that of layers; `merge.combine` makes them), and example i uses adapter
         `adapter_ids[i]`. One that does not exist gives NaN. Raises ConfigError for other kinds.
         """
         params = variables["params"]
@@ -254,7 +254,7 @@ class Adapted:
 
 def around(model: Any, adapter: Adapter) -> Adapted:
     """`model` with `adapter`. Raises ConfigError where its modules have one of the kind already:
-    a base is quantised once, and of other adapters a module has one."""
+    a base is quantized once, and of other adapters a module has one."""
     room = model.cfg.max_len if adapter.positions else 1
     if adapter.positions >= room:
         raise ConfigError(
@@ -280,7 +280,7 @@ def base(model: Any) -> Any:
 
 
 def take(flat: dict[str, Any], path: str) -> Leaves:
-    """The module's own parameters, taken out of the flat tree; a quantised kernel is a dict."""
+    """The module's own parameters, taken out of the flat tree; a quantized kernel is a dict."""
     start = f"{path}/"
     names = [n for n in flat if n.startswith(start)]
     own = [n for n in names if re.fullmatch(r"(kernel/)?[^/]+", n.removeprefix(start))]

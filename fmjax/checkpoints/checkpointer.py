@@ -1,4 +1,4 @@
-"""Checkpoints: saved while training goes on, verified before they are used, never silently wrong.
+"""Checkpoints: saved while training continues, verified before they are used, never silently wrong.
 
 A run folder holds checkpoints/<step>/ with state/ (the arrays, Orbax's format), meta/ (JSON) and
 MANIFEST.json, its digests (fmjax/io/manifest.py), written last. Which steps count, stay and go is
@@ -34,7 +34,7 @@ from fmjax.io.storage import check_name
 
 MAX_FAILURES = 3  # this many failed saves in a row end the run
 RETRY_SEC = 5.0  # pause after the first failure, doubled after each further one
-# Where a moving average of the parameters lies in a state: a link of the optimizer's chain.
+# Where a moving average of the parameters is in a state: a link of the optimizer's chain.
 AVERAGE = r"opt_state/(?:inner/)?\d+/average/(.*)"
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Checkpointer:
     """Saves and restores the training state of one run folder. Used by one thread.
 
     Keeps the last `keep` steps and the best `keep_best` by the metric named `best` ("" for none;
-    `best_mode` "min" or "max"), and the newest that the runs `beside` it have too, which go on
+    `best_mode` "min" or "max"), and the newest that the runs `beside` it have too, which continue
     together with it. `committed` is the newest step known to be safely stored.
 
     With several processes all of them call every method; process 0 does the work on files, so that

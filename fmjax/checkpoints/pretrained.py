@@ -1,4 +1,4 @@
-"""Models that lie in a folder: a run's, one in Hugging Face format, or a repository of the hub.
+"""Models that are in a folder: a run's, one in Hugging Face format, or a repository of the hub.
 
 `open_folder` opens one to be applied; `initial` and `resolved` start a run from it (`config.init`).
 """
@@ -259,7 +259,7 @@ def _laid_out(
     packings: Mapping[str, adapters.Packing] | None = None,
 ) -> tuple[paths.Tree, convert.Report]:
     """`found`, on the host and in any stacks, in those of `abstract` and where its shardings say,
-    quantised where the `model` has it so.
+    quantized where the `model` has it so.
 
     Heads and adapters that `found` lacks, and names that match `leave`, are taken from `fresh()`, a
     whole tree; only they are computed.

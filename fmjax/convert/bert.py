@@ -128,7 +128,7 @@ TABLES: dict[str, dict[str, str | tuple[str, int, int]]] = {
         "head/mlm/dense": "head.dense",
         "head/mlm/norm": "head.norm",
         "head/mlm": "decoder",
-        # The two have one name: a task goes on with what a masked language model has learnt.
+        # The two have one name: a task continues with what a masked language model has learnt.
         "head/pooler/dense": "head.dense",
         "head/pooler/norm": "head.norm",
         **dict.fromkeys(("head/classify", "head/regress", "head/tag", "head/choose"), "classifier"),

@@ -60,7 +60,7 @@ class Tensors:
         return self._slices[key].get_dtype()
 
     def shape(self, place: Place) -> tuple[int, ...]:
-        """The shape of what lies at `place`; a fused tensor that cannot be cut keeps its own, and
+        """The shape of what is at `place`; a fused tensor that cannot be cut keeps its own, and
         of several that differ the first that does counts."""
         shapes = [list(self._slices[key].get_shape()) for key in place.keys()]
         shape = next((other for other in shapes if other != shapes[0]), shapes[0])
@@ -70,7 +70,7 @@ class Tensors:
         return (place.each, *own) if place.each else own
 
     def read(self, place: Place, index: tuple[slice, ...]) -> np.ndarray:
-        """The part `index` (slices with explicit bounds) of what lies at `place`."""
+        """The part `index` (slices with explicit bounds) of what is at `place`."""
         if place.each:
             keys = place.keys()[index[0]]
             return np.stack([self._read(key, place, index[1:]) for key in keys])

@@ -3,7 +3,7 @@
 The table is read in both directions. Left is a module of `fmjax.models.llama`, right its name in a
 file that `transformers` wrote; `{}` is the layer number, `{{}}` that of an expert. Torch keeps a
 Linear's weight as (out, in), so kernels are transposed. BLOOM has queries, keys and values in one
-tensor, those of each head behind each other. What is multiplied with the activation is
+tensor, those of each head after each other. What is multiplied with the activation is
 `up_proj` there and `gate` here.
 """
 

@@ -25,7 +25,7 @@ _FROM = 28  # the first layer of Qwen with a window, where nothing is said
 def read(hf: Mapping[str, Any], kind: str, depth: int) -> dict[str, Any]:
     """The options of windows and positions.
 
-    Raises ConfigError for a list that transformers does not read as it stands.
+    Raises ConfigError for a list that transformers does not read as it is.
     """
     options: dict[str, Any] = {}
     nope = []

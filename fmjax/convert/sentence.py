@@ -2,7 +2,7 @@
 
     modules.json                      Transformer, Pooling, then any of Dense and Normalize
     1_Pooling/config.json             what is taken of the tokens; several are put side by side
-    2_Dense/config.json, …            a matrix, a bias and an activation behind it
+    2_Dense/config.json, …            a matrix, a bias and an activation after it
     sentence_bert_config.json         the longest text
     config_sentence_transformers.json the prompts that stand before a text
 

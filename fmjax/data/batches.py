@@ -68,7 +68,7 @@ def batches(
     """Training batches from step `start` on; every epoch visits each row once, in its own order.
 
     `batch_size` counts all processes, and each gets its block of rows. A batch may span two epochs.
-    Examples whose `index` lies in `skip` are passed over: those after them move up. Of several
+    Examples whose `index` is in `skip` are passed over: those after them move up. Of several
     `seeds` each has its own order, and arrays get an axis of seeds in front. Each draws the rows
     that it sees, where `drawn` says how many; fewer are a part of more.
     """
@@ -96,7 +96,7 @@ def check_drawn(split, drawn: int) -> int:
 def examples(step: int, *, batch_size: int, skip: Ranges = ()) -> tuple[int, int]:
     """(first, last + 1) of the examples in the batch of `step`, as `skip` and `index` count them.
 
-    Where `skip` cuts a batch, what it skips lies in between.
+    Where `skip` cuts a batch, what it skips is in between.
     """
     first, last = order.outside(np.array([0, batch_size - 1]) + step * batch_size, skip)
     return int(first), int(last) + 1

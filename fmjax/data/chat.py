@@ -163,7 +163,7 @@ class Reader:
         return ids, learnt
 
     def opening(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The tokens that an answer to the messages comes behind. Raises Unfit."""
+        """The tokens that an answer to the messages comes after. Raises Unfit."""
         self._refuse_special(messages)
         text = self.turns.text(messages, add_generation_prompt=True)
         return self._encode.encode(text, add_special_tokens=False).ids

@@ -94,7 +94,7 @@ def _check_columns(features, settings: DataSettings, where: str) -> None:
 
 
 def _class_names(features, settings: DataSettings) -> list[str] | None:
-    """The names behind the numbers of a label column, where the dataset has them."""
+    """The names of the numbers of a label column, where the dataset has them."""
     feature = (features or {}).get(settings.label) if settings.label in settings.schema else None
     return getattr(getattr(feature, "feature", feature), "names", None)
 

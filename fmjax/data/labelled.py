@@ -113,7 +113,7 @@ class ExampleSplit:
         return each, each + 1
 
     def _padded(self, tokens, ends, first, last, width):
-        """(which columns are real, where their tokens lie, the arrays) of rows of the sequences
+        """(which columns are real, where their tokens are, the arrays) of rows of the sequences
         from `first` to before `last`, each of them a segment."""
         place = ends[first][..., None] + np.arange(width)
         real = place < ends[last][..., None]

@@ -47,7 +47,7 @@ def permuted(position: np.ndarray, size: int, *keys: Integers) -> np.ndarray:
 
 
 def outside(position: Integers, ranges: Iterable[Sequence[int]]) -> np.ndarray:
-    """The `position`-th number, from 0, that lies in none of the `ranges`.
+    """The `position`-th number, from 0, that is in none of the `ranges`.
 
     These are (first, last + 1), in ascending order and apart.
     """

@@ -84,7 +84,7 @@ def write(
     """Pack `count` shards into `folder`; returns the counts of each split.
 
     `long` and `frame` as in `config.data`; `padded`: one piece a row; `space`: columns left free
-    behind each; `chat`: of conversations, which have all of their tokens.
+    after each; `chat`: of conversations, which have all of their tokens.
     """
     counts, around = {}, ((), ()) if chat else (vocab.first, vocab.last)
     kind = store.Conversations if chat else store.Shard
@@ -239,7 +239,7 @@ def pack(
     space: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [N, T], segments [N, T]) of the pieces tokens[starts:starts + lengths], with the
-    tokens (before, behind) `around` each and `space` columns of padding behind."""
+    tokens (before, after) `around` each and `space` columns of padding after."""
     before, behind = around
     widths = lengths + len(before) + len(behind)
     rows = np.arange(len(widths)) if padded else best_fit_decreasing(widths + space, seq_len)

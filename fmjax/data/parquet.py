@@ -9,7 +9,7 @@ from fmjax.data import records as values
 from fmjax.data.settings import DataSettings
 from fmjax.errors import DataError, FmjaxError
 
-ROWS = 16  # in memory at a time: a text that is stored once may stand in every row
+ROWS = 16  # in memory at a time: a text that is stored once may be in every row
 
 
 def read(path: Path, settings: DataSettings, key: str, check: Callable) -> Iterator[tuple]:

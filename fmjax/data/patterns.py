@@ -19,7 +19,7 @@ NAMES = 5  # that a message lists
 
 def matches(pattern: Path, key: str, endings: Sequence[str]) -> list[Path]:
     """The files that a glob matches, sorted. Folders are passed over, unless they are named as data
-    are and no match lies in them.
+    are and no match is in them.
 
     Raises ConfigError where nothing matches, and DataError for a match that is no file, and for a
     folder that cannot be listed.

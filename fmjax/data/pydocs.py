@@ -1,7 +1,7 @@
 """The English documentation that every CPython carries: pydoc's topics and all docstrings.
 
 As documents: one topic is one, and so are all docstrings of one file of the standard library.
-As examples: one docstring, and the package of the standard library that it stands in.
+As examples: one docstring, and the package of the standard library that it is in.
 As conversations: what a function does, and the first paragraph of its docstring.
 """
 
@@ -70,7 +70,7 @@ def texts() -> list[tuple[str, str]]:
 @functools.cache
 def examples() -> list[tuple[str, str, str]]:
     """(where, docstring, package) of the packages with at least `EXAMPLES` docstrings of their own,
-    a text that stands in several left out of all; in the same order in every process."""
+    a text that is in several left out of all; in the same order in every process."""
     root = sysconfig.get_path("stdlib")
     found = {}
     for path in library_files():

@@ -48,7 +48,7 @@ class DataSettings:
     stride: int = 64  # tokens that two windows of one long context share
     document: str = "blank_line"
     frame: str = "piece"  # what the tokenizer's tokens for begin and end stand around
-    room: int = 0  # tokens left free behind each piece, for what an objective adds to it
+    room: int = 0  # tokens left free after each piece, for what an objective adds to it
     template: str = "auto"  # of chat: the tokenizer's, where it has none "plain"; or see chat.py
     long: str = "split"
     on_bad_record: str = "raise"

@@ -54,7 +54,7 @@ def labels(answer: Answer | None, windows: list[np.ndarray]) -> list[tuple[int, 
     if answer is None:
         return [NO_ANSWER] * len(windows)
     start, end = answer[0], answer[0] + len(answer[1])
-    # Its first and last token in the whole context: one of them may lie beyond a window.
+    # Its first and last token in the whole context: one of them may be beyond a window.
     every = np.concatenate(windows)
     touched = every[(every[:, 0] < end) & (every[:, 1] > start)]
     if not len(touched):  # nothing but what the tokenizer drops

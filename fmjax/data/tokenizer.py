@@ -19,7 +19,7 @@ from fmjax.io import disk_cache, snapshot
 
 SUFFIXES = (".json", ".txt", ".model", ".jinja")  # of what a tokenizer is made of
 FILE, OPTIONS = "tokenizer.json", "tokenizer_config.json"
-ENDS = ("add_bos_token", "add_eos_token")  # options that change what stands around a text
+ENDS = ("add_bos_token", "add_eos_token")  # options that change what surrounds a text
 # Files of older formats, and a class of transformers that makes FILE of them.
 OLDER = {"vocab.txt": "BertTokenizer", "vocab.json": "GPT2Tokenizer"}
 
@@ -199,7 +199,7 @@ def _write(folder: Path, settings: TokenizerSettings, source: Source, log, poll)
     except ValueError as error:  # chat templates whose names lead out of the folder
         name = quoted(settings.name)
         raise ConfigError(f"config.tokenizer.name={name} cannot be saved: {error}") from error
-    if settings.name != "train":  # a run goes on to end its texts as the model of the folder does
+    if settings.name != "train":  # a run continues to end its texts as the model of the folder does
         source = snapshot.find(settings.name, settings.revision, files=snapshot.TOKENIZER)
         if ids := endings.listed(source):
             endings.write(folder / "files", ids)

@@ -3,7 +3,7 @@
 An answer is looked for in the text of the whole conversation, as templates write one otherwise when
 more follows (Qwen 3 leaves out what was thought). It is what changes in the text with its words. It
 begins where the prompt for it ends, as far as the text has that prompt, and ends with the last
-special token of what the template closes it by; a line break behind that is the template's, not the
+special token of what the template closes it by; a line break after that is the template's, not the
 model's.
 """
 
@@ -103,7 +103,7 @@ class Turns:
     def _around(
         self, messages: list[Message], i: int, add_generation_prompt: bool = False
     ) -> tuple[str, str]:
-        """The texts before and behind the words of message `i`, were these another character."""
+        """The texts before and after the words of message `i`, were these another character."""
         mark = _unused(messages)
         other = [*messages[:i], messages[i] | {"content": mark}, *messages[i + 1 :]]
         before, *behind = self.text(other, add_generation_prompt).split(mark)

@@ -9,7 +9,7 @@ import numpy as np
 
 from fmjax.errors import ConfigError
 
-# Before, between and behind where a middle is filled in, as families call them; the first is ours.
+# Before, between and after where a middle is filled in, as families call them; the first is ours.
 FIM = (
     ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),  # Qwen 2.5 Coder, CodeGemma
     ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),  # StarCoder
@@ -27,7 +27,7 @@ class Vocab(NamedTuple):
     pad_id: int  # 0 where there is none: padding is known by its segment
     mask_id: int | None
     first: tuple[int, ...]  # what stands before a text: [CLS], or <s>, or nothing
-    last: tuple[int, ...]  # and behind it: [SEP], or </s>
+    last: tuple[int, ...]  # and after it: [SEP], or </s>
     special: np.ndarray
     word_start: np.ndarray  # True where a token begins a word
     sentinels: tuple[int, ...] = ()  # that can stand for spans: <extra_id_0>, <extra_id_1>, …
@@ -75,8 +75,8 @@ def limited(vocab: Vocab, rows: int, added: Collection[int]) -> Vocab:
     """The vocabulary without ids from `rows` on, which a model has no embedding of.
 
     Models are published whose tokenizers have more tokens than their embeddings have rows: they
-    were `added` (ids) and stand in no text. Raises ConfigError where others are beyond, or what
-    stands around each text.
+    were `added` (ids) and are in no text. Raises ConfigError where others are beyond, or what
+    surrounds each text.
     """
     check_rows(vocab.size, rows, added, vocab.first + vocab.last)
     ids = dict(pad_id=vocab.pad_id if vocab.pad_id < rows else 0)
@@ -123,7 +123,7 @@ def around(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def frame(backend) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(ids before, ids behind) that the post-processor of a `tokenizers.Tokenizer` puts around a
+    """(ids before, ids after) that the post-processor of a `tokenizers.Tokenizer` puts around a
     text. No text is asked: an alphabet may lack any letter."""
     processor = backend.post_processor
     return _frame(json.loads(processor.__getstate__())) if processor else ((), ())

@@ -137,8 +137,8 @@ class Peers:
     def _agree(self, signal: str, process: int) -> None:
         """On the first poll that no process has passed.
 
-        Until then nobody polls, but whoever is between two polls goes on, so that no process waits
-        here for one that waits for its part of a computation.
+        Until then nobody polls, but whoever is between two polls continues, so that no process
+        waits here for one that waits for its part of a computation.
         """
         with self._polling:
             self._set(f"polls/{self.index}", self._polls)

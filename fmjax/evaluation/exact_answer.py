@@ -12,7 +12,7 @@ from fmjax.evaluation.multiple_choice import Item
 from fmjax.generation import text_generator
 from fmjax.generation.sampling import Sampling
 
-STOP = ("\nQuestion:",)  # where the model goes on with a question of its own
+STOP = ("\nQuestion:",)  # where the model continues with a question of its own
 # A line between two numbers is no sign.
 _NUMBER = re.compile(r"(?:(?<![\d)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 

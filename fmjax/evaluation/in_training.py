@@ -2,8 +2,8 @@
 
     --config.benchmarks="({'name': 'blimp', 'path': 'blimp/', 'limit': 20}, {'name': 'lambada', …})"
 
-Each has the keys of `config.benchmark` in configs/fewshot.py, asked behind no examples. What is
-found stands among the validation metrics, as validation/blimp/accuracy.
+Each has the keys of `config.benchmark` in configs/fewshot.py, asked after no examples. What is
+found is among the validation metrics, as validation/blimp/accuracy.
 """
 
 from collections.abc import Callable

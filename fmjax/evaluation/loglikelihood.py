@@ -8,7 +8,7 @@ A decoder gives each token of a continuation by those before it. A context that 
 its beginning; a continuation that is too long is read in windows, each of which sees what fits
 before it, so that every token is counted once. An encoder gives each token by all others, itself
 masked, one row a token: the pseudo-log-likelihood (Salazar et al. 2020, §2), which is no
-probability of a text, but orders texts as one does. By `word` the tokens behind it in its word are
+probability of a text, but orders texts as one does. By `word` the tokens after it in its word are
 masked too, else a rare word of several is given away by its parts (Kauf and Ivanova 2023, §3).
 """
 
@@ -38,7 +38,7 @@ class Likely(NamedTuple):
     """A model's judgement of one continuation."""
 
     nats: float  # minus the logarithm of its probability
-    greedy: bool  # whether each of its tokens is the likeliest
+    greedy: bool  # whether each of its tokens is the most probable
     tokens: int
 
 
@@ -201,7 +201,7 @@ class Scorer:
 
 
 def _shared(pieces: list[Piece]) -> Iterator[list[Piece]]:
-    """Those with the same row together, such as choices of one token behind a context, with
+    """Those with the same row together, such as choices of one token after a context, with
     `SHARED` targets at most; each by itself where a decoder is given what the row is not."""
     rows: dict[Any, list[Piece]] = {}
     for i, piece in enumerate(pieces):
@@ -230,7 +230,7 @@ def _judged(
     given: Int[Array, "B S"] | None,
     prefix: bool,
 ) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
-    """(log probabilities of the targets, whether each is the likeliest)."""
+    """(log probabilities of the targets, whether each is the most probable)."""
     place = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
     real = (place < lengths[:, None]).astype(jnp.int32)
     types = jnp.zeros_like(ids)

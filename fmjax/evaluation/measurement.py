@@ -43,7 +43,7 @@ class Measure:
     stored parameters it gives the metrics.
 
     Of `config` are read data, objectives, batch_size, split and limit, as in configs/evaluate.py.
-    With `alone` texts stand in rows of their own, as a prompt has to be before each. Raises
+    With `alone` texts are in rows of their own, as a prompt has to be before each. Raises
     ConfigError and DataError where the model and the rows do not fit.
     """
 

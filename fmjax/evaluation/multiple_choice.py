@@ -1,9 +1,9 @@
-"""Questions that are answered by what a model finds likeliest, and texts that it should know.
+"""Questions that are answered by what a model finds most probable, and texts that it should know.
 
-An `Item` is a context and what could follow it. Of several choices the model's is the likeliest by
-the sum of the logarithms of its tokens' probabilities, by their mean, or by that over its bytes
+An `Item` is a context and what could follow it. Of several choices the model's is the most probable
+by the sum of the logarithms of its tokens' probabilities, by their mean, or by that over its bytes
 (Gao et al. 2023, lm-evaluation-harness: `acc` is by the sum, `acc_bytes` by bytes, of which the
-space that joins a choice to its context is none); or by its gain, the sum less that behind the same
+space that joins a choice to its context is none); or by its gain, the sum less that after the same
 words with nothing in them, which takes out what the model says anyway (Zhao et al. 2021; Holtzman
 et al. 2021). Of a single one is measured whether it is what the model would write, and its
 perplexity.
@@ -38,7 +38,7 @@ class Found(NamedTuple):
     tokens: tuple[int, ...]
     bytes: tuple[int, ...]
     greedy: tuple[bool, ...]
-    bare: tuple[float, ...] = ()  # nats of the choices behind the bare context
+    bare: tuple[float, ...] = ()  # nats of the choices after the bare context
 
     def choice(self, norm: str) -> int:
         """The model's; the first of equal ones."""

@@ -1,7 +1,7 @@
 """Hard prompts: labelled rows as questions in words, by templates (Brown et al. 2020, §2; Schick
 and Schütze 2021).
 
-A template is a text with the names of columns in braces, behind which the answer comes:
+A template is a text with the names of columns in braces, after which the answer comes:
 "Review: {sentence}\nSentiment:". `words` says what stands for each class; without them its name.
 
 | name of GLUE (Wang et al. 2019) | columns | asked |

@@ -1,4 +1,4 @@
-"""Items judged by a model: which choice it finds likelier, behind examples with their answers."""
+"""Multiple-choice items judged by a model, after examples with their answers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from fmjax.evaluation.loglikelihood import Scorer
 from fmjax.evaluation.multiple_choice import Item
 from fmjax.generation import text_generator
 
-BETWEEN = "\n\n"  # examples, and what is asked behind them
+BETWEEN = "\n\n"  # examples, and what is asked after them
 
 
 def judged(scorer: Scorer, encode: Any, items: Sequence[Item]) -> tuple[list, dict[str, dict]]:
@@ -49,7 +49,7 @@ def scorer_of(opened: pretrained.Opened, words: Any, batch_size: int, way: str) 
 def with_shots(
     items: Sequence[Item], examples: Sequence[Item], shots: int, seed: int
 ) -> list[Item]:
-    """The items behind so many examples with their answers each, which are drawn for each item by
+    """The items after so many examples with their answers each, which are drawn for each item by
     the seed; with fewer they are the first of those with more."""
     if not shots:
         return list(items)

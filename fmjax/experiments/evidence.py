@@ -11,11 +11,11 @@ program, or all its trials if it has a sweep, of which `group` names what the nu
 on with what is there already, and writes evidence/mlm.json, a row of evidence: values by seed with
 mean and interval, what was run on what, and a verdict for each expectation,
 
-    kept      the mean lies within `tolerance` of `value`
+    kept      the mean is within `tolerance` of `value`
     late      it does, but took more than `budget` minutes, all seeds and trials together
     broken    it does not, or a run failed
 
-A row is stale when the config or what is expected of it has changed since. What stands in README.md
+A row is stale when the config or what is expected of it has changed since. What is in README.md
 between `<!-- evidence … -->` and `<!-- -->` is made from rows. Nothing here imports jax.
 """
 

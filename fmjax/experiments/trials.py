@@ -53,7 +53,7 @@ class Trial(NamedTuple):
 
     number: int  # from 1, in the order of the sweep
     settings: dict[str, Any]  # what the sweep sets
-    words: list[str]  # of its own command, behind run.py
+    words: list[str]  # of its own command, after run.py
     config: ConfigDict
 
     @property
@@ -263,7 +263,7 @@ def _take(trial: Trial, spec: str, folder: Path, *, fresh: bool, again: bool) ->
             code = getattr(error, "exit_code", FmjaxError.exit_code)
             record |= {"state": "failed", "reason": reason[:2000], "exit_code": code}
         results = sweep_results.found(where, trial.config)
-        here = time.monotonic() - started  # what all sittings took is known by what they wrote
+        here = time.monotonic() - started  # what all sessions took is known by what they wrote
         seconds = max([here, *(float(one["seconds"]) for one in results if "seconds" in one)])
         record |= {"seconds": seconds, "results": results}
         if record["state"] == "done" and not record["results"]:

@@ -1,9 +1,9 @@
-"""Beam search: the text that is likeliest as a whole, or nearly (Graves 2012; Sutskever et al.
+"""Beam search: the text that is most probable as a whole, or nearly (Graves 2012; Sutskever et al.
 2014, §3.2).
 
-Each step goes on with the likeliest `beams` of all one token longer texts. A text that ends is set
+Each step extends the most probable `beams` of all one token longer texts. A text that ends is set
 aside with its log probability over length to the power `length_penalty` (Wu et al. 2016, §7, is
-another of the kind); the search is over where none that goes on could be better than all that are
+another of the kind); the search is over where none that continues could be better than all that are
 set aside, were it to end now. What it finds is what transformers finds, with its defaults.
 """
 
@@ -57,7 +57,7 @@ class Search(NamedTuple):
 def search(
     writer: Writer, prompts: Sequence[Sequence[int]], length: int, how: Beams
 ) -> list[tuple[list[int], float]]:
-    """(the best text behind each prompt, of at most `length` tokens, its score). Raises
+    """(the best text after each prompt, of at most `length` tokens, its score). Raises
     NumericsError as a `Writer` does."""
     given, room = writer.given(prompts, length, 0), decoder.room(length)
     over, broken = _searched(writer.model, writer.params, given, writer.facts, how, room, length)
@@ -110,7 +110,7 @@ def _stepped(model, params, facts, how, length, now) -> tuple[Search, Int[Array,
     broken = now.broken | (now.open & ~decoder.usable(logits).reshape(rows, beams).all(axis=1))
     found = jax.nn.log_softmax(logits)
     sums = now.running.scores[:, :, None] + found.reshape(rows, beams, tokens)
-    # So many that enough go on where all the likeliest end.
+    # So many that enough continue where all the most probable end.
     width = min((1 + max(1, len(facts.stop))) * beams, beams * tokens)
     sums, place = jax.lax.top_k(sums.reshape(rows, -1), width)
     parents, new = place // tokens, place % tokens

@@ -1,10 +1,10 @@
-"""Texts that a model goes on with, token by token: one program for the prompts, one for the rest.
+"""Autoregressive generation, token by token: one program for the prompts, one for the rest.
 
     writer = Writer(model, params, stop=(eos,))
     texts = writer(prompts, length=64, how=Sampling(temperature=0.8), seed=0)
 
-Prompts stand in rows as texts do in training, one a row, with padding behind them up to one of a
-few lengths, so that programs are few; what is written follows behind that. Padding is seen by
+Prompts are rows, like texts in training, one a row, with padding after them up to one of a
+few lengths, so that programs are few; what is written follows after that. Padding is seen by
 nobody and a text's positions are its own, so that neither the padding nor the other rows change
 it. Keys and values of what was seen are kept (`layers.CACHE`), and written in place.
 """
@@ -30,7 +30,7 @@ LEAST = 32  # columns of prompts, and of what is written, at least
 
 
 class Given(NamedTuple):
-    """Prompts, one a row: `ids` with padding behind, and their `lengths`."""
+    """Prompts, one a row: `ids` with padding after, and their `lengths`."""
 
     ids: Int[Array, "B P"]
     lengths: Int[Array, "B"]
@@ -43,7 +43,7 @@ class Texts(NamedTuple):
     ids: Int[Array, "B L"]
     step: Int[Array, ""]
     done: Bool[Array, "B"]  # rows whose last token ended them
-    broken: Bool[Array, "B"]  # rows that had to go on by logits that are no numbers
+    broken: Bool[Array, "B"]  # rows that had to continue by logits that are no numbers
     seen: Bool[Array, "B V"] | None  # tokens of the texts, where it matters
     cache: Any
 
@@ -196,14 +196,14 @@ def read_more(
     ids: Int[Array, "B T"],
     step: Int[Array, ""],
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """(the states of more tokens of each text, of which the first is number `step` behind the
+    """(the states of more tokens of each text, of which the first is number `step` after the
     prompt, from 1 on; what is kept with them)."""
     step += jnp.arange(ids.shape[1])[None]
     if model.decodes:
         at = jnp.broadcast_to(step, ids.shape)
         hidden, cache = _decoded(model, params, given, cache, ids, at)
     else:
-        # Guesses may go on behind the last place: what comes of them is thrown away.
+        # Guesses may continue after the last place: what comes of them is thrown away.
         most = model.cfg.max_len - 1 - adapters.positions(model)
         at = jnp.minimum(given.lengths[:, None] + step - 1, most)
         hidden, cache = model.apply(
@@ -225,7 +225,7 @@ def logits(
 
 def rewound(cache: Any, by: Int[Array, ""]) -> Any:
     """The cache without its last `by` columns, which nobody sees any more and what is read next
-    stands in the place of."""
+    is in the place of."""
     flat = paths.flatten(cache)
     return paths.unflatten(
         {name: x - by if name.endswith("/used") else x for name, x in flat.items()}
@@ -241,7 +241,7 @@ def ends(ids: Int[Array, "*B"], facts: Facts) -> Bool[Array, "*B"]:
 def begin(
     model: AnyModel, params: Any, given: Given, facts: Facts, how: Sampling, room: int, rows: int
 ) -> Texts:
-    """The first token of each text, of at most `room`; a single one stands in all of the rows."""
+    """The first token of each text, of at most `room`; a single one is in all of the rows."""
     hidden, cache = read(model, params, given, facts, room)
     hidden, cache, given = jax.tree.map(lambda x: repeated(x, rows), (hidden, cache, given))
     seen = None
@@ -304,7 +304,7 @@ def _decoded(model, params, given, cache, ids, positions, source=None):
 
 
 def _added(model, params, given, texts, hidden, facts, how) -> Texts:
-    """The texts with the token that comes behind the states (B, D) of the last."""
+    """The texts with the token that comes after the states (B, D) of the last."""
     found = logits(model, params, hidden, facts)
     ids = chosen(found, how, randomness.fold(given.seeds, texts.step), texts.seen)
     seen = texts.seen

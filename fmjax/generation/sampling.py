@@ -22,9 +22,9 @@ class Sampling:
     """
 
     temperature: float = 1.0
-    top_k: int | None = None  # the k likeliest (Fan et al. 2018); None: all
-    top_p: float = 1.0  # the fewest likeliest of this probability (Holtzman et al. 2020)
-    min_p: float = 0.0  # as likely as this share of the likeliest (Nguyen et al. 2024)
+    top_k: int | None = None  # the k most probable (Fan et al. 2018); None: all
+    top_p: float = 1.0  # the fewest most probable of this probability (Holtzman et al. 2020)
+    min_p: float = 0.0  # as likely as this share of the most probable (Nguyen et al. 2024)
     repetition_penalty: float = 1.0  # above 1, against tokens of the text (Keskar et al. 2019)
 
     def __post_init__(self):
@@ -89,8 +89,9 @@ def left(
 
 
 def _least(p: Float[Array, "B V"], share: float) -> Float[Array, "B 1"]:
-    """The least of the fewest likeliest that have the share of the probability. These are mostly
-    few; where they are not it is found by halving an interval, as a vocabulary is long to sort."""
+    """The least of the fewest most probable that have the share of the probability. These are
+    mostly few; where they are not it is found by halving an interval, as a vocabulary is long to
+    sort."""
     few = jax.lax.top_k(p, min(FEW, p.shape[-1]))[0]
     sums = jnp.cumsum(few, axis=-1)
 
@@ -128,7 +129,7 @@ def drawn(logits: Float[Array, "B V"], seeds: randomness.Seeds) -> Int[Array, "B
     before = jnp.where(block > 0, jnp.take_along_axis(ends, block[:, None] - 1, 1)[:, 0], 0)
     inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
     sums = before[:, None] + jnp.cumsum(inside, axis=-1)
-    # Rounding may leave the goal behind all of the block: then its last that can be drawn.
+    # Rounding may leave the goal after all of the block: then its last that can be drawn.
     past = (sums > goal) & (inside > 0)
     last = 255 - jnp.argmax((inside > 0)[:, ::-1], axis=-1)
     place = jnp.where(jnp.any(past, axis=-1), jnp.argmax(past, axis=-1), last)

@@ -2,8 +2,8 @@
 et al. 2023; Chen et al. 2023).
 
 Of the guesses it keeps those up to the first that it would not have drawn, and draws the next
-itself, so that texts are as probable as without, and the likeliest one is the same. A step reads
-the weights once for several tokens; what it takes besides is the small model's time.
+itself, so that texts are as probable as without, and the most probable one is the same. A step
+reads the weights once for several tokens; what it takes besides is the small model's time.
 """
 
 import functools
@@ -117,11 +117,11 @@ def verified(
     uniform: Float[Array, "K"],
     seeds: randomness.Seeds,
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """(how many of the guesses stand, the token behind them) of the model's probabilities `p` of
-    each token and of the one behind all, and those, `q`, that the guesses were drawn by.
+    """(how many of the guesses stand, the token after them) of the model's probabilities `p` of
+    each token and of the one after all, and those, `q`, that the guesses were drawn by.
 
-    A guess g stands with the probability min(1, p(g) / q(g)); behind those that do comes one drawn
-    by what p has over q, or by p behind all (Leviathan et al. 2023, algorithm 1).
+    A guess g stands with the probability min(1, p(g) / q(g)); after those that do comes one drawn
+    by what p has over q, or by p after all (Leviathan et al. 2023, algorithm 1).
     """
     each = jnp.arange(len(guesses))
     stands = uniform * q[each, guesses] < p[each, guesses]
@@ -165,7 +165,7 @@ def _go_on(
         return decoder.logits(model, own, hidden[0], facts), cache
 
     def guess(i, cache, last, step):
-        """(whether there is one, probabilities, cache, the next guess behind the token `last`)."""
+        """(whether there is one, probabilities, cache, the next guess after the token `last`)."""
         logits, cache = read(1, cache, jnp.full((rows, 1), last), step + i)
         q = probabilities(logits, how)
         return (

@@ -1,4 +1,4 @@
-"""Text that a model writes, behind a prompt or, of an encoder–decoder, about a source."""
+"""Text that a model writes, after a prompt or, of an encoder–decoder, about a source."""
 
 import dataclasses
 import itertools
@@ -32,7 +32,7 @@ def sampling_of(how: Mapping[str, Any]) -> Sampling:
 
 
 def shown(prompt: str, texts: Sequence[str]) -> str:
-    """The continuations behind their prompt, a line between them."""
+    """The continuations after their prompt, a line between them."""
     return "\n---\n".join(prompt + text for text in texts)
 
 
@@ -42,7 +42,7 @@ def texts(opened: pretrained.Opened, how: Mapping[str, Any], seed: int) -> list[
 
 
 class Author:
-    """A model that lies in a folder, with its tokenizer: text to text. Besides what ends its texts
+    """A model that is in a folder, with its tokenizer: text to text. Besides what ends its texts
     the tokens `stop` do; `bits` are `weights` and `cache` of a `Writer`. What it writes is decoded
     together with its prompt, or `alone` and without special tokens, as transformers does."""
 
@@ -95,7 +95,7 @@ class Author:
     def texts(
         self, how: Mapping[str, Any], seed: int, show: Callable[[str], None] | None = None
     ) -> list[str]:
-        """`how["count"]` continuations of `how["prompt"]` (`behind`)."""
+        """`how["count"]` continuations of `how["prompt"]` (`after`)."""
         return self.behind(self.ids(how), how, seed, show)
 
     def behind(
@@ -105,7 +105,7 @@ class Author:
         seed: int,
         show: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """`how["count"]` texts behind the tokens, one where nothing is drawn; each up to its end,
+        """`how["count"]` texts after the tokens, one where nothing is drawn; each up to its end,
         to one of the texts `how["stop"]`, or of `how["length"]` tokens. `show` is given the first
         as it grows."""
         stop = tuple(how.get("stop", ()))
@@ -139,7 +139,7 @@ class Author:
         how: Sampling,
         stop: Sequence[str] = (),
     ) -> list[str]:
-        """One text behind each of the prompts, up to its end or to one of the texts `stop`."""
+        """One text after each of the prompts, up to its end or to one of the texts `stop`."""
 
         def over(rows: np.ndarray) -> list[bool]:
             found = zip(prompts, rows.tolist(), strict=True)
@@ -166,7 +166,7 @@ class Author:
         return found
 
     def text(self, ids: Sequence[int], row: Sequence[int]) -> str:
-        """The text of the tokens `row` behind `ids`, without what ends it."""
+        """The text of the tokens `row` after `ids`, without what ends it."""
         row = [i for i in row if i >= 0]
         if row and row[-1] in self.writer.facts.stop:
             row = row[:-1]
@@ -224,7 +224,7 @@ def prompt_ids(
     of: str = "config",
     before: str = "",
 ) -> list[int]:
-    """The tokens of `how["prompt"]`, behind those that begin a document; of a source, with the text
+    """The tokens of `how["prompt"]`, after those that begin a document; of a source, with the text
     `before` and those that end it too.
 
     `trained` is how long the rows of training were, None where nobody knows; `of` what the keys of

@@ -5,7 +5,7 @@
     {"step": 10, "time": 8.4, "spent": {"data_wait": 0.02}, "train/loss": 9.01, ...}
     {"event": "checkpoint", "step": 10, "time": 8.9, ...}
 
-`time` is the seconds the run has been running, all its sittings added up; `spent` the seconds
+`time` is the seconds the run has been running, all its sessions added up; `spent` the seconds
 since the line before that did not go into training steps. The file tells one history: a run that
 resumes at step N cuts what came after step N, and its "resume" line says what that had cost.
 """
@@ -41,11 +41,11 @@ class Logger:
 
     resume_step: steps already done in the restored state; 0 starts from the beginning.
     config: a plain mapping, shown by W&B.
-    started: `time.monotonic()` when this sitting began; from then to now counts as "init".
+    started: `time.monotonic()` when this session began; from then to now counts as "init".
     restore_sec: the part of that time in which a checkpoint was read; it counts as "restore".
 
     A "start" or "resume" line is written at once, with the date and the command. `spent` holds the
-    seconds of this sitting by kind, for whoever wants the share of a window.
+    seconds of this session by kind, for whoever wants the share of a window.
     Raises ConfigError if W&B is asked for and not installed.
     """
 
@@ -92,7 +92,7 @@ class Logger:
                 trackers.Wandb(workdir, fields["wandb_id"], config or {}, resumed=bool(lines))
             )
         if tensorboard:
-            # What an earlier sitting wrote for the steps to be repeated is hidden.
+            # What an earlier session wrote for the steps to be repeated is hidden.
             purge = resume_step + 1 if lines else None
             self._trackers.append(trackers.TensorBoard(workdir / "tensorboard", purge))
         with storage.writing(self._path):  # last, since nothing above closes it again
@@ -169,7 +169,7 @@ class Logger:
         self._flush()
 
     def _flush(self) -> None:
-        """Write what is pending; on a full disk it waits for the next line, and the run goes on."""
+        """Write what is pending; on a full disk it waits for the next line while the run continues."""
         try:
             if self._pending and not self._path.exists():  # removed: lines would go nowhere
                 self._file.close()
@@ -227,7 +227,7 @@ def _number(value: Any) -> int | float:
 
 
 def command(words: list[str]) -> str:
-    """The command that goes on with this run: without --fresh, and without secrets."""
+    """The command that continues with this run: without --fresh, and without secrets."""
     shown, flag = ["python"], ""
     for word in words:
         if word.startswith("--"):

@@ -29,7 +29,7 @@ OPTIONAL = ("saved", "mfu", "data", "lr", "best", "val")
 class Progress:
     """Shows step, metrics and the time that remains; use it as a context manager.
 
-    total, start: steps of the whole run, and those done before this sitting.
+    total, start: steps of the whole run, and those done before this session.
     enabled: False in processes other than 0, which show nothing.
     file: where to write, sys.stdout by default; the bar is for terminals only.
     """

@@ -61,7 +61,7 @@ class Folder:
 
     def __init__(self, path: Path, previous: dict[str, Any], lock: Lock | None, writes: bool):
         self.path, self.previous, self.lock = path, previous, lock
-        self.failure: BaseException | None = None  # of this run alone, while others go on
+        self.failure: BaseException | None = None  # of this run alone, while others continue
         self._writes = writes
         self._stale = False  # whether status.json lacks the last update
         self._status = {"state": "running", "step": 0, "checkpoint": 0, "reason": ""}
@@ -130,8 +130,8 @@ def open(
     """Opens the run folder for one process, creating it if need be, and records how the run ends.
 
     Of several processes one writes; `first(call)` gives what `call()` returns or raises there, so
-    that the others neither look before it is ready nor go on where it refuses. An XLA out-of-memory
-    error leaves as a ResourceError.
+    that the others neither look before it is ready nor continue where it refuses. An XLA
+    out-of-memory error leaves as a ResourceError.
 
     Raises:
       ConfigError: another process works here, or the folder holds a run with another config.

@@ -19,7 +19,7 @@ def bias(
     heads: int, positions: Int[Array, "B T"], keys: Int[Array, "B S"], before: int = 0
 ) -> Float[Array, "B N T R"]:
     """-slope · distance, on either side, to be added to products of queries and keys; `before` keys
-    at positions 0, 1, … stand in front of those of the tokens."""
+    at positions 0, 1, … are in front of those of the tokens."""
     front = jnp.broadcast_to(jnp.arange(before)[None], (len(keys), before))
     keys = jnp.concatenate([front, keys], axis=1)
     distance = jnp.abs(positions[:, :, None] - keys[:, None, :]).astype(jnp.float32)  # (B, T, S)

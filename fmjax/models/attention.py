@@ -18,7 +18,7 @@ from fmjax.params import precision, randomness, sharding
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "tpu")
 # Of head, query and key in the number of a pair, which dropout is drawn by: a batch may be padded
-# to any width. Multiples of the golden ratio, modulo 2^32, lie far apart, so that rows do not meet.
+# to any width. Multiples of the golden ratio, modulo 2^32, are far apart, so that rows do not meet.
 STRIDES = (0x85EBCA6B, 0x9E3779B1, 1)
 
 
@@ -66,7 +66,7 @@ def attention(
 
     Of fewer heads of keys and values, K, each serves N / K neighbouring queries (Ainslie et al.
     2023). `scale` is in the place of 1 / √H. With `softcap` c products are c tanh(product / c)
-    (Gemma 2, 2024, §2). `bias` is added to them behind that, before the mask, and may be learnt:
+    (Gemma 2, 2024, §2). `bias` is added to them after that, before the mask, and may be learnt:
     it gets a gradient, in float32.
 
     `implementation`: "xla" runs anywhere; "cudnn" is NVIDIA's fused kernel (float16/bfloat16);

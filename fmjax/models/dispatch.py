@@ -6,7 +6,7 @@
 | c | `limited`: an expert takes c times its fair share of a row, c k T / E tokens; later ones in the row pass it by (GShard, Lepikhin et al. 2021, §2.2, with rows as groups) |
 
 A row's result depends neither on other rows nor on padding, nor a token's on what comes later
-(but on how many are). Experts lie along the mesh axis `expert`, which rows are cut along, too.
+(but on how many are). Experts are along the mesh axis `expert`, which rows are cut along, too.
 Letters: B batch, T time, D width, F mlp, E experts, k of a token, C places of an expert in a row.
 """  # noqa: E501  a row of a table is one line
 
@@ -150,7 +150,7 @@ def _ragged_forward(x, kernels, sizes, dtype):
 
 def _ragged(x, kernels, sizes):
     y = jax.lax.ragged_dot(x, kernels, sizes, **_accurate(x))
-    # What a kernel writes behind the last group is its own affair.
+    # What a kernel writes after the last group is its own affair.
     inside = jnp.arange(len(x)) < jnp.sum(sizes)
     return jnp.where(inside[:, None], y, jnp.float32(0))
 

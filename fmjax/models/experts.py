@@ -1,9 +1,9 @@
 """Mixtures of experts: many MLPs a layer, of which a router chooses a few for each token.
 
-    y = Σ_e w_e · MLP_e(x) over the k likeliest experts of softmax(x R)  [+ σ(x s) · MLP_shared(x)]
+    y = Σ_e w_e · MLP_e(x) over the top k experts of softmax(x R)  [+ σ(x s) · MLP_shared(x)]
 
 (Shazeer et al. 2017; Mixtral, Jiang et al. 2024, §2.1; the shared one: Qwen 2, 2024, §2.2.2.) The
-router computes in float32; how tokens come to their experts is in dispatch.py. Letters: B batch, T
+router computes in float32; dispatch.py brings tokens to their experts. Letters: B batch, T
 time, D width, E experts, k of a token.
 """
 
@@ -84,7 +84,7 @@ class Matrices(nn.Module):
 def route(
     logits: Float[Array, "B T E"], k: int, normed: bool
 ) -> tuple[Float[Array, "B T k"], Int[Array, "B T k"], Float[Array, "B T E"]]:
-    """(weights of the k likeliest experts, which they are, probabilities of all).
+    """(weights of the k most probable experts, which they are, probabilities of all).
 
     If `normed` the weights of a token sum to 1.
     """

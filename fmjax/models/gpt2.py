@@ -170,7 +170,7 @@ class Decoder(trunk.Trunk):
         more: bool = False,
     ) -> Float[Array, "B T D"]:
         """Hidden states of the last layer that runs; `token_types` are not used but for prefixes.
-        `seeds` turn dropout on; `more` says that the tokens go on with those of the calls before
+        `seeds` turn dropout on; `more` says that the tokens continue with those of the calls before
         (`layers.CACHE`)."""
         cfg = self.cfg
         if self.start:

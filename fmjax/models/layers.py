@@ -176,7 +176,7 @@ class Memory(nn.Module):
     """Keys, values and mask of attention. The identity; adapters add to it.
 
     Where the collection `CACHE` is mutable they are kept there, and from the second call on those
-    given are written behind the kept, all of which come back; what is `fixed` stays as the first
+    given are written after the kept, all of which come back; what is `fixed` stays as the first
     call had it.
     """
 
@@ -215,7 +215,7 @@ class Seen(nn.Module):
 
 
 def remembered(module: nn.Module, new: tuple[jax.Array, ...], axis: int) -> tuple[Any, ...]:
-    """`new` behind what the module's cache has along the axis: `rows`, of which `used` are.
+    """`new` after what the module's cache has along the axis: `rows`, of which `used` are.
 
     The first call makes the cache as long as it is; whoever calls again has made it longer, and may
     have put it into eight bits (`precision.Coded`).

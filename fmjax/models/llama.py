@@ -9,9 +9,9 @@
 | Qwen 2 | biases of query, key and value |
 | Qwen 3 | norms of queries and keys, head size of its own |
 | Gemma | norms with 1 + scale, embedding times √D, GELU, tied |
-| Gemma 2 | … norms behind attention and MLP too, soft caps, every other layer with a window |
+| Gemma 2 | … norms after attention and MLP too, soft caps, every other layer with a window |
 | Gemma 3 | … norms of queries and keys, no caps; two bases of positions, five of six layers near |
-| OLMo 2 | norms behind attention and MLP only, and of whole queries and keys |
+| OLMo 2 | norms after attention and MLP only, and of whole queries and keys |
 | OLMo 3 | … three of four layers with a window, only the others stretched |
 | OLMo | norms without parameters, clipped queries, keys and values |
 | SmolLM 3 | grouped keys and values, no positions in every fourth layer |
@@ -64,7 +64,7 @@ class Config:
     gated: bool = True  # whether MLPs are
     norm: str = "rms"  # or layer, with scales and biases; or plain, a layer norm without
     eps: float = 1e-5
-    norms: str = "before"  # attention and MLP; or behind them, or around
+    norms: str = "before"  # attention and MLP; or after them, or around
     norm_offset: float = 0.0  # added to the scales of norms
     qk_norm: str = ""  # norms of queries and keys: of each head, or of the whole
     qkv_bias: bool = False
@@ -258,7 +258,7 @@ class Block(nn.Module):
             return x + layers.dropout(h, cfg.dropout, site(i))
 
         norms = {}
-        if cfg.qk_norm:  # here, as what lies in `attn` are matrices
+        if cfg.qk_norm:  # here, as what is in `attn` are matrices
             norms = {name: norm(cfg, f"{name}_norm") for name in ("query", "key")}
         attend = Attention(cfg, name="attn")
         x = residual(x, "attn", lambda h: attend(h, norms, layer, shared, site(0)), 1)
@@ -378,7 +378,7 @@ class Decoder(trunk.Trunk):
         more: bool = False,
     ) -> Float[Array, "B T D"]:
         """Hidden states of the last layer that runs; `token_types` are not used but for prefixes.
-        `seeds` turn dropout on; `more` says that the tokens go on with those of the calls before
+        `seeds` turn dropout on; `more` says that the tokens continue with those of the calls before
         (`layers.CACHE`)."""
         cfg = self.cfg
         if self.start:
@@ -391,7 +391,7 @@ class Decoder(trunk.Trunk):
         sees |= dict(keys=(segments, places))
         seen = mask(segment_ids, positions, **sees)
         window = mask(segment_ids, positions, cfg.window - 1, **sees) if cfg.window else seen
-        # What is written behind a text does not turn what is kept of it.
+        # What is written after a text does not turn what is kept of it.
         length = input_ids.shape[1] if segments is segment_ids else cfg.max_len
         how = dict(cfg.rope), length, cfg.max_len
         far, factor = rope.frequencies(cfg.size, cfg.theta, *how)

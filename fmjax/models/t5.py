@@ -4,7 +4,7 @@
     target -> embed -> block_E … block_L-1 -> norm -> vocabulary
 
 One table embeds both. The layers of the encoder come first and those of the decoder, which also
-look at what the encoder has made of the source, behind them: `decode` follows `encode`. Pairs can
+look at what the encoder has made of the source, after them: `decode` follows `encode`. Pairs can
 share a row: a target sees the source of its own segment. Letters: B batch, T and S times of source
 and target, D width, N heads, H head size, V vocabulary, L depth, E depth of the encoder.
 """
@@ -248,7 +248,7 @@ def written_buckets(
 def bucket(distance: np.ndarray, both: bool, buckets: int, far: int) -> np.ndarray:
     """The buckets of distances, that of the key minus that of the query (§2.1): half of them of one
     distance each, the others of ranges that grow up to `far`. With `both` directions half of all
-    are of keys behind the query; otherwise these share the bucket of the query itself."""
+    are of keys after the query; otherwise these share the bucket of the query itself."""
     behind = np.zeros_like(distance)
     if both:
         buckets //= 2

@@ -1,7 +1,7 @@
 """The trunk that the families share: layers that run one by one or in stacks, and heads on them.
 
 A family's model is a `Trunk` with a `Block` of its own; its file says what comes before the layers,
-what each is told, and what comes behind.
+what each is told, and what comes after.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class Vocabulary(NamedTuple):
 
     kernel: Float[Array, "V D"] | Float[Array, "D V"] | precision.Rows
     out_in: bool  # which of the two
-    spec: P  # how it lies on the mesh
+    spec: P  # layout on the mesh
     dtype: DTypeLike  # of the product's operands
     softcap: float = 0.0  # of the logits: c tanh(logit / c); 0: none
 
@@ -118,7 +118,7 @@ class Trunk(nn.Module):
     cfg: Any
     stacks: tuple[int, ...] | None = None
     start: int = 0  # above 0, `encode` is given the hidden states of that layer for `input_ids`
-    stop: int | None = None  # None: all, and the norm behind them
+    stop: int | None = None  # None: all, and the norm after them
     causal = False  # whether a token sees only what is before it
     decodes = False  # whether a decoder follows the encoder
     block: ClassVar[type[nn.Module]]  # of one layer
@@ -166,7 +166,7 @@ class Trunk(nn.Module):
         first: int = 0,
         last: int | None = None,
     ) -> Float[Array, "B T D"]:
-        """The states behind the layers from `first` to before `last` (None: all) of those that run,
+        """The states after the layers from `first` to before `last` (None: all) of those that run,
         each called as `block(x, its row of layer, shared)`."""
         stop = min(end for end in (self.cfg.depth, self.stop, last) if end is not None)
         start = max(self.start, first)

@@ -22,7 +22,7 @@ also says what it needs: `TARGET`, what the labels of the data must mean
 (`fmjax.data.Dataset.target`, a fact too), or a tuple of what they may; `heads(labels)`, the linear
 heads of the model; `SCORES`, the metrics of `score`; `WHOLE_BATCH`, that a row's loss depends on
 the others, which forbids accumulation; `VOCABULARY`, that the model needs its vocabulary head;
-`DECODES`, that it needs a decoder behind its encoder; `CAUSAL`, whether a token of the model may
+`DECODES`, that it needs a decoder after its encoder; `CAUSAL`, whether a token of the model may
 see only what is before it; `PREFIX`, that those of type 1 are seen by all of their document
 (`Config.prefix` of decoders, which an argument `prefix` asks for too); `MASKS`, that the tokenizer
 needs a token for what is hidden; `FIM`, those that mark a middle to fill in; `ROOM`, how many

@@ -1,4 +1,4 @@
-"""Multiple choice: which of several texts goes on best (SWAG in Devlin et al. 2019, §4.4).
+"""Multiple choice: which of several texts continues best (SWAG in Devlin et al. 2019, §4.4).
 
 The examples are `config.data.format = "choices"`: each choice is a row of its own, beside what is
 asked, and one linear head gives each a score. All examples have the same number of choices.

@@ -73,7 +73,7 @@ def judged(
 def targets(
     batch: Mapping[str, jax.Array],
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
-    """(the token behind each, 1.0 where that is of the same document, and one to learn)."""
+    """(the token after each, 1.0 where that is of the same document, and one to learn)."""
     ahead = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
     segments = batch["segment_ids"]
     same = (ahead(segments) == segments) & (segments > 0)

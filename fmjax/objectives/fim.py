@@ -3,20 +3,20 @@
 Of the documents a share of `rate` is cut at two places between its tokens, each equally likely, and
 becomes (PSM)
 
-    <prefix> what is before <suffix> what is behind <middle> what is between
+    <prefix> what is before <suffix> what is after <middle> what is between
 
 or, a share of `spm` of these, with what is before in front of what is between (SPM, in the form
 that is trained beside PSM, appendix D):
 
-    <prefix> <suffix> what is behind <middle> what is before, what is between
+    <prefix> <suffix> what is after <middle> what is before, what is between
 
 The three marks are the tokenizer's. What begins and ends a document stays there, so that the end of
-the middle is learnt too. A document grows by three tokens, for which its row has room behind it
+the middle is learnt too. A document grows by three tokens, for which its row has room after it
 (`config.data.room`), and loses none; other documents of the row stay as they are. The loss is that
 of `clm`, on all of it. What is cut and where is a pure function of (seed, step, example).
 
 The cuts are between tokens, not between characters as in the paper: a model that has learnt from
-them goes on best from where a token ends.
+them continues best from where a token ends.
 """
 
 from collections.abc import Callable, Mapping
@@ -71,7 +71,7 @@ def prepare(
     # SPM is PSM with nothing before, and what was before at the beginning of the middle.
     between = jnp.where(drawn("spm") < spm, 0, between)
 
-    here = each - start - first  # the place in the new text: a mark, before, a mark, behind, …
+    here = each - start - first  # the place in the new text: a mark, before, a mark, after, …
     suffix, middle = between + 1, between + 2 + text - behind  # places of the marks
     inside = (here >= 0) & (here < text + ROOM)
     source = jnp.where(here < suffix, here - 1, here - middle - 1 + between)

@@ -47,7 +47,7 @@ def prepare(
             last of such shares (Ankner et al. 2024), of which evaluation has the last.
         over: steps between which the share goes from one to the other in a line; (): none.
         prefix: of a decoder, that it reads all of a document in both directions.
-        step: of the run; None: behind it.
+        step: of the run; None: after it.
         mask: choose single tokens, whole words, or spans of whole words.
         replace: shares of the chosen that become [MASK] and a random token.
         span_stop, span_max: spans have geometric lengths in words, stopping with probability

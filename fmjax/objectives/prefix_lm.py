@@ -2,8 +2,8 @@
 
 (Raffel et al. 2020, §3.2.1; as one of several masks in UniLM, Dong et al. 2019.) Each document of a
 row is cut at a place of its own, which any of those between its tokens is equally likely to be. The
-tokens before it are seen by all of their document, in front of them or behind; the loss is on those
-behind it. Where the cut falls is a pure function of (seed, step, example): see
+tokens before it are seen by all of their document, in front of them or after; the loss is on those
+after it. Where the cut falls is a pure function of (seed, step, example): see
 `fmjax.params.randomness`.
 """
 

@@ -179,7 +179,7 @@ def _taken_out(
 
     stays = (segments > 0) & (~gone | first)
     source = [(stays, jnp.cumsum(stays, axis=1) - 1, jnp.where(first, sentinel, ids))]
-    # Of each span its sentinel and its tokens; behind the last of a document what ends a text.
+    # Of each span its sentinel and its tokens; after the last of a document what ends a text.
     end = vocab.last[:1]
     last = gone & (documents.behind(gone, segments) == 0)
     slots = gone.astype(jnp.int32) + first + last * len(end)

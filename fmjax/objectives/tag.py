@@ -20,7 +20,7 @@ SCORES = ("precision", "recall", "f1")
 
 NONE = -1  # of outputs: no tag stands here
 UNKNOWN = -2  # of labels, and less: that of word UNKNOWN - label is not known
-ENTITIES = r"O|[BIES]-.+"  # tags that say where an entity begins and goes on
+ENTITIES = r"O|[BIES]-.+"  # tags that say where an entity begins and continues
 
 
 def heads(labels: Sequence[str]) -> dict[str, int]:
@@ -62,7 +62,7 @@ def score(
 ) -> dict[str, float]:
     """Precision, recall and F1 of whole entities over a whole split, as conlleval counts them.
 
-    What lies beyond the end of a truncated row is neither found nor missed. NaN where the tags are
+    What is beyond the end of a truncated row is neither found nor missed. NaN where the tags are
     not those of entities.
     """
     from seqeval import metrics

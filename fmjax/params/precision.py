@@ -73,10 +73,10 @@ def linear(
 
     The `kernel` is (in, out), or (out, in) with `out_in`: the layout decides which operand of the
     weight gradient has to be transposed, and a tied embedding (vocabulary, width) must not become a
-    transpose of a transpose. `spec` is how it lies on the mesh (`fmjax.params.sharding`): cast
+    transpose of a transpose. `spec` is its layout on the mesh (`fmjax.params.sharding`): cast
     first and then gathered, in both passes, so that no device keeps more than one layer whole.
 
-    With `unpack`, `kernel` is what a quantised one is kept as, of which `unpack` makes the whole,
+    With `unpack`, `kernel` is what a quantized one is kept as, of which `unpack` makes the whole,
     in both passes; it gets no gradient, and of x nothing is kept. With `Rows` the product has no
     gradient either, and `out_in` says nothing.
     """
@@ -235,7 +235,7 @@ def matmul_transposed(
 def _batched(a, b, axis):
     """The product over a's last axis and b's `axis`, all axes before the last two being batch.
 
-    XLA:CPU has its kernels for operands that lie in memory in the order of their axes, and raises
+    XLA:CPU has its kernels for operands that are in memory in the order of their axes, and raises
     any other to float32: attention's heads, which are a transpose, would be. A reshape to one batch
     axis is in order. Elsewhere the axes stay apart, for the partitioner to cut each.
     """

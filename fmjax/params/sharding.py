@@ -3,7 +3,7 @@
 The mesh has the axes `data` (batch), `fsdp` (batch, and parameters cut along one dimension),
 `expert` (batch, and which experts of a layer a device has) and `tensor` (heads and hidden units).
 Rules are ordered (regex over parameter names, PartitionSpec); the first full match wins. A stacked
-parameter gets its layer's spec behind an unsharded layer axis.
+parameter gets its layer's spec after an unsharded layer axis.
 """
 
 import collections
@@ -29,7 +29,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"embed/\w+/embedding", P(None, "fsdp")),
     (r"block_.*/experts/(up|gate)/kernel", P("expert", "fsdp", "tensor")),
     (r"block_.*/experts/down/kernel", P("expert", "tensor", "fsdp")),
-    # A quantised matrix is several arrays.
+    # A quantized matrix is several arrays.
     (r".*/(query|key|value|up|gate)/kernel(/codes|/absmax)?", P("fsdp", "tensor")),
     (r".*/(out|down)/kernel(/codes|/absmax)?", P("tensor", "fsdp")),
     (r"block_.*/(query|key|value|up|gate)/bias", P("tensor")),
@@ -132,7 +132,7 @@ def spec_of(path: str, rules=RULES) -> P:
 def like_params(tree: Any, params: Any, mesh: jax.sharding.Mesh, rules=RULES) -> Any:
     """Shardings for a tree that contains copies of parameters (an optimizer state).
 
-    A leaf whose path ends in a parameter's path and that has its shape lies as the parameter does;
+    A leaf whose path ends in a parameter's path and that has its shape has the layout of the parameter;
     anything else is replicated.
     """
     flat = paths.flatten(params)

@@ -33,7 +33,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
 
 
 def converse(talk: "Talk", ask: Callable[[str], str]) -> None:
-    """Turns until the person leaves; `ask` gives what is said behind a prompt."""
+    """Turns until the person leaves; `ask` gives what is said after a prompt."""
     while True:
         try:
             said = ask("> ").strip()

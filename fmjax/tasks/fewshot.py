@@ -35,7 +35,7 @@ ROWS = {"format": "classes", "long": "truncate", "validation_fraction": 0.2}
 
 def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
     """The task: asks the model of `config.folder` what `config.benchmark` names, in the words of
-    each template, behind each number of examples in `config.shots`. Adds a line for each to
+    each template, after each number of examples in `config.shots`. Adds a line for each to
     fewshot.jsonl in the run folder, else in `workdir`; of classes in one way, summary.json and
     examples.npz in `workdir` are as of a training run, for a sweep to compare.
     """

@@ -1,4 +1,4 @@
-"""Text that a model writes, behind a prompt or, of an encoder–decoder, about a source."""
+"""Text that a model writes, after a prompt or, of an encoder–decoder, about a source."""
 
 import os
 from typing import Any

@@ -154,7 +154,7 @@ class Model(TemplateLM):
             raise ConfigError(f"config.chat=True: a conversation of a task: {error}.") from error
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple]:
-        """(log probability, whether it is greedy) of each continuation behind its context."""
+        """(log probability, whether it is greedy) of each continuation after its context."""
         if not self.masked:
             return super().loglikelihood(requests, disable_tqdm)
         pairs = [request.args for request in requests]

@@ -158,7 +158,7 @@ def counts(dataset: data.Dataset, name: str) -> Any:
 def at_layer(
     opened: pretrained.Opened, layer: int | None, mesh: jax.sharding.Mesh
 ) -> pretrained.Opened:
-    """The same model, of which `encode` gives the hidden states behind `layer` layers."""
+    """The same model, of which `encode` gives the hidden states after `layer` layers."""
     if layer is None:
         return opened
     depth = opened.model.cfg.depth

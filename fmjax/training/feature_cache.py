@@ -2,7 +2,7 @@
 
 Where the embeddings and the first layers are frozen and nothing in them is random, their output is
 a function of the example alone. It is computed once for each, kept in a memory-mapped file under a
-key of weights, data and layer, and training starts behind it: the last k layers cost what k layers
+key of weights, data and layer, and training starts after it: the last k layers cost what k layers
 cost. With all layers frozen it is training of a head on features.
 """
 

@@ -45,7 +45,7 @@ def loop(
 ) -> None:
     """Batch, step, log, evaluate, save; until the end, a signal, or too many bad steps in a row.
 
-    Each run has its folder, log and checkpoints. Of several one may fail, and the others go on.
+    Each run has its folder, log and checkpoints. Of several one may fail, and the others continue.
     """
     runs, total = together.runs, together.wide.total
     config = together.wide.config  # for what the runs share

@@ -30,13 +30,13 @@ from fmjax.reports import report_facts, run_report
 
 
 class Monitor:
-    """The log of one sitting of a run; a context manager.
+    """The log of one session of a run; a context manager.
 
     Runs that are computed together have one each: `arm` says which of the rows of the metrics is
     its own, and they share what `progress` shows.
 
-    first: steps done before this sitting; saved: the meta of the checkpoint it goes on from, {} for
-    a new run; tokens, done_flops: real tokens trained on, and the FLOPs of it, in all sittings;
+    first: steps done before this session; saved: the meta of the checkpoint it continues from, {}
+    for a new run; tokens, done_flops: real tokens trained on, and the FLOPs of it, in all sessions;
     last_bad: (step, batch) of the last update that was not finite; bad_in_a_row: how many there
     were with no update applied in between. A spike is no sign of a broken model and does not count.
     """
@@ -75,7 +75,7 @@ class Monitor:
         known = processes.first(lambda: _is_evaluated(folder.path, first))
         self._results: tuple[int, dict[str, float]] = (first if known or first == 0 else -1, {})
         self._new_window()
-        # The means go on from the last sitting: being stopped changes no number in the log.
+        # The means continue from the last session: being stopped changes no number in the log.
         window = saved.get("window", {"sums": {}, "scalars": {}})
         self._sums |= {name: np.asarray(pair) for name, pair in window["sums"].items()}
         self._scalars |= {name: list(map(float, past)) for name, past in window["scalars"].items()}
@@ -194,7 +194,7 @@ class Monitor:
         return counted | {"window": window}
 
     def fail(self, step: int, error: Exception) -> None:
-        """Takes note that this run has come to nothing, while those beside it go on."""
+        """Takes note that this run has come to nothing, while those beside it continue."""
         self.folder.failure = error
         self._logger.event("failed", step=step, reason=str(error))
         self._progress.print(f"{self._prefix}{error}")

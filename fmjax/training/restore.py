@@ -152,7 +152,7 @@ def created(runs: Sequence[Run]) -> list[TrainState]:
     return found
 
 
-@functools.cache  # the files of a run that goes on must not change under it
+@functools.cache  # the files of a run that continues must not change under it
 def tokenizer_digests(folder: Path) -> dict[str, str]:
     """{name: digest} of the files of a run's tokenizer."""
     return tokenizer.digests(folder / "tokenizer")

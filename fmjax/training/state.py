@@ -48,7 +48,7 @@ def create(
     seed: int,
     params: Any = None,
 ) -> TrainState:
-    """A state at step 0, each array made where it lies; `params` replaces fresh parameters."""
+    """A state at step 0, each array made where it is; `params` replaces fresh parameters."""
 
     def fresh(key):
         # One stream a purpose: initialisation and training never share a key.

@@ -8,10 +8,10 @@ program on other numbers. What trains in them is stacked, arm by arm, and the st
 it; what is frozen is there once, and on an accelerator its products see the rows of all arms at
 once (`jax.vmap`). Each arm is the run that its own config says, in a folder of its own: the numbers
 are those of that run alone but for the order of floating-point sums, and started from its folder it
-goes on alone. Batches are as wide as the longest text of all arms needs, and speeds in its log are
-those of all together.
+continues alone. Batches are as wide as the longest text of all arms needs, and speeds in its log
+are those of all together.
 
-A smaller rank lies among zeros: a column of A and a row of B that are both zero get no gradient and
+A smaller rank is among zeros: a column of A and a row of B that are both zero get no gradient and
 stay so. Its scale differs from that of the widest by a factor that B is multiplied with.
 """
 
@@ -327,5 +327,5 @@ def _grown(x: jax.Array, shape: Sequence[int]) -> jax.Array:
 
 
 def _leading(place: NamedSharding) -> NamedSharding:
-    """The place of arrays that lie so, behind an axis that is not cut."""
+    """The place of arrays with this layout, after an axis that is not cut."""
     return NamedSharding(place.mesh, P(None, *place.spec))
