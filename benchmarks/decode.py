@@ -114,7 +114,7 @@ def ours(folder: str, flags: argparse.Namespace, prompts: list[list[int]]):
     model = gpt2.Model(**described, dtype=flags.precision)
     abstract = param_init.abstract_params(model, sharding.make_mesh(data=1))
     params, _ = convert.load(folder, abstract)
-    writer = decoder.Writer(model, params, weights=flags.weights, cache=flags.cache)
+    writer = decoder.Generator(model, params, weights=flags.weights, cache=flags.cache)
     how = Sampling(temperature=0.8, top_k=50) if flags.sampled else Sampling(temperature=0)
     return lambda length: writer(prompts, length, how), paths.nbytes(writer.params)
 

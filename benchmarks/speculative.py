@@ -20,7 +20,7 @@ from fmjax.checkpoints import pretrained
 from fmjax.data import tokenizer as tokenizers
 from fmjax.generation import decoder
 from fmjax.generation.sampling import Sampling
-from fmjax.generation.speculative import Speculator
+from fmjax.generation.speculative import SpeculativeGenerator
 from fmjax.params import sharding
 
 
@@ -84,12 +84,12 @@ def ours(flags: argparse.Namespace) -> dict:
     """{what it is: (writes behind the prompts, tokens that the model read at once)}."""
     mesh = sharding.make_mesh(data=1)
     big, small = (pretrained.open_folder(x, mesh) for x in (flags.folder, flags.draft))
-    alone = decoder.Writer(big.model, big.params, weights=flags.weights)
-    guesser = decoder.Writer(small.model, small.params)
+    alone = decoder.Generator(big.model, big.params, weights=flags.weights)
+    guesser = decoder.Generator(small.model, small.params)
     how = Sampling(temperature=0.8 if flags.sampled else 0)
     sides = {"ours": (lambda prompts: one_by_one(alone, prompts, flags.length, how), lambda: 1)}
     for ahead in flags.ahead:
-        both = Speculator(alone, guesser, ahead)
+        both = SpeculativeGenerator(alone, guesser, ahead)
         write = lambda prompts, both=both: both(prompts, flags.length, how)
         at_once = lambda both=both: both.written / both.rounds
         sides[f"ours, {ahead} ahead"] = write, at_once

@@ -76,7 +76,7 @@ def test_what_is_kept_changes_no_token(family, adapter):
     model, params = made(family, ADAPTERS[adapter], **(dict(tied=False) if family == "t5" else {}))
     expected = [anew(model, params, prompt, LENGTH) for prompt in PROMPTS]
     assert len(set(map(tuple, expected))) > 1
-    writer = decoder.Writer(model, params)
+    writer = decoder.Generator(model, params)
     assert writer(PROMPTS, LENGTH, GREEDY) == expected
 
 
@@ -86,7 +86,7 @@ def test_what_is_known_is_a_prefix_to_who_learnt_with_one():
     found = {}
     for prefix in (True, False):
         expected = [anew(model, params, prompt, LENGTH, prefix) for prompt in prompts]
-        found[prefix] = decoder.Writer(model, params, prefix=prefix)(prompts, LENGTH, GREEDY)
+        found[prefix] = decoder.Generator(model, params, prefix=prefix)(prompts, LENGTH, GREEDY)
         assert found[prefix] == expected
     assert found[True] != found[False]
 
@@ -94,12 +94,12 @@ def test_what_is_known_is_a_prefix_to_who_learnt_with_one():
 def test_windows_and_experts_write_the_same_too():
     model, params = made("llama", window=3, full_every=2, experts=3, experts_per_token=2)
     expected = [anew(model, params, prompt, 12) for prompt in PROMPTS]
-    assert decoder.Writer(model, params)(PROMPTS, 12, GREEDY) == expected
+    assert decoder.Generator(model, params)(PROMPTS, 12, GREEDY) == expected
 
 
 def test_a_row_says_the_same_whatever_is_beside_it():
     model, params = made("llama")
-    writer, hot = decoder.Writer(model, params), Sampling(temperature=1.5, top_p=0.9)
+    writer, hot = decoder.Generator(model, params), Sampling(temperature=1.5, top_p=0.9)
     together = writer(PROMPTS, 9, hot, seed=3)
     apart = [writer([ids], 9, hot, seed=3, first=i)[0] for i, ids in enumerate(PROMPTS)]
     assert together == apart
@@ -110,9 +110,9 @@ def test_a_row_says_the_same_whatever_is_beside_it():
 
 def test_a_text_ends_with_what_ends_it_and_the_others_go_on():
     model, params = made("gpt2")
-    free = decoder.Writer(model, params)(PROMPTS, 8, GREEDY)
+    free = decoder.Generator(model, params)(PROMPTS, 8, GREEDY)
     end = free[0][2]
-    ended = decoder.Writer(model, params, stop=(end,))(PROMPTS, 8, GREEDY)
+    ended = decoder.Generator(model, params, stop=(end,))(PROMPTS, 8, GREEDY)
     cut = [row[: row.index(end) + 1] if end in row else row for row in free]
     assert ended == cut and len(ended[0]) <= 3
 
@@ -120,14 +120,16 @@ def test_a_text_ends_with_what_ends_it_and_the_others_go_on():
 def test_tokens_that_nothing_stands_for_are_not_written():
     model, params = made("gpt2")
     hot = Sampling(temperature=50.0)
-    rows = decoder.Writer(model, params, tokens=9)(PROMPTS, 20, hot)
+    rows = decoder.Generator(model, params, tokens=9)(PROMPTS, 20, hot)
     assert max(map(max, rows)) < 9 and min(map(min, rows)) >= 0
 
 
 def test_a_penalty_keeps_tokens_from_coming_again():
     model, params = made("gpt2")
     never = Sampling(temperature=0, repetition_penalty=1e6)
-    for prompt, row in zip(PROMPTS, decoder.Writer(model, params)(PROMPTS, 10, never), strict=True):
+    for prompt, row in zip(
+        PROMPTS, decoder.Generator(model, params)(PROMPTS, 10, never), strict=True
+    ):
         assert len({*prompt, *row}) == len(prompt) + len(row)
 
 
@@ -135,14 +137,14 @@ def test_a_penalty_keeps_tokens_from_coming_again():
 def test_eight_devices_write_what_one_does(axes):
     model, params = made("llama", kv_heads=2)
     prompts = [*PROMPTS, [12, 13]]
-    expected = decoder.Writer(model, params)(prompts, LENGTH, GREEDY)
+    expected = decoder.Generator(model, params)(prompts, LENGTH, GREEDY)
     mesh = tiny.mesh(**axes)
     with jax.set_mesh(mesh):
         spread = jax.device_put(params, sharding.shardings(params, mesh))
-        writer = decoder.Writer(model, spread)
+        writer = decoder.Generator(model, spread)
         assert writer(prompts, LENGTH, GREEDY) == expected
         given = writer.given(prompts, LENGTH, 0)
-        texts = decoder.begin(model, writer.params, given, writer.facts, GREEDY, 32, 4)
+        texts = decoder.first_token(model, writer.params, given, writer.facts, GREEDY, 32, 4)
         keys = texts.cache["block_00"]["attn"]["memory"]["rows"][0]  # of 2 heads of keys
         parts = {shard.data.shape[:2] for shard in keys.addressable_shards}
         assert parts == {(4 // (axes.get("data", 1) * axes.get("fsdp", 1)), 1)}
@@ -153,18 +155,18 @@ def test_programs_are_few():
         32, 32, 48, 48, 64, 64, 96, 128, 1024,
     ]  # fmt: skip
     model, params = made("gpt2")
-    writer = decoder.Writer(model, params)
+    writer = decoder.Generator(model, params)
     writer([[5] * 3], 4, GREEDY)
-    before = decoder.begin._cache_size(), decoder.go_on._cache_size()
+    before = decoder.first_token._cache_size(), decoder.decode._cache_size()
     writer([[5] * 17], 9, GREEDY)
-    assert (decoder.begin._cache_size(), decoder.go_on._cache_size()) == before
+    assert (decoder.first_token._cache_size(), decoder.decode._cache_size()) == before
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
 @pytest.mark.parametrize("bits", [dict(weights="int8"), dict(cache="int8")], ids=str)
 def test_eight_bits_say_the_same_in_any_batch(family, bits):
     model, params = made(family)
-    writer = decoder.Writer(model, params, **bits)
+    writer = decoder.Generator(model, params, **bits)
     together = writer(PROMPTS, LENGTH, GREEDY)
     assert together == [writer([ids], LENGTH, GREEDY)[0] for ids in PROMPTS]
     if bits.get("weights"):  # the same products, of all tokens at once
@@ -173,15 +175,15 @@ def test_eight_bits_say_the_same_in_any_batch(family, bits):
 
 def test_eight_bits_are_near_the_whole():
     model, params = made("llama", tied=True)
-    writer = decoder.Writer(model, params, weights="int8", cache="int8")
+    writer = decoder.Generator(model, params, weights="int8", cache="int8")
     given = writer.given(PROMPTS, LENGTH, 0)
     states = {}
     sides = dict(whole=(model, params, ""), eight=(writer.model, writer.params, "int8"))
     for name, (model, params, bits) in sides.items():
         facts = writer.facts._replace(cache=bits)
-        hidden, cache = decoder.read(model, params, given, facts, 32)
+        hidden, cache = decoder.prefill(model, params, given, facts, 32)
         first = decoder.logits(model, params, hidden, facts)
-        more, cache = decoder.read_more(
+        more, cache = decoder.extend(
             model, params, given, cache, jnp.full((3, 1), 9, jnp.int32), jnp.int32(1)
         )
         states[name] = first, decoder.logits(model, params, more[:, 0], facts), cache
@@ -199,16 +201,16 @@ def test_bits_that_a_model_has_not_are_said():
     model, params = made("gpt2")
     for bits in (dict(weights="int4"), dict(cache="fp8")):
         with pytest.raises(ConfigError, match=f"config.{next(iter(bits))}=.*give 'int8'"):
-            decoder.Writer(model, params, **bits)
+            decoder.Generator(model, params, **bits)
     with pytest.raises(ConfigError, match="without adapters.*configs/export.py"):
-        decoder.Writer(*made("gpt2", LORA), weights="int8")
+        decoder.Generator(*made("gpt2", LORA), weights="int8")
     with pytest.raises(ConfigError, match="not for experts"):
-        decoder.Writer(*made("llama", experts=3, experts_per_token=2), weights="int8")
+        decoder.Generator(*made("llama", experts=3, experts_per_token=2), weights="int8")
 
 
 def test_half_precision_says_the_same_in_any_batch():
     model, params = made("gpt2", dtype="bfloat16")
-    writer = decoder.Writer(model, params)
+    writer = decoder.Generator(model, params)
     together = writer(PROMPTS, LENGTH, GREEDY)
     assert together == [writer([ids], LENGTH, GREEDY)[0] for ids in PROMPTS]
     assert together == [anew(writer.model, writer.params, ids, LENGTH) for ids in PROMPTS]
@@ -217,7 +219,7 @@ def test_half_precision_says_the_same_in_any_batch():
 @pytest.mark.parametrize("adapter", ["lora", "prefix"])
 def test_a_cache_in_eight_bits_goes_with_adapters_and_beams(adapter):
     model, params = made("gpt2", ADAPTERS[adapter])
-    writer = decoder.Writer(model, params, cache="int8")
+    writer = decoder.Generator(model, params, cache="int8")
     together = writer(PROMPTS, LENGTH, GREEDY)
     assert together == [writer([ids], LENGTH, GREEDY)[0] for ids in PROMPTS]
     found = beam_search.search(writer, PROMPTS, LENGTH, beam_search.Beams(3))

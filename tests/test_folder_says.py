@@ -42,20 +42,20 @@ def written(author):
 
 
 def test_texts_end_at_the_tokens_that_the_folder_lists(folder, tmp_path):
-    free, _ = written(text_generator.Author(tiny_folders.opened(folder)))
+    free, _ = written(text_generator.TextGenerator(tiny_folders.opened(folder)))
     last = free[3]
     at = free.index(last)
     model = shutil.copytree(folder, tmp_path / "model")
     for name, value in (("config.json", last), ("generation_config.json", [2, last, 9999])):
         tiny_folders.settings(model / name, eos_token_id=value)
-        row, text = written(text_generator.Author(tiny_folders.opened(model)))
+        row, text = written(text_generator.TextGenerator(tiny_folders.opened(model)))
         assert row == free[: at + 1]
         tiny_folders.settings(model / "config.json", eos_token_id=2)  # no more asked
     # As transformers stops.
     torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
-    author = text_generator.Author(tiny_folders.opened(model))
+    author = text_generator.TextGenerator(tiny_folders.opened(model))
     ids = torch.tensor([author.ids(dict(prompt=PROMPT, length=8))])
     seen = dict(attention_mask=torch.ones_like(ids), pad_token_id=0)
     out = theirs.generate(ids, do_sample=False, max_new_tokens=8, **seen)
@@ -90,7 +90,7 @@ def test_a_run_and_its_export_keep_the_ends_of_texts_and_the_template(folder, tm
     export.run(load("export.py", f"folder={tmp_path / 'run'}", f"output={out}"), tmp_path)
     end_of_answer = tiny_folders.MARKS.index("<|end|>")
     for made in (tmp_path / "run", out):
-        author = text_generator.Author(tiny_folders.opened(made))
+        author = text_generator.TextGenerator(tiny_folders.opened(made))
         assert author.writer.facts.stop == (2, 7, end_of_answer)
         assert author.words.chat_template == templates
     assert json.loads((out / endings.FILE).read_text())["eos_token_id"] == [2, 7, end_of_answer]
@@ -117,7 +117,7 @@ def test_a_decoder_without_its_output_neither_writes_nor_judges(folder, tmp_path
     assert lacking.missing == ("head/lm/kernel",)
     refused = pytest.raises(ConfigError, match="no trained head 'lm'.*would be random.*clm.py")
     with refused:
-        text_generator.Author(lacking)
+        text_generator.TextGenerator(lacking)
     with refused:
         scoring.scorer_of(lacking, [], 4, "token")
     (tmp_path / "some.txt").write_text("the quick brown fox\n\nover the lazy dog\n")
@@ -135,10 +135,10 @@ def test_a_decoder_without_its_output_neither_writes_nor_judges(folder, tmp_path
     # An encoder–decoder's too.
     both = lacking._replace(model=tiny.model("t5", tied=False))
     with pytest.raises(ConfigError, match="no trained head 'lm'.*seq2seq.py"):
-        text_generator.Author(both)
+        text_generator.TextGenerator(both)
     # One that is tied has no tensor of its own, and lacks nothing.
     words = folder.parent / "words"
     tied = tiny_folders.opened(tiny_folders.decoder(tmp_path / "tied", words, tied=True))
-    text_generator.Author(tied)
+    text_generator.TextGenerator(tied)
     with jax.set_mesh(mesh := sharding.make_mesh()):
         measurement.Measure(given, tied, mesh)

@@ -59,7 +59,7 @@ def test_a_token_that_no_text_holds_needs_no_row(decoder, tmp_path):
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh):
         opened = pretrained.open_folder(str(decoder), mesh)
-        author = text_generator.Author(opened)
+        author = text_generator.TextGenerator(opened)
         assert author.writer.facts.tokens == 257  # nothing draws the last one
         how = dict(prompt="the ", count=1, length=4, temperature=1.0)
         assert len(author.texts(how, seed=0)) == 1

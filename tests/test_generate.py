@@ -70,7 +70,7 @@ def test_what_is_drawn_follows_from_the_seed_and_the_row(opened):
 
 
 def test_a_text_ends_at_a_token_that_ends_texts_and_not_behind_it(opened):
-    free = text_generator.Author(opened)
+    free = text_generator.TextGenerator(opened)
     ids = free.ids(dict(prompt="The", length=12))
     (row,) = free.writer([ids], 12, generate.Sampling(temperature=0))
     ends = free.writer.facts._replace(stop=(row[4],))
@@ -97,7 +97,7 @@ def test_texts_that_end_what_is_written_may_be_parts_of_tokens(opened):
     middle = whole[5:8]
     at = whole.find(middle)
     shown = []
-    author = text_generator.Author(opened)
+    author = text_generator.TextGenerator(opened)
     how = dict(prompt="The function", count=1, length=16, temperature=0.0, stop=(middle, "\0"))
     assert author.texts(how, 0, shown.append) == [whole[:at]] == ["".join(shown)]
     how["stop"] = ("\0",)
@@ -107,7 +107,7 @@ def test_texts_that_end_what_is_written_may_be_parts_of_tokens(opened):
 
 def test_beams_find_a_text_that_is_as_likely_or_likelier(opened):
     how = dict(temperature=0.0, count=1, length=6, length_penalty=0.0)
-    author = text_generator.Author(opened)
+    author = text_generator.TextGenerator(opened)
     ids = author.ids(dict(prompt="The function", length=6))
     nats = {}
     for count in (1, 5):
@@ -127,7 +127,7 @@ def test_what_could_still_be_a_stop_or_half_a_character_is_not_shown():
 
 
 def test_a_prompt_without_room_is_refused_or_cut_to_its_end(opened):
-    author = text_generator.Author(opened)
+    author = text_generator.TextGenerator(opened)
     room = opened.config.data.seq_len
     long = " ".join(["word"] * 500) + " end"
     with pytest.raises(ConfigError, match="config.long='cut'"):

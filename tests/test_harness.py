@@ -212,9 +212,9 @@ def test_conversations_are_put_into_the_template_of_the_run(tmp_path, monkeypatc
     assert model.tok_encode(model.apply_chat_template(said)) == reader.opening(said)
     words = [f"--config.folder={tmp_path / 'run'}", f"--config.include={tasks(tmp_path)}"]
     words += ["--config.tasks=('writes',)", "--config.chat=True", "--config.batch_size=4"]
-    read, each = [], text_generator.Author.each
+    read, each = [], text_generator.TextGenerator.each
     monkeypatch.setattr(
-        text_generator.Author,
+        text_generator.TextGenerator,
         "each",
         lambda self, ids, *how: read.extend(ids) or each(self, ids, *how),
     )

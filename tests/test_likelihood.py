@@ -50,7 +50,7 @@ def test_a_greedy_text_is_found_greedy():
     from fmjax.generation.sampling import Sampling
 
     model, params = made("llama")
-    (row,) = decoder.Writer(model, params)([[7, 9]], 5, Sampling(temperature=0))
+    (row,) = decoder.Generator(model, params)([[7, 9]], 5, Sampling(temperature=0))
     score = Scorer(model, params)
     changed = [*row[:3], (row[3] + 1) % 64, row[4]]
     assert [x.greedy for x in score([([7, 9], row), ([7, 9], changed)])] == [True, False]

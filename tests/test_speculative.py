@@ -34,10 +34,10 @@ def another(family, adapter=None, **changes):
     ],
 )
 def test_the_likeliest_text_is_the_same(family, ahead):
-    writer = decoder.Writer(*made(family))
+    writer = decoder.Generator(*made(family))
     alone = [writer([ids], 20, GREEDY)[0] for ids in PROMPTS]
-    for guesser in (decoder.Writer(*another(family)), writer):
-        several = speculative.Speculator(writer, guesser, ahead)
+    for guesser in (decoder.Generator(*another(family)), writer):
+        several = speculative.SpeculativeGenerator(writer, guesser, ahead)
         assert several(PROMPTS, 20, GREEDY) == alone
         assert several.written == 60
         if guesser is writer:  # every guess stands
@@ -49,9 +49,9 @@ def test_the_likeliest_text_is_the_same(family, ahead):
 )
 def test_the_likeliest_text_is_the_same_in_fewer_bits(bits):
     kind = {key: bits.pop(key) for key in tuple(bits) if key == "dtype"}
-    writer = decoder.Writer(*made("llama", window=5, full_every=2, **kind), **bits)
-    guesser = decoder.Writer(*another("llama", window=5, full_every=2, **kind), **bits)
-    several = speculative.Speculator(writer, guesser, 3)
+    writer = decoder.Generator(*made("llama", window=5, full_every=2, **kind), **bits)
+    guesser = decoder.Generator(*another("llama", window=5, full_every=2, **kind), **bits)
+    several = speculative.SpeculativeGenerator(writer, guesser, 3)
     assert several(PROMPTS, 12, GREEDY) == [writer([ids], 12, GREEDY)[0] for ids in PROMPTS]
 
 
@@ -60,22 +60,22 @@ def test_the_likeliest_text_is_the_same_in_fewer_bits(bits):
 )
 def test_the_one_that_guesses_may_have_adapters(adapter):
     """Positions of its own that the model has not, and the other way round."""
-    plain = decoder.Writer(*made("llama"))
-    adapted = decoder.Writer(*another("llama", ADAPTERS[adapter]))
+    plain = decoder.Generator(*made("llama"))
+    adapted = decoder.Generator(*another("llama", ADAPTERS[adapter]))
     for writer, guesser in ((plain, adapted), (adapted, plain)):
         expected = [writer([ids], 12, GREEDY)[0] for ids in PROMPTS]
-        assert speculative.Speculator(writer, guesser, 3)(PROMPTS, 12, GREEDY) == expected
-    same = speculative.Speculator(adapted, adapted, 3)
+        assert speculative.SpeculativeGenerator(writer, guesser, 3)(PROMPTS, 12, GREEDY) == expected
+    same = speculative.SpeculativeGenerator(adapted, adapted, 3)
     same(PROMPTS, 12, GREEDY)
     assert same.rounds == 3 * (1 + 3)  # every guess stands
 
 
 def test_texts_end_where_they_end_and_look_up_on_the_way():
-    writer = decoder.Writer(*made("gpt2"))
+    writer = decoder.Generator(*made("gpt2"))
     free = writer(PROMPTS[:1], 12, GREEDY)[0]
     end = free[5]
-    ended = decoder.Writer(*made("gpt2"), stop=(end,))
-    several = speculative.Speculator(ended, writer, 4)
+    ended = decoder.Generator(*made("gpt2"), stop=(end,))
+    several = speculative.SpeculativeGenerator(ended, writer, 4)
     assert several(PROMPTS[:1], 12, GREEDY)[0] == free[: free.index(end) + 1]
     seen = []
 
@@ -83,7 +83,7 @@ def test_texts_end_where_they_end_and_look_up_on_the_way():
         seen.append([i for i in rows[0].tolist() if i >= 0])
         return [len(seen) == 2]
 
-    several = speculative.Speculator(writer, decoder.Writer(*another("gpt2")), 2)
+    several = speculative.SpeculativeGenerator(writer, decoder.Generator(*another("gpt2")), 2)
     found = several(PROMPTS[:1], 12, GREEDY, told=told, every=3)[0]
     assert len(seen) == 2 and found == seen[-1] == free[: len(found)] and len(seen[0]) >= 4
 
@@ -91,8 +91,8 @@ def test_texts_end_where_they_end_and_look_up_on_the_way():
 def test_as_far_as_the_last_place():
     """Guesses go on behind it, and are thrown away."""
     model, params = made("gpt2")
-    writer, length = decoder.Writer(model, params), model.cfg.max_len - 4
-    several = speculative.Speculator(writer, decoder.Writer(*another("gpt2")), 5)
+    writer, length = decoder.Generator(model, params), model.cfg.max_len - 4
+    several = speculative.SpeculativeGenerator(writer, decoder.Generator(*another("gpt2")), 5)
     assert several(PROMPTS[:1], length, GREEDY) == writer(PROMPTS[:1], length, GREEDY)
 
 
@@ -134,8 +134,10 @@ def test_whole_texts_are_as_probable_as_without_guesses():
     """Of three tokens, where one and the next is guessed at once, against the model's own."""
     hot, tokens, draws = Sampling(temperature=4.0), 4, 1500
     models = made("gpt2"), another("gpt2")
-    writer, guesser = (decoder.Writer(*one, tokens=tokens) for one in models)
-    texts = speculative.Speculator(writer, guesser, 2)(PROMPTS[:1] * draws, 3, hot, seed=1)
+    writer, guesser = (decoder.Generator(*one, tokens=tokens) for one in models)
+    texts = speculative.SpeculativeGenerator(writer, guesser, 2)(
+        PROMPTS[:1] * draws, 3, hot, seed=1
+    )
     counts = np.zeros((tokens,) * 3)
     np.add.at(counts, tuple(np.asarray(texts).T), 1)
     unlike = []
@@ -149,8 +151,8 @@ def test_whole_texts_are_as_probable_as_without_guesses():
 
 
 def test_a_seed_decides_what_is_drawn():
-    writer, guesser = decoder.Writer(*made("llama")), decoder.Writer(*another("llama"))
-    several = speculative.Speculator(writer, guesser, 3)
+    writer, guesser = decoder.Generator(*made("llama")), decoder.Generator(*another("llama"))
+    several = speculative.SpeculativeGenerator(writer, guesser, 3)
     hot = Sampling(temperature=0.9, top_p=0.95)
     found = several(PROMPTS, 12, hot, seed=3)
     assert found == several(PROMPTS, 12, hot, seed=3) != several(PROMPTS, 12, hot, seed=4)
@@ -158,10 +160,10 @@ def test_a_seed_decides_what_is_drawn():
 
 
 def test_what_cannot_be_guessed_is_refused():
-    writer = decoder.Writer(*made("gpt2"))
+    writer = decoder.Generator(*made("gpt2"))
     with pytest.raises(ConfigError, match="config.ahead=0"):
-        speculative.Speculator(writer, writer, 0)
-    several = speculative.Speculator(writer, writer, 2)
+        speculative.SpeculativeGenerator(writer, writer, 0)
+    several = speculative.SpeculativeGenerator(writer, writer, 2)
     with pytest.raises(ConfigError, match="repetition_penalty does not go with config.draft"):
         several(PROMPTS, 4, Sampling(repetition_penalty=1.2))
     with pytest.raises(ConfigError, match="config.draft reads 64 tokens"):

@@ -85,7 +85,9 @@ def measured(
         scored = [objective for objective in objectives if objective.score]
         for objective in scored:
             found_here = outputs[objective.name]
-            scores = losses.told(objective.score, found_here, labels, rows=rows, **about)
+            scores = losses.call_with_declared(
+                objective.score, found_here, labels, rows=rows, **about
+            )
             if not_finite(found_here).any():  # of which a comparison makes numbers all the same
                 scores = dict.fromkeys(scores, float("nan"))
             found |= {f"{objective.name}/{name}": value for name, value in scores.items()}

@@ -30,7 +30,7 @@ def number(text: str) -> str:
 
 
 def written(
-    author: text_generator.Author, items: Sequence[Item], how: dict, batch_size: int
+    author: text_generator.TextGenerator, items: Sequence[Item], how: dict, batch_size: int
 ) -> list[str]:
     """The greedy continuation of each item; `how` has `length` and `long` as configs/generate.py
     has them."""

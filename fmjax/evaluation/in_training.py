@@ -21,7 +21,7 @@ from fmjax.evaluation.multiple_choice import encoder
 from fmjax.models import AnyModel
 
 
-class Exams:
+class TrainingBenchmarks:
     """Benchmarks evaluated during training. Raises ConfigError and DataError for files with other
     contents."""
 

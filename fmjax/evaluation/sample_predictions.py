@@ -50,7 +50,9 @@ def _judged(run: Any, name: str, found: Mapping, labels: Any, rows: np.ndarray) 
     """Labelled samples: the label of each example and the output of `describe`."""
     names, goal = run.dataset.labels, next(one for one in run.objectives if one.name == name)
     few = _spread(len(rows))
-    said = objectives.told(goal.describe, {k: x[few] for k, x in found.items()}, names=names)
+    said = objectives.call_with_declared(
+        goal.describe, {k: x[few] for k, x in found.items()}, names=names
+    )
     right = [_label(label, names) for label in labels[few]]
     return [
         {"text": text, "right": label, "said": _said(one)}
@@ -77,7 +79,7 @@ def _answered(run: Any, name: str, found: Mapping, labels: Any, rows: np.ndarray
     few = np.isin(numbers, list(dict.fromkeys(numbers.tolist()))[:EXAMPLES])
     few_found = {key: array[few] for key, array in found.items()}
     split = run.dataset.splits["validation"]
-    answers = objectives.told(goal.describe, few_found, split=split, rows=rows[few])
+    answers = objectives.call_with_declared(goal.describe, few_found, split=split, rows=rows[few])
     questions = asked.read(answer["example"] for answer in answers)
     first = [rows[numbers == number][0] for number in questions]
     return [

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fmjax.errors import ConfigError
 from fmjax.generation import decoder
-from fmjax.generation.decoder import Facts, Given, Writer
+from fmjax.generation.decoder import DecodeSpec, Generator, Prompts
 from fmjax.models import AnyModel
 
 NEVER = -1e9  # score of what is not there
@@ -55,10 +55,10 @@ class Search(NamedTuple):
 
 
 def search(
-    writer: Writer, prompts: Sequence[Sequence[int]], length: int, how: Beams
+    writer: Generator, prompts: Sequence[Sequence[int]], length: int, how: Beams
 ) -> list[tuple[list[int], float]]:
     """(the best text after each prompt, of at most `length` tokens, its score). Raises
-    NumericsError as a `Writer` does."""
+    NumericsError as a `Generator` does."""
     given, room = writer.given(prompts, length, 0), decoder.room(length)
     over, broken = _searched(writer.model, writer.params, given, writer.facts, how, room, length)
     decoder.check(broken)
@@ -71,14 +71,14 @@ def search(
 def _searched(
     model: AnyModel,
     params: Any,
-    given: Given,
-    facts: Facts,
+    given: Prompts,
+    facts: DecodeSpec,
     how: Beams,
     room: int,
     length: Int[Array, ""],
 ) -> tuple[Kept, Bool[Array, "B"]]:
     rows, beams = len(given.ids), how.count
-    hidden, cache = decoder.read(model, params, given, facts, room)
+    hidden, cache = decoder.prefill(model, params, given, facts, room)
     repeated = lambda x: jnp.repeat(x, beams, axis=0) if x.ndim else x
     hidden, cache, several = jax.tree.map(repeated, (hidden, cache, given))
     ids = jnp.full((rows, beams, room), -1, jnp.int32)
@@ -96,7 +96,7 @@ def _searched(
         chosen = (jnp.arange(rows)[:, None] * beams + parents).reshape(-1)
         cache = jax.tree.map(lambda x: x[chosen] if x.ndim else x, now.cache)
         last = jnp.take(now.running.ids, now.step - 1, axis=2).reshape(-1, 1)
-        hidden, cache = decoder.read_more(model, params, several, cache, last, now.step)
+        hidden, cache = decoder.extend(model, params, several, cache, last, now.step)
         return now._replace(hidden=hidden[:, 0], cache=cache)
 
     last = jax.lax.while_loop(unfinished, longer, first)

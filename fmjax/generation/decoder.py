@@ -29,7 +29,7 @@ from fmjax.params import paths, precision, randomness
 LEAST = 32  # columns of prompts, and of what is written, at least
 
 
-class Given(NamedTuple):
+class Prompts(NamedTuple):
     """Prompts, one a row: `ids` with padding after, and their `lengths`."""
 
     ids: Int[Array, "B P"]
@@ -37,7 +37,7 @@ class Given(NamedTuple):
     seeds: randomness.Seeds
 
 
-class Texts(NamedTuple):
+class DecodeState(NamedTuple):
     """Decoding state: `step` tokens of each row of `ids` are written."""
 
     ids: Int[Array, "B L"]
@@ -48,7 +48,7 @@ class Texts(NamedTuple):
     cache: Any
 
 
-class Writer:
+class Generator:
     """A model that writes. `stop` are tokens that end a text; only the first `tokens` of the
     vocabulary are drawn, as a table may have rows that no token stands for.
 
@@ -83,7 +83,7 @@ class Writer:
         # XLA:CPU's kernels for less than 32 bits want two rows: of a single one products take up to
         # ten times as long, and the cache is copied.
         self.least = 2 if half and cpu and plain else 1
-        self.facts = Facts(tuple(stop), tokens or model.cfg.vocab_size, prefix, first, cache)
+        self.facts = DecodeSpec(tuple(stop), tokens or model.cfg.vocab_size, prefix, first, cache)
 
     def __call__(
         self,
@@ -104,11 +104,11 @@ class Writer:
         """
         given = self.given(prompts, length, seed, first)
         rows = max(self.least, len(prompts))
-        texts = begin(self.model, self.params, given, self.facts, how, room(length), rows)
+        texts = first_token(self.model, self.params, given, self.facts, how, room(length), rows)
         given = jax.tree.map(lambda x: repeated(x, rows), given)
         while True:
             until = length if told is None else min(int(texts.step) + every, length)
-            texts = go_on(self.model, self.params, given, texts, until, self.facts, how)
+            texts = decode(self.model, self.params, given, texts, until, self.facts, how)
             check(texts.broken[: len(prompts)], first)
             written, over = np.asarray(texts.ids[:, :length]), np.array(texts.done)
             if told is not None:
@@ -121,7 +121,7 @@ class Writer:
 
     def given(
         self, prompts: Sequence[Sequence[int]], length: int, seed: int, first: int = 0
-    ) -> Given:
+    ) -> Prompts:
         """The prompts in rows, which have room for all of them and `length` tokens."""
         for i, ids in enumerate(prompts):
             if problem := vocabulary.beyond(ids, self.model.cfg.vocab_size):
@@ -134,7 +134,7 @@ class Writer:
         numbers = jnp.arange(first, first + len(prompts))
         key = jax.random.fold_in(jax.random.key(seed), 0)  # whose words are as good as random
         seeds = randomness.named(randomness.seeds(key, numbers), "text")
-        return Given(jnp.asarray(ids), jnp.asarray(lengths, jnp.int32), seeds)
+        return Prompts(jnp.asarray(ids), jnp.asarray(lengths, jnp.int32), seeds)
 
 
 def check(broken: Bool[Array, "B"], first: int = 0) -> None:
@@ -159,7 +159,7 @@ def room(length: int) -> int:
     return size * 3 // 4 if length <= size * 3 // 4 and size > LEAST else size
 
 
-class Facts(NamedTuple):
+class DecodeSpec(NamedTuple):
     """Static facts that programs are compiled for."""
 
     stop: tuple[int, ...]
@@ -169,8 +169,8 @@ class Facts(NamedTuple):
     cache: str  # "int8": what is kept of the texts is in eight bits
 
 
-def read(
-    model: AnyModel, params: Any, given: Given, facts: Facts, room: int
+def prefill(
+    model: AnyModel, params: Any, given: Prompts, facts: DecodeSpec, room: int
 ) -> tuple[Float[Array, "B D"], Any]:
     """(the states of the last token of each prompt, what is kept of it, with `room` for more)."""
     real = _real(given)
@@ -188,10 +188,10 @@ def read(
     return hidden[:, 0], _longer(cache[layers.CACHE], room, facts.cache)
 
 
-def read_more(
+def extend(
     model: AnyModel,
     params: Any,
-    given: Given,
+    given: Prompts,
     cache: Any,
     ids: Int[Array, "B T"],
     step: Int[Array, ""],
@@ -217,13 +217,13 @@ def read_more(
 
 
 def logits(
-    model: AnyModel, params: Any, hidden: Float[Array, "B D"], facts: Facts
+    model: AnyModel, params: Any, hidden: Float[Array, "B D"], facts: DecodeSpec
 ) -> Float[Array, "B V"]:
     """Logits of the tokens that can be written."""
     return model.apply({"params": params}, hidden, method="logits")[:, : facts.tokens]
 
 
-def rewound(cache: Any, by: Int[Array, ""]) -> Any:
+def rolled_back(cache: Any, by: Int[Array, ""]) -> Any:
     """The cache without its last `by` columns, which nobody sees any more and what is read next
     is in the place of."""
     flat = paths.flatten(cache)
@@ -232,17 +232,23 @@ def rewound(cache: Any, by: Int[Array, ""]) -> Any:
     )
 
 
-def ends(ids: Int[Array, "*B"], facts: Facts) -> Bool[Array, "*B"]:
+def ends(ids: Int[Array, "*B"], facts: DecodeSpec) -> Bool[Array, "*B"]:
     """True for the tokens that end a text."""
     return jnp.isin(ids, jnp.asarray(facts.stop, jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5, 6))
-def begin(
-    model: AnyModel, params: Any, given: Given, facts: Facts, how: Sampling, room: int, rows: int
-) -> Texts:
+def first_token(
+    model: AnyModel,
+    params: Any,
+    given: Prompts,
+    facts: DecodeSpec,
+    how: Sampling,
+    room: int,
+    rows: int,
+) -> DecodeState:
     """The first token of each text, of at most `room`; a single one is in all of the rows."""
-    hidden, cache = read(model, params, given, facts, room)
+    hidden, cache = prefill(model, params, given, facts, room)
     hidden, cache, given = jax.tree.map(lambda x: repeated(x, rows), (hidden, cache, given))
     seen = None
     if how.remembers:
@@ -250,7 +256,7 @@ def begin(
         if not model.decodes:
             own = jnp.where(_real(given) > 0, given.ids, facts.tokens)  # beyond the table: dropped
             seen = seen.at[jnp.arange(rows)[:, None], own].set(True, mode="drop")
-    texts = Texts(
+    texts = DecodeState(
         ids=jnp.full((rows, room), -1, jnp.int32),
         step=jnp.int32(0),
         done=jnp.zeros(rows, bool),
@@ -262,15 +268,15 @@ def begin(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=(3,))
-def go_on(
+def decode(
     model: AnyModel,
     params: Any,
-    given: Given,
-    texts: Texts,
+    given: Prompts,
+    texts: DecodeState,
     until: Int[Array, ""],
-    facts: Facts,
+    facts: DecodeSpec,
     how: Sampling,
-) -> Texts:
+) -> DecodeState:
     """The texts with tokens up to step `until`, or to where all of them have ended."""
 
     def unfinished(texts):
@@ -279,7 +285,7 @@ def go_on(
     def longer(texts):
         last = jax.lax.dynamic_slice_in_dim(texts.ids, texts.step - 1, 1, axis=1)
         last = jnp.maximum(last, 0)  # of texts that have ended, whatever it is
-        hidden, cache = read_more(model, params, given, texts.cache, last, texts.step)
+        hidden, cache = extend(model, params, given, texts.cache, last, texts.step)
         return _added(model, params, given, texts._replace(cache=cache), hidden[:, 0], facts, how)
 
     return jax.lax.while_loop(unfinished, longer, texts)
@@ -290,7 +296,7 @@ def repeated(x: jax.Array, rows: int) -> jax.Array:
     return jnp.repeat(x, rows, axis=0) if x.ndim and len(x) == 1 else x
 
 
-def _real(given: Given) -> Int[Array, "B P"]:
+def _real(given: Prompts) -> Int[Array, "B P"]:
     """1 where a prompt is, 0 for padding."""
     place = jnp.arange(given.ids.shape[1])[None]
     return (place < given.lengths[:, None]).astype(jnp.int32)
@@ -303,7 +309,7 @@ def _decoded(model, params, given, cache, ids, positions, source=None):
     return model.apply(variables, *arrays, method="decode", mutable=[layers.CACHE])
 
 
-def _added(model, params, given, texts, hidden, facts, how) -> Texts:
+def _added(model, params, given, texts, hidden, facts, how) -> DecodeState:
     """The texts with the token that comes after the states (B, D) of the last."""
     found = logits(model, params, hidden, facts)
     ids = chosen(found, how, randomness.fold(given.seeds, texts.step), texts.seen)

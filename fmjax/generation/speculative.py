@@ -18,14 +18,14 @@ from jaxtyping import Array, Float, Int
 from fmjax import adapters
 from fmjax.errors import ConfigError
 from fmjax.generation import decoder, sampling
-from fmjax.generation.decoder import Facts, Given, Writer
+from fmjax.generation.decoder import DecodeSpec, Generator, Prompts
 from fmjax.generation.sampling import Sampling
 from fmjax.models import AnyModel
 from fmjax.params import randomness
 
 
-class Draft(NamedTuple):
-    """State of speculative decoding of one text; all arrays have the rows that a `Writer` needs,
+class DraftState(NamedTuple):
+    """State of speculative decoding of one text; all arrays have the rows that a `Generator` needs,
     which are alike."""
 
     ids: Int[Array, "B L"]
@@ -36,13 +36,13 @@ class Draft(NamedTuple):
     caches: tuple[Any, Any]  # of the model, of the one that guesses
 
 
-class Speculator:
-    """A `Writer` that is told `ahead` tokens by another, of a smaller model; texts one by one.
+class SpeculativeGenerator:
+    """A `Generator` that is told `ahead` tokens by another, of a smaller model; texts one by one.
 
     `rounds` counts how often the model read since it was made, `written` the tokens of that.
     """
 
-    def __init__(self, writer: Writer, guesser: Writer, ahead: int = 4):
+    def __init__(self, writer: Generator, guesser: Generator, ahead: int = 4):
         if ahead < 1:
             raise ConfigError(f"config.ahead={ahead}: give a whole number from 1.")
         self.writer, self.guesser, self.ahead = writer, guesser, ahead
@@ -59,7 +59,7 @@ class Speculator:
         told: Callable[[np.ndarray], Sequence[bool]] | None = None,
         every: int = 16,
     ) -> list[list[int]]:
-        """As a `Writer`, but that `told` is given the one text that is being written."""
+        """As a `Generator`, but that `told` is given the one text that is being written."""
         if how.remembers:
             raise ConfigError(
                 "config.repetition_penalty does not go with config.draft, whose guesses are judged "
@@ -84,9 +84,10 @@ class Speculator:
         rows = max(one.least for one in both)
         # The guesser's own first token is not used: the model's is.
         texts = [
-            decoder.begin(one.model, one.params, given, one.facts, how, size, rows) for one in both
+            decoder.first_token(one.model, one.params, given, one.facts, how, size, rows)
+            for one in both
         ]
-        now = Draft(
+        now = DraftState(
             ids=texts[0].ids,
             step=texts[0].step,
             done=texts[0].done,
@@ -148,20 +149,20 @@ def _logits(p: Float[Array, "B V"]) -> Float[Array, "B V"]:
 def _go_on(
     models: tuple[AnyModel, AnyModel],
     params: tuple[Any, Any],
-    given: Given,
-    now: Draft,
+    given: Prompts,
+    now: DraftState,
     until: Int[Array, ""],
-    facts: Facts,
+    facts: DecodeSpec,
     how: Sampling,
     ahead: int,
-) -> Draft:
+) -> DraftState:
     """The text with tokens up to step `until`, or some more, or to its end."""
     rows = len(now.ids)
     seeds = lambda step, name: randomness.named(randomness.fold(given.seeds[:1], step), name)
 
     def read(which, cache, ids, step):
         model, own = models[which], params[which]
-        hidden, cache = decoder.read_more(model, own, given, cache, ids, step)
+        hidden, cache = decoder.extend(model, own, given, cache, ids, step)
         return decoder.logits(model, own, hidden[0], facts), cache
 
     def guess(i, cache, last, step):
@@ -194,13 +195,13 @@ def _go_on(
         ends = decoder.ends(new, facts) & (place <= count)
         length = jnp.where(jnp.any(ends), jnp.argmax(ends), count) + 1
         new = jnp.broadcast_to(jnp.where(place < length, new, -1)[None], (rows, ahead + 1))
-        return Draft(
+        return DraftState(
             ids=jax.lax.dynamic_update_slice(now.ids, new, (0, now.step)),
             step=now.step + length,
             done=now.done | jnp.any(ends) | broken,
             broken=now.broken | broken,
             rounds=now.rounds + 1,
-            caches=tuple(decoder.rewound(x, ahead + 1 - length) for x in (cache, guesses)),
+            caches=tuple(decoder.rolled_back(x, ahead + 1 - length) for x in (cache, guesses)),
         )
 
     return jax.lax.while_loop(lambda now: (now.step < until) & ~jnp.all(now.done), round, now)

@@ -14,13 +14,13 @@ from fmjax.data import tokenizer as tokenizers
 from fmjax.data import vocabulary
 from fmjax.errors import ConfigError
 from fmjax.generation import beam_search, conversations, speculative
-from fmjax.generation.decoder import Writer
+from fmjax.generation.decoder import Generator
 from fmjax.generation.sampling import Sampling
 
 EVERY = 8  # tokens between looks at what is written, where somebody waits for it
 
 
-def bits_of(how: Mapping[str, Any]) -> dict[str, str]:
+def quantization_of(how: Mapping[str, Any]) -> dict[str, str]:
     """Quantization settings of weights and KV cache."""
     return {key: how.get(key, "") for key in ("weights", "cache")}
 
@@ -38,13 +38,14 @@ def shown(prompt: str, texts: Sequence[str]) -> str:
 
 def texts(opened: pretrained.Opened, how: Mapping[str, Any], seed: int) -> list[str]:
     """As `Author.texts`."""
-    return Author(opened).texts(how, seed)
+    return TextGenerator(opened).texts(how, seed)
 
 
-class Author:
+class TextGenerator:
     """A model that is in a folder, with its tokenizer: text to text. Besides what ends its texts
-    the tokens `stop` do; `bits` are `weights` and `cache` of a `Writer`. What it writes is decoded
-    together with its prompt, or `alone` and without special tokens, as transformers does."""
+    the tokens `stop` do; `bits` are `weights` and `cache` of a `Generator`. What it writes is
+    decoded together with its prompt, or `alone` and without special tokens, as transformers
+    does."""
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class Author:
         self.first, self.last = vocabulary.around(self.words)
         goals = opened.config.objectives if opened.config else ()
         pad = self.words.pad_token_id or 0
-        self.writer = Writer(
+        self.writer = Generator(
             self.model,
             opened.params,
             stop=tuple(dict.fromkeys((*conversations.stop_tokens(opened, self.words), *stop))),
@@ -72,7 +73,7 @@ class Author:
             **bits,
         )
 
-    def guess(self, small: "Author", ahead: int) -> None:
+    def guess(self, small: "TextGenerator", ahead: int) -> None:
         """Let another model draft so many tokens at a time. Raises ConfigError if their tokenizers
         differ."""
         if self.words.get_vocab() != small.words.get_vocab():
@@ -80,7 +81,7 @@ class Author:
                 f"config.draft={small.opened.source!r} has other tokens than config.folder="
                 f"{self.opened.source!r}: give a model with the same tokenizer."
             )
-        self.writer = speculative.Speculator(self.writer, small.writer, ahead)
+        self.writer = speculative.SpeculativeGenerator(self.writer, small.writer, ahead)
 
     def ids(self, how: Mapping[str, Any]) -> list[int]:
         """The tokens of `how["prompt"]` (`prompt_ids`)."""

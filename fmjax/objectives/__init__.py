@@ -194,8 +194,8 @@ def _passes(objectives: list[Objective]) -> list[list[Objective]]:
     return [together] * bool(together) + [[o] for o in objectives if o.apart]
 
 
-def told(function: Callable, *arrays: Any, **facts: Any) -> Any:
-    """`function(*arrays)` with those of the facts that it asks for."""
+def call_with_declared(function: Callable, *arrays: Any, **facts: Any) -> Any:
+    """Call `function(*arrays)` with those of the facts that it declares as keywords."""
     return function(*arrays, **{key: facts[key] for key in _asks_for(function) if key in facts})
 
 
@@ -273,7 +273,7 @@ def prepare(
         corrupt = objective.prepare if train else objective.prepare_validation
         if corrupt:
             seed = randomness.named(seeds, objective.name)
-            batch = told(corrupt, batch, seed, **({"step": step} if train else {}))
+            batch = call_with_declared(corrupt, batch, seed, **({"step": step} if train else {}))
     batch["seeds"] = randomness.named(seeds, "dropout") if train else None
     return batch
 

@@ -132,8 +132,8 @@ def spec_of(path: str, rules=RULES) -> P:
 def like_params(tree: Any, params: Any, mesh: jax.sharding.Mesh, rules=RULES) -> Any:
     """Shardings for a tree that contains copies of parameters (an optimizer state).
 
-    A leaf whose path ends in a parameter's path and that has its shape has the layout of the parameter;
-    anything else is replicated.
+    A leaf whose path ends in a parameter's path, and that has its shape, has the layout of the
+    parameter; anything else is replicated.
     """
     flat = paths.flatten(params)
     placed = paths.flatten(shardings(params, mesh, rules))

@@ -63,8 +63,8 @@ class Talk:
         words = tokenizers.load(opened.tokenizer)
         found = conversations.template_of(opened, words, how["template"], "config.template")
         self.name, _, self.reader = found
-        self.author = text_generator.Author(
-            opened, (self.reader.end(),), text_generator.bits_of(how)
+        self.author = text_generator.TextGenerator(
+            opened, (self.reader.end(),), text_generator.quantization_of(how)
         )
         if opened.model.decodes:
             raise ConfigError(

@@ -106,7 +106,7 @@ def asker(config: Any, opened: pretrained.Opened):
     words = tokenizers.load(opened.tokenizer)
     if config.benchmark.name == "gsm8k":
         # Names of special tokens may hold a number: <|reserved_7|>.
-        author = text_generator.Author(opened, alone=True)
+        author = text_generator.TextGenerator(opened, alone=True)
         how = dict(length=config.length, long=config.long)
 
         def ask(items):

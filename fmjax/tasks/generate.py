@@ -7,7 +7,7 @@ import jax
 
 from fmjax.checkpoints import pretrained
 from fmjax.distributed import launch
-from fmjax.generation.text_generator import Author, bits_of, sampling_of, shown
+from fmjax.generation.text_generator import TextGenerator, quantization_of, sampling_of, shown
 
 
 def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
@@ -19,10 +19,10 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     with launch.start(config) as mesh:
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
         how = config.to_dict()
-        author = Author(opened, bits=bits_of(how))
+        author = TextGenerator(opened, bits=quantization_of(how))
         if config.draft:
             draft = pretrained.open_folder(config.draft, mesh, config.precision)
-            author.guess(Author(draft, bits=bits_of(how)), config.ahead)
+            author.guess(TextGenerator(draft, bits=quantization_of(how)), config.ahead)
         author.ids(how)
         if dry_run:
             return

@@ -191,7 +191,9 @@ class Model(TemplateLM):
 
     def _written(self, contexts: list[str], how: dict[str, Any]) -> list[str]:
         if self._author is None:
-            self._author = text_generator.Author(self.opened, (self.eot_token_id,), alone=True)
+            self._author = text_generator.TextGenerator(
+                self.opened, (self.eot_token_id,), alone=True
+            )
         author = self._author
         length = int(how.get("max_gen_toks", how.get("max_new_tokens", LENGTH)))
         until = how.get("until") or ()

@@ -61,7 +61,9 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     words = [len(document.fields[columns[0]]) for document in documents]
     about = dict(names=dataset.labels, split=split, rows=rows, words=words)
     told = {
-        o.name: objectives.told(o.describe, outputs[o.name], **about) for o in built if o.describe
+        o.name: objectives.call_with_declared(o.describe, outputs[o.name], **about)
+        for o in built
+        if o.describe
     }
     path = Path(config.output or Path(workdir) / "predictions.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)

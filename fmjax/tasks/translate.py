@@ -17,7 +17,7 @@ from fmjax.distributed import launch
 from fmjax.errors import ConfigError, DataError, quoted
 from fmjax.evaluation import measurement
 from fmjax.generation import beam_search, text_generator
-from fmjax.generation.decoder import Writer
+from fmjax.generation.decoder import Generator
 from fmjax.generation.sampling import Sampling
 
 FILE, TEXTS = "translate.jsonl", "translations.jsonl"
@@ -38,7 +38,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
                 "trains one; what a decoder writes configs/generate.py shows."
             )
         how = config.to_dict()
-        author = text_generator.Author(opened, bits=text_generator.bits_of(how))
+        author = text_generator.TextGenerator(opened, bits=text_generator.quantization_of(how))
         pairs = read(config.file, config.source, config.target, config.limit)
         prompts = [author.ids(how | {"prompt": source}) for source, _ in pairs]
         print(f"\n{opened}: {len(pairs):,} sources of {config.file}")
@@ -105,7 +105,7 @@ def _texts(value: Any, where: str) -> list[str]:
     return texts
 
 
-def written(writer: Writer, prompts: Sequence[list[int]], config: Any) -> list[list[int]]:
+def written(writer: Generator, prompts: Sequence[list[int]], config: Any) -> list[list[int]]:
     """The text generated for each source, of `config.length` tokens at most."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     found: dict[int, list[int]] = {}

@@ -88,7 +88,7 @@ def loop(
             for run, folder, meta, arm in zip(runs, folders, saved, together.numbers, strict=True)
         ]
         timed = functools.partial(monitor.timed, monitors)
-        asked = [in_training.Exams(run.config, run.model, run.dataset) for run in runs]
+        asked = [in_training.TrainingBenchmarks(run.config, run.model, run.dataset) for run in runs]
         train_step, eval_step = compiled(together, monitors, asked[0].names, stop)
 
         def evaluate_all():

@@ -140,7 +140,7 @@ def compare(row: Row, folder: Path) -> None:
     keys = row.options.keys() | row.edits.keys()
     if row.family in WRITTEN and (not keys or keys & WRITTEN_KEYS):
         prompt = inputs(reference.config)["ids"][0, :4].tolist()
-        greedy = decoder.Writer(model, params)([prompt], 4, Sampling(temperature=0))
+        greedy = decoder.Generator(model, params)([prompt], 4, Sampling(temperature=0))
         assert greedy == [text(reference, prompt)]
 
 

@@ -247,7 +247,7 @@ def test_the_story_is_the_published_one(tmp_path):
     story = rest.partition("\n```")[0]
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh):
-        author = text_generator.Author(pretrained.open_folder(str(folder), mesh))
+        author = text_generator.TextGenerator(pretrained.open_folder(str(folder), mesh))
         how = dict(prompt="", count=1, length=256, temperature=0)
         assert author.texts(how, 0)[0].strip() == story
 

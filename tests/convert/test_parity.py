@@ -361,7 +361,7 @@ def test_greedy_text_is_that_of_transformers_whatever_is_beside(reference):
     if reference.written is None:
         pytest.skip("an encoder does not write")
     model, params = load(reference.folder, scanned=True)
-    writer = decoder.Writer(model, params)
+    writer = decoder.Generator(model, params)
     greedy, theirs = Sampling(temperature=0), reference.written["greedy"]
     assert writer(reference.prompts, 4, greedy) == theirs
     assert writer(reference.prompts[1:], 4, greedy) == theirs[1:]
@@ -372,7 +372,7 @@ def test_beam_search_finds_what_that_of_transformers_finds(reference):
     if reference.written is None:
         pytest.skip("an encoder does not write")
     model, params = load(reference.folder, scanned=True)
-    writer = decoder.Writer(model, params, stop=BEAMS["eos_token_id"])
+    writer = decoder.Generator(model, params, stop=BEAMS["eos_token_id"])
     how = beam_search.Beams(BEAMS["num_beams"], BEAMS["length_penalty"])
     found = beam_search.search(writer, reference.prompts, 4, how)
     assert [ids for ids, _ in found] == reference.written["beams"]
