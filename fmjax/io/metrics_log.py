@@ -169,7 +169,7 @@ class Logger:
         self._flush()
 
     def _flush(self) -> None:
-        """Write pending lines; on a full disk they wait for the next one while the run continues."""
+        """Write pending lines; on a full disk they wait for the next flush."""
         try:
             if self._pending and not self._path.exists():  # removed: lines would go nowhere
                 self._file.close()
