@@ -25,7 +25,7 @@ from fmjax.config import load
 from fmjax.distributed import signals
 from fmjax.params import sharding
 from fmjax.training import feature_cache, loop, setup, state
-from fmjax.training.vmapped_runs import Arms
+from fmjax.training.vmapped_runs import VmappedRuns
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,16 +82,16 @@ def side(flags: argparse.Namespace, cache: str, once: bool) -> Callable[[], floa
     create = functools.partial(state.create, run.abstract, run.model, run.optimizer.tx)
     holder: dict[str, Any] = {"state": create(run.split, given.seed, None)}
     start = time.perf_counter()
-    together = Arms((run,))
+    vmapped = VmappedRuns((run,))
     if once:
-        together = Arms(feature_cache.cached([run], holder["state"].params))
-    run = together.wide
+        vmapped = VmappedRuns(feature_cache.cached([run], holder["state"].params))
+    run = vmapped.padded_run
     if once:
         print(f"once    {time.perf_counter() - start:8.3f} s, compilation included, for the prefix")
     silent = lambda name: contextlib.nullcontext()
     nothing = SimpleNamespace(timed=silent, doing=silent, flops={})
-    train_step, _ = loop.compiled(together, [nothing], (), signals.Stop())
-    batches = loop.train_batches(together)
+    train_step, _ = loop.compiled(vmapped, [nothing], (), signals.Stop())
+    batches = loop.train_batches(vmapped)
     steps = len(run.dataset.splits["train"]) // flags.batch
 
     def epoch() -> float:

@@ -140,10 +140,10 @@ def test_the_base_is_in_memory_and_on_disk_once(home, encoder, tmp_path):  # noq
     for name in files_of(folders[0]):
         inodes = {(folder / name.relative_to(folders[0])).stat().st_ino for folder in folders}
         assert len(inodes) == 1
-    together = vmapped_runs.prepare(config, sharding.make_mesh(), lambda: None)
-    whole = together.abstract.params
-    one, each = together.wide.abstract.params, together.wide.split(whole)
-    alone = together.wide.split(one)
+    vmapped = vmapped_runs.prepare(config, sharding.make_mesh(), lambda: None)
+    whole = vmapped.abstract.params
+    one, each = vmapped.padded_run.abstract.params, vmapped.padded_run.split(whole)
+    alone = vmapped.padded_run.split(one)
     assert paths.nbytes(each[1]) == paths.nbytes(alone[1])
     assert paths.nbytes(each[0]) == 3 * paths.nbytes(alone[0])
 
@@ -287,14 +287,14 @@ def test_devices_change_nothing(axes, way, home, encoder, monkeypatch):  # noqa:
     for sizes in ({}, axes):
         mesh = tiny.mesh(**sizes)
         with jax.set_mesh(mesh):
-            together = vmapped_runs.prepare(config, mesh, lambda: None)
+            vmapped = vmapped_runs.prepare(config, mesh, lambda: None)
             from fmjax.training import restore
 
-            state = together.together(restore.created(together.runs))
-            step = jax.jit(together.train_step())
-            batches = loop.train_batches(together)
+            state = vmapped.stack(restore.created(vmapped.runs))
+            step = jax.jit(vmapped.train_step())
+            batches = loop.train_batches(vmapped)
             for _ in range(2):
-                state, metrics = step(state, sharding.put(next(batches), together.batch_sharding))
+                state, metrics = step(state, sharding.put(next(batches), vmapped.batch_sharding))
             batches.close()
             found.append(jax.device_get((metrics["loss"], metrics["grad_norm"])))
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)

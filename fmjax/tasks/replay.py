@@ -50,14 +50,14 @@ def run(config: Any, workdir_path: str | os.PathLike, *, dry_run: bool = False) 
     with launch.start(config) as mesh, configs.missing_keys(folder / "config.json"):
         if jax.process_count() > 1:
             raise ConfigError("The task 'replay' works in one process.")
-        together = vmapped_runs.prepare(saved, mesh, lambda: None)
-        _check_data(folder, together.wide)
-        total = together.wide.total
+        vmapped = vmapped_runs.prepare(saved, mesh, lambda: None)
+        _check_data(folder, vmapped.padded_run)
+        total = vmapped.padded_run.total
         if not 1 <= config.step <= total:
             raise ConfigError(f"config.step={config.step}: the run has the steps 1 to {total}.")
         if dry_run:
             return
-        found = again(together, folder, config.step)
+        found = again(vmapped, folder, config.step)
     file = folder / "dumps" / f"replay_{config.step}.json"
     file.parent.mkdir(exist_ok=True)
     atomic.write_atomic(file, json.dumps(metrics_log.plain(found), indent=2, ensure_ascii=False))
@@ -76,21 +76,21 @@ def _check_data(folder: Path, run: Run) -> None:
         )
 
 
-def again(together: vmapped_runs.Arms, folder: Path, step: int) -> dict[str, Any]:
+def again(vmapped: vmapped_runs.VmappedRuns, folder: Path, step: int) -> dict[str, Any]:
     """The contents of step `step` (from 1) of the run; JSON."""
-    run = together.wide
+    run = vmapped.padded_run
     state, position = restore.before(run, folder, step)
     first = int(state.step)
-    train_step = jax.jit(together.train_step(), donate_argnums=0)  # the program of the loop
-    with contextlib.closing(loop.train_batches(together)) as batches:
+    train_step = jax.jit(vmapped.train_step(), donate_argnums=0)  # the program of the loop
+    with contextlib.closing(loop.train_batches(vmapped)) as batches:
         if position:
             batches.restore(position)
         with progress.part(print) as show:
             for number in range(first, step - 1):
-                batch = sharding.put(next(batches), together.batch_sharding)
+                batch = sharding.put(next(batches), vmapped.batch_sharding)
                 state, _ = train_step(state, batch)
                 show((number + 1 - first) / (step - first), f"step {number + 1} of {step}")
-        batch = sharding.put(next(batches), together.batch_sharding)
+        batch = sharding.put(next(batches), vmapped.batch_sharding)
     after, told = jax.device_get(train_step(jax.tree.map(jnp.copy, state), batch))
     return {
         "step": step,

@@ -58,11 +58,11 @@ def run(
         flags = dict(dry_run=dry_run, fresh=fresh, workdir=workdir_path)
         mesh = stack.enter_context(launch.start(config, stop, **flags))
         if dry_run:
-            together = vmapped_runs.prepare(config, mesh, poll)
-            initialize.check_head(together.wide.config, together.wide.dataset.labels)
+            vmapped = vmapped_runs.prepare(config, mesh, poll)
+            initialize.check_head(vmapped.padded_run.config, vmapped.padded_run.dataset.labels)
             signals.end_at_once()  # nothing polls while it compiles, and nothing is to be saved
-            with contextlib.closing(train_batches(together)) as batches:
-                return plan.show(together, next(batches))
+            with contextlib.closing(train_batches(vmapped)) as batches:
+                return plan.show(vmapped, next(batches))
         writes = jax.process_index() == 0
 
         how = dict(fresh=fresh, writes=writes, first=processes.first)
@@ -76,9 +76,9 @@ def run(
                 folders = [folder]
                 if config.arms:
                     folders = [opened.enter_context(workdir.open(*own, **how)) for own in each]
-                together = vmapped_runs.prepare(config, mesh, poll)
-                kept = side_effects.Ledger(config, together, mesh)
-                loop(together, folders, stop, started, changed)
+                vmapped = vmapped_runs.prepare(config, mesh, poll)
+                kept = side_effects.Ledger(config, vmapped, mesh)
+                loop(vmapped, folders, stop, started, changed)
                 kept.write(folders)
             if not config.arms:
                 return

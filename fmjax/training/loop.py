@@ -33,11 +33,11 @@ from fmjax.training.monitor import Monitor
 from fmjax.training.setup import Run
 from fmjax.training.state import TrainState
 from fmjax.training.step import make_gradient
-from fmjax.training.vmapped_runs import Arms
+from fmjax.training.vmapped_runs import VmappedRuns
 
 
 def loop(
-    together: Arms,
+    vmapped: VmappedRuns,
     folders: Sequence[workdir.Folder],
     stop: signals.Stop,
     started: float,
@@ -47,9 +47,11 @@ def loop(
 
     Each run has its folder, log and checkpoints. Of several one may fail, and the others continue.
     """
-    runs, total = together.runs, together.wide.total
-    config = together.wide.config  # for what the runs share
-    every = {name: together.wide.steps(config[f"{name}_every"]) for name in ("log", "eval", "save")}
+    runs, total = vmapped.runs, vmapped.padded_run.total
+    config = vmapped.padded_run.config  # for what the runs share
+    every = {
+        name: vmapped.padded_run.steps(config[f"{name}_every"]) for name in ("log", "eval", "save")
+    }
     due = lambda name: step == total or (every[name] and step % every[name] == 0)
     with FirstError() as cleanup:
         mode = "min" if config.best.endswith(FALLING) else "max"
@@ -61,51 +63,54 @@ def loop(
         for saver in savers:
             cleanup.callback(saver.close)
         since = time.monotonic()
-        current, saved, still = restore.states(together, folders, savers)
-        restore_sec = time.monotonic() - since if saved[0] else 0.0
+        state, metas, frozen_digest = restore.states(vmapped, folders, savers)
+        restore_sec = time.monotonic() - since if metas[0] else 0.0
         if config.cache_prefix:
-            runs = feature_cache.cached(runs, together.apart(current, 0).params, stop.poll)
-            together = Arms(runs)
-        batches = train_batches(together)
+            runs = feature_cache.cached(runs, vmapped.unstack(state, 0).params, stop.poll)
+            vmapped = VmappedRuns(runs)
+        batches = train_batches(vmapped)
         cleanup.callback(batches.close)
-        if saved[0]:
-            batches.restore(saved[0]["data"])
-        step = int(current.step)
-        for folder, meta_ in zip(folders, saved, strict=True):
+        if metas[0]:
+            batches.restore(metas[0]["data"])
+        step = int(state.step)
+        for folder, meta_ in zip(folders, metas, strict=True):
             if reason := meta_.get("failure"):
                 folder.failure = NumericsError(reason)
-                if together.alone:
+                if vmapped.alone:
                     raise folder.failure
         if step == total and all(folder.finished for folder in folders):
-            where = folders[0].path if together.alone else folders[0].path.parent.parent
+            where = folders[0].path if vmapped.alone else folders[0].path.parent.parent
             print(f"{where}: already finished at step {step}; --fresh starts over")
             return
-        progress = monitor.show(together.wide, step)
+        progress = monitor.show(vmapped.padded_run, step)
         monitors = [
             cleanup.enter_context(
                 Monitor(run, folder, step, meta, started, restore_sec, progress, arm)
             )
-            for run, folder, meta, arm in zip(runs, folders, saved, together.numbers, strict=True)
+            for run, folder, meta, arm in zip(runs, folders, metas, vmapped.numbers, strict=True)
         ]
         timed = functools.partial(monitor.timed, monitors)
-        asked = [in_training.TrainingBenchmarks(run.config, run.model, run.dataset) for run in runs]
-        train_step, eval_step = compiled(together, monitors, asked[0].names, stop)
+        benchmarks = [
+            in_training.TrainingBenchmarks(run.config, run.model, run.dataset) for run in runs
+        ]
+        train_step, eval_step = compiled(vmapped, monitors, benchmarks[0].names, stop)
 
         def evaluate_all():
-            seen = dataclasses.replace(current, params=measured_params(together.wide, current))
-            found = validate(together, eval_step, seen.params, stop, monitors)
-            for arm, (one, (metrics, *of)) in enumerate(zip(monitors, found, strict=True)):
-                if metrics is not None and asked[arm].items:
+            params = measured_params(vmapped.padded_run, state)
+            measured = dataclasses.replace(state, params=params)
+            results = validate(vmapped, eval_step, params, stop, monitors)
+            for arm, (one, (metrics, *examples)) in enumerate(zip(monitors, results, strict=True)):
+                if metrics is not None and benchmarks[arm].items:
                     with timed("evaluation"):
-                        told = asked[arm](together.apart(seen, arm).params, stop.poll)
-                    metrics = None if told is None else metrics | told
-                one.evaluated(step, metrics, *of)
+                        scores = benchmarks[arm](vmapped.unstack(measured, arm).params, stop.poll)
+                    metrics = None if scores is None else metrics | scores
+                one.evaluated(step, metrics, *examples)
 
         def save_all():
             with timed("saving"):
                 for arm, (run, one, saver) in enumerate(zip(runs, monitors, savers, strict=True)):
-                    own = restore.moving(run, together.apart(current, arm))
-                    one.save(saver, step, own, meta(run, batches, one, still))
+                    own = restore.moving(run, vmapped.unstack(state, arm))
+                    one.save(saver, step, own, meta(run, batches, one, frozen_digest))
 
         stop.plan = signals.STEPPING
         if due("eval") and any(one.owes_evaluation(step) for one in monitors):
@@ -113,12 +118,12 @@ def loop(
         while step < total and not stop.poll():
             with stop.stepping():
                 with timed("data_wait"):
-                    batch = sharding.put(next(batches), together.batch_sharding)
-                current, found = train_step(current, batch)
+                    batch = sharding.put(next(batches), vmapped.batch_sharding)
+                state, found = train_step(state, batch)
                 step += 1
                 bad = [one.step(step, found, batch) >= config.max_skipped for one in monitors]
             if any(bad):
-                give_up(together, folders, current, monitors, step, bad)
+                give_up(vmapped, folders, state, monitors, step, bad)
             if due("log"):
                 for one in monitors:
                     one.log(step)
@@ -143,13 +148,13 @@ def loop(
         raise Preempted(f"stopped by {stop.signal} {where}; the same command goes on")
 
 
-def train_batches(together: Arms) -> Any:
+def train_batches(vmapped: VmappedRuns) -> Any:
     """This process's part of the endless stream of training batches."""
-    run = together.wide
+    run = vmapped.padded_run
     return data.batches(
         run.dataset.splits["train"],
         batch_size=run.config.batch_size,
-        seeds=together.seeds,
+        seeds=vmapped.seeds,
         skip=run.config.data.skip,
         drawn=run.config.data.examples,
         process_index=jax.process_index(),
@@ -157,11 +162,11 @@ def train_batches(together: Arms) -> Any:
     )
 
 
-def meta(run: Run, batches: Any, monitor: Monitor, still: str) -> dict[str, Any]:
+def meta(run: Run, batches: Any, monitor: Monitor, frozen_digest: str) -> dict[str, Any]:
     """Metadata of a checkpoint: the position in the data, what made the run, and the digest of the
-    frozen parameters, `still`."""
+    frozen parameters, `frozen_digest`."""
     return {
-        "frozen": still,
+        "frozen": frozen_digest,
         "data": batches.state(),
         "fingerprint": restore.fingerprint(run),
         "model": pretrained.identity(run.model),
@@ -173,13 +178,13 @@ def meta(run: Run, batches: Any, monitor: Monitor, still: str) -> dict[str, Any]
 
 
 def compiled(
-    together: Arms, monitors: Sequence[Monitor], asked: Sequence[str], stop: signals.Stop
+    vmapped: VmappedRuns, monitors: Sequence[Monitor], asked: Sequence[str], stop: signals.Stop
 ) -> tuple[Callable, Callable]:
     """The train step, with the state donated, and the evaluation step; both are compiled when the
     first batch of each width comes. `asked` are metrics of `exams`."""
-    run = together.wide
-    jitted, programs = jax.jit(together.train_step(), donate_argnums=0), {}
-    measure, measured = jax.jit(together.eval_step()), set()
+    run = vmapped.padded_run
+    jitted, programs = jax.jit(vmapped.train_step(), donate_argnums=0), {}
+    measure, measured = jax.jit(vmapped.eval_step()), set()
 
     def program(state, batch):
         width = batch["segment_ids"].shape[-1]
@@ -189,8 +194,8 @@ def compiled(
                 monitors[0].doing("compiling …"),
                 stop.compiling(),
             ):
-                traced = jitted.trace(together.abstract, together.batch_spec(width))
-                for one, flops in zip(monitors, together.flops(width, traced), strict=True):
+                traced = jitted.trace(vmapped.abstract, vmapped.batch_spec(width))
+                for one, flops in zip(monitors, vmapped.flops(width, traced), strict=True):
                     one.flops[width] = flops
                 lowered = traced.lower()
                 scores = [f"{o.name}/{score}" for o in run.objectives for score in o.scores]
@@ -216,16 +221,16 @@ def check_best(best: str, metrics: Iterable[str]) -> None:
         raise ConfigError(f"config.best = {best!r} is no metric.{did_you_mean(best, possible)}")
 
 
-def measured_params(run: Run, current: TrainState) -> Any:
+def measured_params(run: Run, state: TrainState) -> Any:
     """The parameters that are evaluated: averaged ones where the config keeps them."""
-    average = optim.averaged(current.opt_state)
+    average = optim.averaged(state.opt_state)
     if average is None:
-        return current.params
-    return groups.merge(average, run.split(current.params)[1])
+        return state.params
+    return groups.merge(average, run.split(state.params)[1])
 
 
 def validate(
-    together: Arms,
+    vmapped: VmappedRuns,
     eval_step: Callable,
     params: Any,
     stop: signals.Stop,
@@ -236,7 +241,7 @@ def validate(
 
     Metrics are None if a signal ended it early, {} if there is no validation split.
     """
-    run = together.wide
+    run = vmapped.padded_run
     if "validation" not in run.dataset.splits:
         return [({}, {}, list) for _ in monitors]
     split = run.dataset.splits["validation"]
@@ -264,7 +269,7 @@ def validate(
         if found is None:
             return [(None, {}, list) for _ in monitors]
         about = dict(names=run.dataset.labels, split=split)
-        each = [together.measured(*found, arm) for arm in range(len(monitors))]
+        each = [vmapped.measured(*found, arm) for arm in range(len(monitors))]
         return [
             (
                 eval_loop.measured(totals, kept, run.objectives, **about),
@@ -276,9 +281,9 @@ def validate(
 
 
 def give_up(
-    together: Arms,
+    vmapped: VmappedRuns,
     folders: Sequence[workdir.Folder],
-    current: TrainState,
+    state: TrainState,
     monitors: Sequence[Monitor],
     step: int,
     bad: Sequence[bool],
@@ -286,8 +291,8 @@ def give_up(
     """Ends the runs in which too many updates in a row were `bad`; raises where none is left."""
     for arm, folder in enumerate(folders):
         if bad[arm] and not folder.failure:
-            error = numerics_error(together, folder, current, monitors[arm], arm)
-            if together.alone:
+            error = numerics_error(vmapped, folder, state, monitors[arm], arm)
+            if vmapped.alone:
                 raise error
             monitors[arm].fail(step, error)
     if all(folder.failure for folder in folders):
@@ -295,12 +300,12 @@ def give_up(
 
 
 def numerics_error(
-    together: Arms, folder: workdir.Folder, current: TrainState, monitor: Monitor, arm: int
+    vmapped: VmappedRuns, folder: workdir.Folder, state: TrainState, monitor: Monitor, arm: int
 ) -> NumericsError:
     """Writes down what went wrong at the last bad step: which examples, which layers."""
-    run, current = together.runs[arm], together.apart(current, arm)
+    run, state = vmapped.runs[arm], vmapped.unstack(state, arm)
     step, batch = monitor.last_bad
-    batch = together.batch(batch, arm)
+    batch = vmapped.batch(batch, arm)
     gradient = make_gradient(
         build.apply(run.model), run.objectives, run.split, run.config.accumulate
     )
@@ -309,7 +314,7 @@ def numerics_error(
         (loss, _), grads = gradient(state.replace(step=step - 1), batch)
         return loss, {name: jnp.linalg.norm(g) for name, g in paths.unstack(grads).items()}
 
-    loss, gradients = jax.device_get(jax.jit(norms)(current, batch))
+    loss, gradients = jax.device_get(jax.jit(norms)(state, batch))
     dump = folder.path / "dumps" / f"step_{step}.json"
     facts = {
         "step": step,

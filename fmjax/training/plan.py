@@ -16,12 +16,12 @@ from fmjax.io.progress import count
 from fmjax.params import paths
 from fmjax.training import flops
 from fmjax.training.setup import batch_spec
-from fmjax.training.vmapped_runs import Arms
+from fmjax.training.vmapped_runs import VmappedRuns
 
 
-def show(together: Arms, batch: Mapping[str, np.ndarray]) -> None:
+def show(vmapped: VmappedRuns, batch: Mapping[str, np.ndarray]) -> None:
     """Prints data, parameters with groups, what a step costs, and the first batch."""
-    run = together.wide
+    run = vmapped.padded_run
     config, dataset = run.config, run.dataset
     split = dataset.splits["train"]
     print(f"\ndata        {len(split):,} rows of {split.seq_len}; {split.tokens:,} tokens an epoch")
@@ -32,13 +32,13 @@ def show(together: Arms, batch: Mapping[str, np.ndarray]) -> None:
         f"run         {run.total:,} steps of {config.batch_size} rows = {epochs:.2f} epochs{drawn}"
     )
     print(f"mesh        {dict(run.mesh.shape)} on {jax.device_count()} x {jax.devices()[0]}")
-    if not together.alone:
-        print(f"arms        {len(together.runs)} in one program; what follows is of the widest,")
+    if not vmapped.alone:
+        print(f"arms        {len(vmapped.runs)} in one program; what follows is of the widest,")
         print("            time and memory of the step of all")
     print(f"export      {_export(run)}")
     _parameters(run)
-    _cost(together)
-    _batch(run, together.batch(batch, 0))
+    _cost(vmapped)
+    _batch(run, vmapped.batch(batch, 0))
 
 
 def _export(run: Any) -> str:
@@ -73,9 +73,9 @@ def _parameters(run: Any) -> None:
         print(f"{group:<44} {'':>16} {size:>12,}  {size / everything:.2%}")
 
 
-def _cost(together: Arms) -> None:
-    run, abstract = together.wide, together.abstract
-    step = compiled(together)
+def _cost(vmapped: VmappedRuns) -> None:
+    run, abstract = vmapped.padded_run, vmapped.abstract
+    step = compiled(vmapped)
     memory = step.memory_analysis()
     operations = flops.of_step(run, batch_spec(run))
     tokens = run.config.batch_size * run.config.data.seq_len
@@ -97,10 +97,10 @@ def _cost(together: Arms) -> None:
     print(f"frozen      {frozen:,} parameters")
 
 
-def compiled(together: Arms) -> jax.stages.Compiled:
+def compiled(vmapped: VmappedRuns) -> jax.stages.Compiled:
     """The step on batches of the full width."""
-    step = jax.jit(together.train_step(), donate_argnums=0)
-    return step.lower(together.abstract, together.batch_spec()).compile()
+    step = jax.jit(vmapped.train_step(), donate_argnums=0)
+    return step.lower(vmapped.abstract, vmapped.batch_spec()).compile()
 
 
 def peak_bytes(step: jax.stages.Compiled) -> int:

@@ -19,11 +19,11 @@ from fmjax.params import groups
 from fmjax.training import initialize, state
 from fmjax.training.setup import Run
 from fmjax.training.state import TrainState
-from fmjax.training.vmapped_runs import Arms
+from fmjax.training.vmapped_runs import VmappedRuns
 
 
 def states(
-    together: Arms,
+    vmapped: VmappedRuns,
     folders: Sequence[workdir.Folder],
     savers: Sequence[checkpointer.Checkpointer],
 ) -> tuple[TrainState, list[dict[str, Any]], str]:
@@ -32,34 +32,34 @@ def states(
     """
     checkpoints = [folder.path / "checkpoints" for folder in folders]
     tokenizer_digests.cache_clear()  # of runs that this process had in the same folders
-    if found := restored(together, folders, savers):
+    if found := restored(vmapped, folders, savers):
         states, saved = zip(*found, strict=True)
         for folder, meta in zip(folders, saved, strict=True):
             pretrained.check_unchanged(folder.path, meta)
-        stills = {meta["frozen"] for meta in saved}
-        if len(stills) > 1:
+        digests = {meta["frozen"] for meta in saved}
+        if len(digests) > 1:
             raise CheckpointError(
                 f"the arms of {folders[0].path.parent} have different frozen parameters: they are "
                 "of different runs. Put the right folders back, or start over with --fresh."
             )
-        (still,) = stills
-        if still:
-            rest = together.wide.split(together.wide.abstract.params)[1]
-            rest = frozen.restore(checkpoints[0], rest, still)
+        (frozen_digest,) = digests
+        if frozen_digest:
+            rest = vmapped.padded_run.split(vmapped.padded_run.abstract.params)[1]
+            rest = frozen.restore(checkpoints[0], rest, frozen_digest)
             states = [one.replace(params=groups.merge(one.params, rest)) for one in states]
-        return together.together(states), list(saved), still
+        return vmapped.stack(states), list(saved), frozen_digest
     if jax.process_index() == 0:
         # A run folder reads alone: evaluation, export and people need the tokenizer.
         for folder in folders:
-            source = together.wide.dataset.tokenizer_dir
+            source = vmapped.padded_run.dataset.tokenizer_dir
             with writing(folder.path / "tokenizer"):
                 shutil.copytree(source, folder.path / "tokenizer", dirs_exist_ok=True)
-    current = together.together(created(together.runs))
-    rest = together.wide.split(current.params)[1]
-    still = frozen.save(checkpoints[0], rest) if jax.tree.leaves(rest) else ""
-    for other in checkpoints[1:] if still else ():
+    current = vmapped.stack(created(vmapped.runs))
+    rest = vmapped.padded_run.split(current.params)[1]
+    frozen_digest = frozen.save(checkpoints[0], rest) if jax.tree.leaves(rest) else ""
+    for other in checkpoints[1:] if frozen_digest else ():
         frozen.share(checkpoints[0], other)
-    return current, [{} for _ in folders], still
+    return current, [{} for _ in folders], frozen_digest
 
 
 def before(run: Run, folder: Path, step: int) -> tuple[TrainState, dict[str, Any]]:
@@ -79,7 +79,7 @@ def before(run: Run, folder: Path, step: int) -> tuple[TrainState, dict[str, Any
 
 
 def restored(
-    together: Arms,
+    vmapped: VmappedRuns,
     folders: Sequence[workdir.Folder],
     savers: Sequence[checkpointer.Checkpointer],
 ) -> list[tuple[TrainState, dict[str, Any]]]:
@@ -92,7 +92,7 @@ def restored(
 
         return saver.restore(moving(run, run.abstract), step, check=check)
 
-    each = list(zip(together.runs, folders, savers, strict=True))
+    each = list(zip(vmapped.runs, folders, savers, strict=True))
     found = [newest(*one) for one in each]
     for folder, one in zip(folders, found, strict=True):
         if one is None and folder.previous.get("checkpoint"):

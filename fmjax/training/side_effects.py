@@ -47,19 +47,19 @@ class Ledger:
     """Measurements of the arms of a run. Raises ConfigError if one is impossible, before any is
     trained."""
 
-    def __init__(self, config: Any, together: vmapped_runs.Arms, mesh: jax.sharding.Mesh):
+    def __init__(self, config: Any, vmapped: vmapped_runs.VmappedRuns, mesh: jax.sharding.Mesh):
         self.asked = tuple(config.get("ledger", ()))
-        self.together, self.mesh = together, mesh
+        self.vmapped, self.mesh = vmapped, mesh
         self._peaks: dict[Any, int] = {}
         if "forgetting" in self.asked:
             self.pretraining = json.dumps(configs.plain(config.pretraining), sort_keys=True)
-            base(config.init, self.pretraining, mesh).check(together.wide)
+            base(config.init, self.pretraining, mesh).check(vmapped.padded_run)
         if "samples" in self.asked:
-            _check_samples(together.wide)
+            _check_samples(vmapped.padded_run)
 
     def write(self, folders: Sequence[workdir.Folder]) -> None:
         """Measures the finished runs in their folders; what is known already is left as it is."""
-        for folder, run in zip(folders, self.together.runs, strict=True):
+        for folder, run in zip(folders, self.vmapped.runs, strict=True):
             if not self.asked or folder.failure:
                 continue
             file, of = folder.path / workdir.LEDGER, dict(step=run.total, asked=self.asked)
@@ -82,7 +82,9 @@ class Ledger:
 
     def _memory(self, folder: Path, run: Run) -> dict[str, int]:
         if run.model not in self._peaks:  # Seeds have one program.
-            self._peaks[run.model] = plan.peak_bytes(plan.compiled(vmapped_runs.Arms((run,))))
+            self._peaks[run.model] = plan.peak_bytes(
+                plan.compiled(vmapped_runs.VmappedRuns((run,)))
+            )
         return {"peak_bytes": self._peaks[run.model]}
 
     def _samples(self, folder: Path, run: Run) -> list[str]:

@@ -45,15 +45,15 @@ ONE_BY_ONE = ("cpu",)
 ELEMENTWISE = ("adam", "adamw", "adamax", "nadam", "nadamw", "adan", "lion", "rmsprop", "sgd")
 
 
-def prepare(config: Any, mesh: jax.sharding.Mesh, poll: Callable[[], None]) -> "Arms":
+def prepare(config: Any, mesh: jax.sharding.Mesh, poll: Callable[[], None]) -> "VmappedRuns":
     """The runs of a config, whose data are read once. Raises as `setup.setup` does."""
     first, *others = configs.arms(config)
     run = setup.setup(first, mesh, poll)
-    return Arms((run, *(setup.beside(run, other) for other in others)))
+    return VmappedRuns((run, *(setup.beside(run, other) for other in others)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Arms:
+class VmappedRuns:
     """The runs of one program; of a single one everything is as the run itself has it.
 
     Of several, arrays have an axis of arms in front: in a state what trains, the optimizer and the
@@ -71,7 +71,7 @@ class Arms:
         return len(self.runs) == 1
 
     @functools.cached_property
-    def wide(self) -> Run:
+    def padded_run(self) -> Run:
         """The run whose arrays have room for those of every other."""
         return max(self.runs, key=lambda run: paths.size(run.split(run.abstract.params)[0]))
 
@@ -83,40 +83,40 @@ class Arms:
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        place = self.wide.batch_sharding
+        place = self.padded_run.batch_sharding
         return _leading(place) if len(self.seeds) > 1 else place
 
     def batch_spec(self, width: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """As `setup.batch_spec`, of all arms."""
-        spec = setup.batch_spec(self.wide, width)
+        spec = setup.batch_spec(self.padded_run, width)
         return self._many(spec) if len(self.seeds) > 1 else spec
 
     @property
     def abstract(self) -> TrainState:
-        like = self.wide.abstract
+        like = self.padded_run.abstract
         if self.alone:
             return like
-        moving, frozen = self.wide.split(like.params)
+        moving, frozen = self.padded_run.split(like.params)
         many = self._many((moving, like.opt_state, like.rng))
         return _state(like.step, many, frozen)
 
-    def together(self, states: Sequence[TrainState]) -> TrainState:
+    def stack(self, states: Sequence[TrainState]) -> TrainState:
         """One state of those of the arms; what is frozen is that of the first."""
         if self.alone:
             return states[0]
-        like, each = self._own(self.wide.abstract), [self._own(one) for one in states]
+        like, each = self._own(self.padded_run.abstract), [self._own(one) for one in states]
         stack = lambda like, *parts: jnp.stack([_grown(part, like.shape) for part in parts])
         places = jax.tree.map(lambda x: _leading(x.sharding), like)
         whole = jax.jit(lambda *each: jax.tree.map(stack, like, *each), out_shardings=places)
-        return _state(states[0].step, whole(*each), self.wide.split(states[0].params)[1])
+        return _state(states[0].step, whole(*each), self.padded_run.split(states[0].params)[1])
 
-    def apart(self, together: TrainState, arm: int) -> TrainState:
+    def unstack(self, state: TrainState, arm: int) -> TrainState:
         """The state of one arm, with the shapes of its own run."""
         if self.alone:
-            return together
+            return state
         run = self.runs[arm]
-        own = self._cut(run.model)(self._own(together), np.int32(arm))
-        return _state(together.step, own, run.split(together.params)[1])
+        own = self._cut(run.model)(self._own(state), np.int32(arm))
+        return _state(state.step, own, run.split(state.params)[1])
 
     @functools.cache  # noqa: B019  (compiled once a shape; there is one of these in a process)
     def _cut(self, model: Any) -> Callable:
@@ -149,7 +149,7 @@ class Arms:
 
     def train_step(self) -> Callable:
         """As `step.make_train_step`; metrics have the axis of arms."""
-        run = self.wide
+        run = self.padded_run
 
         def step_of(apply, tx):
             return make_train_step(apply, run.objectives, tx, run.split, run.config.accumulate)
@@ -157,26 +157,26 @@ class Arms:
         if self.alone:
             return step_of(build.apply(run.model), run.optimizer.tx)
 
-        def step(together, batch):
-            frozen = run.split(together.params)[1]
+        def step(state, batch):
+            frozen = run.split(state.params)[1]
 
             def one(values, own, batch):
-                before = _state(together.step, own, frozen)
+                before = _state(state.step, own, frozen)
                 after, found = step_of(self._apply(values), self._tx(values))(before, batch)
                 return self._own(after), found
 
-            each = self._values, self._own(together)
+            each = self._values, self._own(state)
             if len(self.seeds) > 1:
                 own, found = _mapped(one, *each, batch)
             else:
                 own, found = _mapped(lambda *each: one(*each, batch), *each)
-            return _state(together.step + 1, own, frozen), found
+            return _state(state.step + 1, own, frozen), found
 
         return step
 
     def eval_step(self) -> Callable:
         """As `evaluate.make_step`, of the stored `params` of all arms on the same batch."""
-        run = self.wide
+        run = self.padded_run
         if self.alone:
             return eval_loop.make_step(build.apply(run.model), run.objectives)
 
@@ -195,8 +195,8 @@ class Arms:
         """FLOPs of a step of each arm, given the program of all that was traced for this width."""
         number, models = len(self.runs), {run.model for run in self.runs}
         if self.alone or len(models) == 1 and jax.default_backend() in ONE_BY_ONE:
-            alone = setup.batch_spec(self.wide, width)
-            return [flops.of_step(self.wide, alone, traced, number)] * number
+            alone = setup.batch_spec(self.padded_run, width)
+            return [flops.of_step(self.padded_run, alone, traced, number)] * number
         found: dict[Any, int] = {}
         for run in self.runs:
             if run.model not in found:
@@ -205,7 +205,7 @@ class Arms:
 
     def _own(self, state: TrainState) -> tuple[Any, Any, Any]:
         """The part of a state that each arm has for itself."""
-        return self.wide.split(state.params)[0], state.opt_state, state.rng
+        return self.padded_run.split(state.params)[0], state.opt_state, state.rng
 
     def _many(self, like: Any) -> Any:
         def many(x):
@@ -222,13 +222,13 @@ class Arms:
         own = r"(optim|group_optim\..*)\.(lr|weight_decay)"
         rates = [key for key in settings[0] if re.fullmatch(own, key)]
         found = {key: [one[key] for one in settings] for key in rates}
-        widest, scales = _scales(self.wide), [_scales(run) for run in self.runs]
+        widest, scales = _scales(self.padded_run), [_scales(run) for run in self.runs]
         found |= {path: [one[path] / widest[path] for one in scales] for path in widest}
         different = {key: values for key, values in found.items() if len(set(values)) > 1}
         return {key: np.array(values, np.float32) for key, values in different.items()}
 
     def _apply(self, values: Mapping[str, jax.Array]) -> Callable:
-        apply = build.apply(self.wide.model)
+        apply = build.apply(self.padded_run.model)
 
         def scaled(params, *args, method):
             flat = paths.flatten(params)
@@ -238,7 +238,7 @@ class Arms:
         return scaled
 
     def _tx(self, values: Mapping[str, jax.Array]) -> Any:
-        run = self.wide
+        run = self.padded_run
         settings = run.config.to_dict()
         for key, value in values.items():
             if key.startswith(("optim.", "group_optim.")):
