@@ -104,7 +104,7 @@ def test_a_row_says_the_same_whatever_is_beside_it():
     apart = [writer([ids], 9, hot, seed=3, first=i)[0] for i, ids in enumerate(PROMPTS)]
     assert together == apart
     assert together != writer(PROMPTS, 9, hot, seed=4)
-    looked = writer(PROMPTS, 9, hot, seed=3, told=lambda rows: [False] * 3, every=2)
+    looked = writer(PROMPTS, 9, hot, seed=3, ends_early=lambda rows: [False] * 3, every=2)
     assert looked == together
 
 
@@ -143,8 +143,8 @@ def test_eight_devices_write_what_one_does(axes):
         spread = jax.device_put(params, sharding.shardings(params, mesh))
         writer = decoder.Generator(model, spread)
         assert writer(prompts, LENGTH, GREEDY) == expected
-        given = writer.given(prompts, LENGTH, 0)
-        texts = decoder.first_token(model, writer.params, given, writer.facts, GREEDY, 32, 4)
+        prompt_batch = writer.prompt_batch(prompts, LENGTH, 0)
+        texts = decoder.first_token(model, writer.params, prompt_batch, writer.spec, GREEDY, 32, 4)
         keys = texts.cache["block_00"]["attn"]["memory"]["rows"][0]  # of 2 heads of keys
         parts = {shard.data.shape[:2] for shard in keys.addressable_shards}
         assert parts == {(4 // (axes.get("data", 1) * axes.get("fsdp", 1)), 1)}
@@ -176,17 +176,17 @@ def test_eight_bits_say_the_same_in_any_batch(family, bits):
 def test_eight_bits_are_near_the_whole():
     model, params = made("llama", tied=True)
     writer = decoder.Generator(model, params, weights="int8", cache="int8")
-    given = writer.given(PROMPTS, LENGTH, 0)
+    prompt_batch = writer.prompt_batch(PROMPTS, LENGTH, 0)
     states = {}
     sides = dict(whole=(model, params, ""), eight=(writer.model, writer.params, "int8"))
     for name, (model, params, bits) in sides.items():
-        facts = writer.facts._replace(cache=bits)
-        hidden, cache = decoder.prefill(model, params, given, facts, 32)
-        first = decoder.logits(model, params, hidden, facts)
+        spec = writer.spec._replace(cache=bits)
+        hidden, cache = decoder.prefill(model, params, prompt_batch, spec, 32)
+        first = decoder.logits(model, params, hidden, spec)
         more, cache = decoder.extend(
-            model, params, given, cache, jnp.full((3, 1), 9, jnp.int32), jnp.int32(1)
+            model, params, prompt_batch, cache, jnp.full((3, 1), 9, jnp.int32), jnp.int32(1)
         )
-        states[name] = first, decoder.logits(model, params, more[:, 0], facts), cache
+        states[name] = first, decoder.logits(model, params, more[:, 0], spec), cache
     for whole, eight in zip(*(states[name][:2] for name in ("whole", "eight")), strict=True):
         error = jnp.linalg.norm(eight - whole) / jnp.linalg.norm(whole)
         assert 0 < error < 0.05

@@ -73,8 +73,8 @@ def test_a_text_ends_at_a_token_that_ends_texts_and_not_behind_it(opened):
     free = text_generator.TextGenerator(opened)
     ids = free.ids(dict(prompt="The", length=12))
     (row,) = free.writer([ids], 12, generate.Sampling(temperature=0))
-    ends = free.writer.facts._replace(stop=(row[4],))
-    free.writer.facts = ends
+    ends = free.writer.spec._replace(stop=(row[4],))
+    free.writer.spec = ends
     at = row.index(row[4])
     assert free.writer([ids], 12, generate.Sampling(temperature=0)) == [row[: at + 1]]
 

@@ -36,11 +36,11 @@ def another(family, adapter=None, **changes):
 def test_the_likeliest_text_is_the_same(family, ahead):
     writer = decoder.Generator(*made(family))
     alone = [writer([ids], 20, GREEDY)[0] for ids in PROMPTS]
-    for guesser in (decoder.Generator(*another(family)), writer):
-        several = speculative.SpeculativeGenerator(writer, guesser, ahead)
+    for drafter in (decoder.Generator(*another(family)), writer):
+        several = speculative.SpeculativeGenerator(writer, drafter, ahead)
         assert several(PROMPTS, 20, GREEDY) == alone
         assert several.written == 60
-        if guesser is writer:  # every guess stands
+        if drafter is writer:  # every guess stands
             assert several.rounds == 3 * (1 + -(-19 // (ahead + 1)))
 
 
@@ -50,8 +50,8 @@ def test_the_likeliest_text_is_the_same(family, ahead):
 def test_the_likeliest_text_is_the_same_in_fewer_bits(bits):
     kind = {key: bits.pop(key) for key in tuple(bits) if key == "dtype"}
     writer = decoder.Generator(*made("llama", window=5, full_every=2, **kind), **bits)
-    guesser = decoder.Generator(*another("llama", window=5, full_every=2, **kind), **bits)
-    several = speculative.SpeculativeGenerator(writer, guesser, 3)
+    drafter = decoder.Generator(*another("llama", window=5, full_every=2, **kind), **bits)
+    several = speculative.SpeculativeGenerator(writer, drafter, 3)
     assert several(PROMPTS, 12, GREEDY) == [writer([ids], 12, GREEDY)[0] for ids in PROMPTS]
 
 
@@ -62,9 +62,9 @@ def test_the_one_that_guesses_may_have_adapters(adapter):
     """Positions of its own that the model has not, and the other way round."""
     plain = decoder.Generator(*made("llama"))
     adapted = decoder.Generator(*another("llama", ADAPTERS[adapter]))
-    for writer, guesser in ((plain, adapted), (adapted, plain)):
+    for writer, drafter in ((plain, adapted), (adapted, plain)):
         expected = [writer([ids], 12, GREEDY)[0] for ids in PROMPTS]
-        assert speculative.SpeculativeGenerator(writer, guesser, 3)(PROMPTS, 12, GREEDY) == expected
+        assert speculative.SpeculativeGenerator(writer, drafter, 3)(PROMPTS, 12, GREEDY) == expected
     same = speculative.SpeculativeGenerator(adapted, adapted, 3)
     same(PROMPTS, 12, GREEDY)
     assert same.rounds == 3 * (1 + 3)  # every guess stands
@@ -84,7 +84,7 @@ def test_texts_end_where_they_end_and_look_up_on_the_way():
         return [len(seen) == 2]
 
     several = speculative.SpeculativeGenerator(writer, decoder.Generator(*another("gpt2")), 2)
-    found = several(PROMPTS[:1], 12, GREEDY, told=told, every=3)[0]
+    found = several(PROMPTS[:1], 12, GREEDY, ends_early=told, every=3)[0]
     assert len(seen) == 2 and found == seen[-1] == free[: len(found)] and len(seen[0]) >= 4
 
 
@@ -134,8 +134,8 @@ def test_whole_texts_are_as_probable_as_without_guesses():
     """Of three tokens, where one and the next is guessed at once, against the model's own."""
     hot, tokens, draws = Sampling(temperature=4.0), 4, 1500
     models = made("gpt2"), another("gpt2")
-    writer, guesser = (decoder.Generator(*one, tokens=tokens) for one in models)
-    texts = speculative.SpeculativeGenerator(writer, guesser, 2)(
+    writer, drafter = (decoder.Generator(*one, tokens=tokens) for one in models)
+    texts = speculative.SpeculativeGenerator(writer, drafter, 2)(
         PROMPTS[:1] * draws, 3, hot, seed=1
     )
     counts = np.zeros((tokens,) * 3)
@@ -151,8 +151,8 @@ def test_whole_texts_are_as_probable_as_without_guesses():
 
 
 def test_a_seed_decides_what_is_drawn():
-    writer, guesser = decoder.Generator(*made("llama")), decoder.Generator(*another("llama"))
-    several = speculative.SpeculativeGenerator(writer, guesser, 3)
+    writer, drafter = decoder.Generator(*made("llama")), decoder.Generator(*another("llama"))
+    several = speculative.SpeculativeGenerator(writer, drafter, 3)
     hot = Sampling(temperature=0.9, top_p=0.95)
     found = several(PROMPTS, 12, hot, seed=3)
     assert found == several(PROMPTS, 12, hot, seed=3) != several(PROMPTS, 12, hot, seed=4)

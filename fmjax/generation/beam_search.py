@@ -59,8 +59,10 @@ def search(
 ) -> list[tuple[list[int], float]]:
     """(the best text after each prompt, of at most `length` tokens, its score). Raises
     NumericsError as a `Generator` does."""
-    given, room = writer.given(prompts, length, 0), decoder.room(length)
-    over, broken = _searched(writer.model, writer.params, given, writer.facts, how, room, length)
+    prompt_batch, room = writer.prompt_batch(prompts, length, 0), decoder.room(length)
+    over, broken = _searched(
+        writer.model, writer.params, prompt_batch, writer.spec, how, room, length
+    )
     decoder.check(broken)
     best, scores = np.asarray(over.ids[:, 0]), np.asarray(over.scores[:, 0])
     rows = zip(best.tolist(), scores.tolist(), strict=True)
@@ -71,16 +73,16 @@ def search(
 def _searched(
     model: AnyModel,
     params: Any,
-    given: Prompts,
-    facts: DecodeSpec,
+    prompt_batch: Prompts,
+    spec: DecodeSpec,
     how: Beams,
     room: int,
     length: Int[Array, ""],
 ) -> tuple[Kept, Bool[Array, "B"]]:
-    rows, beams = len(given.ids), how.count
-    hidden, cache = decoder.prefill(model, params, given, facts, room)
+    rows, beams = len(prompt_batch.ids), how.count
+    hidden, cache = decoder.prefill(model, params, prompt_batch, spec, room)
     repeated = lambda x: jnp.repeat(x, beams, axis=0) if x.ndim else x
-    hidden, cache, several = jax.tree.map(repeated, (hidden, cache, given))
+    hidden, cache, several = jax.tree.map(repeated, (hidden, cache, prompt_batch))
     ids = jnp.full((rows, beams, room), -1, jnp.int32)
     one = jnp.full((rows, beams), NEVER).at[:, 0].set(0)  # the others are the same text
     none = jnp.full((rows, beams), NEVER)
@@ -92,7 +94,7 @@ def _searched(
         return (now.step < length) & jnp.any(now.open)
 
     def longer(now):
-        now, parents = _stepped(model, params, facts, how, length, now)
+        now, parents = _stepped(model, params, spec, how, length, now)
         chosen = (jnp.arange(rows)[:, None] * beams + parents).reshape(-1)
         cache = jax.tree.map(lambda x: x[chosen] if x.ndim else x, now.cache)
         last = jnp.take(now.running.ids, now.step - 1, axis=2).reshape(-1, 1)
@@ -103,21 +105,21 @@ def _searched(
     return last.over, last.broken
 
 
-def _stepped(model, params, facts, how, length, now) -> tuple[Search, Int[Array, "B K"]]:
+def _stepped(model, params, spec, how, length, now) -> tuple[Search, Int[Array, "B K"]]:
     """(the search one token on, of which running text each of the new ones is longer)."""
-    (rows, beams), tokens = now.running.scores.shape, facts.tokens
-    logits = decoder.logits(model, params, now.hidden, facts)
+    (rows, beams), tokens = now.running.scores.shape, spec.tokens
+    logits = decoder.logits(model, params, now.hidden, spec)
     broken = now.broken | (now.open & ~decoder.usable(logits).reshape(rows, beams).all(axis=1))
     found = jax.nn.log_softmax(logits)
     sums = now.running.scores[:, :, None] + found.reshape(rows, beams, tokens)
     # So many that enough continue where all the most probable end.
-    width = min((1 + max(1, len(facts.stop))) * beams, beams * tokens)
+    width = min((1 + max(1, len(spec.stop))) * beams, beams * tokens)
     sums, place = jax.lax.top_k(sums.reshape(rows, -1), width)
     parents, new = place // tokens, place % tokens
     ids = jnp.take_along_axis(now.running.ids, parents[:, :, None], axis=1)
     ids = jax.lax.dynamic_update_slice_in_dim(ids, new[:, :, None], now.step, axis=2)
     step = now.step + 1
-    end = decoder.ends(new, facts) | (step == length)
+    end = decoder.ends(new, spec) | (step == length)
 
     counted = end & (jnp.arange(width) < beams)[None] & now.open[:, None]
     scores = jnp.where(counted, sums / step.astype(jnp.float32) ** how.length_penalty, NEVER)

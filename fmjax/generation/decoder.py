@@ -83,7 +83,7 @@ class Generator:
         # XLA:CPU's kernels for less than 32 bits want two rows: of a single one products take up to
         # ten times as long, and the cache is copied.
         self.least = 2 if half and cpu and plain else 1
-        self.facts = DecodeSpec(tuple(stop), tokens or model.cfg.vocab_size, prefix, first, cache)
+        self.spec = DecodeSpec(tuple(stop), tokens or model.cfg.vocab_size, prefix, first, cache)
 
     def __call__(
         self,
@@ -92,7 +92,7 @@ class Generator:
         how: Sampling,
         seed: int = 0,
         first: int = 0,
-        told: Callable[[np.ndarray], Sequence[bool]] | None = None,
+        ends_early: Callable[[np.ndarray], Sequence[bool]] | None = None,
         every: int = 16,
     ) -> list[list[int]]:
         """The continuation of each prompt: `length` tokens, or fewer that end with one of `stop`.
@@ -102,24 +102,26 @@ class Generator:
         row whether it is to end. Raises NumericsError for logits that are not finite, of which any
         token would be as good.
         """
-        given = self.given(prompts, length, seed, first)
+        prompt_batch = self.prompt_batch(prompts, length, seed, first)
         rows = max(self.least, len(prompts))
-        texts = first_token(self.model, self.params, given, self.facts, how, room(length), rows)
-        given = jax.tree.map(lambda x: repeated(x, rows), given)
+        texts = first_token(
+            self.model, self.params, prompt_batch, self.spec, how, room(length), rows
+        )
+        prompt_batch = jax.tree.map(lambda x: repeated(x, rows), prompt_batch)
         while True:
-            until = length if told is None else min(int(texts.step) + every, length)
-            texts = decode(self.model, self.params, given, texts, until, self.facts, how)
+            until = length if ends_early is None else min(int(texts.step) + every, length)
+            texts = decode(self.model, self.params, prompt_batch, texts, until, self.spec, how)
             check(texts.broken[: len(prompts)], first)
             written, over = np.asarray(texts.ids[:, :length]), np.array(texts.done)
-            if told is not None:
-                over[: len(prompts)] |= told(written[: len(prompts), :until])
+            if ends_early is not None:
+                over[: len(prompts)] |= ends_early(written[: len(prompts), :until])
                 over[len(prompts) :] = True
                 texts = texts._replace(done=jnp.asarray(over))
             if until == length or over.all():
                 break
         return [[int(i) for i in row if i >= 0] for row in written[: len(prompts)]]
 
-    def given(
+    def prompt_batch(
         self, prompts: Sequence[Sequence[int]], length: int, seed: int, first: int = 0
     ) -> Prompts:
         """The prompts in rows, which have room for all of them and `length` tokens."""
@@ -170,28 +172,30 @@ class DecodeSpec(NamedTuple):
 
 
 def prefill(
-    model: AnyModel, params: Any, given: Prompts, facts: DecodeSpec, room: int
+    model: AnyModel, params: Any, prompt_batch: Prompts, spec: DecodeSpec, room: int
 ) -> tuple[Float[Array, "B D"], Any]:
     """(the states of the last token of each prompt, what is kept of it, with `room` for more)."""
-    real = _real(given)
-    place = jnp.where(real > 0, jnp.arange(given.ids.shape[1])[None], 0)
-    types = real if facts.prefix else jnp.zeros_like(real)
-    arrays = given.ids, real, place, types
+    real = _real(prompt_batch)
+    place = jnp.where(real > 0, jnp.arange(prompt_batch.ids.shape[1])[None], 0)
+    types = real if spec.prefix else jnp.zeros_like(real)
+    arrays = prompt_batch.ids, real, place, types
     if model.decodes:
         source = model.apply({"params": params}, *arrays, method="encode")
-        start = jnp.full((len(given.ids), 1), facts.first, jnp.int32)
-        hidden, cache = _decoded(model, params, given, {}, start, jnp.zeros_like(start), source)
+        start = jnp.full((len(prompt_batch.ids), 1), spec.first, jnp.int32)
+        hidden, cache = _decoded(
+            model, params, prompt_batch, {}, start, jnp.zeros_like(start), source
+        )
     else:
         keeps = dict(method="encode", mutable=[layers.CACHE])
         hidden, cache = model.apply({"params": params}, *arrays, **keeps)
-        hidden = jnp.take_along_axis(hidden, given.lengths[:, None, None] - 1, axis=1)
-    return hidden[:, 0], _longer(cache[layers.CACHE], room, facts.cache)
+        hidden = jnp.take_along_axis(hidden, prompt_batch.lengths[:, None, None] - 1, axis=1)
+    return hidden[:, 0], _longer(cache[layers.CACHE], room, spec.cache)
 
 
 def extend(
     model: AnyModel,
     params: Any,
-    given: Prompts,
+    prompt_batch: Prompts,
     cache: Any,
     ids: Int[Array, "B T"],
     step: Int[Array, ""],
@@ -201,11 +205,11 @@ def extend(
     step += jnp.arange(ids.shape[1])[None]
     if model.decodes:
         at = jnp.broadcast_to(step, ids.shape)
-        hidden, cache = _decoded(model, params, given, cache, ids, at)
+        hidden, cache = _decoded(model, params, prompt_batch, cache, ids, at)
     else:
         # Guesses may continue after the last place: what comes of them is thrown away.
         most = model.cfg.max_len - 1 - adapters.positions(model)
-        at = jnp.minimum(given.lengths[:, None] + step - 1, most)
+        at = jnp.minimum(prompt_batch.lengths[:, None] + step - 1, most)
         hidden, cache = model.apply(
             {"params": params, layers.CACHE: cache},
             *(ids, jnp.ones_like(ids), at, jnp.zeros_like(ids)),
@@ -217,10 +221,10 @@ def extend(
 
 
 def logits(
-    model: AnyModel, params: Any, hidden: Float[Array, "B D"], facts: DecodeSpec
+    model: AnyModel, params: Any, hidden: Float[Array, "B D"], spec: DecodeSpec
 ) -> Float[Array, "B V"]:
     """Logits of the tokens that can be written."""
-    return model.apply({"params": params}, hidden, method="logits")[:, : facts.tokens]
+    return model.apply({"params": params}, hidden, method="logits")[:, : spec.tokens]
 
 
 def rolled_back(cache: Any, by: Int[Array, ""]) -> Any:
@@ -232,29 +236,33 @@ def rolled_back(cache: Any, by: Int[Array, ""]) -> Any:
     )
 
 
-def ends(ids: Int[Array, "*B"], facts: DecodeSpec) -> Bool[Array, "*B"]:
+def ends(ids: Int[Array, "*B"], spec: DecodeSpec) -> Bool[Array, "*B"]:
     """True for the tokens that end a text."""
-    return jnp.isin(ids, jnp.asarray(facts.stop, jnp.int32))
+    return jnp.isin(ids, jnp.asarray(spec.stop, jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5, 6))
 def first_token(
     model: AnyModel,
     params: Any,
-    given: Prompts,
-    facts: DecodeSpec,
+    prompt_batch: Prompts,
+    spec: DecodeSpec,
     how: Sampling,
     room: int,
     rows: int,
 ) -> DecodeState:
     """The first token of each text, of at most `room`; a single one is in all of the rows."""
-    hidden, cache = prefill(model, params, given, facts, room)
-    hidden, cache, given = jax.tree.map(lambda x: repeated(x, rows), (hidden, cache, given))
+    hidden, cache = prefill(model, params, prompt_batch, spec, room)
+    hidden, cache, prompt_batch = jax.tree.map(
+        lambda x: repeated(x, rows), (hidden, cache, prompt_batch)
+    )
     seen = None
     if how.remembers:
-        seen = jnp.zeros((rows, facts.tokens), bool)
+        seen = jnp.zeros((rows, spec.tokens), bool)
         if not model.decodes:
-            own = jnp.where(_real(given) > 0, given.ids, facts.tokens)  # beyond the table: dropped
+            own = jnp.where(
+                _real(prompt_batch) > 0, prompt_batch.ids, spec.tokens
+            )  # beyond the table: dropped
             seen = seen.at[jnp.arange(rows)[:, None], own].set(True, mode="drop")
     texts = DecodeState(
         ids=jnp.full((rows, room), -1, jnp.int32),
@@ -264,17 +272,17 @@ def first_token(
         seen=seen,
         cache=cache,
     )
-    return _added(model, params, given, texts, hidden, facts, how)
+    return _added(model, params, prompt_batch, texts, hidden, spec, how)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=(3,))
 def decode(
     model: AnyModel,
     params: Any,
-    given: Prompts,
+    prompt_batch: Prompts,
     texts: DecodeState,
     until: Int[Array, ""],
-    facts: DecodeSpec,
+    spec: DecodeSpec,
     how: Sampling,
 ) -> DecodeState:
     """The texts with tokens up to step `until`, or to where all of them have ended."""
@@ -285,8 +293,10 @@ def decode(
     def longer(texts):
         last = jax.lax.dynamic_slice_in_dim(texts.ids, texts.step - 1, 1, axis=1)
         last = jnp.maximum(last, 0)  # of texts that have ended, whatever it is
-        hidden, cache = extend(model, params, given, texts.cache, last, texts.step)
-        return _added(model, params, given, texts._replace(cache=cache), hidden[:, 0], facts, how)
+        hidden, cache = extend(model, params, prompt_batch, texts.cache, last, texts.step)
+        return _added(
+            model, params, prompt_batch, texts._replace(cache=cache), hidden[:, 0], spec, how
+        )
 
     return jax.lax.while_loop(unfinished, longer, texts)
 
@@ -296,23 +306,23 @@ def repeated(x: jax.Array, rows: int) -> jax.Array:
     return jnp.repeat(x, rows, axis=0) if x.ndim and len(x) == 1 else x
 
 
-def _real(given: Prompts) -> Int[Array, "B P"]:
+def _real(prompt_batch: Prompts) -> Int[Array, "B P"]:
     """1 where a prompt is, 0 for padding."""
-    place = jnp.arange(given.ids.shape[1])[None]
-    return (place < given.lengths[:, None]).astype(jnp.int32)
+    place = jnp.arange(prompt_batch.ids.shape[1])[None]
+    return (place < prompt_batch.lengths[:, None]).astype(jnp.int32)
 
 
-def _decoded(model, params, given, cache, ids, positions, source=None):
+def _decoded(model, params, prompt_batch, cache, ids, positions, source=None):
     """(states of the target's tokens, what is kept) of an encoder–decoder."""
     variables = {"params": params} | ({layers.CACHE: cache} if cache else {})
-    arrays = ids, jnp.ones_like(ids), positions, source, _real(given)
+    arrays = ids, jnp.ones_like(ids), positions, source, _real(prompt_batch)
     return model.apply(variables, *arrays, method="decode", mutable=[layers.CACHE])
 
 
-def _added(model, params, given, texts, hidden, facts, how) -> DecodeState:
+def _added(model, params, prompt_batch, texts, hidden, spec, how) -> DecodeState:
     """The texts with the token that comes after the states (B, D) of the last."""
-    found = logits(model, params, hidden, facts)
-    ids = chosen(found, how, randomness.fold(given.seeds, texts.step), texts.seen)
+    found = logits(model, params, hidden, spec)
+    ids = chosen(found, how, randomness.fold(prompt_batch.seeds, texts.step), texts.seen)
     seen = texts.seen
     if how.remembers:
         seen = seen.at[jnp.arange(len(ids)), ids].set(True)
@@ -321,7 +331,7 @@ def _added(model, params, given, texts, hidden, facts, how) -> DecodeState:
     return texts._replace(
         ids=jax.lax.dynamic_update_slice(texts.ids, column, (0, texts.step)),
         step=texts.step + 1,
-        done=texts.done | broken | ends(ids, facts),
+        done=texts.done | broken | ends(ids, spec),
         broken=broken,
         seen=seen,
     )

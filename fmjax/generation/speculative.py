@@ -42,11 +42,11 @@ class SpeculativeGenerator:
     `rounds` counts how often the model read since it was made, `written` the tokens of that.
     """
 
-    def __init__(self, writer: Generator, guesser: Generator, ahead: int = 4):
+    def __init__(self, writer: Generator, drafter: Generator, ahead: int = 4):
         if ahead < 1:
             raise ConfigError(f"config.ahead={ahead}: give a whole number from 1.")
-        self.writer, self.guesser, self.ahead = writer, guesser, ahead
-        self.facts, self.model = writer.facts, writer.model
+        self.writer, self.drafter, self.ahead = writer, drafter, ahead
+        self.spec, self.model = writer.spec, writer.model
         self.rounds = self.written = 0
 
     def __call__(
@@ -56,7 +56,7 @@ class SpeculativeGenerator:
         how: Sampling,
         seed: int = 0,
         first: int = 0,
-        told: Callable[[np.ndarray], Sequence[bool]] | None = None,
+        ends_early: Callable[[np.ndarray], Sequence[bool]] | None = None,
         every: int = 16,
     ) -> list[list[int]]:
         """As a `Generator`, but that `told` is given the one text that is being written."""
@@ -66,25 +66,25 @@ class SpeculativeGenerator:
                 "together: set it to 1, or config.draft to ''."
             )
         return [
-            self._one(ids, length, how, seed, first + i, told, every)
+            self._one(ids, length, how, seed, first + i, ends_early, every)
             for i, ids in enumerate(prompts)
         ]
 
-    def _one(self, ids, length, how, seed, number, told, every):
-        both = self.writer, self.guesser
-        small = self.guesser.model
+    def _one(self, ids, length, how, seed, number, ends_early, every):
+        both = self.writer, self.drafter
+        small = self.drafter.model
         most = small.cfg.max_len - adapters.positions(small)
         if max(len(ids), length) > most or (not small.decodes and len(ids) + length > most):
             raise ConfigError(
                 f"config.draft reads {most} tokens, and prompt and text have {len(ids)} and "
                 f"{length}: make config.length smaller, or give no draft."
             )
-        given = self.writer.given([ids], length, seed, number)
+        prompt_batch = self.writer.prompt_batch([ids], length, seed, number)
         size = decoder.room(length + self.ahead + 1)
         rows = max(one.least for one in both)
         # The guesser's own first token is not used: the model's is.
         texts = [
-            decoder.first_token(one.model, one.params, given, one.facts, how, size, rows)
+            decoder.first_token(one.model, one.params, prompt_batch, one.spec, how, size, rows)
             for one in both
         ]
         now = DraftState(
@@ -95,16 +95,16 @@ class SpeculativeGenerator:
             rounds=jnp.int32(1),
             caches=tuple(one.cache for one in texts),
         )
-        given = jax.tree.map(lambda x: decoder.repeated(x, rows), given)
+        prompt_batch = jax.tree.map(lambda x: decoder.repeated(x, rows), prompt_batch)
         models, params = (tuple(getattr(one, x) for one in both) for x in ("model", "params"))
-        facts = self.writer.facts
+        spec = self.writer.spec
         while True:
-            until = length if told is None else min(int(now.step) + every, length)
-            now = _go_on(models, params, given, now, until, facts, how, self.ahead)
+            until = length if ends_early is None else min(int(now.step) + every, length)
+            now = _go_on(models, params, prompt_batch, now, until, spec, how, self.ahead)
             decoder.check(now.broken[:1], number)
             over = bool(now.done[0]) or int(now.step) >= length
             written = np.asarray(now.ids[:1, :length])
-            if over or (told is not None and told(written)[0]):
+            if over or (ends_early is not None and ends_early(written)[0]):
                 break
         found = [int(i) for i in written[0] if i >= 0]
         self.rounds, self.written = self.rounds + int(now.rounds), self.written + len(found)
@@ -114,7 +114,7 @@ class SpeculativeGenerator:
 def verified(
     p: Float[Array, "M V"],
     q: Float[Array, "K V"],
-    guesses: Int[Array, "K"],
+    draft_tokens: Int[Array, "K"],
     uniform: Float[Array, "K"],
     seeds: randomness.Seeds,
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
@@ -124,8 +124,8 @@ def verified(
     A guess g stands with the probability min(1, p(g) / q(g)); after those that do comes one drawn
     by what p has over q, or by p after all (Leviathan et al. 2023, algorithm 1).
     """
-    each = jnp.arange(len(guesses))
-    stands = uniform * q[each, guesses] < p[each, guesses]
+    each = jnp.arange(len(draft_tokens))
+    stands = uniform * q[each, draft_tokens] < p[each, draft_tokens]
     count = jnp.sum(jnp.cumprod(stands.astype(jnp.int32)))
     left = jnp.concatenate([jnp.maximum(p[:-1] - q, 0), p[-1:]])[count]
     left = jnp.where(jnp.any(left > 0), left, p[count])  # equal but for rounding
@@ -149,21 +149,21 @@ def _logits(p: Float[Array, "B V"]) -> Float[Array, "B V"]:
 def _go_on(
     models: tuple[AnyModel, AnyModel],
     params: tuple[Any, Any],
-    given: Prompts,
+    prompt_batch: Prompts,
     now: DraftState,
     until: Int[Array, ""],
-    facts: DecodeSpec,
+    spec: DecodeSpec,
     how: Sampling,
     ahead: int,
 ) -> DraftState:
     """The text with tokens up to step `until`, or some more, or to its end."""
     rows = len(now.ids)
-    seeds = lambda step, name: randomness.named(randomness.fold(given.seeds[:1], step), name)
+    seeds = lambda step, name: randomness.named(randomness.fold(prompt_batch.seeds[:1], step), name)
 
     def read(which, cache, ids, step):
         model, own = models[which], params[which]
-        hidden, cache = decoder.extend(model, own, given, cache, ids, step)
-        return decoder.logits(model, own, hidden[0], facts), cache
+        hidden, cache = decoder.extend(model, own, prompt_batch, cache, ids, step)
+        return decoder.logits(model, own, hidden[0], spec), cache
 
     def guess(i, cache, last, step):
         """(whether there is one, probabilities, cache, the next guess after the token `last`)."""
@@ -178,12 +178,12 @@ def _go_on(
 
     def round(now):
         last = jax.lax.dynamic_slice(now.ids, (0, now.step - 1), (1, 1))[0, 0]
-        tokens, q, (cache, guesses), usable = [last], [], now.caches, []
+        tokens, q, (cache, draft_tokens), usable = [last], [], now.caches, []
         for i in range(ahead):
-            fine, found, guesses, token = guess(i, guesses, tokens[-1], now.step)
+            fine, found, draft_tokens, token = guess(i, draft_tokens, tokens[-1], now.step)
             tokens.append(token), q.append(found), usable.append(fine)
         # The last guess is read as well, so that both have read the same.
-        _, guesses = read(1, guesses, jnp.full((rows, 1), tokens[-1]), now.step + ahead)
+        _, draft_tokens = read(1, draft_tokens, jnp.full((rows, 1), tokens[-1]), now.step + ahead)
         ids = jnp.stack(tokens)
         logits, cache = read(0, cache, jnp.broadcast_to(ids[None], (rows, ahead + 1)), now.step)
         broken = ~(jnp.stack(usable).all() & decoder.usable(logits).all())
@@ -192,7 +192,7 @@ def _go_on(
         count, token = verified(p, jnp.stack(q), ids[1:], uniform, seeds(now.step, "text"))
         place = jnp.arange(ahead + 1)
         new = jnp.where(place < count, jnp.roll(ids, -1), jnp.where(place == count, token, -1))
-        ends = decoder.ends(new, facts) & (place <= count)
+        ends = decoder.ends(new, spec) & (place <= count)
         length = jnp.where(jnp.any(ends), jnp.argmax(ends), count) + 1
         new = jnp.broadcast_to(jnp.where(place < length, new, -1)[None], (rows, ahead + 1))
         return DraftState(
@@ -201,7 +201,7 @@ def _go_on(
             done=now.done | jnp.any(ends) | broken,
             broken=now.broken | broken,
             rounds=now.rounds + 1,
-            caches=tuple(decoder.rolled_back(x, ahead + 1 - length) for x in (cache, guesses)),
+            caches=tuple(decoder.rolled_back(x, ahead + 1 - length) for x in (cache, draft_tokens)),
         )
 
     return jax.lax.while_loop(lambda now: (now.step < until) & ~jnp.all(now.done), round, now)

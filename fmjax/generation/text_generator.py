@@ -73,15 +73,15 @@ class TextGenerator:
             **bits,
         )
 
-    def guess(self, small: "TextGenerator", ahead: int) -> None:
+    def use_draft(self, draft: "TextGenerator", ahead: int) -> None:
         """Let another model draft so many tokens at a time. Raises ConfigError if their tokenizers
         differ."""
-        if self.words.get_vocab() != small.words.get_vocab():
+        if self.words.get_vocab() != draft.words.get_vocab():
             raise ConfigError(
                 f"config.draft={small.opened.source!r} has other tokens than config.folder="
                 f"{self.opened.source!r}: give a model with the same tokenizer."
             )
-        self.writer = speculative.SpeculativeGenerator(self.writer, small.writer, ahead)
+        self.writer = speculative.SpeculativeGenerator(self.writer, draft.writer, ahead)
 
     def ids(self, how: Mapping[str, Any]) -> list[int]:
         """The tokens of `how["prompt"]` (`prompt_ids`)."""
@@ -117,7 +117,7 @@ class TextGenerator:
         text = lambda row: cut(self.text(ids, row), stop)
         printed = 0
 
-        def told(rows: np.ndarray) -> list[bool]:
+        def ends_early(rows: np.ndarray) -> list[bool]:
             nonlocal printed
             found = [text(row) for row in rows.tolist()]
             if show:
@@ -126,7 +126,7 @@ class TextGenerator:
                 printed = max(printed, len(grown))
             return [over for _, over in found]
 
-        given = dict(told=told, every=EVERY) if show or stop else {}
+        given = dict(ends_early=ends_early, every=EVERY) if show or stop else {}
         rows = self.writer([ids] * count, how["length"], sampling, seed, **given)
         found = [text(row)[0] for row in rows]
         if show:
@@ -146,7 +146,7 @@ class TextGenerator:
             found = zip(prompts, rows.tolist(), strict=True)
             return [cut(self.text(ids, row), stop)[1] for ids, row in found]
 
-        looks = dict(told=over) if stop else {}
+        looks = dict(ends_early=over) if stop else {}
         rows = self.writer(prompts, length, how, **looks)
         return [cut(self.text(ids, row), stop)[0] for ids, row in zip(prompts, rows, strict=True)]
 
@@ -169,7 +169,7 @@ class TextGenerator:
     def text(self, ids: Sequence[int], row: Sequence[int]) -> str:
         """The text of the tokens `row` after `ids`, without what ends it."""
         row = [i for i in row if i >= 0]
-        if row and row[-1] in self.writer.facts.stop:
+        if row and row[-1] in self.writer.spec.stop:
             row = row[:-1]
         if self.alone:
             return self.words.decode(row, skip_special_tokens=True)

@@ -22,7 +22,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         author = TextGenerator(opened, bits=quantization_of(how))
         if config.draft:
             draft = pretrained.open_folder(config.draft, mesh, config.precision)
-            author.guess(TextGenerator(draft, bits=quantization_of(how)), config.ahead)
+            author.use_draft(TextGenerator(draft, bits=quantization_of(how)), config.ahead)
         author.ids(how)
         if dry_run:
             return
