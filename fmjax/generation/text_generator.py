@@ -78,7 +78,7 @@ class TextGenerator:
         differ."""
         if self.words.get_vocab() != draft.words.get_vocab():
             raise ConfigError(
-                f"config.draft={small.opened.source!r} has other tokens than config.folder="
+                f"config.draft={draft.opened.source!r} has other tokens than config.folder="
                 f"{self.opened.source!r}: give a model with the same tokenizer."
             )
         self.writer = speculative.SpeculativeGenerator(self.writer, draft.writer, ahead)
