@@ -25,6 +25,7 @@ FLOORS = (
     ("dispatch",),
     ("experiments",),
     ("tasks", "startup"),
+    ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

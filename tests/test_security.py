@@ -18,7 +18,7 @@ import saved_states
 from common import CACHE, ROOT
 from test_report import Page
 
-import run as command
+from fmjax import __main__ as command
 from fmjax.checkpoints import checkpointer, pretrained
 from fmjax.config import load as configs
 from fmjax.errors import CheckpointError, ConfigError, DataError

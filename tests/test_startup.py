@@ -168,8 +168,20 @@ def test_a_config_without_its_flag_is_recognised(tmp_path, monkeypatch):
     usage = files.usage(["configs/mine.py:tiny", "--fresh"])
     assert usage == " Did you mean: python run.py --config=configs/mine.py:tiny"
     assert files.usage([]).splitlines()[1] == "  --config=configs/mine.py  Mine, of today"
-    file.unlink()
-    assert "Configs are in " in files.usage([]) and "\n" not in files.usage([])
+    file.unlink()  # Where there are none, those that are shipped.
+    lines = files.usage([]).splitlines()
+    assert any(line.startswith("  --config=configs/mlm.py ") for line in lines)
+    assert any(line.startswith("  --config=configs/ablations/depth.py ") for line in lines)
+
+
+def test_a_shipped_config_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert files.shipped("configs/mlm.py:tiny") == f"{ROOT}/configs/mlm.py:tiny"
+    for spec in ("", "configs/none.py", "mlm.py", "configs/../run.py", "x" * 10_000):
+        assert files.shipped(spec) == spec
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mlm.py").touch()
+    assert files.shipped("configs/mlm.py") == "configs/mlm.py"
 
 
 def test_a_config_is_looked_for_where_the_program_is(tmp_path, monkeypatch):
