@@ -91,7 +91,7 @@ def test_a_run_and_its_export_keep_the_ends_of_texts_and_the_template(folder, tm
     end_of_answer = tiny_folders.MARKS.index("<|end|>")
     for made in (tmp_path / "run", out):
         author = text_generator.TextGenerator(tiny_folders.opened(made))
-        assert author.writer.facts.stop == (2, 7, end_of_answer)
+        assert author.writer.spec.stop == (2, 7, end_of_answer)
         assert author.words.chat_template == templates
     assert json.loads((out / endings.FILE).read_text())["eos_token_id"] == [2, 7, end_of_answer]
 

@@ -17,9 +17,10 @@ from fmjax.errors import ConfigError, DataError, NumericsError
 from fmjax.evaluation import eval_loop
 from fmjax.evaluation.loglikelihood import Scorer
 from fmjax.generation import text_generator
-from fmjax.models import bert, llama
+from fmjax.generation.sampling import Sampling
+from fmjax.models import bert, llama, text_pooling
 from fmjax.params import paths, sharding
-from fmjax.tasks import embed, evaluate, fill_mask, generate, predict
+from fmjax.tasks import embed, evaluate, fill_mask, predict
 from fmjax.training import setup
 
 SURPLUS = "<image_soft_token>"
@@ -60,13 +61,13 @@ def test_a_token_that_no_text_holds_needs_no_row(decoder, tmp_path):
     with jax.set_mesh(mesh):
         opened = pretrained.open_folder(str(decoder), mesh)
         author = text_generator.TextGenerator(opened)
-        assert author.writer.facts.tokens == 257  # nothing draws the last one
+        assert author.writer.spec.tokens == 257  # nothing draws the last one
         how = dict(prompt="the ", count=1, length=4, temperature=1.0)
         assert len(author.texts(how, seed=0)) == 1
         with pytest.raises(ConfigError, match="config.prompt cannot be read.*id 257, but"):
             author.texts(how | {"prompt": f"the {SURPLUS}"}, seed=0)
         with pytest.raises(ConfigError, match="prompt 1 cannot be read: .* gives id 257"):
-            author.writer([[1], [257]], 4, generate.Sampling())
+            author.writer([[1], [257]], 4, Sampling())
         scorer = Scorer(opened.model, opened.params, first=(0,), last=(), mask_id=None, start=0,
                         word_start=None, way="token", trained=None, batch_size=1)  # fmt: skip
         with pytest.raises(ConfigError, match="text 0 cannot be judged: .* gives id 257"):
@@ -208,9 +209,9 @@ def test_a_file_of_vectors_is_whole_or_not_there(tmp_path, monkeypatch):
     config = load("embed.py", **values | {"batch_size": 8})
     embed.run(config, tmp_path)
     assert np.load(tmp_path / "embeddings.npy").shape == (2, 16)
-    pooled = embed.losses.pooled
+    pooled = text_pooling.pooled
     spoilt = lambda hidden, *rest: pooled(hidden, *rest).at[1].set(np.nan)
-    monkeypatch.setattr(embed.losses, "pooled", spoilt)
+    monkeypatch.setattr(text_pooling, "pooled", spoilt)
     with pytest.raises(NumericsError, match="1 records, the first is .*texts.jsonl:2"):
         embed.run(config, tmp_path)
     assert not (tmp_path / "embeddings.npy").exists()

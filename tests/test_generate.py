@@ -12,6 +12,7 @@ from fmjax.data import tokenizer as tokenizers
 from fmjax.errors import ConfigError
 from fmjax.evaluation.loglikelihood import Scorer
 from fmjax.generation import text_generator
+from fmjax.generation.sampling import Sampling
 from fmjax.params import sharding
 from fmjax.tasks import generate, train
 
@@ -72,11 +73,11 @@ def test_what_is_drawn_follows_from_the_seed_and_the_row(opened):
 def test_a_text_ends_at_a_token_that_ends_texts_and_not_behind_it(opened):
     free = text_generator.TextGenerator(opened)
     ids = free.ids(dict(prompt="The", length=12))
-    (row,) = free.writer([ids], 12, generate.Sampling(temperature=0))
+    (row,) = free.writer([ids], 12, Sampling(temperature=0))
     ends = free.writer.spec._replace(stop=(row[4],))
     free.writer.spec = ends
     at = row.index(row[4])
-    assert free.writer([ids], 12, generate.Sampling(temperature=0)) == [row[: at + 1]]
+    assert free.writer([ids], 12, Sampling(temperature=0)) == [row[: at + 1]]
 
 
 def test_where_nothing_is_drawn_there_is_one_text_shown_while_it_is_written(
@@ -86,7 +87,7 @@ def test_where_nothing_is_drawn_there_is_one_text_shown_while_it_is_written(
     for greedy in ("--config.temperature=0", "--config.top_k=1"):
         config = configs.load(f"{ROOT}/configs/generate.py", [*words, greedy])
         with pytest.MonkeyPatch.context() as patch:  # printed whole, several would be
-            patch.setattr(text_generator, "shown", None)
+            patch.setattr(generate, "shown", None)
             generate.run(config, tmp_path)
         out = capsys.readouterr().out
         assert config.count == 3 and out.count("The") == 1 and "---" not in out

@@ -141,7 +141,7 @@ def test_a_ledger_may_be_asked_for_later(home, encoder, tmp_path, monkeypatch): 
     train.run(config(), tmp_path / "run")
     found = json.loads(file.read_text())
     assert {"slices", "forgetting", "memory"} <= found.keys()
-    monkeypatch.setattr(side_effects.report, "write", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr(side_effects.run_report, "write", lambda *_: pytest.fail("written again"))
     train.run(config(), tmp_path / "run")
     assert "kept" not in found and json.loads(file.read_text()) == found
 

@@ -9,11 +9,12 @@ import tiny_folders
 from common import ROOT
 
 from fmjax.config import load as configs
+from fmjax.data import tokenizer as tokenizers
 from fmjax.errors import NumericsError
 from fmjax.evaluation.multiple_choice import Item
 from fmjax.generation import beam_search, speculative, text_generator
 from fmjax.generation.sampling import Sampling
-from fmjax.tasks import evaluate, fewshot, generate
+from fmjax.tasks import evaluate, fewshot
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_texts_are_not_judged_by_what_is_no_number(folder, models, tmp_path):
 @pytest.mark.parametrize("how", [Sampling(0), Sampling(1.0, top_k=5), Sampling(1.0, top_p=0.5)])
 def test_no_token_is_taken_of_logits_that_are_no_numbers(models, how):
     writer, sound = (text_generator.TextGenerator(one).writer for one in models)
-    ids = lambda text: generate.tokenizers.load(models[0].tokenizer)(text)["input_ids"]
+    ids = lambda text: tokenizers.load(models[0].tokenizer)(text)["input_ids"]
     assert writer([ids("a")], 4, how) == sound([ids("a")], 4, how)
     with pytest.raises(NumericsError, match="next token of text 2 are not finite"):
         writer([ids("a"), ids("aq")], 4, how)
@@ -70,7 +71,7 @@ def test_no_token_is_taken_of_logits_that_are_no_numbers(models, how):
 
 def test_no_beam_goes_on_with_what_is_no_number(models):
     writer, sound = (text_generator.TextGenerator(one).writer for one in models)
-    ids = lambda text: generate.tokenizers.load(models[0].tokenizer)(text)["input_ids"]
+    ids = lambda text: tokenizers.load(models[0].tokenizer)(text)["input_ids"]
     search = lambda writer, text: beam_search.search(writer, [ids(text)], 4, beam_search.Beams(2))
     assert search(writer, "a") == search(sound, "a")
     with pytest.raises(NumericsError, match="next token of text 1 are not finite"):

@@ -25,7 +25,7 @@ from fmjax.io.snapshot import read_json
 from fmjax.models import text_pooling
 from fmjax.params import precision
 
-# {mode of sentence-transformers: `pool` of `losses.pooled`}
+# {mode of sentence-transformers: `pool` of `text_pooling.pooled`}
 POOLS = {
     "cls": "first",
     "mean": "mean",
@@ -91,7 +91,7 @@ class Normalize(NamedTuple):
 class Vectors(NamedTuple):
     """The map from hidden states to the vector of a text."""
 
-    pools: tuple[str, ...] = ("mean",)  # of `losses.pooled`, side by side
+    pools: tuple[str, ...] = ("mean",)  # of `text_pooling.pooled`, side by side
     layers: tuple[Dense | Normalize, ...] = ()
     seq_len: int | None = None  # of the longest text, in tokens; None: nothing is said
     prompts: Mapping[str, str] = {}

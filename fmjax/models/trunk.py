@@ -203,7 +203,8 @@ class Trunk(nn.Module):
         seeds: randomness.Seeds | None = None,
     ) -> Float[Array, "B C"]:
         """Outputs in float32 of the linear head `name` on the whole sequence, of which `pool` says
-        what stands for it (`losses.pooled`; "" is the family's own). `seeds` turn dropout on."""
+        what stands for it (`text_pooling.pooled`; "" is the family's own). `seeds` turn dropout
+        on."""
         return self.head.whole(hidden, segment_ids, name, pool, self._head_site(name, seeds))
 
     def project(

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from fmjax import convert
 from fmjax.adapters import lora, merge
-from fmjax.checkpoints import pretrained
 from fmjax.config import constraints, rules
 from fmjax.errors import ConfigError
 from fmjax.models import bert, param_init
@@ -63,9 +62,9 @@ def test_any_base_loads_under_any_adapter(init, base, capsys):
 def test_a_loaded_adapter_is_not_started_again(base, monkeypatch, tmp_path):
     config, model, abstract = made(tmp_path, init="pissa")
     trained = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract)
-    monkeypatch.setattr(pretrained, "is_run", lambda source: True)
+    monkeypatch.setattr(initialize, "is_run", lambda source: True)
     saved = lambda source: (trained, {"step": 5}, False)
-    monkeypatch.setattr(pretrained.checkpoint, "load_params", saved)
+    monkeypatch.setattr(initialize.checkpointer, "load_params", saved)
     params = initialize.initial(config, model, abstract).params
     assert all((np.asarray(leaf) == 1).all() for leaf in jax.tree.leaves(params))
 
@@ -73,9 +72,9 @@ def test_a_loaded_adapter_is_not_started_again(base, monkeypatch, tmp_path):
 def test_a_base_of_a_run_loads_under_an_adapter(base, monkeypatch, tmp_path):
     _, expected = base
     config, model, abstract = made(tmp_path)
-    monkeypatch.setattr(pretrained, "is_run", lambda source: True)
+    monkeypatch.setattr(initialize, "is_run", lambda source: True)
     saved = lambda source: (paths.stack(expected, (3,)), {"step": 5}, False)
-    monkeypatch.setattr(pretrained.checkpoint, "load_params", saved)
+    monkeypatch.setattr(initialize.checkpointer, "load_params", saved)
     found = paths.unstack(initialize.initial(config, model, abstract).params)
     key = jax.random.fold_in(jax.random.key(3), 0)
     fresh = paths.unstack(jax.jit(lambda: param_init.init_params(model, key))())
