@@ -14,13 +14,13 @@ from fmjax.checkpoints import pretrained
 from fmjax.config import load as configs
 from fmjax.data import tokenizer
 from fmjax.errors import ConfigError, DataError, NumericsError
-from fmjax.evaluation import eval_loop
+from fmjax.evaluation import eval_loop, fill_in
 from fmjax.evaluation.loglikelihood import Scorer
 from fmjax.generation import text_generator
 from fmjax.generation.sampling import Sampling
 from fmjax.models import bert, llama, text_pooling
 from fmjax.params import paths, sharding
-from fmjax.tasks import embed, evaluate, fill_mask, predict
+from fmjax.tasks import embed, evaluate, predict
 from fmjax.training import setup
 
 SURPLUS = "<image_soft_token>"
@@ -192,9 +192,9 @@ def test_masks_and_vectors_that_are_not_finite_are_not_written(tmp_path):
     folder = encoder(tmp_path, {}, broken=True)
     opened = pretrained.open_folder(str(folder), sharding.make_mesh())
     words = tokenizer.load(folder)
-    rows = fill_mask.encode(["a [MASK]"], words, 32)
+    rows = fill_in.encode(["a [MASK]"], words, 32)
     with pytest.raises(NumericsError, match="mask 1 of config.text, in sentence 1"):
-        fill_mask.guesses(opened, words, rows, 2)
+        fill_in.guesses(opened, words, rows, 2)
 
     bad = np.array([[1.0, 2.0], [np.nan, 0.0], [-np.inf, 0.0], [np.inf, 0.0]])
     assert eval_loop.not_finite({"vectors": bad, "labels": np.arange(4)}).tolist() == [

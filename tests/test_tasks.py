@@ -21,7 +21,7 @@ from fmjax.checkpoints import checkpointer, pretrained
 from fmjax.config import load as configs
 from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.errors import CheckpointError, ConfigError, DataError
-from fmjax.evaluation import export_check
+from fmjax.evaluation import export_check, fill_in
 from fmjax.models import bert, param_init
 from fmjax.params import paths, sharding
 from fmjax.reports import run_report
@@ -288,8 +288,8 @@ def test_guesses_are_those_of_torch(exported):
     opened = pretrained.open_folder(str(exported), sharding.make_mesh())
     tokenizer = load_tokenizer(exported)
     sentences = ["the [MASK] of a function", "is [MASK] by a [MASK] when given"]
-    rows = fill_mask.encode(sentences, tokenizer, 48)
-    found = fill_mask.guesses(opened, tokenizer, rows, 5)
+    rows = fill_in.encode(sentences, tokenizer, 48)
+    found = fill_in.guesses(opened, tokenizer, rows, 5)
     reference = BertForMaskedLM.from_pretrained(exported).eval()
     for sentence, masks in zip(sentences, found, strict=True):
         inputs = tokenizer(sentence, return_tensors="pt")
@@ -304,17 +304,15 @@ def test_guesses_are_those_of_torch(exported):
 def test_guesses_behind_a_prompt_of_words_are_those_of_the_words_in_front(exported):
     opened = pretrained.open_folder(str(exported), sharding.make_mesh())
     tokenizer = load_tokenizer(exported)
-    (row,) = fill_mask.encode(["is [MASK] by a function"], tokenizer, 40)
+    (row,) = fill_in.encode(["is [MASK] by a function"], tokenizer, 40)
     words = [7, 8, 9]
     model = prompt.wrap(opened.model, length=len(words))
     flat = paths.flatten(model.add(opened.params, jax.random.key(0)))
     table = flat[f"{prompt.TABLE}/embedding"]
     params = paths.unflatten(flat | {f"{prompt.TABLE}/prompt_tokens": table[np.array(words)]})
-    ((found,),) = fill_mask.guesses(
-        opened._replace(model=model, params=params), tokenizer, [row], 5
-    )
+    ((found,),) = fill_in.guesses(opened._replace(model=model, params=params), tokenizer, [row], 5)
     longer = {"input_ids": words + row["input_ids"], "token_types": [0, 0, 0, *row["token_types"]]}
-    ((wanted,),) = fill_mask.guesses(opened, tokenizer, [longer], 5)
+    ((wanted,),) = fill_in.guesses(opened, tokenizer, [longer], 5)
     assert [guess.id for guess in found] == [guess.id for guess in wanted]
     near = [guess.probability for guess in wanted]
     np.testing.assert_allclose([guess.probability for guess in found], near, rtol=1e-4)
@@ -337,7 +335,7 @@ def test_readable_tokens():
         decode=lambda ids: pieces[ids[0]],
         convert_ids_to_tokens=lambda i: {2: "Ċ", 3: None}[i],
     )
-    found = [fill_mask._readable(tokenizer, i) for i in pieces]
+    found = [fill_in._readable(tokenizer, i) for i in pieces]
     assert found == ["##ing", "the", r"'\u010a'", "None"]
 
 
