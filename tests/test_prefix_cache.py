@@ -34,16 +34,20 @@ def config_of(home, encoder, groups, *words):  # noqa: F811
     ],
 )
 def test_losses_are_the_same_with_and_without(home, request, groups, base, tmp_path):  # noqa: F811
-    base, found = request.getfixturevalue(base), {}
+    base, found, shown = request.getfixturevalue(base), {}, {}
     for cached in (False, True):
         config = config_of(home, base, groups, *STILL, f"--config.cache_prefix={cached}")
         train.run(config, tmp_path / str(cached))
         rows, _ = metrics_log.read(tmp_path / str(cached))
         keys = ("train/loss", "optim/grad_norm", "validation/loss", "validation/classify/accuracy")
         found[cached] = [[row[key] for key in keys if key in row] for row in rows]
+        shown[cached] = (tmp_path / str(cached) / "predictions.json").read_text()
     assert len(found[True]) == len(found[False]) > 6
     for one, other in zip(found[True], found[False], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    assert [shown[True].count(key) for key in ("text", "said")] == [5, 5]
+    texts = [[one["text"] for one in json.loads(each)] for each in shown.values()]
+    assert texts[0] == texts[1]
 
 
 def test_a_step_costs_only_what_lies_behind_the_prefix(home, encoder):  # noqa: F811

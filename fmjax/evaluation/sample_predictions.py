@@ -33,7 +33,7 @@ def of(run: Any, kept: Sequence[Any]) -> list[Sample]:
 def _masked(run: Any, name: str, found: Mapping, labels: Any, rows: np.ndarray) -> list[Sample]:
     """Fill-in samples: the first masks of each row."""
     words, samples = load_tokenizer(run.dataset.tokenizer_dir), []
-    batch = run.dataset.splits["validation"].rows(rows[:EXAMPLES])
+    batch = _rows(run, rows[:EXAMPLES])
     for row, ids in enumerate(batch["input_ids"]):
         masks = np.flatnonzero(found["weights"][row] > 0)
         masks = masks[np.argsort(found["positions"][row][masks])][:MASKS]
@@ -104,6 +104,12 @@ _READERS: dict[str, Callable] = {
 }
 
 
+def _rows(run: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays of rows, with token ids also where a run reads hidden states."""
+    split = run.dataset.splits["validation"]
+    return getattr(split, "with_tokens", split).rows(rows)
+
+
 def _spread(count: int) -> np.ndarray:
     """Places all over a split, in which equal labels may stand together."""
     return np.unique(np.linspace(0, count - 1, EXAMPLES).astype(int))
@@ -112,7 +118,7 @@ def _spread(count: int) -> np.ndarray:
 def _texts(run: Any, rows: np.ndarray) -> list[str]:
     """The texts of rows; the two texts of a pair, and the choices of an example, are separated."""
     words = load_tokenizer(run.dataset.tokenizer_dir)
-    batch = run.dataset.splits["validation"].rows(rows)
+    batch = _rows(run, rows)
     texts = []
     for row in range(len(batch["input_ids"])):
         arrays = (batch[key][row] for key in ("input_ids", "token_types", "segment_ids"))

@@ -38,6 +38,11 @@ class PrefixSplit:
     def __len__(self) -> int:
         return len(self.split)
 
+    @property
+    def with_tokens(self) -> Any:
+        """The split whose rows hold token ids."""
+        return self.split
+
     def rows(
         self, index: np.ndarray, examples: np.ndarray | None = None, seed: int = 0
     ) -> dict[str, np.ndarray]:

@@ -163,6 +163,18 @@ class Monitor:
                 file.unlink(missing_ok=True)
             self._progress.print(f"{self._prefix}left out: {error}")
 
+    def _keep_samples(self) -> None:
+        """What the report shows of the last evaluation; nothing of it is worth a run that is
+        done."""
+        try:
+            samples = self._samples()
+        except Exception as error:  # a tokenizer of others may fail at anything
+            self._progress.print(f"{self._prefix}left out of the report: examples ({error!r})")
+            return
+        if samples:
+            file = self.folder.path / workdir.PREDICTIONS
+            atomic.write_atomic(file, json.dumps(samples, indent=2, ensure_ascii=False))
+
     def owes_evaluation(self, step: int) -> bool:
         """True if a signal has cut the evaluation of `step` short, in this session or the last."""
         return self._results[0] != step
@@ -244,9 +256,7 @@ class Monitor:
             rows_digest=self.run.dataset.rows_digest,
         )
         self._progress.close()
-        if samples := self._samples():
-            file = self.folder.path / workdir.PREDICTIONS
-            atomic.write_atomic(file, json.dumps(samples, indent=2, ensure_ascii=False))
+        self._keep_samples()
         page = run_report.write(self.folder.path)
         if self._arm is not None:
             return
