@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fmjax.experiments import sweep_report, sweep_results
+from fmjax.io import sealed
 from fmjax.reports import svg
 from fmjax.tasks import report
 
@@ -30,7 +31,7 @@ def put(folder, number, settings, values, **facts):
     record = dict(number=number, settings=settings, command=f"python run.py <{number}>")
     record |= dict(state="done", reason="", exit_code=0, seconds=60.0, results=results)
     record["config"] = {"total": number, "log_every": number, "data": {"name": "pydocs"}}
-    (folder / f"{name}.json").write_text(json.dumps(record))
+    sealed.write(folder / f"{name}.json", record)
     return name
 
 
@@ -50,9 +51,9 @@ def sweep(tmp_path):
         put(tmp_path, 3, {"arg": "words,big"}, [0.75], trainable_parameters=10, kept_bytes=40),
     ]
     file = tmp_path / "train-failed.json"
-    lost = json.loads((tmp_path / f"{names[0]}.json").read_text()) | {"settings": {"arg": "bad"}}
+    lost = sealed.read(tmp_path / f"{names[0]}.json") | {"settings": {"arg": "bad"}}
     lost |= dict(number=4, state="failed", reason="a <tag> & more", results=[])
-    file.write_text(json.dumps(lost))
+    sealed.write(file, lost)
     belong(tmp_path, *names, file.stem, "train-not-yet")
     return tmp_path
 
@@ -65,7 +66,7 @@ def belong(folder, *names):
         settings = json.loads(file.read_text())["settings"] if file.exists() else {}
         trials.append({"name": name, "number": number, "settings": settings})
     told = {"command": "python run.py --sweep", "trials": trials}
-    (folder / "sweep.json").write_text(json.dumps(told))
+    sealed.write(folder / "sweep.json", told)
 
 
 def test_the_page_says_what_the_records_say(sweep):
