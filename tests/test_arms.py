@@ -107,6 +107,7 @@ ALWAYS = (("seeds", "at once"),)
         for way in WAYS
     ],
 )
+@pytest.mark.slow
 def test_each_arm_is_the_run_alone(case, way, home, encoder, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(vmapped_runs, "ONE_BY_ONE", WAYS[way])
     file, words, values = CASES[case]
@@ -254,6 +255,7 @@ def test_an_arm_that_fails_leaves_the_others_alone(home, encoder, tmp_path, caps
         train.run(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_all_that_fail_fail(home, encoder, tmp_path):  # noqa: F811
     words = ["--config.optim.clip=0.0", "--config.max_skipped=2", "--config.optim.warmup=0"]
     rates = "--config.arms=(('optim.lr', (1e30, 1e31)),)"

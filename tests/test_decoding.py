@@ -173,6 +173,7 @@ def test_eight_bits_say_the_same_in_any_batch(family, bits):
         assert together == [anew(writer.model, writer.params, ids, LENGTH) for ids in PROMPTS]
 
 
+@pytest.mark.slow
 def test_eight_bits_are_near_the_whole():
     model, params = made("llama", tied=True)
     writer = decoder.Generator(model, params, weights="int8", cache="int8")

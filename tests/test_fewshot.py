@@ -157,6 +157,7 @@ def test_rows_that_are_no_items_are_named(tmp_path, row, words):
 
 
 @pytest.mark.parametrize("name", ["clm", "mlm"])
+@pytest.mark.slow
 def test_a_run_is_asked_and_its_folder_keeps_the_answers(tmp_path, name, capsys):
     words = ["--config.total=2", "--config.log_every=2", "--config.ledger=()"]
     train.run(configs.load(f"{ROOT}/configs/{name}.py:tiny", words), tmp_path / "run")

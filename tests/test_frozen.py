@@ -98,6 +98,7 @@ def test_frozen_parameters_of_another_run_are_refused(adapted, home, encoder, co
         pretrained.open_folder(str(again), sharding.make_mesh())
 
 
+@pytest.mark.slow
 def test_the_adapter_alone_is_written_with_its_head_and_tokenizer(
     adapted,
     encoder,  # noqa: F811

@@ -152,6 +152,7 @@ def test_an_encoder_does_not_write(tmp_path):
             said(encoder)
 
 
+@pytest.mark.slow
 def test_a_smaller_model_guesses_what_a_model_writes(folder, tmp_path, capsys):
     words = [f"--config.folder={folder}", "--config.prompt=The", "--config.temperature=0"]
     words += ["--config.length=12", "--config.count=1"]

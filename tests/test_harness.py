@@ -201,6 +201,7 @@ def test_an_unknown_task_is_named(tmp_path, folder):
         harness.run(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_conversations_are_put_into_the_template_of_the_run(tmp_path, monkeypatch):
     words = ["--config.total=2", "--config.log_every=2", "--config.ledger=()"]
     train.run(configs.load(f"{ROOT}/configs/clm.py:tiny", words), tmp_path / "clm")

@@ -125,6 +125,7 @@ def test_a_log_that_cannot_be_written_is_an_error_of_storage(tmp_path):
         resume(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_whatever_its_log_holds(home, tmp_path, monkeypatch, capsys):
     runs.run_here(home, tmp_path, "--config.total=4 steps", monkeypatch=monkeypatch)
     file = tmp_path / metrics_log.FILE

@@ -40,6 +40,7 @@ def told(compared, home, encoder):  # noqa: F811
     return records(compared, words(home, encoder))
 
 
+@pytest.mark.slow
 def test_what_a_run_keeps_is_what_trains(compared, told):
     of = lambda name: told[name]["results"]
     lora = trials_folder(compared, "lora", told) / "arms/1"
@@ -59,6 +60,7 @@ def trials_folder(folder, name, told):
     return folder / told[name]["command"].rpartition("/")[2]
 
 
+@pytest.mark.slow
 def test_costs_are_in_the_order_that_they_have_to_be(told):
     of = lambda name, read: [read(result) for result in told[name]["results"]]
     flops = {name: of(name, lambda one: one["metrics"]["flops"])[0] for name in told}
@@ -70,6 +72,7 @@ def test_costs_are_in_the_order_that_they_have_to_be(told):
     assert all(result["step_seconds"] > 0 for one in told.values() for result in one["results"])
 
 
+@pytest.mark.slow
 def test_forgetting_is_the_change_of_the_loss_of_pretraining(told, encoder, tmp_path):  # noqa: F811
     found = {k: [r["ledger"]["forgetting"] for r in v["results"]] for k, v in told.items()}
     before = found["head"][0]["before"]
@@ -83,6 +86,7 @@ def test_forgetting_is_the_change_of_the_loss_of_pretraining(told, encoder, tmp_
     assert json.loads(line)["metrics"]["loss"] == pytest.approx(before, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_slices_add_up_to_the_mean(told):
     for record in told.values():
         for result in record["results"]:
@@ -117,6 +121,7 @@ def test_slices_by_hand():
     assert side_effects.slices(numbers, ()) == {}
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(compared, home, encoder, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(train, "run", lambda *_, **__: pytest.fail("trained again"))
     given = words(home, encoder)

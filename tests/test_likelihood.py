@@ -98,6 +98,7 @@ def test_by_word_what_follows_in_the_word_is_masked_too():
     ]
 
 
+@pytest.mark.slow
 def test_of_an_encoder_decoder_the_source_is_the_context():
     model, params = made("t5")
     score = Scorer(model, params, last=(1,), start=0)

@@ -48,6 +48,7 @@ def test_a_straight_run_logs_each_line_once(straight):
     assert status(straight)["step"] == TOTAL and status(straight)["exit_code"] == 0
 
 
+@pytest.mark.slow
 def test_row01_row03_killed_five_times_ends_bit_identical(home, tmp_path, straight, abstract):
     folder, rng = tmp_path / "run", random.Random(0)
     kills = [  # (faults, what to wait for, most seconds to wait after it)
@@ -201,6 +202,7 @@ def test_row29_the_best_checkpoint_is_kept(home, tmp_path, monkeypatch):
     assert saved_states.steps(tmp_path / "run") == [10, 40]
 
 
+@pytest.mark.slow
 def test_row12_a_run_goes_on_with_another_number_of_devices(home, tmp_path, straight, abstract):
     folder = tmp_path / "run"
     shutil.copytree(straight, folder)

@@ -58,6 +58,7 @@ def test_the_likeliest_text_is_the_same_in_fewer_bits(bits):
 @pytest.mark.parametrize(
     "adapter", ["prefix", *(pytest.param(x, marks=pytest.mark.slow) for x in ("lora", "prompt"))]
 )
+@pytest.mark.slow
 def test_the_one_that_guesses_may_have_adapters(adapter):
     """Positions of its own that the model has not, and the other way round."""
     plain = decoder.Generator(*made("llama"))
@@ -130,6 +131,7 @@ def shares(model, params, prompt, tokens, how):
     return p[0, 0, 0, :, None, None] * p[:, 0, 1, :, None] * p[:, :, 2]
 
 
+@pytest.mark.slow
 def test_whole_texts_are_as_probable_as_without_guesses():
     """Of three tokens, where one and the next is guessed at once, against the model's own."""
     hot, tokens, draws = Sampling(temperature=4.0), 4, 1500

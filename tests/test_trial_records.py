@@ -97,6 +97,7 @@ def test_a_damaged_row_of_evidence_is_named(tmp_path, monkeypatch):
         evidence.render("<!-- evidence a validation/loss .2f -->1<!-- -->")
 
 
+@pytest.mark.slow
 def test_a_finished_run_writes_its_summary_again(home, tmp_path, monkeypatch):
     """And its arms, of which one has failed, theirs."""
     flags = ["--config.total=2 steps", "--config.arms=(('seed', (0, 1)),)"]

@@ -61,6 +61,7 @@ def test_any_layout_gives_the_same_numbers(layout, kind, family):
 
 
 @pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "dora"])
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(kind):
     params, losses, before = two_steps(kind, sharding.make_mesh(), dtype="bfloat16")
     wanted, wanted_losses, _ = single_device(kind)

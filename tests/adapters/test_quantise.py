@@ -134,6 +134,7 @@ def stepped(scheme, family="bert", scan=True, layout=None):
         pytest.param("fp8", "bert", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_step_is_that_of_a_base_that_lost_what_quantising_loses(scheme, family):
     run, whole = made(scheme, family, dropout=0.0), made(None, family, dropout=0.0)
     start = run.state().params
@@ -177,6 +178,7 @@ def test_any_layout_gives_the_same_numbers(scheme, layout, family):
         )
 
 
+@pytest.mark.slow
 def test_stacking_changes_no_number():
     (params, losses), (wanted, wanted_losses) = stepped("nf4", scan=False), stepped("nf4")
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-6)
@@ -353,6 +355,7 @@ def test_an_export_without_the_data_says_that_nothing_was_measured(adapted, tmp_
     assert "bit by bit" in told
 
 
+@pytest.mark.slow
 def test_a_start_says_what_was_lost(adapted, home, encoder, tmp_path, capsys):  # noqa: F811
     words = [*files(home), f"--config.init={encoder}", "--config.total=1"]
     name = "--config.quantise.name=int8"
@@ -362,6 +365,7 @@ def test_a_start_says_what_was_lost(adapted, home, encoder, tmp_path, capsys):  
     )
 
 
+@pytest.mark.slow
 def test_another_run_starts_from_it_only_as_it_is(adapted, home, config, tmp_path):  # noqa: F811
     words = [*files(home), f"--config.init={adapted}", "--config.total=2"]
     words += ["--config.adapter.rank=2"]

@@ -53,6 +53,7 @@ ALWAYS = (("prompt", "encoder"),)
         for base in ("encoder", "decoder")
     ],
 )
+@pytest.mark.slow
 def test_a_run_of_each_kind(kind, base, home, request, tmp_path, capsys):  # noqa: F811
     base = request.getfixturevalue(base)
     run, config = tmp_path / "run", config_of(kind, home, base, "--config.keep=9")

@@ -240,6 +240,7 @@ def test_perplexity_of_stories_is_that_of_the_file(tmp_path, name, count, most):
 
 
 @needs_data
+@pytest.mark.slow
 def test_the_story_is_the_published_one(tmp_path):
     """Token for token, as run.c wrote it: from nothing, the likeliest of each, 256 at most."""
     folder = converted(tmp_path, STORIES / "stories260K.bin", STORIES / "tok512.bin")

@@ -130,6 +130,7 @@ def test_row35_a_spike_changes_the_window_and_nothing_else(monkeypatch, tmp_path
     assert (moved.params["head"]["w"] != after.params["head"]["w"]).all()
 
 
+@pytest.mark.slow
 def test_row35_a_run_skips_a_spike_says_so_and_goes_on(home, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(spike_skipping, "WINDOW", 8)
     here = functools.partial(runs.run_here, home, tmp_path, monkeypatch=monkeypatch)
@@ -161,6 +162,7 @@ def broken_examples(monkeypatch):
     monkeypatch.setattr(objectives, "metrics", metrics)
 
 
+@pytest.mark.slow
 def test_row36_examples_that_break_a_run_can_be_skipped(
     home, tmp_path, monkeypatch, broken_examples
 ):

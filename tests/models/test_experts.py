@@ -168,6 +168,7 @@ def on_one_device(capacity):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_any_layout_gives_the_same_numbers(layout, capacity):
     found = learnt(model(capacity=capacity), tiny.mesh(**layout))
     assert_alike(found, on_one_device(capacity))

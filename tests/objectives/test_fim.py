@@ -103,7 +103,7 @@ AROUND = [((FIRST,), (LAST,)), ((), ()), ((FIRST,), ()), ((), (LAST,))]
     st.sampled_from(AROUND),
     st.integers(0, 3),
 )
-@settings(max_examples=15, derandomize=True)
+@settings(max_examples=5, derandomize=True)  # each compiles
 def test_no_token_is_lost_and_none_leaves_its_document(documents, around, seed):
     batch = batch_of(documents, 16, around=around)
     before, after = documents_of(batch), documents_of(prepared(batch, seed, rate=0.7))

@@ -94,6 +94,7 @@ def at(decoder, step):
     return TrainState(jnp.int32(step), decoder[1], (), jax.random.key(1))
 
 
+@pytest.mark.slow
 def test_each_phase_is_what_its_objectives_are_alone(decoder):
     goals = {"clm": {"stop": 2}, "mlm": {"start": 2, "prefix": True}}
     both = gradient_of(decoder, objectives.build(goals, **STEPS))
@@ -110,6 +111,7 @@ def test_each_phase_is_what_its_objectives_are_alone(decoder):
     assert both._cache_size() == 1  # one program for all steps
 
 
+@pytest.mark.slow
 def test_two_directions_at_once_have_a_pass_each(decoder):
     """Neither is told by the other: clm sees no mask and nothing behind, mlm both."""
     model, params = decoder
