@@ -582,7 +582,6 @@ def test_help_needs_no_jax(run):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ([], "--config is missing"),
         (["--config=plane.py"], "Did you mean 'plain.py'?"),
         (["--config=plain.py", "lr=3"], "Did you mean --config.optim.lr=3?"),
         (["--config=plain.py", "--config.optim.lr=nan"], "--config.optim.lr: got 'nan'"),
@@ -596,6 +595,15 @@ def test_row50_typical_mistakes_get_one_line_and_code_2_before_jax(run, file, wo
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and said in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_without_a_config_all_there_are_are_listed(run, file):
+    done = run()
+    assert done.returncode == 2 and done.stdout == ""
+    first, *lines = done.stderr.splitlines()
+    assert first.startswith("error: --config is missing.")
+    assert all(line.startswith("  --config=configs/") for line in lines) and len(lines) > 30
+    assert run("--list").stdout.splitlines() == lines
 
 
 def test_print_config_is_json_and_the_difference(run, file):
