@@ -169,7 +169,7 @@ def ours(
         split(param_init.abstract_params(net))[0],
         assigned,
         steps=lambda _: 100,
-        depth=net.cfg.depth,
+        depths={"": net.cfg.depth},
         optim=OPTIM,
         group_optim={},
     )

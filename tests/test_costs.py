@@ -43,7 +43,12 @@ def assembled(model, patterns, losses):
     split = functools.partial(groups.split, assigned=assigned)
     moving = split(param_init.abstract_params(net))[0]
     tx = optim.make(
-        moving, assigned, steps=lambda _: 100, depth=net.cfg.depth, optim=OPTIM, group_optim={}
+        moving,
+        assigned,
+        steps=lambda _: 100,
+        depths={"": net.cfg.depth},
+        optim=OPTIM,
+        group_optim={},
     ).tx
     abstract = state.abstract(net, tx, split, sharding.make_mesh())
     goals = objectives.build(losses, vocab=VOCAB, target="classes")
