@@ -416,8 +416,8 @@ def test_a_trial_of_a_real_sweep_is_the_run_alone(tmp_path):
 def test_listing_on_the_command_line_needs_no_jax(tmp_path):
     spec = write(tmp_path)
     code = (
-        "import runpy, sys\n"
-        "runpy.run_path('run.py')['main'](sys.argv[1:])\n"
+        "import sys; from fmjax.__main__ import main\n"
+        "main(sys.argv[1:])\n"
         "assert 'jax' not in sys.modules"
     )
     words = [f"--config={spec}", "--sweep=list", f"--workdir={tmp_path}/sweep"]
