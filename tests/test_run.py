@@ -48,10 +48,7 @@ def test_a_straight_run_logs_each_line_once(straight):
     assert status(straight)["step"] == TOTAL and status(straight)["exit_code"] == 0
 
 
-@pytest.mark.parametrize("which", [(2, 3), pytest.param(range(5), marks=pytest.mark.slow)])
-def test_row01_row03_killed_again_and_again_ends_bit_identical(
-    home, tmp_path, straight, abstract, which
-):
+def test_row01_row03_killed_five_times_ends_bit_identical(home, tmp_path, straight, abstract):
     folder, rng = tmp_path / "run", random.Random(0)
     kills = [  # (faults, what to wait for, most seconds to wait after it)
         ("", lambda: True, 4.0),  # start-up: imports, data, compilation
@@ -60,7 +57,7 @@ def test_row01_row03_killed_again_and_again_ends_bit_identical(
         ("kill:delete", lambda: False, 0.0),  # the end
         ("", lambda: reached(folder, 25), 0.1),
     ]
-    for faults, happened, most in (kills[i] for i in which):
+    for faults, happened, most in kills:
         process = start(home, folder, faults=faults)
         wait(process, happened)
         time.sleep(rng.uniform(0, most))
