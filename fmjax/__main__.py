@@ -111,7 +111,12 @@ def config_file(flags: argparse.Namespace) -> Path:
 def command() -> None:
     """The program, with the words of its command line."""
     startup.prepare()
-    sys.exit(startup.exit_code(main, sys.argv[1:]))
+    code = 1
+    try:
+        code = startup.exit_code(main, sys.argv[1:])
+    finally:
+        startup.bound_end(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

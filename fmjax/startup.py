@@ -1,9 +1,12 @@
 """The first milliseconds of the program, before anything large is imported."""
 
+import atexit
+import contextlib
 import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +15,7 @@ from fmjax.errors import FmjaxError, Preempted
 from fmjax.io import output
 
 LOOP_CLOSED = "Event loop is closed"  # asyncio's words
+JOIN_SEC = 10.0  # what threads have to end when the program does
 
 
 def prepare() -> None:
@@ -58,3 +62,22 @@ def exit_code(main: Callable[[list[str]], None], words: list[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:  # Where nothing catches signals, because nothing could be saved.
         return 130
+
+
+def bound_end(code: int) -> None:
+    """End the program with an exit code `JOIN_SEC` after it has begun to end, if threads still run.
+
+    Python joins all threads before it ends. Those of a save that has failed wait ten minutes for
+    what never comes (orbax 0.12), while the run is over and its folder is free for others.
+    """
+    joined = threading.Event()
+    atexit.register(joined.set)  # called first, once all threads are joined
+
+    def give_up():
+        if not joined.wait(JOIN_SEC):
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(code)
+
+    threading.Thread(target=give_up, name="end", daemon=True).start()

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -214,3 +215,41 @@ def test_only_what_follows_from_a_failed_save_is_not_shown(monkeypatch):
     for error in (RuntimeError("Event loop is closed"), *another):
         startup.show_unraisable(SimpleNamespace(exc_value=error))
     assert shown == another
+
+
+@pytest.mark.parametrize(("main", "code"), [("None", 0), ("1 / 0", 1)])
+def test_a_thread_that_never_ends_does_not_keep_the_program(main, code):
+    """Joined by Python at the end; with the bound lowered from ten seconds to a tenth."""
+    words = f"""
+import sys, threading
+sys.argv = ["run.py"]
+from fmjax import __main__ as program, startup
+startup.prepare, startup.JOIN_SEC = lambda: None, 0.1
+def main(words):
+    threading.Thread(target=threading.Event().wait).start()
+    print("said", end="")
+    {main}
+program.main = main
+program.command()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (code, "said")
+    assert ("ZeroDivisionError" in done.stderr) == bool(code)
+
+
+@pytest.mark.slow
+def test_a_run_whose_saves_fail_ends_and_says_why(tmp_path):
+    """Its checkpoints' folder becomes a file; orbax's threads then wait for ten minutes."""
+    folder, file = tmp_path / "run", tmp_path / "checkpoints"
+    words = ["--config=configs/mlm.py:tiny", f"--workdir={folder}", "--config.total=100000 steps"]
+    run = subprocess.Popen([*RUN, *words, "--config.save_every=10"], cwd=ROOT, stderr=-1, text=True)
+    while not (folder / "checkpoints" / "10").exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.1)
+    (folder / "checkpoints").rename(file)
+    (folder / "checkpoints").write_text("")
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == CheckpointError.exit_code, said
+    assert "3 in a row" in said.splitlines()[-1]

@@ -246,10 +246,11 @@ class Checkpointer:
         allowed = MAX_FAILURES if jax.process_count() == 1 else 1
         reason = " ".join(str(error).split())[:300]
         if self._failures >= allowed:
+            saved = "No step" if self.committed is None else f"Step {self.committed}, the last one,"
             raise CheckpointError(
                 f"saving step {step} in {self._directory} failed, {self._failures} in a row: "
                 f"{reason}. Free space or repair the storage, or choose another --workdir. "
-                f"The last committed step is {self.committed}."
+                f"{saved} is saved."
             ) from error
         pause = RETRY_SEC * 2 ** (self._failures - 1)
         self._retry_at = time.monotonic() + pause
