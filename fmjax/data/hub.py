@@ -41,9 +41,12 @@ def records(
         _check_columns(dataset.features, settings, where)
         names = _class_names(dataset.features, settings)
         total = 0 if settings.streaming else len(dataset)
-        for batch in dataset.select_columns(list(settings.schema)).iter(batch_size=256):
+        if builder.name != "csv":
+            dataset = dataset.select_columns(list(settings.schema))
+        for batch in dataset.iter(batch_size=256):
             poll()
             check()
+            _check_once(batch, settings, where)
             for found in zip(*(batch[column] for column in settings.schema), strict=True):
                 row += 1
                 fields, bad = _read(dict(zip(settings.schema, found, strict=True)), names, settings)
@@ -90,6 +93,17 @@ def _check_columns(features, settings: DataSettings, where: str) -> None:
             raise DataError(
                 f"{where}: column {column!r} ({settings.key_of(column)}) holds {kind}, not text. "
                 "One record of another type makes `datasets` change the whole column."
+            )
+
+
+def _check_once(columns, settings: DataSettings, where: str) -> None:
+    """Raise DataError for a column that a .csv has twice: pandas, which reads it, renames one."""
+    for column in settings.schema:
+        if f"{column}.1" in columns:
+            raise DataError(
+                f"{where} has the columns {column!r} and '{column}.1' ({settings.key_of(column)}). "
+                f"The second is what pandas calls a column {column!r} that is there twice: which "
+                "one is meant? Rename it in the file."
             )
 
 

@@ -14,7 +14,7 @@ from fmjax.data.backend import Backend, guarded, reason
 from fmjax.data.settings import TokenizerSettings
 from fmjax.data.sources import Source
 from fmjax.data.vocabulary import Vocab
-from fmjax.errors import ConfigError, quoted
+from fmjax.errors import ConfigError, DataError, quoted
 from fmjax.io import disk_cache, snapshot
 
 SUFFIXES = (".json", ".txt", ".model", ".jinja")  # of what a tokenizer is made of
@@ -44,14 +44,23 @@ def prepare(
 
     `rows` is the number of ids that the model has embeddings of, None where it will have all.
     """
-    identity = {"version": 6, **_identity(settings, source)}
+    of_files = _identity(settings, source)
+    identity = {"version": 6, **of_files}
+
+    def write(folder: Path) -> dict:
+        written = _write(folder, settings, source, log, poll)
+        if _identity(settings, source) != of_files:
+            raise DataError(
+                f"config.tokenizer.name={quoted(settings.name)}: files of the folder have changed "
+                "while they were read: start again."
+            )
+        return written
+
     home = root / f"tokenizer-{disk_cache.digest(identity)}"
     with disk_cache.lock(root / f"{home.name}.lock", log, poll):
         index = disk_cache.verified(home, log)
         if index is None:
-            index = disk_cache.build(
-                home, lambda folder: _write(folder, settings, source, log, poll)
-            )
+            index = disk_cache.build(home, write)
     with np.load(home / "vocab.npz") as stored:
         tables = {name: stored[name] for name in stored.files}
     ids = index["vocab"]

@@ -83,6 +83,13 @@ def test_row44_null_and_an_empty_file(read):
         read({"train.jsonl": []})
 
 
+def test_a_column_that_is_there_twice(read):
+    """pandas, by which .csv is read, would call the second text.1 and say nothing."""
+    with pytest.raises(DataError, match="the columns 'text' and 'text.1' .*there twice"):
+        read({"train.csv": ["text,text", "one,two"]})
+    assert read({"train.csv": ["text,other", "one,two"]}) == [("one", "train")]
+
+
 def test_row45_one_row_of_another_type(read):
     with pytest.raises(DataError, match="column 'text' .* not text. One record of another type"):
         read({"train.jsonl": rows("one", 2, "three")})

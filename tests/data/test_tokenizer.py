@@ -167,6 +167,24 @@ def test_truncation_and_padding_in_the_file_are_ignored(prepare, tmp_path, lette
     assert counts["source_tokens"] == 9
 
 
+def test_a_folder_that_changes_while_it_is_read(prepare, tmp_path, letters, monkeypatch):
+    """What is kept under the digest of the files before would be another tokenizer."""
+    for path in letters.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    load = tokenizer.load
+
+    def changed(*words, **named):
+        found = load(*words, **named)
+        (tmp_path / "added_tokens.json").write_text("{}")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "load", changed)
+        with pytest.raises(DataError, match="config.tokenizer.name=.* have changed while"):
+            prepare("a", {"name": str(tmp_path)})
+    prepare("a", {"name": str(tmp_path)})
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where"])
 def test_a_folder_that_is_not_there(prepare, name):
     with pytest.raises(ConfigError, match="config.tokenizer.name=.*no such folder"):
