@@ -9,6 +9,7 @@ from test_finetune import both_ways, decoder, encoder, files, home, load  # noqa
 from fmjax import data
 from fmjax.errors import ConfigError
 from fmjax.io import metrics_log
+from fmjax.io.mapped import MappedFiles
 from fmjax.params import sharding
 from fmjax.tasks import train
 from fmjax.training import flops, setup
@@ -83,7 +84,7 @@ def test_a_damaged_cache_is_made_again_and_a_second_run_reads_it(home, encoder, 
     assert first["validation/loss"] == last["validation/loss"]
 
 
-def test_states_are_those_of_their_row_in_any_order():
+def test_states_are_those_of_their_row_in_any_order(tmp_path):
     from fmjax.training.feature_cache import PrefixSplit
 
     class Split:
@@ -97,7 +98,9 @@ def test_states_are_those_of_their_row_in_any_order():
             return {"input_ids": real, "segment_ids": real}
 
     states = np.arange(10, dtype=np.float32).reshape(5, 2)
-    rows = PrefixSplit(Split(), states).rows(np.array([1, 0]))["input_ids"]
+    (tmp_path / "states").write_bytes(states.tobytes())
+    split = PrefixSplit(Split(), MappedFiles(tmp_path), np.float32, 2)
+    rows = split.rows(np.array([1, 0]))["input_ids"]
     np.testing.assert_array_equal(rows[0], states[2:])
     np.testing.assert_array_equal(rows[1], [[0, 1], [2, 3], [0, 0]])
     assert data.cut({"input_ids": rows, "segment_ids": np.ones((2, 3))}, 2)["input_ids"].shape == (

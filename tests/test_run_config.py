@@ -55,6 +55,20 @@ def test_row28_without_config_json_the_checkpoint_is_compared(tmp_path, content)
     assert configs.load(str(file)).log_every == 3
 
 
+def test_a_flipped_bit_in_a_name_makes_no_other_run(tmp_path):
+    finish(tmp_path, config())
+    file, right = tmp_path / "config.json", (tmp_path / "config.json").read_text()
+    file.write_text(right.replace('"seed"', '"seee"'))
+    write_checkpoint(tmp_path, config())
+    with pytest.raises(ConfigError, match=r"another config \(.*seee"):
+        workdir.check(tmp_path, config(seed=1))
+    workdir.check(tmp_path, config())
+    said = []
+    finish(tmp_path, config(), said.append)
+    assert said == [f"{file} is not of this run: compared with checkpoint 5"]
+    assert file.read_text() == right
+
+
 def test_a_changed_checkpoint_is_no_witness(tmp_path):
     finish(tmp_path, config())
     write_checkpoint(tmp_path, config())

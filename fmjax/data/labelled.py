@@ -28,6 +28,7 @@ from fmjax.data.tokenizer import Prepared
 from fmjax.data.vocabulary import Vocab
 from fmjax.errors import DataError, did_you_mean, quoted
 from fmjax.io import disk_cache, progress
+from fmjax.io.mapped import MappedFiles
 
 VERSION = 6  # of what a folder holds; raise it when the same records give other files
 CHUNK, CHUNK_CHARACTERS = 1000, 1 << 20  # of examples that are tokenised at once
@@ -42,15 +43,14 @@ class ExampleSplit:
         self._sequences, self._rows = counts["sequences"], counts["rows"]
         self._tagged = counts["tagged"]
         self.target_len = counts["target_len"]
-        self._ids = np.memmap(folder / f"{split}.tokens", store.token_dtype(vocab.size), "r")
-        self._types = np.memmap(folder / f"{split}.types", np.uint8, "r")
-        self._ends = np.load(folder / f"{split}.ends.npy", mmap_mode="r")
-        file = folder / f"{split}.labels.npy"
-        self._labels = np.load(file, mmap_mode="r") if file.exists() else None
-        file = folder / f"{split}.label_ends.npy"
-        self._label_ends = np.load(file, mmap_mode="r") if file.exists() else None
-        file = folder / f"{split}.rows.npy"
-        self._first = np.load(file, mmap_mode="r") if file.exists() else None
+        self._files = files = MappedFiles(folder)
+        self._ids = files.raw(f"{split}.tokens", store.token_dtype(vocab.size))
+        self._types = files.raw(f"{split}.types", np.uint8)
+        self._ends = files.npy(f"{split}.ends.npy")
+        where_any = lambda name: files.npy(name) if name in files else None
+        self._labels = where_any(f"{split}.labels.npy")
+        self._label_ends = where_any(f"{split}.label_ends.npy")
+        self._first = where_any(f"{split}.rows.npy")
         asked = counts["questions"]
         self.questions = spans.Questions(folder, split, self._ends) if asked else None
 
@@ -97,6 +97,7 @@ class ExampleSplit:
             batch["labels"] = np.where(real, self._labels[place], NONE)
         elif self._labels is not None:
             batch["labels"] = self._labels[index]
+        self._files.check()
         return batch
 
     def _examples(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

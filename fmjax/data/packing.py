@@ -17,6 +17,7 @@ import numpy as np
 from fmjax.data import store
 from fmjax.data.vocabulary import Vocab
 from fmjax.errors import DataError
+from fmjax.io.mapped import MappedFiles
 
 COUNTS = ("rows", "tokens", "truncated_tokens", "dropped_documents", "dropped_tokens")
 
@@ -28,12 +29,11 @@ class PackedSplit:
         self.seq_len, self.tokens, self._rows = seq_len, counts["tokens"], counts["rows"]
         shape = (counts["rows"], seq_len)
         dtype = store.token_dtype(vocab.size)
-        self._ids = np.memmap(folder / f"{split}.tokens", dtype, "r", shape=shape)
-        self._segments = np.memmap(
-            folder / f"{split}.segments", segment_dtype(seq_len), "r", shape=shape
-        )
-        file = folder / f"{split}.targets"
-        self._targets = np.memmap(file, np.uint8, "r", shape=shape) if file.exists() else None
+        self._files = files = MappedFiles(folder)
+        self._ids = files.raw(f"{split}.tokens", dtype).reshape(shape)
+        self._segments = files.raw(f"{split}.segments", segment_dtype(seq_len)).reshape(shape)
+        name = f"{split}.targets"
+        self._targets = files.raw(name, np.uint8).reshape(shape) if name in files else None
 
     def __len__(self) -> int:
         return self._rows
@@ -56,6 +56,7 @@ class PackedSplit:
         }
         if self._targets is not None:
             batch["loss_mask"] = self._targets[index].astype(np.int32)
+        self._files.check()
         return batch
 
 

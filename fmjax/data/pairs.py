@@ -19,6 +19,7 @@ import numpy as np
 
 from fmjax.data import order, packing, store
 from fmjax.data.vocabulary import Vocab
+from fmjax.io.mapped import MappedFiles
 
 SPECIAL = 3  # [CLS] A [SEP] B [SEP]
 
@@ -32,8 +33,10 @@ class PairSplit:
         self.seq_len, self.tokens, self.pair = seq_len, counts["tokens"], pair
         self._vocab, self._documents = vocab, counts["documents"]
 
+        self._files = MappedFiles(folder)
+
         def mapped(part: str, dtype=np.int64) -> np.ndarray:
-            return np.memmap(folder / f"{split}.{part}", dtype, "r")
+            return self._files.raw(f"{split}.{part}", dtype)
 
         self._ids = mapped("tokens", store.token_dtype(vocab.size))
         self._sentences, self._ends, self._keys = map(mapped, ("sentences", "ends", "keys"))
@@ -68,7 +71,9 @@ class PairSplit:
             draw = order.uniform(seed, examples, 3)
             other, other_length = self._other(b_length, document, draw)
             b, b_length = np.where(negative, other, b), np.where(negative, other_length, b_length)
-        return self._layout(a, a_length, b, b_length) | {"labels": label}
+        batch = self._layout(a, a_length, b, b_length) | {"labels": label}
+        self._files.check()
+        return batch
 
     def _other(self, length: np.ndarray, document: np.ndarray, draw: np.ndarray):
         """(first token, length) of an end, just as long, of another document; `draw` in [0, 1)."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fmjax.errors import DataError, quoted
+from fmjax.io.mapped import MappedFiles
 
 OUTSIDE = -1  # the offsets of what is not in the context
 NO_ANSWER = (0, 0)  # [CLS]: the answer is not in this window
@@ -98,10 +99,11 @@ class Questions:
     """The questions of one split, memory-mapped."""
 
     def __init__(self, folder: Path, split: str, ends: np.ndarray):
-        mapped = lambda name: np.load(folder / f"{split}.{name}.npy", mmap_mode="r")
-        self._ends, self._lines, self._windows = ends, mapped("lines"), mapped("windows")
-        self._offsets = np.memmap(folder / f"{split}.offsets", np.int32, "r").reshape(-1, 2)
-        self._file = folder / f"{split}.questions.jsonl"
+        self._files = files = MappedFiles(folder)
+        self._ends, self._lines = ends, files.npy(f"{split}.lines.npy")
+        self._windows = files.npy(f"{split}.windows.npy")
+        self._offsets = files.raw(f"{split}.offsets", np.int32).reshape(-1, 2)
+        self._questions = files.raw(f"{split}.questions.jsonl", np.uint8)
 
     def __len__(self) -> int:
         return len(self._lines) - 1
@@ -116,9 +118,7 @@ class Questions:
 
     def read(self, numbers: Iterable[int]) -> dict[int, Question]:
         """{number: question}."""
-        found = {}
-        with open(self._file, "rb") as file:
-            for number in numbers:
-                file.seek(self._lines[number])
-                found[number] = Question(*json.loads(file.readline()))
-        return found
+        line = lambda number: self._questions[self._lines[number] : self._lines[number + 1]]
+        found = {number: json.loads(line(number).tobytes()) for number in numbers}
+        self._files.check()
+        return {number: Question(*fields) for number, fields in found.items()}

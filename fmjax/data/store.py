@@ -29,6 +29,7 @@ from fmjax.data.tokenizer import Prepared, encoder
 from fmjax.distributed import signals
 from fmjax.errors import DataError
 from fmjax.io import disk_cache, progress
+from fmjax.io.mapped import MappedFiles
 
 SPLITS = ("train", "validation")
 OVERLAP = "dropped_as_in_validation"  # counts of these, of which the user is told
@@ -93,8 +94,9 @@ def tokenise(
 def read(folder: Path, shards: int, split: str, kind: type = Shard) -> Iterator:
     """The shards of one split, memory-mapped, in order; each a `kind`."""
     for i in range(shards):
-        names = [folder / f"{i:05d}" / f"{split}.{part}.npy" for part in kind._fields]
-        yield kind(*(np.load(name, mmap_mode="r") for name in names))
+        files = MappedFiles(folder / f"{i:05d}")
+        yield kind(*(files.npy(f"{split}.{part}.npy") for part in kind._fields))
+        files.check()
 
 
 def _make(folder, source, tokenizer, workers, log, poll, write) -> Iterator[tuple[dict, float]]:

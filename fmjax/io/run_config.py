@@ -23,25 +23,41 @@ Rows = list[tuple[str, Any, Any]]  # key, value before, value now
 
 def compare(folder: Path, config: ConfigDict) -> tuple[Rows, str]:
     """The differences between the config of a run folder and `config`, and a sentence where it was
-    not read from config.json.
+    read from the newest checkpoint: config.json is damaged, or names another run than both.
 
     Raises CheckpointError where config.json is damaged and the run has no checkpoint.
     """
     content, file = read(folder), folder / FILE
-    reason = "is missing"
+    reason, rows = "is missing", None
     if content is not None:
         try:
-            return configs.diff(configs.from_json(content.decode()), configs.redact(config)), ""
+            rows = configs.diff(configs.from_json(content.decode()), configs.redact(config))
+            reason = "is not of this run"
         except ValueError as error:
             reason = f"cannot be read ({error})"
-    checkpoints = folder / "checkpoints"
-    step = retention.newest(checkpoints, quarantine=False)
-    if step is not None:
-        meta = retention.read_meta(checkpoints / str(step))
-        return changes_since(meta, config), f"{file} {reason}: compared with checkpoint {step}"
+    if rows is not None and not is_other(rows):
+        return rows, ""
+    try:
+        step, saved = _since_checkpoint(folder / "checkpoints", config)
+    except CheckpointError:
+        if rows is None:
+            raise
+        step, saved = None, []
+    if step is not None and (rows is None or not is_other(saved)):
+        return saved, f"{file} {reason}: compared with checkpoint {step}"
+    if rows is not None:
+        return rows, ""
     if content is not None and is_trained(folder):
         raise CheckpointError(f"{file} {reason}. --fresh starts over")
     return [], ""
+
+
+def _since_checkpoint(checkpoints: Path, config: ConfigDict) -> tuple[int | None, Rows]:
+    """The newest step and the differences between its config and `config`; None without a step."""
+    step = retention.newest(checkpoints, quarantine=False)
+    if step is None:
+        return None, []
+    return step, changes_since(retention.read_meta(checkpoints / str(step)), config)
 
 
 def changes_since(meta: Mapping[str, Any], config: ConfigDict) -> Rows:

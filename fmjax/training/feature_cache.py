@@ -20,17 +20,20 @@ from fmjax.adapters.wrapper import Adapted
 from fmjax.data.settings import LABELLED
 from fmjax.errors import ConfigError, Preempted
 from fmjax.io import disk_cache, progress
+from fmjax.io.mapped import MappedFiles
 from fmjax.params import groups, paths, sharding
 from fmjax.params.precision import DTYPES
 
+STATES = "states"  # the file of a folder: [tokens of the split, D]
 BATCH = 64  # examples that go through the prefix at once
 
 
 class PrefixSplit:
     """A split whose rows hold hidden states of the prefix in the place of token ids."""
 
-    def __init__(self, split: Any, states: np.ndarray):
-        self.split, self.states = split, states
+    def __init__(self, split: Any, files: MappedFiles, dtype: Any, width: int):
+        self.split, self.files = split, files
+        self.states = files.raw(STATES, dtype).reshape(-1, width)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.split, name)
@@ -52,6 +55,7 @@ class PrefixSplit:
         real = batch["segment_ids"] > 0
         states = np.zeros((*real.shape, self.states.shape[1]), self.states.dtype)
         states[real] = np.concatenate([self.states[a:b] for a, b in zip(first, last, strict=True)])
+        self.files.check()
         return batch | {"input_ids": states}
 
 
@@ -67,7 +71,12 @@ def cached(
     run = runs[0]
     layers = depth(run)
     made = {
-        name: PrefixSplit(split, _states(run, params, name, split, layers, stop))
+        name: PrefixSplit(
+            split,
+            MappedFiles(_prepared(run, params, name, split, layers, stop)),
+            DTYPES[run.model.cfg.dtype],
+            run.model.cfg.width,
+        )
         for name, split in run.dataset.splits.items()
     }
     dataset = dataclasses.replace(run.dataset, splits=made)
@@ -109,8 +118,8 @@ def depth(run: Any) -> int:
     return found
 
 
-def _states(run: Any, params: Any, name: str, split: Any, layers: int, stop) -> np.ndarray:
-    """[tokens of the split, D], memory-mapped: the hidden states of all examples in order."""
+def _prepared(run: Any, params: Any, name: str, split: Any, layers: int, stop) -> Path:
+    """The cache folder with the hidden states of all examples in order, made or found."""
     weights = xxhash.xxh3_128()
     for parameter, value in sorted(paths.unstack(params).items()):
         if parameter.startswith("embed/") or _layer(parameter) < layers:
@@ -132,8 +141,7 @@ def _states(run: Any, params: Any, name: str, split: Any, layers: int, stop) -> 
             disk_cache.build(
                 home, lambda folder: _compute(run, params, split, layers, folder, stop)
             )
-    dtype, width = DTYPES[run.model.cfg.dtype], run.model.cfg.width
-    return np.memmap(home / "states", dtype, "r").reshape(-1, width)
+    return home
 
 
 def _layer(parameter: str) -> float:
@@ -153,8 +161,8 @@ def _compute(run: Any, params: Any, split: Any, layers: int, folder: Path, stop)
 
     first, last = split.extent(np.arange(len(split)))
     shape = int(last[-1]), run.model.cfg.width
-    out = np.memmap(folder / "states", DTYPES[run.model.cfg.dtype], "w+", shape=shape)
-    disk_cache.reserve(folder / "states")
+    out = np.memmap(folder / STATES, DTYPES[run.model.cfg.dtype], "w+", shape=shape)
+    disk_cache.reserve(folder / STATES)
     steps = data.eval_steps(split, BATCH)
     with progress.part(print) as show:
         for done, batch in enumerate(data.eval_batches(split, batch_size=BATCH), 1):

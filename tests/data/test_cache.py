@@ -107,6 +107,43 @@ def test_what_was_prepared_is_found_again(prepare, tmp_path, monkeypatch, format
     assert again.digest == first.digest and not any("again" in line for line in lines)
 
 
+SPLITS = {
+    "packed": ("ab. cd.", {}),
+    "pairs": ("ab. Cd.\n\nef. Gh.", {}),
+    "classes": ('{"text": "ab.", "label": 0}\n{"text": "cd.", "label": 1}\n', {}),
+    "spans": (
+        '{"question": "ab", "context": "cd", "answers": {"text": ["cd"], "answer_start": [0]}}\n',
+        {"columns": "question,context", "label": "answers", "stride": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("format", SPLITS)
+def test_a_file_that_changes_while_it_is_read_is_an_error(prepare, tmp_path, format):
+    """Its bytes are right again at the end: what counts is that they were read in between."""
+    text, settings = SPLITS[format]
+    file = tmp_path / ("a.txt" if text.startswith("ab") else "a.jsonl")
+    file.write_text(text)
+    long = "split" if format in ("packed", "pairs", "spans") else "truncate"
+    read = lambda: prepare(file, format=format, long=long, **settings).splits["train"]
+    split, index = read(), np.arange(1)
+    rows = split.rows(index)
+    names = {name for name, _, _ in split._files._opened}
+    assert names, "no file is watched"
+    for name in names:
+        split, path = read(), split._files.folder / name
+        content = path.read_bytes()
+        with path.open("r+b") as opened:
+            opened.write(bytes([content[0] ^ 1]))
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=f"{name} has been changed while it was read"):
+            split.rows(index)
+    split = read()
+    for path in split._files.folder.iterdir():  # whoever has it open still has it
+        path.unlink()
+    np.testing.assert_array_equal(split.rows(index)["input_ids"], rows["input_ids"])
+
+
 def test_flips_in_a_prepared_set_change_no_numbers(prepare, tmp_path):
     words = {"vocab_size": 100, "kind": "char"}
     rows = lambda dataset: dataset.splits["train"].rows(np.arange(len(dataset.splits["train"])))
