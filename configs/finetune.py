@@ -28,23 +28,18 @@ from pathlib import Path
 from ml_collections.config_dict import placeholder
 
 from fmjax.config.load import digest, parse_arg
+from fmjax.data.settings import ROWS_OF_TASK
 from fmjax.errors import ConfigError, did_you_mean
 
-# What a task sets: its format, what its loss takes, and the metric by which the best is kept.
+# Of each task what its loss takes, and the metric by which the best is kept.
 WHOLE = dict(pool="mean")
 TASKS = {
-    "classify": dict(format="classes", args=WHOLE, best="classify/accuracy"),
-    "regress": dict(format="values", args=WHOLE, best="loss"),
-    "tag": dict(format="tags", columns="tokens", label="tags", best="tag/f1"),
-    "span": dict(
-        format="spans",
-        columns="question,context",
-        label="answers",
-        long="split",  # into windows
-        best="span/f1",
-    ),
-    "choose": dict(format="choices", columns="text,endings", args=WHOLE, best="choose/accuracy"),
-    "contrast": dict(format="texts", args=dict(pool="mean", temperature=0.05), best="loss"),
+    "classify": dict(args=WHOLE, best="classify/accuracy"),
+    "regress": dict(args=WHOLE, best="loss"),
+    "tag": dict(best="tag/f1"),
+    "span": dict(best="span/f1"),
+    "choose": dict(args=WHOLE, best="choose/accuracy"),
+    "contrast": dict(args=dict(pool="mean", temperature=0.05), best="loss"),
 }
 
 
@@ -56,9 +51,8 @@ def get_config(arg=None):
     config = mlm(f"small,runlocal={arg.runlocal}")
     config.init = f"runs/mlm-{digest(mlm())}"
     config.total = "4 epochs"
-    task = dict(TASKS[arg.task])
-    args, best = task.pop("args", {}), task.pop("best")
-    config.data.update({"long": "truncate"} | task)
+    args, best = TASKS[arg.task].get("args", {}), TASKS[arg.task]["best"]
+    config.data.update(ROWS_OF_TASK[arg.task])  # its format, columns, and what is done to long ones
     config.data.validation_fraction = 0.2
     config.tokenizer.name = "init"  # as config.init has it
     sizes = dict.fromkeys(config.model, None) | dict(variant=placeholder(str))

@@ -17,7 +17,7 @@ def get_config(arg=None):
     parent = runpy.run_path(str(Path(__file__).with_name("finetune.py")))
     config = parent["get_config"](arg)
     config.groups = (("head/.*", "train"), (".*", "freeze"))
-    config.optim.lr = 3e-2
+    config.optim.lr = 1e-2
     return config
 
 

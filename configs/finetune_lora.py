@@ -33,7 +33,7 @@ def get_config(arg=None):
         init="uniform",  # or, from the weights of config.init: pissa, loftq
     )
     config.groups = ((".*/lora_.|head/.*", "train"), (".*", "freeze"))
-    config.optim.lr = 5e-3
+    config.optim.lr = 3e-3
     if arg.plus != 1.0:
         config.groups = ((".*/lora_b", "lora_b"), *config.groups)
         config.group_optim = {"lora_b": {"lr": arg.plus * config.optim.lr}}

@@ -217,6 +217,21 @@ def test_a_file_of_vectors_is_whole_or_not_there(tmp_path, monkeypatch):
     assert not (tmp_path / "embeddings.npy").exists()
 
 
+@pytest.mark.parametrize("head", ["classify", "tag"])
+def test_a_folder_says_what_its_model_is_for(tmp_path, head):
+    """Nothing but data and their columns is given, as for a classifier of the hub."""
+    folder = encoder(tmp_path, {head: 2}, ("no", "yes"))
+    row, column = {"classify": ({"a": "ab"}, "a"), "tag": ({"a": ["ab", "c"]}, "a")}[head]
+    rows = write_rows(tmp_path / "new.jsonl", [row])
+    values = {"data.train": rows, "data.columns": column, "data.seq_len": 16}
+    predict.run(load("predict.py", folder=folder, **values), tmp_path)
+    told = json.loads((tmp_path / "predictions.jsonl").read_text())
+    if head == "classify":
+        assert set(told["probabilities"]) == {"no", "yes"}
+    else:
+        assert len(told["tags"]) == 2 and set(told["tags"]) <= {"no", "yes"}
+
+
 def test_a_word_that_the_tokenizer_drops_has_no_tag(tmp_path):
     folder = encoder(tmp_path, {"tag": 2}, ("O", "B-x"))
     rows = [{"tokens": ["ab", " ", "c", " "]}, {"tokens": ["a" * 20, "b"]}]

@@ -20,6 +20,7 @@ from fmjax import adapters, build, convert, data
 from fmjax.checkpoints import checkpointer
 from fmjax.config import load as configs
 from fmjax.config import rules
+from fmjax.data.settings import ROWS_OF_TASK
 from fmjax.data.tokenizer import digests
 from fmjax.data.vocabulary import MAX_VOCAB
 from fmjax.distributed import agreement
@@ -47,6 +48,13 @@ class Opened(NamedTuple):
     def __str__(self) -> str:
         step = "" if self.step is None else f" at step {self.step}"
         return self.source + step + (" (averaged parameters)" if self.averaged else "")
+
+    @property
+    def heads(self) -> list[str]:
+        """The heads for labelled data that are trained, of which fmjax has objectives."""
+        missing = {parameter.split("/")[1] for parameter in self.missing if "head/" in parameter}
+        heads = dict(self.model.cfg.classes)
+        return [name for name in heads if name in ROWS_OF_TASK and name not in missing]
 
     def prepare(self, settings: Mapping[str, Any]) -> data.Dataset:
         """The data of `settings` (`config.data`) in tokens that the model has.

@@ -21,6 +21,20 @@ LABELLED = {
     "texts": ((1, 2, 3), "text", ""),
     "seq2seq": ((1,), "passage", "targets"),
 }
+# {objective of labelled rows: the settings of rows for it}.
+ROWS_OF_TASK = {
+    "classify": {"long": "truncate", "format": "classes"},
+    "regress": {"long": "truncate", "format": "values"},
+    "tag": {"long": "truncate", "format": "tags", "columns": "tokens", "label": "tags"},
+    "span": {
+        "long": "split",  # into windows
+        "format": "spans",
+        "columns": "question,context",
+        "label": "answers",
+    },
+    "choose": {"long": "truncate", "format": "choices", "columns": "text,endings"},
+    "contrast": {"long": "truncate", "format": "texts"},
+}
 # What the columns of a conversation hold, by their number: all of its messages; what is asked and
 # what is answered; an instruction, its input, which may be empty, and the answer.
 CHAT = {1: ("messages",), 2: ("filled", "filled"), 3: ("filled", "text", "filled")}

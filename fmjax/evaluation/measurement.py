@@ -13,7 +13,7 @@ import numpy as np
 from fmjax import build, data
 from fmjax import objectives as losses
 from fmjax.checkpoints import pretrained
-from fmjax.data.settings import ALONE, DataSettings, read
+from fmjax.data.settings import ALONE, ROWS_OF_TASK, DataSettings, read
 from fmjax.errors import ConfigError, DataError, NumericsError
 from fmjax.evaluation.eval_loop import (
     check_finite,
@@ -29,13 +29,10 @@ from fmjax.objectives import requirements
 from fmjax.params import sharding
 
 # A new source replaces all that names the run's; only these say how rows are made of documents.
-ROWS = ("seq_len", "target_len", "source_prefix", "pack", "format", "pair", "long", "frame")
-
-
-ROWS += ("room", "template", "stride")
-
-
-ROWS += ("columns", "label", "cache", "workers")
+ROWS = (
+    *("seq_len", "target_len", "source_prefix", "pack", "format", "pair", "long", "frame", "room"),
+    *("template", "stride", "columns", "label", "cache", "workers"),
+)
 
 
 class Measure:
@@ -104,20 +101,26 @@ class Measure:
 def settings_of(
     config: Any, opened: pretrained.Opened
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """(data settings, objectives, batch size): what is given, else the run's, else the defaults."""
+    """(data settings, objectives, batch size): what is given, else the run's, else what the heads
+    of the model are for, else the defaults."""
     saved = opened.config
+    heads = [] if saved else opened.heads
     given = {key: value for key, value in config.data.items() if value is not None}
     if opened.labels and not given.get("classes"):
         given["classes"] = opened.labels  # what its outputs mean, whichever labels the data have
-    if opened.several and given.get("format") == "classes":
-        given["format"] = "labels"  # as its outputs are read, whether there are labels or not
     kept = saved.data.to_dict() if saved else {}
+    for name in heads:
+        kept |= ROWS_OF_TASK[name]
     if given.keys() & {"name", "train", "path"}:
         kept = {key: kept[key] for key in ROWS if key in kept}
     goals = config.objectives or (saved and saved.objectives)
+    settings = kept | given
+    if opened.several and settings.get("format") == "classes":
+        settings["format"] = "labels"  # as its outputs are read, whether there are labels or not
+    default = "clm" if opened.model.causal else "mlm"
     return (
-        dataclasses.asdict(read(DataSettings, kept | given, "data")),
-        goals.to_dict() if goals else {"clm" if opened.model.causal else "mlm": {}},
+        dataclasses.asdict(read(DataSettings, settings, "data")),
+        goals.to_dict() if goals else {name: {} for name in heads or [default]},
         config.batch_size or (saved.batch_size if saved else 64),
     )
 

@@ -9,6 +9,7 @@ Only this file needs the package.
 
 import itertools
 import json
+import multiprocessing
 import os
 import time
 from collections.abc import Sequence
@@ -61,6 +62,9 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             )
         if dry_run:
             return
+        # The harness draws its bootstrap in other processes: forked ones, beside jax's threads, can
+        # wait for ever.
+        multiprocessing.set_start_method("spawn", force=True)
         start = time.perf_counter()
         found = simple_evaluate(
             model=model,
