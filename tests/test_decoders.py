@@ -248,9 +248,9 @@ def test_decoders_that_cannot_be_are_refused(changes, match):
         llama.Model("tiny", **changes)
 
 
-def test_the_model_of_the_readme_trains_with_an_adapter(monkeypatch, tmp_path):
+def test_the_model_of_the_documents_trains_with_an_adapter(monkeypatch, tmp_path):
     """And is one file: what it says there, as it stands there."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     *_, code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (tmp_path / "parallel.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)

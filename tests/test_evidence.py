@@ -248,8 +248,9 @@ def test_every_config_that_trains_has_come_to_what_it_says(spec):
     assert evidence.stale(spec) == ""
 
 
-def test_the_readme_is_made_of_the_rows():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("file", ["README.md", "docs/results.md"])
+def test_documents_are_made_of_the_rows(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
     assert text.count("<!-- evidence ") > 2 and evidence.render(text) == text
 
 

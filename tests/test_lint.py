@@ -48,6 +48,11 @@ FILES = sorted(
     for place in ("benchmarks", "configs", "fmjax", "tests", "run.py")
     for path in ([ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("*.py"))
 )
+DOCUMENTS = sorted(
+    path.relative_to(ROOT)
+    for place in (".", "docs", "benchmarks")
+    for path in (ROOT / place).glob("*.md")
+)
 # Calls that write where an archive says, unless they are given filter="data".
 UNPACK = ("extractall", "unpack_archive")
 
@@ -185,8 +190,17 @@ def test_nothing_else_is(snippet):
     assert not problems(snippet)
 
 
-@pytest.mark.parametrize("file", [*FILES, "README.md", "CONTRIBUTING.md"], ids=str)
+@pytest.mark.parametrize("file", [*FILES, *DOCUMENTS], ids=str)
 def test_no_text_sends_to_a_package_index_for_fmjax(file):
     """It is installed from its checkout; on an index the name could be anybody's."""
     text = (ROOT / file).read_text(encoding="utf-8")
     assert not re.search(r"pip install ['\"]?fmjax\b|\bfmjax\[\w", text)
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=str)
+def test_documents_name_files_that_exist(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text)
+    assert not [link for link in links if not (ROOT / file).parent.joinpath(link).exists()]
+    named = re.findall(r"`(?:python run.py --config=)?((?:configs|fmjax|tests)/[\w/]+\.py)", text)
+    assert not [name for name in named if not (ROOT / name).exists()]

@@ -15,7 +15,7 @@ mean and interval, what was run on what, and a verdict for each expectation,
     late      it does, but took more than `budget` minutes, all seeds and trials together
     broken    it does not, or a run failed
 
-A row is stale when the config or what is expected of it has changed since. What is in README.md
+A row is stale when the config or what is expected of it has changed since. What is in a document
 between `<!-- evidence … -->` and `<!-- -->` is made from rows. Nothing here imports jax.
 """
 
