@@ -205,13 +205,13 @@ def test_a_full_disk_delays_lines(tmp_path, capsys):
     def refuse(data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    log._file = SimpleNamespace(write=refuse, close=real.close)
+    log._file = SimpleNamespace(write=refuse, close=real.close, fileno=real.fileno)
     log.write(1, {"loss": 1.0})
     assert "No space left" in capsys.readouterr().err
     log._file = real
     log.write(2, {"loss": 2.0})
     assert [row["step"] for row in metrics_log.read(tmp_path)[0]] == [1, 2]
-    log._file = SimpleNamespace(write=refuse, close=real.close)
+    log._file = SimpleNamespace(write=refuse, close=real.close, fileno=real.fileno)
     log.write(3, {"loss": 3.0})
     with pytest.raises(CheckpointError, match="free some space"):
         log.close()
@@ -327,11 +327,25 @@ def test_wandb_that_does_not_begin_refuses_a_new_run_and_not_one_that_resumes(
     assert "left out from here on" in capsys.readouterr().err
 
 
-def test_lines_go_to_a_new_file_where_the_old_one_was_removed(tmp_path):
+def test_a_log_that_is_removed_is_written_again(tmp_path, capsys):
     with open_log(tmp_path) as log:
+        log.write(1, {"loss": 2.0})
+        before = (tmp_path / metrics_log.FILE).read_bytes()
         (tmp_path / metrics_log.FILE).unlink()
-        log.write(1, {"loss": 1.0})
-        assert lines(tmp_path)[0]["loss"] == 1.0
+        log.write(2, {"loss": 1.0})
+    assert (tmp_path / metrics_log.FILE).read_bytes().startswith(before)
+    rows, _ = metrics_log.read(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert "metrics.jsonl was removed: it is written again" in capsys.readouterr().err
+
+
+def test_lines_go_to_the_file_that_replaces_the_log(tmp_path):
+    with open_log(tmp_path) as log:
+        log.write(1, {"loss": 2.0})
+        (tmp_path / "other").write_bytes((tmp_path / metrics_log.FILE).read_bytes())
+        (tmp_path / "other").rename(tmp_path / metrics_log.FILE)
+        log.write(2, {"loss": 1.0})
+    assert [row["step"] for row in metrics_log.read(tmp_path)[0]] == [1, 2]
 
 
 def test_a_disk_that_stays_full_is_said_once(tmp_path, capsys):
@@ -341,7 +355,7 @@ def test_a_disk_that_stays_full_is_said_once(tmp_path, capsys):
     def refuse(data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    log._file = SimpleNamespace(write=refuse, close=real.close)
+    log._file = SimpleNamespace(write=refuse, close=real.close, fileno=real.fileno)
     for step in range(5):
         log.write(step, {})
     assert capsys.readouterr().err.count("cannot write") == 1

@@ -106,7 +106,7 @@ def families(*always):
 def model(family: str = "bert", **changes):
     """A tiny one of the family."""
     module, own, _ = FAMILIES[family]
-    return module.Model("tiny", **SIZES | own | changes)
+    return module.Model(**{"variant": "tiny"} | SIZES | own | changes)
 
 
 def make(

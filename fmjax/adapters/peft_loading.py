@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fmjax.adapters.peft_settings import TASKS
+from fmjax.convert.bert_config import pooling
+from fmjax.convert.options import MULTI_LABEL
 
 # {task_type: the end of the names of the classes that load it}
 CLASSES = {
@@ -19,10 +21,15 @@ OTHERS = {"choose": "ForMultipleChoice", "nsp": "ForPreTraining", "sop": "ForPre
 
 def command(folder: str, settings: Mapping[str, Any], opened: Any) -> str:
     """The command that loads the adapter in `folder`; `settings` are its adapter_config.json,
-    `opened` the run (`fmjax.checkpoints.pretrained.Opened`). PEFT takes the base's labels, so these
-    are arguments."""
+    `opened` the run (`fmjax.checkpoints.pretrained.Opened`). PEFT takes the base's config.json, so
+    what the adapter's head needs there is in arguments."""
     task, source = settings["task_type"], settings["base_model_name_or_path"]
-    labels = _labels(dict(opened.model.cfg.classes), task, opened.labels)
+    cfg = opened.model.cfg
+    labels = _labels(dict(cfg.classes), task, opened.labels)
+    if task == "SEQ_CLS" and opened.several:
+        labels += f", problem_type={MULTI_LABEL!r}"
+    if task == "SEQ_CLS" and getattr(cfg, "modern", False):
+        labels += f", classifier_pooling={pooling(cfg)!r}"
     if source and task:
         return f"to load: peft.AutoPeftModel{CLASSES[task]}.from_pretrained({folder!r}{labels})"
     if not (source or opened.config.init):
@@ -35,7 +42,7 @@ def command(folder: str, settings: Mapping[str, Any], opened: Any) -> str:
         run = opened.config.init
         first = f"python run.py --config=configs/export.py --config.folder={run}, then "
         source = f"{run}/export"
-    heads = [OTHERS[head] for head, _ in opened.model.cfg.classes if head in OTHERS]
+    heads = [OTHERS[head] for head, _ in cfg.classes if head in OTHERS]
     name = CLASSES.get(task) or next(iter(heads), "ForMaskedLM")
     base = f"transformers.AutoModel{name}.from_pretrained({source!r}{labels})"
     return f"to load: {first}peft.PeftModel.from_pretrained({base}, {folder!r})"

@@ -172,6 +172,11 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
     return found | constant
 
 
+def pooling(cfg: Any) -> str:
+    """`classifier_pooling` of a ModernBERT."""
+    return "mean" if cfg.pool == "mean" else "cls"
+
+
 def type_of(cfg: Any) -> str:
     """`model_type` of a `models.bert.Config`, the plainest that has its options."""
     if cfg.modern:
@@ -210,7 +215,7 @@ def hf_config(
             "layer_types": layers.kinds(cfg.full_layers),
             "global_rope_theta": cfg.theta_full,
             "local_rope_theta": cfg.theta_local,
-            "classifier_pooling": "mean" if cfg.pool == "mean" else "cls",
+            "classifier_pooling": pooling(cfg),
         }
         return config
     if family == "roberta":

@@ -171,9 +171,8 @@ class Logger:
     def _flush(self) -> None:
         """Write pending lines; on a full disk they wait for the next flush."""
         try:
-            if self._pending and not self._path.exists():  # removed: lines would go nowhere
-                self._file.close()
-                self._file = _append_to(self._path)
+            if self._pending:
+                self._follow()
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
             self._failed = False
@@ -181,6 +180,20 @@ class Logger:
             if not self._failed:
                 print(f"warning: cannot write {self._path} now: {error.strerror}", file=sys.stderr)
             self._failed = True
+
+    def _follow(self) -> None:
+        """Continue in a new file where the old one was removed, with its lines, which are still
+        there for those who have it open; where it was replaced, in the other file."""
+        old = self._file
+        removed = not self._path.exists()
+        if not removed and os.path.samestat(self._path.stat(), os.fstat(old.fileno())):
+            return
+        self._file = _append_to(self._path)
+        if removed:
+            old.seek(0)
+            self._pending = old.read() + self._pending
+            print(f"warning: {self._path} was removed: it is written again", file=sys.stderr)
+        old.close()
 
 
 def read(workdir: str | os.PathLike) -> tuple[list[dict], list[dict]]:
@@ -217,7 +230,7 @@ def plain(value: Any) -> Any:
 
 def _append_to(path: Path) -> io.FileIO:
     # Unbuffered: a line is with the operating system when write() returns.
-    return open(path, "ab", buffering=0)
+    return open(path, "a+b", buffering=0)
 
 
 def _number(value: Any) -> int | float:

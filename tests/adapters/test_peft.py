@@ -29,6 +29,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
 SIZES = dict(vocab_size=61, width=16, depth=3, heads=2, mlp=24, max_len=20)
+# A head on the mean, of which a base that has none says nothing.
+MODERN = dict(variant="modernbert_tiny", lm_head=False, classes={"classify": 3}, pool="mean")
 IDS = np.random.default_rng(0).integers(5, 61, (2, 9))
 FEW = r"block_0[12]/attn/(query|value)"  # of which GPT-2 has one matrix, with the keys
 TARGETS = ((FEW, 2), (r"block_.*/(attn|mlp)/(query|value|up)", 3))
@@ -274,6 +276,7 @@ def test_the_base_is_a_folder_a_hub_id_or_an_export(tmp_path):
     "family, changes, head, task",
     [
         ("bert", dict(lm_head=False, classes={"classify": 3}), "classify|pooler", "SEQ_CLS"),
+        ("bert", MODERN, "classify|pooler", "SEQ_CLS"),
         ("bert", dict(lm_head=False, classes={"tag": 3}), "tag", "TOKEN_CLS"),
         ("bert", dict(lm_head=False, classes={"span": 2}), "span", "QUESTION_ANS"),
         ("llama", dict(lm_head=False, classes={"regress": 1}), "regress", "SEQ_CLS"),
@@ -287,7 +290,7 @@ def test_the_printed_command_loads_base_adapter_and_labels(
     torch, reference_peft, *_ = reference
     base_model, base = model_and_base(family, **changes)
     # The base is one without the head, as a published one is.
-    bare, trunk = model_and_base(family)
+    bare, trunk = model_and_base(family, **{k: changes[k] for k in changes if k == "variant"})
     whole = paths.unstack(base)
     shared = {name: whole.get(name, x) for name, x in paths.unstack(trunk).items()}
     convert.export(tmp_path / "base", bare, paths.stack(shared, bare.stacks))
@@ -296,9 +299,11 @@ def test_the_printed_command_loads_base_adapter_and_labels(
     folder = str(tmp_path / "out")
     settings = peft.write(folder, model, params, heads=head, source=str(tmp_path / "base"))
     assert settings["task_type"] == task
-    assert settings["target_modules"] in (["query"], ["q_proj"], ["c_attn"], ["q"])
+    assert settings["target_modules"] in (["query"], ["q_proj"], ["c_attn"], ["q"], ["Wqkv"])
     names = ("bad", "so so", "good")
-    opened = SimpleNamespace(model=model, labels=names, config=SimpleNamespace(init="given"))
+    opened = SimpleNamespace(
+        model=model, labels=names, config=SimpleNamespace(init="given"), several=False
+    )
     line = peft_loading.command(folder, settings, opened)
     call = ast.parse(line.removeprefix("to load: "), mode="eval").body
     assert call.func.value.value.id == "peft" and call.func.attr == "from_pretrained"
@@ -322,7 +327,9 @@ def test_the_printed_command_loads_base_adapter_and_labels(
 def test_the_command_names_what_is_missing():
     settings = {"task_type": None, "base_model_name_or_path": None}
     model = SimpleNamespace(cfg=SimpleNamespace(classes=()))
-    opened = SimpleNamespace(model=model, labels=(), config=SimpleNamespace(init="runs/mlm-1"))
+    opened = SimpleNamespace(
+        model=model, labels=(), config=SimpleNamespace(init="runs/mlm-1"), several=False
+    )
     line = peft_loading.command("a", settings, opened)
     assert "--config=configs/export.py --config.folder=runs/mlm-1, then" in line
     assert "AutoModelForMaskedLM.from_pretrained('runs/mlm-1/export'), 'a')" in line
