@@ -4,11 +4,10 @@
     python run.py --config=configs/finetune_lora.py --config.adapter.rank=16 \\
         --config.adapter.targets="(('block_.*/attn/(query|value)', None),)"
 
-71.6 ± 1.4 % where configs/finetune.py has 84.6 % (2026-11-22, four seeds, 40 seconds on two cores;
-of the learning rates 2e-3, 5e-3 and 1e-2 the best,
-on the same docstrings with a seed that is among the four). A model of BERT's size wants 5e-4:
-MiniLM on
-SST-2 has 82.3 ± 0.5 % with it, and 82.7 ± 1.0 % where everything trains.
+72.5 ± 0.3 % where configs/finetune.py has 84.8 % (2026-12-01, three seeds, a minute each on two
+cores; of the learning rates 1e-3, 2e-3, 3e-3 and 5e-3 the best on the same docstrings, 1e-3 to 3e-3
+with a seed that is among the three). A model of BERT's size wants 5e-4: MiniLM on SST-2 has 82.3 ±
+0.5 % with it, and 82.7 ± 1.0 % where everything trains.
 `:classify,plus=16` gives every B a learning rate 16 times that of A (LoRA+, Hayou et al. 2024).
 """
 
@@ -44,10 +43,10 @@ def get_expected():
     return [
         dict(
             metric="validation/classify/accuracy",
-            value=0.716,
-            tolerance=0.04,
+            value=0.725,
+            tolerance=0.03,
             seeds=(0, 1, 2),
             budget=10,
-            source="four seeds on two cores, 2026-11-22",
+            source="three seeds on two cores, 2026-12-01",
         ),
     ]

@@ -9,9 +9,8 @@ Lester et al. 2021, Liu et al. 2021 (P-tuning) and 2022 (P-tuning v2), Li and Li
 3,200 sentences of SST-2 on two cores (2026-11-22, three seeds, 1.1 to 2.5 minutes each), where the
 head alone has 70.0 ± 0.9 %: `prompt` 74.2 ± 1.6 % at 1e-2 (57.1 at 5e-2), `prefix` 76.2 ± 0.3 % at
 1e-2, `projected` 78.1 ± 1.0 % at 5e-3; `lstm` 74.3 % at 1e-3, one seed; `mlp` was not run. In front
-of the tiny encoder of the commands above they do nothing: `prompt` 49.2 ± 0.7 % (three seeds) and
-`projected` 50.1 % (one), where the head alone has 51.1 ± 0.5 % and everything 84.6 %. The three seeds of
-`prompt` began with the same rows of the vocabulary; now the seed chooses them.
+of the tiny encoder of the commands above they add little: `prompt` has 53.1 ± 0.5 % (2026-12-01,
+three seeds), where the head alone has 52.1 ± 1.0 % and everything 84.8 %.
 """  # noqa: E501  a command is one line
 
 import runpy
@@ -54,10 +53,10 @@ def get_expected():
     return [
         dict(
             metric="validation/classify/accuracy",
-            value=0.5,
+            value=0.531,
             tolerance=0.04,
             seeds=(0, 1, 2),
             budget=10,
-            source="one seed on two cores, 2026-11-22",
+            source="three seeds on two cores, 2026-12-01",
         ),
     ]
