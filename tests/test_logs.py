@@ -327,6 +327,14 @@ def test_wandb_that_does_not_begin_refuses_a_new_run_and_not_one_that_resumes(
     assert "left out from here on" in capsys.readouterr().err
 
 
+def test_a_log_that_was_removed_between_two_sessions_is_missed(tmp_path, capsys):
+    open_log(tmp_path, resume_step=7).close()
+    assert "metrics.jsonl is gone: it will lack the 7 steps before" in capsys.readouterr().err
+    (tmp_path / "new").mkdir()
+    open_log(tmp_path / "new").close()
+    assert not capsys.readouterr().err
+
+
 def test_a_log_that_is_removed_is_written_again(tmp_path, capsys):
     with open_log(tmp_path) as log:
         log.write(1, {"loss": 2.0})

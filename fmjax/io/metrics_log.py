@@ -76,6 +76,8 @@ class Logger:
         workdir = Path(workdir)
         self._path = workdir / FILE
         lines, reached, damage = metrics_history.cut(self._path, resume_step)
+        if resume_step and not lines and not damage:
+            damage = f"{self._path} is gone: it will lack the {resume_step} steps before"
         if damage:
             print(f"warning: {damage}", file=sys.stderr)
         self._pending = b""
