@@ -1,6 +1,12 @@
 """The public interface gives what the tasks of the command line give."""
 
+import functools
 import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
 
 import inject
 import jax
@@ -124,3 +130,29 @@ def test_the_package_says_what_it_has():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         fmjax.nothing  # noqa: B018
     assert callable(fmjax.load) and callable(fmjax.train)
+
+
+@pytest.mark.slow
+def test_a_wheel_lists_and_runs_its_configs(tmp_path):
+    """In an environment without the checkout, from another folder. Builds with setuptools of a
+    package index."""
+    source, place = tmp_path / "source", tmp_path / "env"
+    kept = shutil.ignore_patterns(".*", "runs", "*.egg-info", "__pycache__", "build")
+    shutil.copytree(ROOT, source, ignore=kept)
+    run = functools.partial(
+        subprocess.run, check=True, cwd=tmp_path, capture_output=True, text=True
+    )
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    run([*pip, "wheel", source, "--no-deps", "-w", tmp_path])
+    (wheel,) = tmp_path.glob("fmjax-*.whl")
+    run([sys.executable, "-m", "venv", "--without-pip", place])
+    run([*pip, "--python", place / "bin" / "python", "install", "--no-deps", wheel])
+    # Everything else is of this environment, whose own fmjax is no folder on the path.
+    environment = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")}
+    program = functools.partial(run, env=environment)
+    assert "configs/mlm.py" in program([place / "bin" / "fmjax", "--list"]).stdout
+    where = program([place / "bin" / "python", "-c", "import fmjax; print(fmjax.__file__)"]).stdout
+    assert str(place) in where
+    words = ["-m", "fmjax", "--config=configs/mlm.py:tiny,runlocal", f"--workdir={tmp_path}/run"]
+    program([place / "bin" / "python", *words])
+    assert (tmp_path / "run" / "report.html").exists()
