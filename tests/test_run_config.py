@@ -69,6 +69,15 @@ def test_a_flipped_bit_in_a_name_makes_no_other_run(tmp_path):
     assert file.read_text() == right
 
 
+def test_a_forgotten_override_of_a_fine_tune_is_another_run(tmp_path):
+    """The model of its checkpoint is not compared, since it is that of the base."""
+    model = {"name": "init", "dropout": 0.1}
+    finish(tmp_path, config(model=model))
+    write_checkpoint(tmp_path, config(model=model | {"name": "bert"}))
+    with pytest.raises(ConfigError, match=r"another config \(model.dropout: 0.1 -> None"):
+        workdir.check(tmp_path, config(model={"name": "init", "dropout": None}))
+
+
 def test_a_changed_checkpoint_is_no_witness(tmp_path):
     finish(tmp_path, config())
     write_checkpoint(tmp_path, config())

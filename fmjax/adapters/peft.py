@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from fmjax import adapters
+from fmjax import adapters, convert
 from fmjax.adapters import (
     merge,
     peft_formats,
@@ -35,7 +35,7 @@ from fmjax.adapters.peft_settings import CONFIG
 from fmjax.adapters.peft_tensors import WEIGHTS
 from fmjax.adapters.wrapper import Adapted
 from fmjax.config import rules
-from fmjax.errors import CheckpointError, ConfigError, quoted
+from fmjax.errors import CheckpointError, ConfigError, FmjaxError, quoted
 from fmjax.io.snapshot import find, read_json
 from fmjax.params import paths
 
@@ -76,9 +76,12 @@ def write(
             named[name].T if places[name].transposed else named[name]
         )
     saved = sorted({peft_tensors.module(places[name]) for name in saving})
+    origin = peft_settings.origin(source)
+    if _is_export(source) and not _is_base(origin["base_model_name_or_path"], model, params):
+        origin = dict.fromkeys(origin)  # of another step: PEFT would load it without a word
     common = {
         "peft_type": kind,
-        **peft_settings.origin(source),
+        **origin,
         "task_type": peft_settings.task(model, own or dict(model.cfg.classes)),
         "inference_mode": True,
         "modules_to_save": saved or None,
@@ -149,6 +152,24 @@ def _with_parts(folder: Path, held: Mapping[str, Held]) -> dict[str, Held]:
             f"{folder / BASE}: {wrong[0]} has {len(held[wrong[0]].weights)} parts."
         )
     return {name: one._replace(ranks=ranks.get(name)) for name, one in held.items()}
+
+
+def _is_export(source: str) -> bool:
+    """True if `source` is a run, whose base is where the run was exported to."""
+    return (Path(source).expanduser() / "checkpoints").is_dir()
+
+
+def _is_base(folder: str | None, model: Adapted, params: paths.Tree) -> bool:
+    """True if a folder has the base of an adapted model, but for its heads."""
+    if folder is None:
+        return False
+    base = merge.separate(params)[0]
+    how = dict(packings=adapters.packings(model.model), initial=lambda: base)
+    try:
+        loaded, _ = convert.load(folder, base, may_miss="head/.*", **how)
+    except FmjaxError:
+        return False
+    return digest(loaded) == digest(params)
 
 
 def _quantised(model: Any) -> dict[str, Any]:

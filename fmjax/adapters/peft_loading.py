@@ -5,7 +5,8 @@ from typing import Any
 
 from fmjax.adapters.peft_settings import TASKS
 from fmjax.convert.bert_config import pooling
-from fmjax.convert.options import MULTI_LABEL
+from fmjax.convert.options import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from fmjax.models import WHOLE_HEADS
 
 # {task_type: the end of the names of the classes that load it}
 CLASSES = {
@@ -26,9 +27,11 @@ def command(folder: str, settings: Mapping[str, Any], opened: Any) -> str:
     task, source = settings["task_type"], settings["base_model_name_or_path"]
     cfg = opened.model.cfg
     labels = _labels(dict(cfg.classes), task, opened.labels)
-    if task == "SEQ_CLS" and opened.several:
-        labels += f", problem_type={MULTI_LABEL!r}"
-    if task == "SEQ_CLS" and getattr(cfg, "modern", False):
+    if task == "SEQ_CLS":
+        whole = MULTI_LABEL if opened.several else SINGLE_LABEL
+        problem = REGRESSION if "regress" in dict(cfg.classes) else whole
+        labels += f", problem_type={problem!r}"
+    if getattr(cfg, "modern", False) and {*dict(cfg.classes)} & {*WHOLE_HEADS}:
         labels += f", classifier_pooling={pooling(cfg)!r}"
     if source and task:
         return f"to load: peft.AutoPeftModel{CLASSES[task]}.from_pretrained({folder!r}{labels})"
@@ -43,6 +46,8 @@ def command(folder: str, settings: Mapping[str, Any], opened: Any) -> str:
         first = f"python run.py --config=configs/export.py --config.folder={run}, then "
         source = f"{run}/export"
     heads = [OTHERS[head] for head, _ in cfg.classes if head in OTHERS]
+    revision = settings.get("revision")
+    labels += f", revision={revision!r}" if revision else ""
     name = CLASSES.get(task) or next(iter(heads), "ForMaskedLM")
     base = f"transformers.AutoModel{name}.from_pretrained({source!r}{labels})"
     return f"to load: {first}peft.PeftModel.from_pretrained({base}, {folder!r})"

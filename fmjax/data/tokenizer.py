@@ -187,7 +187,9 @@ def _identity(settings: TokenizerSettings, source: Source) -> dict:
         folder = snapshot.find(settings.name)
         with lines.readable(folder, "tokenizer.name"):
             files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES)
-            return {"files": {path.name: disk_cache.file_digest(path) for path in files}}
+            files += sorted(folder.glob("additional_chat_templates/*.jinja"))
+            name = lambda path: str(path.relative_to(folder))
+            return {"files": {name(path): disk_cache.file_digest(path) for path in files}}
     if settings.name.startswith((".", "/", "~")):
         raise ConfigError(f"config.tokenizer.name={quoted(settings.name)}: no such folder.")
     return {"name": settings.name, "revision": settings.revision}

@@ -190,12 +190,19 @@ class Logger:
         removed = not self._path.exists()
         if not removed and os.path.samestat(self._path.stat(), os.fstat(old.fileno())):
             return
-        self._file = _append_to(self._path)
+        lines = b""
         if removed:
-            old.seek(0)
-            self._pending = old.read() + self._pending
-            print(f"warning: {self._path} was removed: it is written again", file=sys.stderr)
-        old.close()
+            said = "it is written again"
+            try:
+                old.seek(0)
+                lines = old.read()
+            except OSError as error:  # another machine removed it, from a network's file system
+                said = f"its lines so far are lost ({error.strerror})"
+            print(f"warning: {self._path} was removed: {said}", file=sys.stderr)
+        self._file = _append_to(self._path)
+        self._pending = lines + self._pending
+        with contextlib.suppress(OSError):
+            old.close()
 
 
 def read(workdir: str | os.PathLike) -> tuple[list[dict], list[dict]]:

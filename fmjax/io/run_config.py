@@ -31,20 +31,23 @@ def compare(folder: Path, config: ConfigDict) -> tuple[Rows, str]:
     reason, rows = "is missing", None
     if content is not None:
         try:
-            rows = configs.diff(configs.from_json(content.decode()), configs.redact(config))
+            written = configs.from_json(content.decode())
+            rows = configs.diff(written, configs.redact(config))
             reason = "is not of this run"
         except ValueError as error:
             reason = f"cannot be read ({error})"
     if rows is not None and not is_other(rows):
         return rows, ""
     try:
-        step, saved = _since_checkpoint(folder / "checkpoints", config)
+        step, meta = _newest(folder / "checkpoints")
     except CheckpointError:
         if rows is None:
             raise
-        step, saved = None, []
-    if step is not None and (rows is None or not is_other(saved)):
-        return saved, f"{file} {reason}: compared with checkpoint {step}"
+        step, meta = None, {}
+    if step is not None and (rows is None or is_other(changes_since(meta, written))):
+        saved = changes_since(meta, config)
+        if rows is None or not is_other(saved):
+            return saved, f"{file} {reason}: compared with checkpoint {step}"
     if rows is not None:
         return rows, ""
     if content is not None and is_trained(folder):
@@ -52,12 +55,10 @@ def compare(folder: Path, config: ConfigDict) -> tuple[Rows, str]:
     return [], ""
 
 
-def _since_checkpoint(checkpoints: Path, config: ConfigDict) -> tuple[int | None, Rows]:
-    """The newest step and the differences between its config and `config`; None without a step."""
+def _newest(checkpoints: Path) -> tuple[int | None, Mapping[str, Any]]:
+    """The newest step and the meta of its checkpoint; None without a step."""
     step = retention.newest(checkpoints, quarantine=False)
-    if step is None:
-        return None, []
-    return step, changes_since(retention.read_meta(checkpoints / str(step)), config)
+    return step, {} if step is None else retention.read_meta(checkpoints / str(step))
 
 
 def changes_since(meta: Mapping[str, Any], config: ConfigDict) -> Rows:

@@ -132,3 +132,8 @@ def _adapter(output: Path, opened: pretrained.Opened) -> None:
     print(f"wrote the adapter of {opened} and the heads {heads} to {output}: {size:,.1f} MiB")
     print("read back: equal to the run's parameters bit by bit")
     print(peft_loading.command(str(output), written, opened))
+    if name := opened.config.to_dict().get("quantise", {}).get("name"):
+        print(
+            f"The run's base was kept in {name}: over the base in full precision the adapter gives "
+            "outputs a little different. With config.merge=True the difference is measured."
+        )

@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -335,6 +336,45 @@ def test_the_command_names_what_is_missing():
     assert "AutoModelForMaskedLM.from_pretrained('runs/mlm-1/export'), 'a')" in line
     opened.config.init = ""
     assert "made itself" in peft_loading.command("a", settings, opened)
+
+
+@pytest.mark.parametrize(
+    "classes, several, task, source, said",
+    [
+        ({"choose": 1}, False, None, {}, ", classifier_pooling='mean')"),
+        ({"tag": 2}, False, "TOKEN_CLS", {}, "from_pretrained('a', num_labels=2)"),
+        ({"regress": 1}, False, "SEQ_CLS", {}, "num_labels=1, problem_type='regression', cl"),
+        ({"classify": 2}, False, "SEQ_CLS", {}, "problem_type='single_label_classification'"),
+        ({"classify": 2}, True, "SEQ_CLS", {}, "problem_type='multi_label_classification'"),
+        ({"choose": 1}, False, None, {"revision": "86b5e09"}, "revision='86b5e09')"),
+    ],
+)
+def test_the_command_says_what_the_base_does_not(classes, several, task, source, said):
+    """As the config.json of a merged export would have it."""
+    settings = {"task_type": task, "base_model_name_or_path": "base", **source}
+    model = tiny.model("bert", variant="modernbert_tiny", pool="mean", classes=classes)
+    opened = SimpleNamespace(model=model, labels=(), several=several)
+    assert said in peft_loading.command("a", settings, opened)
+
+
+def test_an_export_of_another_step_is_not_named_as_the_base(tmp_path):
+    base_model, base = model_and_base()
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    model = lora.wrap(base_model, targets=((".*/query", 2),))
+    params = moved(model.add(base, jax.random.key(2)))
+    source = str(run)
+
+    def named(out):
+        settings = peft.write(tmp_path / out, model, params, heads="", source=source)
+        return settings["base_model_name_or_path"]
+
+    assert named("a") is None
+    convert.export(run / "export", base_model, jax.tree.map(lambda x: 2 * x, base))
+    assert named("b") is None
+    shutil.rmtree(run / "export")
+    convert.export(run / "export", base_model, base)
+    assert named("c") == f"{source}/export"
 
 
 def test_another_base_is_refused(written):

@@ -128,16 +128,19 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(prepare, tmp_path, for
     read = lambda: prepare(file, format=format, long=long, **settings).splits["train"]
     split, index = read(), np.arange(1)
     rows = split.rows(index)
-    names = {name for name, _, _ in split._files._opened}
+    watched = [(split._files, lambda split: split.rows(index))]
+    if format == "spans":
+        watched.append((split.questions._files, lambda split: split.questions.read([0])))
+    names = [(name, use) for files, use in watched for name, _, _ in files._opened]
     assert names, "no file is watched"
-    for name in names:
+    for name, use in names:
         split, path = read(), split._files.folder / name
         content = path.read_bytes()
         with path.open("r+b") as opened:
             opened.write(bytes([content[0] ^ 1]))
         path.write_bytes(content)
         with pytest.raises(DataError, match=f"{name} has been changed while it was read"):
-            split.rows(index)
+            use(split)
     split = read()
     for path in split._files.folder.iterdir():  # whoever has it open still has it
         path.unlink()

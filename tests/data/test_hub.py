@@ -90,6 +90,10 @@ def test_a_column_that_is_there_twice(read):
     assert read({"train.csv": ["text,other", "one,two"]}) == [("one", "train")]
 
 
+def test_a_name_like_that_of_a_column_that_is_there_twice(read):
+    assert read({"train.jsonl": ['{"text": "one", "text.1": "two"}']}) == [("one", "train")]
+
+
 def test_row45_one_row_of_another_type(read):
     with pytest.raises(DataError, match="column 'text' .* not text. One record of another type"):
         read({"train.jsonl": rows("one", 2, "three")})
