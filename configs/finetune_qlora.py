@@ -6,7 +6,7 @@
 MiniLM on 3,200 sentences of SST-2 at 5e-4 on two cores (2026-11-22, three seeds, 1.6 minutes each):
 82.6 ± 0.4 %, where LoRA over the whole base has 82.3 ± 0.5 %. A step takes 1.02 of LoRA's time, and
 a weight 0.516 bytes: benchmarks/RESULTS.md, which has the commands. The first command above has
-72.1 ± 1.1 % (three seeds), where LoRA has 70.7 ± 1.1 %.
+72.1 ± 0.9 % (2026-12-01, three seeds), where LoRA has 72.5 ± 0.3 %.
 """
 
 import runpy
@@ -24,10 +24,10 @@ def get_expected():
     return [
         dict(
             metric="validation/classify/accuracy",
-            value=0.707,
-            tolerance=0.04,
+            value=0.721,
+            tolerance=0.03,
             seeds=(0, 1, 2),
             budget=10,
-            source="one seed on two cores, 2026-11-22",
+            source="three seeds on two cores, 2026-12-01",
         ),
     ]
