@@ -117,7 +117,6 @@ class Model:
         records = [dict(zip(columns, row, strict=True)) for row in rows]
         changes = {"data.columns": ",".join(columns), "data.long": "truncate"}
         if self.config is None:
-            changes |= {"data.format": "classes", "objectives": {"classify": {}}}
             changes |= {"data.seq_len": min(self.model.cfg.max_len, 512)}
         with self._asked("predict", records, changes) as config:
             return [output for _, output in Predictor(config, self._opened, self._mesh)()]

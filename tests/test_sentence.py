@@ -101,6 +101,7 @@ NORMALIZE = "Normalize", {}, {}
 FOLDERS = {
     "cls": ([pooling("cls"), NORMALIZE], {}),
     "mean": ([pooling("mean")], dict(sentence_bert_config=dict(max_seq_length=8))),
+    "old name": ([pooling("mean")], dict(sentence_roberta_config=dict(max_seq_length=8))),
     "all": ([pooling(*sentence.POOLS)], {}),
     "dense": (
         [pooling("max", "weightedmean"), dense(32, 8), dense(8, 4, "torch.nn.Identity", False)],

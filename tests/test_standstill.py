@@ -12,8 +12,9 @@ import pytest
 from common import ROOT
 
 from fmjax.distributed import signals, standstill, watchdog
-from fmjax.distributed.signals import SLOW_SEC, STEPS_SEEN, Stop
+from fmjax.distributed.signals import STEPS_SEEN, Stop
 from fmjax.distributed.standstill import RollCall, places
+from fmjax.distributed.watchdog import SLOW_SEC
 
 HEARTBEAT = 100.0
 

@@ -109,9 +109,12 @@ def test_a_save_that_was_begun_is_waited_for(monkeypatch):
     stop.signal = "SIGTERM"
     assert stop.poll()
     dog.look()
-    clock.now += 1000
+    clock.now += watchdog.SLOW_SEC - 1
     dog.look()
     assert reasons == []
+    clock.now += 1  # on storage that has gone it never ends
+    dog.look()
+    assert len(reasons) == 1
 
 
 def test_all_is_given_back(monkeypatch):

@@ -22,6 +22,7 @@ from fmjax.data import tokenizer as tokenizers
 from fmjax.data import vocabulary
 from fmjax.data.encoding import Reader
 from fmjax.data.settings import DataSettings, read
+from fmjax.errors import ConfigError
 from fmjax.io.snapshot import read_json
 from fmjax.models import WHOLE_HEADS, param_init
 from fmjax.params import paths
@@ -30,10 +31,14 @@ PADDING = "<|pad|>"
 
 
 @contextlib.contextmanager
-def prepared(opened: pretrained.Opened, mesh: jax.sharding.Mesh) -> Iterator[pretrained.Opened]:
+def prepared(
+    opened: pretrained.Opened, mesh: jax.sharding.Mesh, *, whole: bool = True
+) -> Iterator[pretrained.Opened]:
     """`opened` with the tokenizer that its exported folder gets, in a folder that is removed; and
-    with a row more in its vocabulary where that needs one for padding.
+    with a row more in its vocabulary where that needs one for padding. An adapter alone (not
+    `whole`) cannot have one, so that its tokenizer has no padding there.
 
+    Raises ConfigError for an adapter whose tokenizer pads by the token that ends a text.
     As it is, unless the run was trained on labelled examples.
     """
     settings = read(DataSettings, opened.config.data.to_dict(), "data")
@@ -44,9 +49,18 @@ def prepared(opened: pretrained.Opened, mesh: jax.sharding.Mesh) -> Iterator[pre
     vocab = vocabulary.of(tokenizer, str(opened.tokenizer))
     words = tokenizers.Prepared(vocab, Path(opened.tokenizer), "")
     around = Reader(words, settings).post_processor
-    whole = opened.model.causal and {name for name, _ in opened.model.cfg.classes} & {*WHOLE_HEADS}
+    last = opened.model.causal and {name for name, _ in opened.model.cfg.classes} & {*WHOLE_HEADS}
     pads = tokenizer.pad_token_id
-    lacks = pads is None or bool(whole and pads in vocab.last[-1:])
+    lacks = pads is None or bool(last and pads in vocab.last[-1:])
+    room = opened.model.cfg.vocab_size > vocab.size
+    if lacks and not (whole or room):
+        if pads is not None:
+            raise ConfigError(
+                "The tokenizer pads by the token that ends a text, after which transformers looks "
+                "for the last token, and an adapter has no row for another. Leave config.merge at "
+                "True."
+            )
+        lacks = False
     with tempfile.TemporaryDirectory() as folder:
         target = shutil.copytree(opened.tokenizer, Path(folder, "tokenizer"))
         _edit(target / "tokenizer.json", lambda file: file | {"post_processor": around})
@@ -57,7 +71,7 @@ def prepared(opened: pretrained.Opened, mesh: jax.sharding.Mesh) -> Iterator[pre
             takes = {"model_input_names": ["input_ids", "attention_mask"]}
             _edit(target / "tokenizer_config.json", lambda file: file | takes)
         opened = opened._replace(tokenizer=target)
-        if lacks and opened.model.cfg.vocab_size <= vocab.size:
+        if lacks and not room:
             opened = _widened(opened, vocab.size + 1, mesh)
         yield opened
 

@@ -3,6 +3,7 @@
 The tables (llama_options.py) are read in both directions; names of parameters are in llama.py.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -128,7 +129,12 @@ def hf_config(
     has |= {"theta_window"} if kind in llama_rope.LOCAL else set()
     if kind in _SCALED:
         scale = cfg.query_scale or cfg.size**-0.5
-        config["query_pre_attn_scalar"] = round(scale**-2)
+        config["query_pre_attn_scalar"] = size = round(scale**-2)
+        if not math.isclose(size**-0.5, scale, rel_tol=1e-6):
+            raise ConfigError(
+                f"config.model.query_scale={scale!r} cannot be exported: transformers' {kind} has "
+                f"1 / sqrt(n) of a whole number n; the nearest is {size**-0.5!r}."
+            )
         del needed["query_scale"]
     needed.setdefault("out_bias", False)
     if kind in _OWN_BIASES:

@@ -119,7 +119,13 @@ def labels(hf: Mapping[str, Any], classes: Mapping[str, int]) -> tuple[str, ...]
     named = hf.get("id2label")
     if not {"classify", "tag"} & classes.keys():
         return ()
-    names = tuple(str(named[key]) for key in sorted(named, key=int)) if named else ()
+    keys = sorted(named, key=int) if named else []
+    names = tuple(str(named[key]) for key in keys)
+    if [int(key) for key in keys] != list(range(len(keys))) or len({*names}) < len(names):
+        raise ConfigError(
+            f"config.json has id2label={quoted(named)}: the numbers of the outputs from 0 on, each "
+            "with a name of its own, are needed."
+        )
     # What transformers writes where nobody gave names says nothing of the data.
     return () if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
 

@@ -51,6 +51,8 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "SiLU": jax.nn.silu,
     "Sigmoid": jax.nn.sigmoid,
 }
+# Of the settings of the Transformer module, sentence_<kind>_config.json, the first that is there.
+_KINDS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 _SENTENCE = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
 # Keys of each file that change vectors and are not followed, with the values that do not, beside
 # null, false and what is empty; all other keys of these files must be `_KNOWN`.
@@ -143,7 +145,9 @@ def read(folder: Path) -> Vectors | None:
             f"{folder}/modules.json has its Transformer in {modules[0][1].name}; it must be in the "
             "folder itself, where newer versions of sentence-transformers save it."
         )
-    text = _settings(folder / "sentence_bert_config.json", "Transformer")
+    names = (folder / f"sentence_{kind}_config.json" for kind in _KINDS)
+    file = next(filter(Path.is_file, names), folder / "sentence_bert_config.json")
+    text = _settings(file, "Transformer")
     general = _settings(folder / "config_sentence_transformers.json", "")
     pooling = _settings(modules[1][1] / "config.json", "Pooling")
     prompts = {name: text for name, text in (general.get("prompts") or {}).items() if text}

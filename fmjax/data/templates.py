@@ -46,6 +46,10 @@ class Renderer:
             line = process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        except BaseException:  # Ctrl-C: its answer would be taken for that of the next
+            self._process = None
+            _end(process)
+            raise
         if not line:
             self._process = None
             raise _refused(process.wait())

@@ -33,7 +33,7 @@ def start(config: Any, stop: Stop | None = None, **flags: Any) -> Iterator[jax.s
     within config.distributed.timeout_sec.
     """
     _connect(config.distributed)
-    compiled_programs.keep_in(disk_cache.private(disk_cache.root("") / "xla"))
+    _keep_programs()
     with contextlib.ExitStack() as stack:
         state = jax_distributed.global_state
         if state.num_processes > 1:
@@ -49,6 +49,15 @@ def start(config: Any, stop: Stop | None = None, **flags: Any) -> Iterator[jax.s
         mesh = sharding.make_mesh(**config.mesh)
         stack.enter_context(jax.set_mesh(mesh))
         yield mesh
+
+
+def _keep_programs() -> None:
+    """Keep compiled programs in the cache folder; without them a start takes longer, no more."""
+    folder = disk_cache.root("") / "xla"
+    try:
+        compiled_programs.keep_in(disk_cache.private(folder))
+    except OSError as error:
+        print(f"warning: compiled programs are not kept: {folder}: {error}", file=sys.stderr)
 
 
 def _silence() -> None:

@@ -20,7 +20,6 @@ INTERRUPTED = 130
 STEPPING = "finishing the step, then saving"
 COMPILING = "compiling, then saving"
 PREPARING = "stopping, while data is prepared"
-SLOW_SEC = 3600.0  # that anything but a step may take: to read a model, to save a state
 STEPS_SEEN = 3  # from which the time of the next can be told; a host is a step ahead of its devices
 
 
@@ -59,9 +58,9 @@ class Stop:
     def left(self, usual_sec: float) -> float:
         """Seconds before this process counts as standing still, infinite before any progress.
 
-        A step may take `usual_sec`, or twice what the longest took; everything else `SLOW_SEC`.
+        A step may take `usual_sec`, or twice what the longest took; everything else an hour.
         """
-        limit = SLOW_SEC
+        limit = watchdog.SLOW_SEC
         if self._stepping and self._steps_seen >= STEPS_SEEN:
             limit = max(usual_sec, 2 * self.longest_sec)
         return self._progress_at + max(limit, self.allowance_sec) - time.monotonic()

@@ -21,6 +21,7 @@ from typing import Any
 from fmjax.errors import Preempted
 
 GRACE_SEC = 60.0
+SLOW_SEC = 3600.0  # that anything but a step may take: to read a model, to save a state
 COMPILING_SEC = 900.0  # large models take minutes
 TICK_SEC = 1.0
 _ENDING = threading.Lock()  # taken by the first of the two that watch
@@ -44,8 +45,9 @@ class Watchdog:
         if self._polls != self._stop.polls:
             self._polls, self._since = self._stop.polls, now
         limit = max(self._grace_sec, 2 * self._stop.longest_sec, self._stop.allowance_sec)
-        # A save that was begun is worth waiting for.
-        if not self._stop.requested and now - self._since >= limit:
+        if self._stop.requested:  # a save has begun, which is worth waiting for
+            limit = max(limit, SLOW_SEC)
+        if now - self._since >= limit:
             self._end(f"nothing has moved for {now - self._since:.0f} s")
         return max(self._since + limit - now, TICK_SEC)
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from fmjax.checkpoints import pretrained
 from fmjax.distributed import launch
-from fmjax.errors import NumericsError
 from fmjax.evaluation.text_vectors import Embedder
 from fmjax.io import disk_cache
 
@@ -23,19 +22,21 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         if dry_run:
             return
         path = Path(config.output or Path(workdir) / "embeddings.npy")
+        made = path.with_name(f"{path.name}.tmp")
         if jax.process_index() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            out = np.lib.format.open_memmap(path, "w+", np.float32, embedder.shape)
-            disk_cache.reserve(path)
+            out = np.lib.format.open_memmap(made, "w+", np.float32, embedder.shape)
+            disk_cache.reserve(made)
         try:
             for index, rows in embedder():
                 if jax.process_index() == 0:
                     out[index] = rows
-        except NumericsError:  # half of a result is none
+        except BaseException:  # half of a result is none
             if jax.process_index() == 0:
-                path.unlink()
+                made.unlink()
             raise
     if jax.process_index() == 0:
         out.flush()
+        made.replace(path)
         count, width = embedder.shape
         print(f"\n{opened}\n{count:,} vectors of {width} written to {path}")

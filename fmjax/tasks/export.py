@@ -39,7 +39,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
                 print(f"would export {opened} to {output}")
             return
         if not config.merge:
-            _adapter(output, opened)
+            with tokenizer_export.prepared(opened, mesh, whole=False) as complete:
+                _adapter(output, complete)
             return
         model, params = adapters.merged(opened.model, opened.params)
         if isinstance(opened.model, Adapted):

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from fmjax.checkpoints import pretrained
-from fmjax.data import chat
+from fmjax.data import chat, vocabulary
 from fmjax.data import tokenizer as tokenizers
 from fmjax.distributed import launch
 from fmjax.errors import ConfigError
@@ -105,8 +105,7 @@ class Model(TemplateLM):
         self._begins = begins[0]
         self._put: list[int] = []  # before each text by the tokenizer, as in transformers
         if opened.model.causal:
-            whole, inner = (self._ids("a", special) for special in (True, False))
-            self._put = whole[: next(i for i in range(len(whole)) if whole[i:][:1] == inner[:1])]
+            self._put = list(vocabulary.frame(self.tokenizer.backend_tokenizer)[0])
             self.scorer.first = []  # a context has it from `tok_encode`
         self._author = None
 

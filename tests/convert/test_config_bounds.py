@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from fmjax import convert
+from fmjax.convert import llama_config
 from fmjax.errors import CheckpointError, ConfigError
 from fmjax.models import llama
 
@@ -65,3 +66,14 @@ def test_other_families_are_refused_by_their_name(tmp_path, kind):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(ConfigError, match=f"model_type='{kind}', which fmjax does not have"):
         convert.describe(tmp_path)
+
+
+def test_a_scale_of_queries_that_no_number_gives_is_not_exported():
+    """Gemma has 1 / sqrt(n) of a whole n; the nearest to 0.3 is half a percent away."""
+    gemma = dict(norms="around", norm_offset=1.0, embed_scale=True, activation="gelu_tanh")
+    sizes = dict(vocab_size=64, width=32, depth=2, heads=2, head_size=16, mlp=64, tied=True)
+    model = lambda scale: llama.Model("llama2_7b", **gemma, **sizes, query_scale=scale)
+    with pytest.raises(ConfigError, match=r"query_scale=0.3 cannot be exported.*whole number"):
+        llama_config.hf_config(model(0.3).cfg, {"lm"}, {})
+    config = llama_config.hf_config(model(0.25).cfg, {"lm"}, {})
+    assert (config["model_type"], config["query_pre_attn_scalar"]) == ("gemma2", 16)

@@ -129,6 +129,8 @@ def test_names_that_nobody_gave_are_none(tmp_path):
         ({"id2label": None, "num_labels": 10**12}, "num_labels=1000000000000, not a number"),
         ({"id2label": None, "num_labels": "x"}, "num_labels='x', not a number"),
         ({"id2label": {"a": "b", "c": "d"}}, "config.json has no id2label of names"),
+        ({"id2label": {"1": "b", "2": "c"}}, "the numbers of the outputs from 0 on"),
+        ({"id2label": {"0": "b", "1": "b"}}, "each with a name of its own"),
         ({"id2label": 7}, "not one of a model|no id2label"),
         ({"architectures": [["a"]]}, "not one of a model|no id2label"),
     ],

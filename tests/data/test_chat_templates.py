@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import tiny_folders
@@ -167,6 +168,22 @@ def test_what_a_message_says_beside_its_words_is_not_lost(keys, reason):
 
 
 # ---- bounds ----
+
+
+def test_an_interrupted_question_does_not_shift_the_answers():
+    """What it was to get is not taken for the text of the next."""
+    render = templates.Renderer("{{ messages[0]['content'] }}", {})
+    say = lambda text: render([{"role": "user", "content": text}])
+    assert say("first") == "first"
+    process, reads = render._process, render._process.stdout
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    process.stdout = SimpleNamespace(readline=interrupted, close=reads.close)
+    with pytest.raises(KeyboardInterrupt):
+        say("second")
+    assert say("third") == "third"
 
 
 @pytest.mark.parametrize(
