@@ -61,6 +61,7 @@ def trained(tmp_path_factory):
     return folder, config, shown.getvalue()
 
 
+@pytest.mark.slow
 def test_exams_are_sat_with_each_evaluation(trained):
     folder, _, shown = trained
     lines = [json.loads(x) for x in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -117,6 +117,7 @@ def test_what_a_model_cannot_do_is_refused(encoder, decoder):
         fmjax.configs.load("configs/mlm.py", {"optim.learning_rate": 1})
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_comes_back_and_goes_on(home, monkeypatch):
     config = fmjax.configs.load("configs/mlm.py:tiny", QUIET)
     inject.install("term@7", monkeypatch.setattr)

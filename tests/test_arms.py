@@ -149,6 +149,7 @@ def test_the_base_is_in_memory_and_on_disk_once(home, encoder, tmp_path):  # noq
     assert paths.nbytes(each[0]) == 3 * paths.nbytes(alone[0])
 
 
+@pytest.mark.slow
 def test_arms_go_on_where_they_stopped(home, encoder, tmp_path):  # noqa: F811
     """Killed between the save of one arm and the next, with the newest step of only the first."""
     words = ["--config.keep=9", "--config.arms=(('seed', (0, 1)),)"]
@@ -323,6 +324,7 @@ def test_arms_that_make_no_runs_are_refused(value):
         configs.load(str(ROOT / "configs/finetune_lora.py"), [f"--config.arms={value}"])
 
 
+@pytest.mark.slow
 def test_arms_that_do_not_share_are_refused(home, encoder, tmp_path):  # noqa: F811
     ranks = "--config.arms=(('adapter.rank', (2, 4)),)"
     for words, match in (

@@ -97,6 +97,7 @@ def test_a_run_goes_on_with_the_same_bits(folder, tmp_path):
     assert told[0] == told[1]
 
 
+@pytest.mark.slow
 def test_a_decoder_is_tuned_on_conversations(folder, tmp_path):
     """Targets are the answers' tokens alone, of which the data tell how many there are."""
     rows = [{"a": f"What is {i} and {i}?", "b": f"It is {2 * i}."} for i in range(40)]
@@ -122,6 +123,7 @@ def test_samples_are_in_the_ledger(folder):
     assert all(isinstance(text, str) for text in kept["samples"])
 
 
+@pytest.mark.slow
 def test_a_run_of_prefixes_reads_a_prompt_in_both_directions(tmp_path):
     words = ["total=2", "objectives={'prefix_lm': {'weight': 1.0}}", "ledger=()"]
     train.run(load("clm.py:tiny", *words), tmp_path)

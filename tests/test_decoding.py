@@ -218,6 +218,7 @@ def test_half_precision_says_the_same_in_any_batch():
 
 
 @pytest.mark.parametrize("adapter", ["lora", "prefix"])
+@pytest.mark.slow
 def test_a_cache_in_eight_bits_goes_with_adapters_and_beams(adapter):
     model, params = made("gpt2", ADAPTERS[adapter])
     writer = decoder.Generator(model, params, cache="int8")

@@ -281,6 +281,7 @@ def test_embeddings_are_the_mean_of_the_last_layer_whatever_the_batch(home, enco
     np.testing.assert_allclose(found[0][3], mean / np.linalg.norm(mean), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_classifier_on_the_features_of_a_layer(home, tuned):
     words = [*files(home), f"--config.folder={tuned}", "--config.data.seq_len=16"]
     words += ["--config.batch_size=16", f"--config.data.cache={home}/cache"]

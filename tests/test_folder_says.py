@@ -76,6 +76,7 @@ def test_what_is_no_token_is_refused(tmp_path):
     assert endings.listed(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_a_run_and_its_export_keep_the_ends_of_texts_and_the_template(folder, tmp_path):
     base = shutil.copytree(folder, tmp_path / "base")
     tiny_folders.settings(base / endings.FILE, eos_token_id=[2, 7], temperature=0.6)

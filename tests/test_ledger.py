@@ -134,6 +134,7 @@ def test_what_is_done_is_not_done_again(compared, home, encoder, capsys, monkeyp
     assert "forgets" in table and "brier" in table and "peak" in table
 
 
+@pytest.mark.slow
 def test_a_ledger_may_be_asked_for_later(home, encoder, tmp_path, monkeypatch):  # noqa: F811
     config = lambda *more: configs.load(
         f"{ROOT}/configs/compare.py:head,steps=2,seeds=1", words(home, encoder, *more)

@@ -45,6 +45,7 @@ def tuned(home, encoder, tmp_path_factory):  # noqa: F811
 
 
 @pytest.mark.parametrize(("step", "start"), [(1, 0), (4, 3), (8, 6)])
+@pytest.mark.slow
 def test_the_loss_and_the_gradient_are_those_of_the_log(pretrained, step, start):
     found, row = again(pretrained, step), logged(pretrained)[step]
     assert found["checkpoint"] == start
@@ -68,6 +69,7 @@ def test_norms_of_layers_make_the_norm(pretrained):
     assert all(one["update"] > 0 and one["parameter"] > 0 for one in found["layers"].values())
 
 
+@pytest.mark.slow
 def test_what_is_frozen_comes_from_beside_the_checkpoints(tuned):
     found, row = again(tuned, 5), logged(tuned)[5]
     assert found["checkpoint"] == 3

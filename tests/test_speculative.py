@@ -71,6 +71,7 @@ def test_the_one_that_guesses_may_have_adapters(adapter):
     assert same.rounds == 3 * (1 + 3)  # every guess stands
 
 
+@pytest.mark.slow
 def test_texts_end_where_they_end_and_look_up_on_the_way():
     writer = decoder.Generator(*made("gpt2"))
     free = writer(PROMPTS[:1], 12, GREEDY)[0]
@@ -89,6 +90,7 @@ def test_texts_end_where_they_end_and_look_up_on_the_way():
     assert len(seen) == 2 and found == seen[-1] == free[: len(found)] and len(seen[0]) >= 4
 
 
+@pytest.mark.slow
 def test_as_far_as_the_last_place():
     """Guesses go on behind it, and are thrown away."""
     model, params = made("gpt2")
@@ -97,6 +99,7 @@ def test_as_far_as_the_last_place():
     assert several(PROMPTS[:1], length, GREEDY) == writer(PROMPTS[:1], length, GREEDY)
 
 
+@pytest.mark.slow
 def test_a_text_is_as_probable_as_without_guesses():
     """The first token, and the second behind a guess that stood, by what the model says of them."""
     rng = np.random.default_rng(0)
@@ -152,6 +155,7 @@ def test_whole_texts_are_as_probable_as_without_guesses():
     assert unlike[0] > 0.01 and unlike[1] < 1e-6
 
 
+@pytest.mark.slow
 def test_a_seed_decides_what_is_drawn():
     writer, drafter = decoder.Generator(*made("llama")), decoder.Generator(*another("llama"))
     several = speculative.SpeculativeGenerator(writer, drafter, 3)

@@ -296,6 +296,7 @@ def test_bfloat16_dots_keep_their_operands():
         assert str(dot.outvars[0].aval.dtype) == "float32"
 
 
+@pytest.mark.slow
 def test_bfloat16_step_runs_and_stays_near_float32():
     made, exact = tiny.make(dtype="bfloat16"), tiny.make()
     _, found = made.step(made.state(), tiny.batch(8))
@@ -337,6 +338,7 @@ def test_decay_of_single_layers_is_the_same_scanned_and_unrolled():
             np.testing.assert_allclose(after[name], x * factor, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_sentence_pairs_and_masks_share_one_forward_pass():
     alone = tiny.make(classes={"nsp": 2})
     both = tiny.make(classes={"nsp": 2}, losses={"mlm": {"rate": 0.3}, "nsp": {"weight": 0.5}})
