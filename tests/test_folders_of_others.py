@@ -215,7 +215,11 @@ def test_a_file_of_vectors_is_whole_or_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(text_pooling, "pooled", spoilt)
     with pytest.raises(NumericsError, match="1 records, the first is .*texts.jsonl:2"):
         embed.run(config, tmp_path)
-    assert not (tmp_path / "embeddings.npy").exists()
+    np.testing.assert_array_equal(np.load(tmp_path / "embeddings.npy"), before)
+    (tmp_path / "embeddings.npy").unlink()
+    with pytest.raises(NumericsError):
+        embed.run(config, tmp_path)
+    assert not list(tmp_path.glob("embeddings.npy*"))
 
 
 @pytest.mark.parametrize("head", ["classify", "tag"])
