@@ -51,7 +51,7 @@ class Opened(NamedTuple):
 
     @property
     def heads(self) -> list[str]:
-        """The heads for labelled data that are trained, of which fmjax has objectives."""
+        """The trained heads that have an objective for labelled data."""
         missing = {parameter.split("/")[1] for parameter in self.missing if "head/" in parameter}
         heads = dict(self.model.cfg.classes)
         return [name for name in heads if name in ROWS_OF_TASK and name not in missing]

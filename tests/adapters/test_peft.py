@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
 SIZES = dict(vocab_size=61, width=16, depth=3, heads=2, mlp=24, max_len=20)
-# A head on the mean, of which a base that has none says nothing.
+# A head with mean pooling, which the config of a base without a head does not record.
 MODERN = dict(variant="modernbert_tiny", lm_head=False, classes={"classify": 3}, pool="mean")
 IDS = np.random.default_rng(0).integers(5, 61, (2, 9))
 FEW = r"block_0[12]/attn/(query|value)"  # of which GPT-2 has one matrix, with the keys

@@ -171,7 +171,7 @@ def test_what_a_message_says_beside_its_words_is_not_lost(keys, reason):
 
 
 def test_an_interrupted_question_does_not_shift_the_answers():
-    """What it was to get is not taken for the text of the next."""
+    """The unread answer is not returned for the next conversation."""
     render = templates.Renderer("{{ messages[0]['content'] }}", {})
     say = lambda text: render([{"role": "user", "content": text}])
     assert say("first") == "first"

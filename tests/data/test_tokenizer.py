@@ -168,7 +168,7 @@ def test_truncation_and_padding_in_the_file_are_ignored(prepare, tmp_path, lette
 
 
 def test_a_folder_that_changes_while_it_is_read(prepare, tmp_path, letters, monkeypatch):
-    """What is kept under the digest of the files before would be another tokenizer."""
+    """Otherwise another tokenizer would be cached under the digest of the earlier files."""
     for path in letters.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     load = tokenizer.load
