@@ -2,12 +2,14 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from fmjax import adapters
+from fmjax.config import plugins
 from fmjax.data.settings import ALONE
 from fmjax.errors import ConfigError
 from fmjax.models import AnyModel, experts
@@ -16,33 +18,33 @@ from fmjax.objectives import requirements
 DOCUMENTS = ("packed", "padded", "chat", "chat_padded")  # formats whose tokens have one type
 
 
-def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
-    """The model of a config, sized for a vocabulary, with the heads that its objectives need for
-    classes called `labels`.
+def model(config: Any, facts: Mapping[str, Any]) -> AnyModel:
+    """The model of a config for data with these `facts` (`fmjax.data.Dataset.facts`), with the
+    heads that its objectives need.
 
     Keys that are None are the variant's own; `config.model.vocab_size=None` takes the tokenizer's
-    size, a larger one leaves unused rows. Raises ConfigError where vocabulary, sequence length or
-    `config.adapter` do not fit the model.
+    size, a larger one leaves unused rows. Raises ConfigError where the model and the data,
+    objectives or `config.adapter` do not fit together.
     """
     fields = {key: value for key, value in config.model.to_dict().items() if value is not None}
-    name, wanted = fields.pop("name"), fields.pop("vocab_size", None)
-    heads = fields.pop("classes", {}) | requirements.heads(config.objectives, labels)
-    if name == "bert" and (pool := requirements.pool(config.objectives.to_dict())):
-        fields["pool"] = pool
-    if wanted and wanted < vocab_size:
+    objectives, factory = config.objectives.to_dict(), factory_of(fields.pop("name"))
+    heads = fields.pop("classes", {}) | requirements.heads(objectives, facts["labels"])
+    about = facts | {
+        "vocab_size": _vocab_size(fields.pop("vocab_size", None), facts),
+        "lm_head": requirements.vocabulary(objectives),
+        "pool": requirements.pool(objectives),
+    }
+    takes = sys.modules[factory.__module__].FACTS
+    if lacking := [name for name in takes if about.get(name) is None]:
         raise ConfigError(
-            f"config.model.vocab_size={wanted} is smaller than the tokenizer's {vocab_size}: its "
-            f"ids would have no row. Set it to None (the tokenizer's size) or {vocab_size} or more."
+            f"config.model.name={config.model.name!r} needs {lacking[0]} of the data, which those "
+            f"of config.data.format={config.data.format!r} do not have."
         )
-    built = importlib.import_module(f"fmjax.models.{name}").Model(
-        **fields,
-        vocab_size=wanted or vocab_size,
-        dtype=config.precision,
-        lm_head=requirements.vocabulary(config.objectives),
-        classes=heads,
-    )
-    requirements.check_model(config.objectives.to_dict(), built)
-    if requirements.prefix(config.objectives.to_dict()):
+    # An empty pool is the model's own.
+    known = {name: about[name] for name in takes if (name, about[name]) != ("pool", "")}
+    built = factory(**fields | known, dtype=config.precision, classes=heads)
+    requirements.check_model(objectives, built)
+    if requirements.prefix(objectives):
         if config.data.format not in DOCUMENTS:
             raise ConfigError(
                 f"config.data.format={config.data.format!r} has texts of two types, but objectives "
@@ -51,8 +53,38 @@ def model(config: Any, vocab_size: int, labels: Sequence[str] = ()) -> AnyModel:
             )
         built = built.clone(cfg=dataclasses.replace(built.cfg, prefix=True))
     built = adapters.wrap(built, config.to_dict())
-    check_rows(built, config.data.to_dict())
+    if "vocab" in facts:
+        check_rows(built, config.data.to_dict())
     return built
+
+
+def factory_of(name: str) -> Callable[..., AnyModel]:
+    """`Model` of the family `name` (fmjax/models), or of "package.module:name".
+
+    Raises ConfigError where that module does not declare the `FACTS` that a model is made from.
+    """
+    if not plugins.is_object(name):
+        return importlib.import_module(f"fmjax.models.{name}").Model
+    factory = plugins.load(name, "model.name")
+    if not hasattr(sys.modules[factory.__module__], "FACTS"):
+        raise ConfigError(
+            f"config.model.name={name!r}: its module does not define FACTS, the names of the facts "
+            "of data and objectives that it takes, such as ('labels',)."
+        )
+    return factory
+
+
+def _vocab_size(wanted: int | None, facts: Mapping[str, Any]) -> int | None:
+    """Rows of the embedding: `config.model.vocab_size`, or the tokenizer's; None without tokens.
+
+    Raises ConfigError for fewer than the tokenizer has."""
+    size = facts.get("vocab_size")
+    if wanted and size and wanted < size:
+        raise ConfigError(
+            f"config.model.vocab_size={wanted} is smaller than the tokenizer's {size}: its "
+            f"ids would have no row. Set it to None (the tokenizer's size) or {size} or more."
+        )
+    return wanted or size
 
 
 def check_rows(model: AnyModel, data: Mapping[str, Any]) -> None:
@@ -95,11 +127,16 @@ def check_types(model: AnyModel, types: int) -> None:
 def apply(model: AnyModel) -> Callable:
     """`apply(params, *arrays, method=…)`, what objectives call.
 
-    Beside the model's methods there is "encode_routed": (what "encode" gives, what the routers of
-    layers with experts say of it (`models.experts.Routing`) or None).
+    "encode" may be given a batch in place of arrays, of which the model reads its `inputs` by name,
+    and `seeds` for dropout where there are any. Beside the model's methods there is
+    "encode_routed": (what "encode" gives, what the routers of layers with experts say of it
+    (`models.experts.Routing`) or None).
     """
 
     def applied(params, *args, method):
+        if args and isinstance(args[0], Mapping):
+            (batch,) = args
+            args = *(batch[name] for name in model.inputs), batch.get("seeds")
         if method == "encode_routed":
             how = dict(method="encode", mutable=[experts.COLLECTION])
             hidden, kept = model.apply({"params": params}, *args, **how)

@@ -1,6 +1,5 @@
 """What processes of one run may not differ in, as process 1 finds it of process 0."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,8 +7,8 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from fmjax import data
 from fmjax.checkpoints import pretrained
+from fmjax.data.texts import TextDataset
 from fmjax.data.vocabulary import Vocab
 from fmjax.distributed import agreement, processes
 from fmjax.errors import ConfigError, DataError
@@ -29,8 +28,8 @@ def vocab(**changes):
 
 def dataset(**changes):
     splits = {"train": range(100), "validation": range(5)}
-    facts = dict(digest="a", rows_digest="b", vocab=vocab(), labels=("x", "y"), splits=splits)
-    return SimpleNamespace(**facts | changes)
+    fields = dict(digest="a", format="b", counts={}, vocab=vocab(), labels=("x", "y"))
+    return TextDataset(**fields | dict(splits=splits) | changes)
 
 
 @pytest.fixture
@@ -81,10 +80,10 @@ def test_what_a_process_has_for_itself_may_differ(in_process_0, monkeypatch):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"digest": "c"}, "the digest of the tokens='c' here, 'a' in process 0"),
-        ({"rows_digest": "c"}, "the digest of the rows='c' here, 'b'"),
-        ({"vocab": vocab(pad_id=1)}, "the vocabulary="),
-        ({"vocab": vocab(word_start=np.ones(8, bool))}, "the vocabulary="),
+        ({"digest": "c"}, "the digest of the contents='c' here, 'a' in process 0"),
+        ({"format": "c"}, "the digest of the rows="),
+        ({"vocab": vocab(pad_id=1)}, "the digest of the vocabulary="),
+        ({"vocab": vocab(word_start=np.ones(8, bool))}, "the digest of the vocabulary="),
         ({"labels": ("y", "x")}, r"the classes=\['y', 'x'\] here, \['x', 'y'\]"),
         ({"splits": {"train": range(100)}}, "rows of validation=None here, 5 in process 0"),
     ],
@@ -102,7 +101,7 @@ def test_a_single_process_agrees_with_itself():
 
 
 def test_the_data_of_every_task_are_compared(monkeypatch):
-    compared, made = [], data.Dataset(vocab(), Path("."), {}, "digest", "packed", {})
+    compared, made = [], dataset()
     monkeypatch.setattr(pretrained.data, "prepare", lambda *_, **__: made)
     monkeypatch.setattr(agreement, "check_data", compared.append)
     model = tiny.model("bert")

@@ -411,7 +411,7 @@ def test_parse_arg_refuses(arg):
 )
 def test_durations_in_steps(duration, expected):
     found = configs.steps(
-        duration, total=1000, steps_per_epoch=25, tokens_per_step=2048, flops_per_step=250_000
+        duration, total=1000, steps_per_epoch=25, units_per_step=2048, flops_per_step=250_000
     )
     assert found == expected and type(found) is int
 
@@ -425,7 +425,7 @@ def test_a_duration_without_its_reference_is_refused(duration):
 @pytest.mark.parametrize("duration", [-1, True, "5", "5 years", "-5%", "1e999999 steps"])
 def test_what_is_no_duration_is_refused(duration):
     with pytest.raises(ConfigError, match="is not a duration"):
-        configs.steps(duration, total=10, steps_per_epoch=10, tokens_per_step=10)
+        configs.steps(duration, total=10, steps_per_epoch=10, units_per_step=10)
     assert not rules.DURATION.accepts(duration)
 
 

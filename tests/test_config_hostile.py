@@ -17,7 +17,8 @@ from fmjax import convert, data
 from fmjax.checkpoints import pretrained
 from fmjax.config import load as configs
 from fmjax.data import files, hub
-from fmjax.data.settings import DataSettings
+from fmjax.data.settings import DataSettings, read
+from fmjax.data.texts import TextDataset
 from fmjax.errors import ConfigError, DataError
 from fmjax.params import sharding
 from fmjax.tasks import report
@@ -210,8 +211,12 @@ def assemble(*words: str):
             mesh = sharding.make_mesh(**config.mesh)
             sharding.check_batch(mesh, config.batch_size, config.accumulate)
             config = initialize.resolved(config)
-            size = dict(rows=1000, tokens=100_000, flops=10**9)
-            return setup.assemble(config, mesh, vocab, ("a", "b"), **size)
+            settings = read(DataSettings, config.data.to_dict(), "data")
+            dataset = TextDataset(
+                {}, "", "", {}, settings.target, ("a", "b"), vocab=vocab, settings=settings
+            )
+            size = dict(rows=1000, units=100_000, flops=10**9)
+            return setup.assemble(config, mesh, dataset, **size)
         except ConfigError as error:
             named = [word.partition("=")[0].rpartition(".")[2] for word in (*TINY, *words)]
             assert any(key in str(error) for key in named), error

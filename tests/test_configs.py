@@ -1,8 +1,6 @@
 """Every shipped training config builds at full size without memory, and takes steps at its tiny
 variant."""
 
-from types import SimpleNamespace
-
 import jax
 import numpy as np
 import pytest
@@ -10,7 +8,9 @@ from common import ROOT
 
 from fmjax import build
 from fmjax.config import load
-from fmjax.data import Vocab
+from fmjax.data import Vocab, settings
+from fmjax.data.texts import TextDataset
+from fmjax.data.token_rows import TokenRows
 from fmjax.params import paths, sharding
 from fmjax.tasks import train
 from fmjax.training import setup
@@ -86,7 +86,7 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
     made = load.load(str(ROOT / "configs" / name), words)
     size, length = made.tokenizer.vocab_size, made.data.seq_len
 
-    class Rows:
+    class Rows(TokenRows):
         seq_len, tokens = length, 10**6
 
         def __len__(self):
@@ -108,14 +108,17 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
 
     special, all_words = np.arange(size) < 5, np.ones(size, bool)
     vocab = Vocab(size, 0, 4, (2,), (3,), special, all_words, range(100), fim=(5, 6, 7))
-    fake = SimpleNamespace(
+    chosen = settings.read(settings.DataSettings, made.data.to_dict(), "data")
+    fake = TextDataset(
         vocab=vocab,
         splits={"train": Rows()},
         tokenizer_dir=ROOT,
         labels=("a", "b", "c"),
+        target=chosen.target,
         digest="0",
-        rows_digest="0",
-        types=1,
+        format="0",
+        counts={},
+        settings=chosen,
     )
     monkeypatch.setattr(setup.data, "prepare", lambda *args, **kwargs: fake)
     run = setup.setup(made, sharding.make_mesh())

@@ -51,7 +51,7 @@ def assembled(model, patterns, losses):
         group_optim={},
     ).tx
     abstract = state.abstract(net, tx, split, sharding.make_mesh())
-    goals = objectives.build(losses, vocab=VOCAB, target="classes")
+    goals = objectives.build(losses, dict(vocab=VOCAB, target="classes"))
     return make_train_step(build.apply(net), goals, tx, split), abstract, moving, net
 
 

@@ -127,7 +127,7 @@ def test_the_first_word_is_learned_and_scored_over_the_whole_split(home, tuned):
     mesh = sharding.make_mesh()
     opened = pretrained.open_folder(str(tuned), mesh)
     split = data.prepare(opened.config.data.to_dict(), {"name": str(opened.tokenizer)}).splits
-    goals = objectives.build({"classify": {"pool": "mean"}}, target="classes")
+    goals = objectives.build({"classify": {"pool": "mean"}}, dict(target="classes"))
     step = jax.jit(eval_loop.make_step(build.apply(opened.model), goals))
     (batch,) = data.eval_batches(split["validation"], batch_size=24)
     sums, told = step(opened.params, batch, jax.random.key(0))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_finetune import both_ways, decoder, encoder, files, home, load  # noqa: F401
 
-from fmjax import data
+from fmjax.data.token_rows import TokenRows
 from fmjax.errors import ConfigError
 from fmjax.io import metrics_log
 from fmjax.io.mapped import MappedFiles
@@ -87,8 +87,8 @@ def test_a_damaged_cache_is_made_again_and_a_second_run_reads_it(home, encoder, 
 def test_states_are_those_of_their_row_in_any_order(tmp_path):
     from fmjax.training.feature_cache import PrefixSplit
 
-    class Split:
-        seq_len, tokens, width = 3, 5, None
+    class Split(TokenRows):
+        seq_len, tokens = 3, 5
 
         def extent(self, index):
             return np.array([0, 2])[index], np.array([2, 5])[index]
@@ -103,11 +103,8 @@ def test_states_are_those_of_their_row_in_any_order(tmp_path):
     rows = split.rows(np.array([1, 0]))["input_ids"]
     np.testing.assert_array_equal(rows[0], states[2:])
     np.testing.assert_array_equal(rows[1], [[0, 1], [2, 3], [0, 0]])
-    assert data.cut({"input_ids": rows, "segment_ids": np.ones((2, 3))}, 2)["input_ids"].shape == (
-        2,
-        2,
-        2,
-    )
+    trimmed = split.trim({"input_ids": rows, "segment_ids": np.ones((2, 3))}, 2)
+    assert trimmed["input_ids"].shape == (2, 2, 2)
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def test_labels_of_another_kind_are_refused(name, target):
     with pytest.raises(
         ConfigError, match=f"objectives.{name} cannot use .* config.data.format={said}"
     ):
-        objectives.build({name: {}}, target=target)
+        objectives.build({name: {}}, dict(target=target))
 
 
 # ---- fill_mask ----
@@ -410,15 +410,16 @@ def test_starting_from_an_exported_folder(exported, opened):
 
 def test_starting_with_another_tokenizer_is_refused(folder, exported, tmp):
     """Of the same size it would otherwise go unnoticed."""
+    made_by = lambda tokenizer: SimpleNamespace(processors={"tokenizer": tokenizer})
     other = shutil.copytree(folder / "tokenizer", tmp / "tokenizer")
     text = (other / "tokenizer.json").read_text().replace('"value"', '"eulav"')
     (other / "tokenizer.json").write_text(text)
     for init, right in ((folder, folder / "tokenizer"), (exported, exported)):
         config = SimpleNamespace(init=str(init))
-        initialize.check_tokenizer(config, folder / "tokenizer")
+        initialize.check_processors(config, made_by(folder / "tokenizer"))
         with pytest.raises(ConfigError, match=f"--config.tokenizer.name={right}$"):
-            initialize.check_tokenizer(config, other)
-    initialize.check_tokenizer(SimpleNamespace(init=""), other)
+            initialize.check_processors(config, made_by(other))
+    initialize.check_processors(SimpleNamespace(init=""), made_by(other))
 
 
 def test_starting_from_a_run_of_another_shape_is_refused(folder):

@@ -17,6 +17,8 @@ from jax.experimental import topologies
 
 from fmjax import build, data
 from fmjax.config import load as configs
+from fmjax.data.settings import DataSettings, read
+from fmjax.data.texts import TextDataset
 from fmjax.distributed import collective_bytes
 from fmjax.params import paths, sharding
 from fmjax.training import setup
@@ -126,7 +128,9 @@ def assemble(variant, topology, layout, *, seq_len, batch_size=256, name="bert",
     sharding.check_batch(mesh, config.batch_size)
     none = np.zeros(SIZES[name], bool)
     vocab = data.Vocab(len(none), 0, 1, (2,), (3,), none, none)
-    return setup.assemble(config, mesh, vocab, (), rows=10**8, tokens=10**8 * seq_len, flops=1)
+    settings = read(DataSettings, config.data.to_dict(), "data")
+    dataset = TextDataset({}, "", "", {}, vocab=vocab, settings=settings)
+    return setup.assemble(config, mesh, dataset, rows=10**8, units=10**8 * seq_len, flops=1)
 
 
 def compile_step(run, folder):

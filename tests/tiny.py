@@ -72,6 +72,7 @@ def batch(rows: int, seed: int = 0) -> dict[str, jax.Array]:
         "positions": positions,
         "token_types": np.zeros_like(ids),
         "index": np.arange(rows) + 1000 * seed,
+        "units": np.sum(segment_ids > 0, axis=1),
     }
     return {name: jnp.asarray(x, jnp.int32) for name, x in out.items()}
 
@@ -127,7 +128,7 @@ def make(
     net = adapters.wrap(model(family, **sizes), dict(adapter=adapter, quantise=quantise))
     net, assigned = setup.grouped(net, groups, OPTIM | (changes or {}), group_optim)
     split = functools.partial(parameter_groups.split, assigned=assigned)
-    goals = objectives.build(losses or FAMILIES[family][2], vocab=VOCAB, target="nsp")
+    goals = objectives.build(losses or FAMILIES[family][2], dict(vocab=VOCAB, target="nsp"))
     made = optim.make(
         split(param_init.abstract_params(net))[0],
         assigned,

@@ -48,7 +48,7 @@ def make(architecture: str, theirs: str, objective: str, folder, outputs: int = 
         "bias": jnp.asarray(head.bias.detach().numpy()),
     }
     targets = {"tag": "tags", "span": "spans", "choose": "choices", "classify": "classes"}
-    (goal,) = objectives.build({objective: {}}, target=targets[objective], vocab=None)
+    (goal,) = objectives.build({objective: {}}, dict(target=targets[objective]))
     return SimpleNamespace(torch=model, apply=build.apply(ours), params=params, goal=goal)
 
 

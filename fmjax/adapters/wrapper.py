@@ -129,6 +129,10 @@ class Adapted:
         return self.model.encoded
 
     @property
+    def inputs(self) -> Sequence[str]:
+        return self.model.inputs
+
+    @property
     def stacks(self) -> Sequence[int] | None:
         return self.model.stacks
 

@@ -5,7 +5,6 @@
 
 import dataclasses
 import functools
-import importlib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -101,7 +100,9 @@ def described(source: str, heads: Sequence[str] = ()) -> tuple[str, dict[str, An
 
 def identity(model: AnyModel) -> dict[str, Any]:
     """The description of a model that a checkpoint stores, as JSON; `described` reads it."""
-    name = type(adapters.base(model)).__module__.rpartition(".")[2]
+    module = type(adapters.base(model)).__module__
+    package, _, name = module.rpartition(".")
+    name = name if package == "fmjax.models" else f"{module}:Model"
     return {"name": name, "options": dataclasses.asdict(model.cfg)}
 
 
@@ -121,19 +122,17 @@ def _described(meta: Mapping[str, Any], folder: str | Path) -> tuple[str, dict[s
 
 
 def check_unchanged(folder: Path, meta: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where the tokenizer of a run is no longer the one that `meta`, of one
-    of its checkpoints, has the digests of."""
-    saved = meta.get("tokenizer")
-    if not saved:  # of before digests were kept
-        return
-    present = digests(folder / "tokenizer")
-    names = saved.keys() | present.keys()
-    if changed := sorted(name for name in names if saved.get(name) != present.get(name)):
-        raise CheckpointError(
-            f"{folder / 'tokenizer' / changed[0]} is not what it was when the run saved step "
-            f"{meta['step']}: the model was trained with other tokens. Put the file back; or "
-            "export the run, and change the tokenizer of the export."
-        )
+    """Raises CheckpointError where a processor of a run (its tokenizer, …) is no longer the one
+    that `meta`, of one of its checkpoints, has the digests of."""
+    for processor, saved in meta.get("processors", {}).items():
+        present = digests(folder / processor)
+        names = saved.keys() | present.keys()
+        if changed := sorted(name for name in names if saved.get(name) != present.get(name)):
+            raise CheckpointError(
+                f"{folder / processor / changed[0]} is not what it was when the run saved step "
+                f"{meta['step']}: the model was trained with another {processor}. Put the file "
+                f"back; or export the run, and change the {processor} of the export."
+            )
 
 
 def _tokenizer(source: str) -> Path:
@@ -178,9 +177,7 @@ def open_folder(
         raise ConfigError(f"config.folder={source!r} has no tokenizer (tokenizer.json).")
     convert.check_class(folder)
     name, options = convert.describe(folder)
-    built = importlib.import_module(f"fmjax.models.{name}").Model(
-        **options, dtype=precision or "float32"
-    )
+    built = build.factory_of(name)(**options, dtype=precision or "float32")
     built = built.clone(stacks=paths.runs(built.kinds))
     fresh = functools.partial(param_init.init_params, built, jax.random.key(0))
     abstract = param_init.abstract_params(built, mesh)
@@ -220,9 +217,7 @@ def _open_run(
     check_unchanged(folder, meta)
     name, options = _described(meta, folder)
     how = {key: saved.model[key] for key in ("attention", "scan") if key in saved.model}
-    built = importlib.import_module(f"fmjax.models.{name}").Model(
-        **options | how | {"dtype": saved.precision}
-    )
+    built = build.factory_of(name)(**options | how | {"dtype": saved.precision})
     built = adapters.wrap(built, saved.to_dict())
     build.check_rows(built, saved.data.to_dict())
     built = built.clone(stacks=paths.runs(built.kinds))

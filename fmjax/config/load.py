@@ -22,7 +22,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fmjax.config import command_line, constraints, files, rules
+from fmjax.config import command_line, constraints, files, plugins, rules
 from fmjax.config.values import flatten, plain
 from fmjax.errors import ConfigError, FmjaxError, did_you_mean, quoted
 
@@ -71,8 +71,11 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
       ConfigError: names the key, what was given, what is possible.
     """
     path, _, arg = spec.partition(":")
-    config = _read(Path(path), arg or None)
+    config, overrides = _read(Path(path), arg or None), list(overrides)
     command_line.apply(config, overrides)
+    if path.endswith(".py"):
+        plugins.trust(flatten(config).values())
+    plugins.trust(word.rpartition("=")[2] for word in overrides)
     return _checked(config)
 
 
@@ -154,8 +157,9 @@ def steps(
     *,
     total: int | None = None,
     steps_per_epoch: int | Fraction | None = None,
-    tokens_per_step: int | Fraction | None = None,
+    units_per_step: int | Fraction | None = None,
     flops_per_step: int | None = None,
+    unit: str = "tokens",
 ) -> int:
     """A duration in optimizer steps, rounded up: never less than was asked for.
 
@@ -164,20 +168,29 @@ def steps(
         `total`).
       total: the length of the run in steps; None where it is itself being computed.
       steps_per_epoch: None where an epoch has no known length (streaming).
-      tokens_per_step: positions in one global batch.
+      units_per_step: units of the data in one global batch, without padding.
       flops_per_step: of a batch of the full width, in matrix products.
+      unit: what the data are counted in.
+
+    Raises ConfigError for what is no duration, and for one in the units of other data.
     """
     try:
-        number, unit = rules.duration(duration)
+        number, given = rules.duration(duration)
     except ValueError as error:
         raise ConfigError(f"{duration!r} is not {rules.DURATION.words}") from error
-    per_unit = {
+    steps_of = {
         "step": 1,
         "epoch": steps_per_epoch,
-        "token": tokens_per_step and Fraction(1, tokens_per_step),
+        unit.removesuffix("s"): units_per_step and Fraction(1, units_per_step),
         "flop": flops_per_step and Fraction(1, flops_per_step),
         "%": total and Fraction(total, 100),
-    }[unit]
+    }
+    if given not in steps_of:
+        raise ConfigError(
+            f"{duration!r}: the data of config.data are counted in {unit}. Use '3 epochs', "
+            f"'50k {unit}' or '1000 steps'"
+        )
+    per_unit = steps_of[given]
     if per_unit is None:
         raise ConfigError(f"{duration!r} cannot be turned into steps here: use '1000 steps'")
     return math.ceil(number * per_unit)

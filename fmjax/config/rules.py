@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fmjax.config import plugins
 from fmjax.errors import ConfigError, did_you_mean, quoted
 
 PACKAGE = Path(__file__).parent.parent
@@ -40,10 +41,11 @@ class Modules(NamedTuple):
 
 
 def duration(value: Any) -> tuple[Fraction, str]:
-    """(number, unit) of steps as an int or of "1500 steps", "3 epochs", "10M tokens", "2T flops",
-    "10%".
+    """(number, unit) of steps as an int or of "1500 steps", "3 epochs", "10M tokens", "50k images",
+    "2T flops", "10%".
 
-    The unit is "step", "epoch", "token", "flop" or "%". Raises ValueError for anything else.
+    The unit is "step", "epoch", "flop", "%", or one of `UNITS` without its s. Raises ValueError for
+    anything else.
     """
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
         return Fraction(value), "step"
@@ -86,8 +88,10 @@ def check(config: Mapping[str, Any]) -> None:
     for key, value in _nodes(without_none(config)):
         _check_node(key, value)
     pretraining = config.get("pretraining") or {}
-    for name in (*(config.get("objectives") or ()), *(pretraining.get("objectives") or ())):
-        check_choice(f"objectives.{name}", name, Modules("objectives", "loss_fn").names())
+    sections = (config.get("objectives") or {}, pretraining.get("objectives") or {})
+    for name, args in (item for section in sections for item in section.items()):
+        if "module" not in (args or {}):
+            check_choice(f"objectives.{name}", name, Modules("objectives", "loss_fn").names())
 
 
 def task_flags(task: str) -> set[str]:
@@ -126,7 +130,7 @@ def _check_node(key: str, value: Any) -> None:
     if isinstance(rule, Check):
         if not rule.accepts(value):
             raise ConfigError(f"--config.{key}: got {quoted(value)}, expected {rule.words}")
-    elif rule is not None:
+    elif rule is not None and not (key in PLUGINS and plugins.is_object(value)):
         check_choice(key, value, rule.names() if isinstance(rule, Modules) else rule)
 
 
@@ -248,6 +252,7 @@ def _whole(low: int, high: int) -> Check:
 
 # Dicts whose keys are the user's choice: the command line replaces them whole.
 OPEN = ("objectives", "group_optim", "optim.args", "args", "pretraining")
+PLUGINS = ("model.name", "data.format")  # may also name the user's own, "package.module:name"
 DICTS = (
     r"data|benchmark|pretraining(\.data)?|tokenizer|model|adapter|quantise|mesh|distributed|optim|objectives(\.[^.]+(\.validation)?)?|group_optim(\.[^.]+)?"
     r"|((optim|group_optim\.[^.]+)\.)?args"
@@ -262,9 +267,11 @@ FORMATS = ("packed", "padded", "pairs", "chat", "chat_padded")
 FORMATS += ("classes", "labels", "values", "tags", "spans", "choices", "texts", "seq2seq")
 TEMPLATES = ("auto", "tokenizer", "plain", "alpaca")  # how conversations become one text
 
+UNITS = ("tokens", "images", "pairs", "rows")  # what data count: `unit` of datasets
+LENGTHS = ("step", "epoch", "flop")  # units of a duration that any data have
 DURATION_TEXT = re.compile(
     r"\s*(?P<number>\d+(_\d+)*(\.\d+)?(e\d\d?)?)\s*(?P<scale>[KkMmBbGgTt]?)\s*"
-    r"(?P<unit>steps?|epochs?|tokens?|flops?|%)\s*"
+    rf"(?P<unit>({'|'.join(unit.removesuffix('s') for unit in (*UNITS, *LENGTHS))})s?|%)\s*"
 )
 BOOLEAN = Check(lambda v: isinstance(v, bool), "a boolean")
 DENOISERS = Check(
@@ -284,6 +291,7 @@ RANGES = Check(_is_ranges, "(first, last + 1) pairs in ascending order: ((80, 96
 COLUMNS = Check(_is_names, "names of columns: 'a', 'a,b' or ('a', 'b')")
 CLASSES = Check(_is_texts, "a tuple of different texts")
 ADDRESS = Check(_is_address, "<host>:<port>, or '' with one process")
+MODULE = Check(plugins.is_module, "the name of a module of Python, such as 'package.module'")
 NAME = Check(lambda v: isinstance(v, str) and v.isidentifier(), "the name of an optimizer of optax")
 TARGETS = Check(
     _is_targets, "(regular expression, number) pairs, for ia3 (…, 'input'), (…, 'output'); or None"
@@ -428,6 +436,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"data\.frame", ("piece", "document")),
     (r"objectives\.mlm\.(validation\.)?mask", MASKS),
     (r"((objectives\.[^.]+|model)\.)?pool", POOLS),
+    (r"objectives\.[^.]+\.module", MODULE),
     (r"model\.name", Modules("models", "Model", also=("init",))),
     ("task", Modules("tasks", r"run\(\s*config")),  # trials.py has a `run` that is no task
 )

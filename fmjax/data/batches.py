@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from fmjax.data import order
+from fmjax.data.dataset import Dataset, Split
 from fmjax.errors import ConfigError, DataError
 
 Ranges = Sequence[Sequence[int]]  # (first, last + 1) each, in ascending order and apart
@@ -55,7 +56,7 @@ class Batches:
 
 
 def batches(
-    split,
+    split: Split,
     *,
     batch_size: int,
     seeds: Sequence[int],
@@ -76,14 +77,14 @@ def batches(
     if rows < batch_size:
         raise DataError(
             f"The training split has {rows} rows, fewer than one batch. Set "
-            f"config.batch_size to at most {rows}, use more data, or a smaller "
-            f"config.data.seq_len (now {split.seq_len})."
+            f"config.batch_size to at most {rows}, or use more data or smaller rows (now of "
+            f"{split.row_size})."
         )
     mine = _block(batch_size, process_index, process_count)
     return Batches(_Steps(split, batch_size, seeds, mine, skip, rows), start)
 
 
-def check_drawn(split, drawn: int) -> int:
+def check_drawn(split: Split, drawn: int) -> int:
     """Number of rows that a run sees if it draws so many, 0: all. Raises DataError for more than
     all."""
     if drawn > len(split):
@@ -103,7 +104,7 @@ def examples(step: int, *, batch_size: int, skip: Ranges = ()) -> tuple[int, int
 
 
 def eval_batches(
-    split,
+    split: Split,
     *,
     batch_size: int,
     process_index: int = 0,
@@ -129,31 +130,21 @@ def eval_batches(
         inside = np.arange(batch_size) < len(taken)
         filled = np.concatenate([taken, np.zeros(batch_size - len(taken), taken.dtype)])
         width, own, inside = int(split.widths(taken).max()), filled[mine], inside[mine]
-        batch = cut(split.rows(own), width) | {"index": own.astype(np.int32)}
+        batch = _arrays(split, split.rows(own), own, width)
         for array in batch.values():
             array[~inside] = 0
         yield batch
 
 
-def eval_steps(split, batch_size: int, limit: int = 0) -> int:
+def eval_steps(split: Split, batch_size: int, limit: int = 0) -> int:
     """Number of batches that `eval_batches` gives."""
     steps = -(-len(split) // batch_size)
     return min(steps, limit) if limit else steps
 
 
-def fingerprint(dataset, *, seed: int, batch_size: int) -> dict:
+def fingerprint(dataset: Dataset, *, seed: int, batch_size: int) -> dict:
     """Facts that must not change during a run for its position to mean the same data."""
-    train = dataset.splits["train"]
-    return {
-        "data": dataset.digest,
-        "format": dataset.format,
-        "seq_len": train.seq_len,
-        "rows": len(train),
-        "vocab_size": dataset.vocab.size,
-        "labels": list(dataset.labels),
-        "seed": seed,
-        "batch_size": batch_size,
-    }
+    return {**dataset.identity, "seed": seed, "batch_size": batch_size}
 
 
 def check_fingerprint(saved: dict, now: dict) -> None:
@@ -177,7 +168,7 @@ class _Steps:
 
     def __init__(
         self,
-        split,
+        split: Split,
         batch_size: int,
         seeds: Sequence[int],
         mine: np.ndarray,
@@ -210,14 +201,11 @@ class _Steps:
 
     def _batch(self, step, width, rows, places, seed):
         try:
-            batch = cut(self.split.rows(rows, places, seed), width)
+            return _arrays(self.split, self.split.rows(rows, places, seed), places, width)
         except Exception as error:  # raised in a thread: say where
             raise DataError(
                 f"Reading the batch of step {step} (rows {rows[:4]}…) failed: {error}"
             ) from error
-        # int32 for the accelerator; after 2^31 examples the masks keyed by it repeat, which harms
-        # nobody.
-        return batch | {"index": (places & 0x7FFFFFFF).astype(np.int32)}
 
     def check_past(self, steps: int, skipped: Ranges) -> None:
         """Raise DataError if the steps so far skipped other examples than `skip` says they did."""
@@ -234,18 +222,21 @@ class _Steps:
         return f"Steps(rows={self.rows}, batch_size={self.batch_size}, seeds={self.seeds})"
 
 
-def cut(batch: dict[str, np.ndarray], width: int) -> dict[str, np.ndarray]:
-    """The batch without the columns that hold nothing but padding, and of targets as large a share;
-    what is no row stays."""
-    axis, time = batch["segment_ids"].ndim - 1, batch["segment_ids"].shape[-1]
+def full_row(split: Split) -> dict[str, np.ndarray]:
+    """The first row of a split at its full width, as a batch of one."""
+    zero = np.zeros(1, np.int64)
+    return _arrays(split, split.rows(zero), zero)
 
-    def shorter(name, array):
-        if name.startswith("target_"):
-            return array[:, : -(-width * array.shape[1] // time)]
-        row = array.ndim > axis and array.shape[axis] == time
-        return array[(slice(None),) * axis + (slice(width),)] if row else array
 
-    return {name: shorter(name, array) for name, array in batch.items()}
+def _arrays(
+    split: Split, rows: dict[str, np.ndarray], number: np.ndarray, width: int | None = None
+) -> dict[str, np.ndarray]:
+    """A batch: rows trimmed to `width`, the `units` of each and their `index`."""
+    batch = rows if width is None else split.trim(rows, width)
+    # int32 for the accelerator; after 2^31 examples the masks keyed by it repeat, which harms
+    # nobody.
+    index = (number & 0x7FFFFFFF).astype(np.int32)
+    return {**batch, "units": split.units(batch), "index": index}
 
 
 def _block(batch_size: int, process_index: int, process_count: int) -> np.ndarray:

@@ -24,6 +24,7 @@ from fmjax.data import spans, store, vocabulary
 from fmjax.data.encoding import NONE, Example, Reader
 from fmjax.data.settings import DataSettings
 from fmjax.data.sources import Document, Source
+from fmjax.data.token_rows import TokenRows
 from fmjax.data.tokenizer import Prepared
 from fmjax.data.vocabulary import Vocab
 from fmjax.errors import DataError, did_you_mean, quoted
@@ -35,13 +36,15 @@ CHUNK, CHUNK_CHARACTERS = 1000, 1 << 20  # of examples that are tokenised at onc
 MAX_DIGITS = 1000  # of names of classes that are sorted as numbers; Python's int() has a limit
 
 
-class ExampleSplit:
+class ExampleSplit(TokenRows):
     """Examples of one split, memory-mapped; `questions` are those whose answers are spans."""
 
     def __init__(self, folder: Path, split: str, seq_len: int, vocab: Vocab, counts: dict):
         self.seq_len, self.tokens, self._vocab = seq_len, counts["tokens"], vocab
         self._sequences, self._rows = counts["sequences"], counts["rows"]
         self._tagged = counts["tagged"]
+        if self._tagged:
+            self.per_token += ("labels",)
         self.target_len = counts["target_len"]
         self._files = files = MappedFiles(folder)
         self._ids = files.raw(f"{split}.tokens", store.token_dtype(vocab.size))

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fmjax.data import store
+from fmjax.data.token_rows import TokenRows
 from fmjax.data.vocabulary import Vocab
 from fmjax.errors import DataError
 from fmjax.io.mapped import MappedFiles
@@ -22,7 +23,7 @@ from fmjax.io.mapped import MappedFiles
 COUNTS = ("rows", "tokens", "truncated_tokens", "dropped_documents", "dropped_tokens")
 
 
-class PackedSplit:
+class PackedSplit(TokenRows):
     """Rows of one split, memory-mapped."""
 
     def __init__(self, folder: Path, split: str, seq_len: int, vocab: Vocab, counts: dict):

@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from fmjax.data import order, packing, store
+from fmjax.data.token_rows import TokenRows
 from fmjax.data.vocabulary import Vocab
 from fmjax.io.mapped import MappedFiles
 
 SPECIAL = 3  # [CLS] A [SEP] B [SEP]
 
 
-class PairSplit:
+class PairSplit(TokenRows):
     """Sentence pairs of one split, memory-mapped."""
 
     def __init__(

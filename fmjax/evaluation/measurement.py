@@ -59,9 +59,7 @@ class Measure:
         check_labels(self.dataset, opened, self.goals)
         self.rows = min(len(self.split), self.limit * self.batch_size or len(self.split))
         self.steps = data.eval_steps(self.split, self.batch_size, self.limit)
-        self.objectives = losses.build(
-            self.goals, target=self.dataset.target, vocab=self.dataset.vocab
-        )
+        self.objectives = losses.build(self.goals, self.dataset.facts)
 
     def __call__(
         self,
@@ -129,7 +127,7 @@ def check_labels(dataset: data.Dataset, opened: pretrained.Opened, goals: Iterab
     """Raise ConfigError for heads that are not trained, or whose outputs are not as many as the
     names."""
     for name in goals:
-        if requirements.vocabulary([name]):
+        if requirements.vocabulary({name: {}}):
             opened.require_output()
         opened.require_head(name)
         outputs = dict(opened.model.cfg.classes).get(name)

@@ -10,6 +10,7 @@ from fmjax import build, data, objectives
 from fmjax.checkpoints import pretrained
 from fmjax.data import sources
 from fmjax.data.documents import documents_of
+from fmjax.data.settings import DataSettings, read
 from fmjax.errors import ConfigError
 from fmjax.evaluation import eval_loop, measurement
 from fmjax.objectives import losses
@@ -38,8 +39,7 @@ class Predictor:
         self.dataset = opened.prepare(settings)
         self.split = measurement.split_of(self.dataset, "train")
         measurement.check_labels(self.dataset, opened, goals)
-        facts = dict(target=self.dataset.target, vocab=self.dataset.vocab)
-        self.objectives = objectives.build(goals, **facts)
+        self.objectives = objectives.build(goals, self.dataset.facts)
         if not any(objective.describe for objective in self.objectives):
             raise ConfigError(
                 f"The objectives {list(goals)} of {opened.source!r} say nothing of single records."
@@ -53,7 +53,7 @@ class Predictor:
         alone = len(documents) == len(rows)  # else windows of the contexts of questions
         place = lambda i: documents[i].where if alone else f"row {rows[i]:,}"
         eval_loop.check_finite(outputs, self.opened.source, place)
-        settings = data.settings.read(data.settings.DataSettings, self.settings, "data")
+        settings = read(DataSettings, self.settings, "data")
         columns = settings.column_names
         words = [len(document.fields[columns[0]]) for document in documents]
         about = dict(names=self.dataset.labels, split=self.split, rows=rows, words=words)

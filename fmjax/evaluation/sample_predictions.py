@@ -116,18 +116,8 @@ def _spread(count: int) -> np.ndarray:
 
 
 def _texts(run: Any, rows: np.ndarray) -> list[str]:
-    """The texts of rows; the two texts of a pair, and the choices of an example, are separated."""
-    words = load_tokenizer(run.dataset.tokenizer_dir)
-    batch = _rows(run, rows)
-    texts = []
-    for row in range(len(batch["input_ids"])):
-        arrays = (batch[key][row] for key in ("input_ids", "token_types", "segment_ids"))
-        ids, types, own = (np.atleast_2d(array) for array in arrays)
-        real = [(own > 0) & (types == kind) for kind in (0, 1)]
-        parts = [ids[i][own_kind[i]] for i in range(len(ids)) for own_kind in real]
-        read = [words.decode(part, skip_special_tokens=True).strip() for part in parts]
-        texts.append(" | ".join(dict.fromkeys(filter(None, read))))
-    return texts
+    """The rows as a person reads them."""
+    return run.dataset.texts(_rows(run, rows))
 
 
 def _said(told: Mapping[str, Any]) -> str:

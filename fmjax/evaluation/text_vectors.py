@@ -93,8 +93,7 @@ def vectors(
 
     @jax.jit
     def step(params, batch):
-        names = ("input_ids", "segment_ids", "positions", "token_types")
-        hidden = apply(params, *(batch[name] for name in names), method="encode")
+        hidden = apply(params, batch, method="encode")
         whole = made(hidden, batch["segment_ids"])
         return batch["index"], losses.real_rows(batch) > 0, whole
 

@@ -60,7 +60,7 @@ class Progress:
 
         Those not given keep the value shown last; unknown ones are ignored. Shown are train/loss,
         validation/loss, the metric `best`, optim/lr (the largest optim/lr/<group>),
-        perf/tokens_per_sec and, as fractions of one, perf/mfu and perf/data_wait. A second plain
+        perf/<unit>_per_sec and, as fractions of one, perf/mfu and perf/data_wait. A second plain
         line on a step holds only what is new.
         """
         if not self.enabled:
@@ -257,12 +257,14 @@ def _fields(metrics: Mapping[str, float], best: str) -> dict[str, str]:
     rates = [value for name, value in metrics.items() if name.startswith("optim/lr")]
     if rates:
         metrics = {**metrics, "optim/lr": max(rates)}
+    speed = next((name for name in metrics if name.endswith("_per_sec")), "")
+    unit = speed.removeprefix("perf/").removesuffix("_per_sec").replace("tokens", "tok")
     shown = {
         "loss": ("train/loss", lambda v: f"loss {v:5.3f}"),
         "val": ("validation/loss", lambda v: f"val {v:5.3f}"),
         "best": (best, lambda v: f"{best.rpartition('/')[2]} {v:.3f}"),
         "lr": ("optim/lr", lambda v: f"lr {v:.1e}"),
-        "speed": ("perf/tokens_per_sec", lambda v: f"{count(v):>5} tok/s"),
+        "speed": (speed, lambda v: f"{count(v):>5} {unit}/s"),
         "mfu": ("perf/mfu", lambda v: f"mfu {v:5.1%}"),
         "data": ("perf/data_wait", lambda v: f"data {v:.1%}"),
     }

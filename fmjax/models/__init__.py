@@ -16,6 +16,7 @@ class AnyModel(Protocol):
     causal: bool  # whether a token sees only what is before it
     decodes: bool  # whether a decoder follows the encoder
     encoded: int  # how many of the layers, from the first on, `encode` runs
+    inputs: Sequence[str]  # names of the arrays of a batch that `encode` takes, in order
     kinds: Sequence[str]  # one word a layer; only equal neighbours can be scanned together
 
     def example(self) -> tuple[Any, ...]: ...

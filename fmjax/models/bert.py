@@ -30,6 +30,8 @@ from fmjax.models.rope import rope
 from fmjax.params import precision, randomness, sharding
 from fmjax.params.precision import DTYPES
 
+FACTS = ("vocab_size", "lm_head", "pool")  # arguments that follow from data and objectives
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:

@@ -44,6 +44,9 @@ NORMS = ("before", "behind", "around")
 QK_NORMS = ("", "head", "whole")
 
 
+FACTS = ("vocab_size", "lm_head")  # arguments that follow from data and objectives
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every choice that tells the family's members apart; `VARIANTS` names published ones."""

@@ -23,6 +23,8 @@ from fmjax.models.attention import attention, mask
 from fmjax.params import randomness, sharding
 from fmjax.params.precision import DTYPES
 
+FACTS = ("vocab_size", "lm_head")  # arguments that follow from data and objectives
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:

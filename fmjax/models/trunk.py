@@ -121,6 +121,7 @@ class Trunk(nn.Module):
     stop: int | None = None  # None: all, and the norm after them
     causal = False  # whether a token sees only what is before it
     decodes = False  # whether a decoder follows the encoder
+    inputs = ("input_ids", "segment_ids", "positions", "token_types")  # of `encode`
     block: ClassVar[type[nn.Module]]  # of one layer
     endless = True  # whether it can be run on positions that no training text had
     heads = Heads  # its linear ones
@@ -197,14 +198,14 @@ class Trunk(nn.Module):
     def classify(
         self,
         hidden: Float[Array, "B T D"],
-        segment_ids: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
         name: str,
         pool: str = "",
         seeds: randomness.Seeds | None = None,
     ) -> Float[Array, "B C"]:
         """Outputs in float32 of the linear head `name` on the whole sequence, of which `pool` says
-        what stands for it (`text_pooling.pooled`; "" is the family's own). `seeds` turn dropout
-        on."""
+        what stands for it (`text_pooling.pooled`; "" is the family's own). Without `segment_ids` no
+        position is padding. `seeds` turn dropout on."""
         return self.head.whole(hidden, segment_ids, name, pool, self._head_site(name, seeds))
 
     def project(
@@ -223,7 +224,8 @@ class Trunk(nn.Module):
         return None if seeds is None else randomness.fold(seeds, self.cfg.depth + 1)
 
     def __call__(self, *args):
-        hidden, segment_ids = self.encode(*args), args[1]
+        hidden = self.encode(*args)
+        segment_ids = dict(zip(self.inputs, args, strict=True)).get("segment_ids")
         for name, _ in self.cfg.classes:
             if name in TOKEN_HEADS:
                 self.project(hidden, name)

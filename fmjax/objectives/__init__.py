@@ -35,7 +35,6 @@ both directions (`PREFIX`, `prefix`), each of which has its own, with its own co
 """
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -74,30 +73,34 @@ class Objective(NamedTuple):
 
 def build(
     objectives: Mapping[str, Mapping[str, Any]],
-    *,
-    target: str,
+    facts: Mapping[str, Any],
     steps: Callable[[Any], int] | None = None,
-    **facts: Any,
 ) -> list[Objective]:
-    """Imports each named objective and binds its arguments; `target`: what the data's labels are;
-    `steps` turns durations into steps, where there is a run.
+    """Import each named objective and bind its arguments.
 
-    Raises ConfigError for an argument that the objective does not take, and where the labels of the
-    data mean something else than it says.
+    `facts` are those of the data (`fmjax.data.Dataset.facts`); `steps` turns durations into steps,
+    where there is a run.
+
+    Raises ConfigError for an argument that the objective does not take, and for data that it cannot
+    use.
     """
-    facts["target"] = target
-    return [_bind(name, dict(args), target, steps, facts) for name, args in objectives.items()]
+    return [_bind(name, dict(args), steps, facts) for name, args in objectives.items()]
 
 
 def _bind(
     name: str,
     args: dict[str, Any],
-    target: str,
     steps: Callable[[Any], int] | None,
     facts: Mapping[str, Any],
 ) -> Objective:
-    module = importlib.import_module(f"fmjax.objectives.{name}")
-    requirements.check_target(name, getattr(module, "TARGET", ""), target)
+    module = requirements.module_of(name, args)
+    args.pop("module", None)
+    requirements.check_target(name, getattr(module, "TARGET", ""), facts["target"])
+    if getattr(module, "VOCABULARY", False) and "vocab" not in facts:
+        raise ConfigError(
+            f"config.objectives.{name} predicts tokens, and the data of config.data.format have "
+            "none."
+        )
     if getattr(module, "MASKS", False) and facts["vocab"].mask_id is None:
         raise ConfigError(
             f"config.objectives.{name} needs a tokenizer with a mask token: set "
@@ -221,7 +224,7 @@ def metrics(
     found = {}
     for group in _passes(objectives):
         seen = prepare(group, batch, rng, train, step)
-        found |= _metrics(group, _remembering(apply), params, seen)
+        found |= _metrics(group, SharedForward(apply), params, seen)
     return found
 
 
@@ -236,7 +239,7 @@ def evaluation(
     pass."""
     found, told = {}, {}
     for group in _passes(objectives):
-        seen, shared = prepare(group, batch, rng, train=False), _remembering(apply)
+        seen, shared = prepare(group, batch, rng, train=False), SharedForward(apply)
         says = {o.name: o.outputs or o.guesses for o in group if o.outputs or o.guesses}
         told |= {name: function(shared, params, seen) for name, function in says.items()}
         found |= _metrics(group, shared, params, seen)
@@ -247,7 +250,7 @@ def outputs_of(
     objectives: list[Objective], apply: Callable, params: Any, batch: Mapping[str, jax.Array]
 ) -> dict[str, dict[str, jax.Array]]:
     """{objective: its outputs} of a batch that may have no labels."""
-    shared, batch = _remembering(apply), {**batch, "seeds": None}
+    shared, batch = SharedForward(apply), {**batch, "seeds": None}
     return {o.name: o.outputs(shared, params, batch) for o in objectives if o.outputs}
 
 
@@ -304,16 +307,20 @@ def mean(found: Mapping[str, Any], objectives: list[Objective]) -> dict[str, flo
     return {"loss": sum(weight * value for weight, value in parts), **means}
 
 
-def _remembering(apply: Callable) -> Callable:
-    results: dict[tuple, Any] = {}
+class SharedForward:
+    """The `apply` of a model that runs a method once for the same arguments: objectives that ask
+    for the same states share a forward pass."""
 
-    def remembered(params, *args, method):
-        if method == "encode":  # so that who asks for more of it shares the pass
-            return remembered(params, *args, method="encode_routed")[0]
-        key = (method, id(params), *map(id, args))
-        if key not in results:
-            # The arguments are kept beside the result so that their ids stay theirs.
-            results[key] = (apply(params, *args, method=method), params, args)
-        return results[key][0]
+    def __init__(self, apply: Callable):
+        self._apply = apply
+        self._results: dict[tuple, tuple[Any, Any]] = {}
 
-    return remembered
+    def __call__(self, params: Any, *args: Any, method: str) -> Any:
+        if method == "encode":  # shared with those that also ask for the routing
+            return self(params, *args, method="encode_routed")[0]
+        leaves, structure = jax.tree.flatten(args)
+        key = method, id(params), structure, *map(id, leaves)
+        if key not in self._results:
+            # Arguments are kept with the result: the id of what is gone may be given again.
+            self._results[key] = self._apply(params, *args, method=method), (params, leaves)
+        return self._results[key][0]

@@ -110,6 +110,5 @@ def pooled_logits(
 ) -> jax.Array:
     """The outputs (B, C) of a linear `head` on what stands for the whole sequence; `seeds` turn
     dropout before the head on."""
-    names = ("input_ids", "segment_ids", "positions", "token_types", "seeds")
-    hidden = apply(params, *(batch[name] for name in names), method="encode")
-    return apply(params, hidden, batch["segment_ids"], head, pool, seeds, method="classify")
+    hidden = apply(params, batch, method="encode")
+    return apply(params, hidden, batch.get("segment_ids"), head, pool, seeds, method="classify")

@@ -35,9 +35,7 @@ def loss_fn(
     model of experts, "nats" is the cross-entropy, and the loss has what they add. Of a model of
     experts also what its routers say (`models.experts.report`).
     """
-    names = ("input_ids", "segment_ids", "positions", "token_types", "seeds")
-    arrays = (batch[name] for name in names)
-    hidden, routing = apply(params, *arrays, method="encode_routed")
+    hidden, routing = apply(params, batch, method="encode_routed")
     how = dict(vocab=vocab, z_loss=z_loss, smoothing=smoothing, routing=routing)
     return judged(apply, params, hidden, *targets(batch), **how)
 

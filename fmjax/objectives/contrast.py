@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from fmjax.errors import ConfigError
 from fmjax.models import text_pooling
 from fmjax.objectives import losses
 from fmjax.objectives.choose import INPUTS, flat
@@ -28,6 +29,16 @@ SCORES = ("retrieval", "mrr")
 WHOLE_BATCH = True
 
 BLOCK = 1024  # texts that are compared with all others at once
+
+
+def check(*, columns: int, dropout: float) -> None:
+    """Raise ConfigError if a text would be compared with itself and nothing tells the two apart."""
+    if columns == 1 and not dropout:
+        raise ConfigError(
+            "config.objectives.contrast with a single column of texts compares each with itself "
+            "under another dropout (SimCSE), but config.model.dropout is 0: set it to 0.1, or give "
+            "pairs, config.data.columns=a,b."
+        )
 
 
 def loss_fn(
@@ -101,7 +112,7 @@ def _embeddings(
 ) -> Float[Array, "B K D"]:
     """The mean of the tokens of each text, or its first token, with length 1."""
     rows = flat(batch)
-    hidden = apply(params, *(rows[name] for name in (*INPUTS, "seeds")), method="encode")
+    hidden = apply(params, rows, method="encode")
     whole = text_pooling.pooled(hidden, rows["segment_ids"], pool)
     square = jnp.sum(jnp.square(whole), axis=-1, keepdims=True)
     # An empty row is zero: its gradient must not be infinity times zero.

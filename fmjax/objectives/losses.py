@@ -39,9 +39,8 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def real_rows(batch: Mapping[str, jax.Array]) -> Float[Array, "B"]:
-    """1 for an example, 0 for a row of nothing but padding, which fills the last batch."""
-    real = batch["segment_ids"] > 0
-    return jnp.any(real, axis=tuple(range(1, real.ndim))).astype(jnp.float32)
+    """1 for an example, 0 for a row without `units` (B,), which fills the last batch."""
+    return (batch["units"] > 0).astype(jnp.float32)
 
 
 def each_label(

@@ -127,8 +127,7 @@ def guesses(apply: Callable, params: Any, batch: Mapping[str, jax.Array]) -> dic
 
 def _logits(apply: Callable, params: Any, batch: Mapping[str, jax.Array]) -> Float[Array, "B K V"]:
     """At the targets."""
-    names = ("input_ids", "segment_ids", "positions", "token_types", "seeds")
-    hidden = apply(params, *(batch[name] for name in names), method="encode")
+    hidden = apply(params, batch, method="encode")
     hidden = jnp.take_along_axis(hidden, batch["mlm_positions"][..., None], axis=1)  # (B, K, D)
     return apply(params, hidden, method="logits")
 

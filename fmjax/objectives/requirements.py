@@ -1,55 +1,72 @@
 """Requirements of objectives on a model and its data, as their modules declare them
 (fmjax/objectives)."""
 
-import importlib
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fmjax.config import plugins
 from fmjax.errors import ConfigError
 from fmjax.models import WHOLE_HEADS, AnyModel
 
+Objectives = Mapping[str, Mapping[str, Any]]  # config.objectives: {name: arguments}
 
-def heads(objectives: Iterable[str], labels: Sequence[str]) -> dict[str, int]:
+
+def module_of(name: str, args: Mapping[str, Any]) -> Any:
+    """The module of the objective `name`: its argument `module`, or that of fmjax.objectives."""
+    given = args.get("module", f"fmjax.objectives.{name}")
+    return plugins.load(given, f"objectives.{name}.module")
+
+
+def heads(objectives: Objectives, labels: Sequence[str]) -> dict[str, int]:
     """{name: outputs} of the linear heads that the objectives need; `labels` names the classes."""
-    found = {}
-    for name in objectives:
-        module = importlib.import_module(f"fmjax.objectives.{name}")
-        found |= module.heads(labels) if hasattr(module, "heads") else {}
-    return found
+    needed = {}
+    for name, args in objectives.items():
+        module = module_of(name, args)
+        needed |= module.heads(labels) if hasattr(module, "heads") else {}
+    return needed
 
 
-def vocabulary(objectives: Iterable[str]) -> bool:
+def vocabulary(objectives: Objectives) -> bool:
     """True if one of the objectives predicts tokens."""
-    modules = (importlib.import_module(f"fmjax.objectives.{name}") for name in objectives)
+    modules = (module_of(*item) for item in objectives.items())
     return any(getattr(module, "VOCABULARY", False) for module in modules)
 
 
-def pool(objectives: Mapping[str, Mapping[str, Any]]) -> str:
+def pool(objectives: Objectives) -> str:
     """The pooling before linear heads; "" if not given, or not the same for all."""
     pools = {args.get("pool", "") for name, args in objectives.items() if name in WHOLE_HEADS}
     return pools.pop() if len(pools) == 1 else ""
 
 
-def prefix(objectives: Mapping[str, Mapping[str, Any]]) -> bool:
+def prefix(objectives: Objectives) -> bool:
     """True if one of the objectives shows a decoder's tokens to earlier ones."""
     return any(
-        args.get("prefix")
-        or getattr(importlib.import_module(f"fmjax.objectives.{name}"), "PREFIX", 0)
+        args.get("prefix") or getattr(module_of(name, args), "PREFIX", False)
         for name, args in objectives.items()
     )
 
 
-def room(objectives: Iterable[str]) -> int:
-    """Largest number of tokens that the objectives add to a document."""
-    modules = (importlib.import_module(f"fmjax.objectives.{name}") for name in objectives)
-    return sum(getattr(module, "ROOM", 0) for module in modules)
+def check_facts(objectives: Objectives, facts: Mapping[str, Any]) -> None:
+    """Call the `check` of each objective that has one with the facts that it asks for, and check
+    the room for what all of them add. Raises ConfigError where one cannot be learnt so."""
+    modules = [module_of(*item) for item in objectives.items()]
+    for check in filter(None, (getattr(module, "check", None) for module in modules)):
+        asked = inspect.signature(check).parameters
+        check(**{name: facts[name] for name in asked if name in facts})
+    room = facts.get("room", 0)
+    if room < (needed := sum(getattr(module, "ROOM", 0) for module in modules)):
+        raise ConfigError(
+            f"config.objectives adds {needed} tokens to a document, but config.data.room={room} "
+            f"leaves no room for them behind each: set it to {needed}."
+        )
 
 
-def check_model(objectives: Mapping[str, Mapping[str, Any]], model: AnyModel) -> None:
+def check_model(objectives: Objectives, model: AnyModel) -> None:
     """Raise ConfigError for a model that cannot learn the objectives: whether its tokens see only
     earlier ones, and whether a decoder follows its encoder."""
     for name, args in objectives.items():
-        module = importlib.import_module(f"fmjax.objectives.{name}")
+        module = module_of(name, args)
         decodes = getattr(module, "DECODES", False)
         if decodes != model.decodes and (decodes or getattr(module, "VOCABULARY", False)):
             raise ConfigError(

@@ -16,7 +16,6 @@ from fmjax.objectives.clm import judged
 
 TARGET = "seq2seq"
 VOCABULARY = DECODES = True
-INPUTS = ("input_ids", "segment_ids", "positions", "token_types", "seeds")
 
 
 def loss_fn(
@@ -29,7 +28,7 @@ def loss_fn(
     smoothing: float = 0.0,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """As that of `clm`, a target being each token of `target_ids` (B, S) that is no padding."""
-    source = apply(params, *(batch[name] for name in INPUTS), method="encode")
+    source = apply(params, batch, method="encode")
     ids, segments = batch["target_ids"], batch["target_segment_ids"]
     states = apply(
         params,

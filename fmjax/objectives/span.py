@@ -158,8 +158,7 @@ def _best_span(
 
 def _logits(apply: Callable, params: Any, batch: Mapping[str, jax.Array]) -> Float[Array, "B 2 T"]:
     """Logits of first and last; those of padding are as good as minus infinity."""
-    names = ("input_ids", "segment_ids", "positions", "token_types", "seeds")
-    hidden = apply(params, *(batch[name] for name in names), method="encode")
+    hidden = apply(params, batch, method="encode")
     # Without dropout before the head, which BERT has on all heads but this one.
     logits = apply(params, hidden, "span", None, method="project").swapaxes(1, 2)
     return jnp.where(batch["segment_ids"][:, None] > 0, logits, jnp.float32(-1e30))

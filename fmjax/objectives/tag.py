@@ -93,6 +93,5 @@ def _words(tags: np.ndarray, known: np.ndarray, names: Sequence[str]) -> list[li
 
 
 def _logits(apply: Callable, params: Any, batch: Mapping[str, jax.Array]) -> Float[Array, "B T C"]:
-    names = ("input_ids", "segment_ids", "positions", "token_types", "seeds")
-    hidden = apply(params, *(batch[name] for name in names), method="encode")
+    hidden = apply(params, batch, method="encode")
     return apply(params, hidden, "tag", batch["seeds"], method="project")

@@ -4,6 +4,8 @@ config.json."""
 from collections.abc import Mapping
 from typing import Any
 
+from fmjax.config.rules import UNITS
+
 # Fields of a model's config that say its size, with the words for them.
 SIZES = {
     "width": "width",
@@ -15,7 +17,7 @@ SIZES = {
     "vocab_size": "vocabulary",
     "max_len": "longest text",
 }
-UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def rows(config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -36,7 +38,7 @@ def rows(config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tuple[st
 
 def flop(number: float) -> str:
     """A number of operations as people read it: 7.04 TFLOP."""
-    unit, letter = next(((unit, s) for unit, s in UNITS if number >= unit), (1, ""))
+    unit, letter = next(((unit, s) for unit, s in PREFIXES if number >= unit), (1, ""))
     return f"{number / unit:.3g} {letter}FLOP"
 
 
@@ -61,16 +63,17 @@ def _data(config: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
     parts = [named]
     for split in ("train", "validation"):
         own = counts.get(split, {}) if isinstance(counts.get(split), Mapping) else {}
-        sizes = [f"{own[key]:,} {key}" for key in ("documents", "tokens", "rows") if own.get(key)]
+        sizes = [f"{own[key]:,} {key}" for key in ("documents", *UNITS) if own.get(key)]
         parts += [f"{split} {', '.join(sizes)}"] if sizes else []
     return "; ".join(filter(None, parts))
 
 
 def _length(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    tokens, counts = summary.get("metrics", {}).get("tokens"), summary.get("data", {})
-    if tokens is None:
+    metrics, counts = summary.get("metrics", {}), summary.get("data", {})
+    unit = next((unit for unit in UNITS if unit in metrics), None)
+    if unit is None:
         return ""
-    text = f"{tokens:,} tokens in {summary['step']:,} steps"
+    text = f"{metrics[unit]:,} {unit} in {summary['step']:,} steps"
     rows = counts.get("train", {}).get("rows") if isinstance(counts.get("train"), Mapping) else None
     rows = min(filter(None, (rows, config.get("data", {}).get("examples"))), default=None)
     if rows and config.get("batch_size"):

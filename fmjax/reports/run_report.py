@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fmjax.config.load import flatten
+from fmjax.config.rules import UNITS
 from fmjax.errors import CheckpointError
 from fmjax.io import metrics_log, storage
 from fmjax.io.progress import count, duration
@@ -29,7 +30,7 @@ PANELS = {
     "lr": ("Learning rate", 1, {"zero": True}),
     "perplexity": ("Perplexity", 1, {"log": True}),
     "grad_norm": ("Gradient norm", 1, {"log": True}),
-    "tokens_per_sec": ("Tokens per second", 1, {"zero": True}),
+    **{f"{x}_per_sec": (f"{x.capitalize()} per second", 1, {"zero": True}) for x in UNITS},
     "data_wait": ("Waiting for data (% of the time)", 100, {"zero": True}),
     "mfu": ("Model FLOPs utilisation (%)", 100, {"zero": True}),
     "step_sec": ("Seconds per step", 1, {"zero": True}),

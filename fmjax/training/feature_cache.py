@@ -155,9 +155,9 @@ def _compute(run: Any, params: Any, split: Any, layers: int, folder: Path, stop)
 
     @jax.jit
     def encode(params, batch):
-        names = ("input_ids", "segment_ids", "positions", "token_types")
         flat = lambda x: x.reshape(-1, x.shape[-1])  # several sequences of an example
-        return apply(params, *(flat(batch[name]) for name in names), method="encode")
+        inputs = {name: flat(batch[name]) for name in run.model.inputs}
+        return apply(params, inputs, method="encode")
 
     first, last = split.extent(np.arange(len(split)))
     shape = int(last[-1]), run.model.cfg.width

@@ -26,6 +26,7 @@ from fmjax.checkpoints.pretrained import (
     is_run,
 )
 from fmjax.config import load as configs
+from fmjax.data import Dataset
 from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.errors import ConfigError
 from fmjax.models import AnyModel, param_init
@@ -39,7 +40,8 @@ def resolved(config: Any) -> Any:
     What `config.model` says beside its name goes before what `config.init` has. Raises ConfigError
     where there is nothing to take.
     """
-    wanted = [key for key in ("model", "tokenizer") if config[key].name == "init"]
+    sections = [key for key in ("model", "tokenizer") if key in config]
+    wanted = [key for key in sections if config[key].name == "init"]
     if not wanted:
         return config
     if not config.init:
@@ -151,9 +153,10 @@ def _told(audit: Mapping[str, float], name: str) -> str:
     )
 
 
-def check_tokenizer(config: Any, folder: Path) -> None:
-    """Raise ConfigError if the ids of `config.init`'s tokenizer differ from those in `folder`."""
-    if not config.init:
+def check_processors(config: Any, dataset: Dataset) -> None:
+    """Raise ConfigError if the ids of `config.init`'s tokenizer differ from those of the data."""
+    folder = dataset.processors.get("tokenizer")
+    if not config.init or folder is None:
         return
     source = _tokenizer(config.init)
     if (
@@ -183,7 +186,7 @@ def check_head(config: Any, labels: Sequence[str]) -> None:
         source = convert.find(config.init)
         has, names = convert.describe(source)[1].get("classes", {}), convert.labels(source)
         several = convert.several_labels(source)
-    wanted = requirements.heads(config.objectives, labels)
+    wanted = requirements.heads(config.objectives.to_dict(), labels)
     if "classify" in wanted.keys() & has.keys() and several != (config.data.format == "labels"):
         kind, form = ("several labels", "labels") if several else ("one class", "classes")
         raise ConfigError(

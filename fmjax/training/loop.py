@@ -28,6 +28,7 @@ from fmjax.training import (
     monitor,
     optim,
     restore,
+    setup,
 )
 from fmjax.training.monitor import Monitor
 from fmjax.training.setup import Run
@@ -170,7 +171,7 @@ def meta(run: Run, batches: Any, monitor: Monitor, frozen_digest: str) -> dict[s
         "data": batches.state(),
         "fingerprint": restore.fingerprint(run),
         "model": pretrained.identity(run.model),
-        "tokenizer": restore.tokenizer_digests(monitor.folder.path),
+        "processors": restore.processor_digests(monitor.folder.path, tuple(run.dataset.processors)),
         "config": configs.flatten(configs.redact(run.config)),
         "versions": environment.environment(),
         **monitor.saved(),
@@ -181,36 +182,41 @@ def compiled(
     vmapped: VmappedRuns, monitors: Sequence[Monitor], asked: Sequence[str], stop: signals.Stop
 ) -> tuple[Callable, Callable]:
     """The train step, with the state donated, and the evaluation step; both are compiled when the
-    first batch of each width comes. `asked` are metrics of `exams`."""
+    first batch of each shape comes. `asked` are metrics of `exams`."""
     run = vmapped.padded_run
     jitted, programs = jax.jit(vmapped.train_step(), donate_argnums=0), {}
     measure, measured = jax.jit(vmapped.eval_step()), set()
 
     def program(state, batch):
-        width = batch["segment_ids"].shape[-1]
-        if width not in programs:
+        shapes = setup.shapes(batch)
+        if shapes not in programs:
             with (
                 monitor.timed(monitors, "compile"),
                 monitors[0].doing("compiling …"),
                 stop.compiling(),
             ):
-                traced = jitted.trace(vmapped.abstract, vmapped.batch_spec(width))
-                for one, flops in zip(monitors, vmapped.flops(width, traced), strict=True):
-                    one.flops[width] = flops
+                spec = jax.tree.map(_abstract, dict(batch))
+                traced = jitted.trace(vmapped.abstract, spec)
+                for one, flops in zip(monitors, vmapped.flops(spec, traced), strict=True):
+                    one.flops[shapes] = flops
                 lowered = traced.lower()
                 scores = [f"{o.name}/{score}" for o in run.objectives for score in o.scores]
                 check_best(run.config.best, [*lowered.out_info[1]["sums"], *scores, *asked])
-                programs[width] = lowered.compile()
+                programs[shapes] = lowered.compile()
             processes.meet()  # some compile faster
-        return programs[width](state, batch)
+        return programs[shapes](state, batch)
 
     def evaluation(params, batch, rng):
-        width = batch["segment_ids"].shape[-1]
-        with contextlib.nullcontext() if width in measured else stop.compiling():
-            measured.add(width)
+        shapes = setup.shapes(batch)
+        with contextlib.nullcontext() if shapes in measured else stop.compiling():
+            measured.add(shapes)
             return measure(params, batch, rng)
 
     return program, evaluation
+
+
+def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def check_best(best: str, metrics: Iterable[str]) -> None:

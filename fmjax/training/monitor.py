@@ -27,6 +27,7 @@ from fmjax.io import atomic, environment, metrics_log, workdir
 from fmjax.io.progress import Progress
 from fmjax.params import paths
 from fmjax.reports import report_facts, run_report
+from fmjax.training.setup import shapes
 
 
 class Monitor:
@@ -36,7 +37,7 @@ class Monitor:
     its own, and they share what `progress` shows.
 
     first: steps done before this session; saved: the meta of the checkpoint it continues from, {}
-    for a new run; tokens, done_flops: real tokens trained on, and the FLOPs of it, in all sessions;
+    for a new run; units, done_flops: units of data trained on, and their FLOPs, in all sessions;
     last_bad: (step, batch) of the last update that was not finite; bad_in_a_row: how many there
     were with no update applied in between. A spike is no sign of a broken model and does not count.
     """
@@ -56,9 +57,9 @@ class Monitor:
         config = run.config
         self.run, self.folder, self.first = run, folder, first
         self._arm, self._prefix = arm, "" if arm is None else f"arm {arm}: "
-        self.tokens, self.skipped = saved.get("tokens", 0), saved.get("skipped", 0)
+        self.units, self.skipped = saved.get("units", 0), saved.get("skipped", 0)
         self.done_flops = saved.get("flops", 0)
-        self.flops: dict[int, int] = {}  # of a step, by the width of its batch
+        self.flops: dict[Any, int] = {}  # of a step, by the shapes of its batch
         self.bad_in_a_row, self.last_bad = 0, None
         self._logger = metrics_log.Logger(
             folder.path,
@@ -109,11 +110,11 @@ class Monitor:
             # The optimizer's count, which a skipped update does not advance.
             metrics[name] = float(rate(step - 1 - self.skipped))
         metrics |= {
-            "perf/tokens_per_sec": self._tokens / stepping,
+            f"perf/{self.run.dataset.unit}_per_sec": self._units / stepping,
             "perf/step_sec": stepping / max(self._steps, 1),
             "perf/data_wait": spent["data_wait"] / stepping,
             "memory/peak_gib": _peak_bytes() / 2**30,
-            "tokens": self.tokens,
+            self.run.dataset.unit: self.units,
             "flops": self.done_flops,
         }
         peak = build.peak_flops(jax.devices()[0])
@@ -191,7 +192,7 @@ class Monitor:
             self.folder.update(checkpoint=saver.committed)
 
     def saved(self) -> dict[str, Any]:
-        """The monitor's part of a checkpoint (JSON): the tokens so far, and the means being
+        """The monitor's part of a checkpoint (JSON): the units so far, and the means being
         taken."""
         self._read()
         sums = {name: pair.tolist() for name, pair in self._sums.items()}
@@ -199,7 +200,7 @@ class Monitor:
         failure = str(self.folder.failure or "")
         counted = {
             "failure": failure,
-            "tokens": self.tokens,
+            "units": self.units,
             "skipped": self.skipped,
             "flops": self.done_flops,
         }
@@ -282,7 +283,7 @@ class Monitor:
         self._scalars: dict[str, list[float]] = {"grad_norm": [], "skipped": []}
         if self.run.config.optim.skip_spikes:
             self._scalars["spike"] = []
-        self._steps = self._tokens = self._flops = 0
+        self._steps = self._units = self._flops = 0
 
     def _read(self) -> None:
         if self._pending is None:
@@ -291,12 +292,10 @@ class Monitor:
         found = jax.device_get(found)  # fetched once, whoever asks again
         if self._arm is not None:
             found = jax.tree.map(lambda x: x[self._arm], found)
-        tokens = int(found["tokens"])
-        flops = self.flops[batch["segment_ids"].shape[-1]]
+        units, flops = int(found["units"]), self.flops[shapes(batch)]
         self._flops, self.done_flops = self._flops + flops, self.done_flops + flops
-        self._steps, self._tokens, self.tokens = (
-            self._steps + 1, self._tokens + tokens, self.tokens + tokens,
-        )  # fmt: skip
+        self._units, self.units = self._units + units, self.units + units
+        self._steps += 1
         for name in self._scalars.keys() - {"grad_norm"}:
             self._scalars[name].append(float(found[name]))
         bad, spike = bool(found["skipped"]), bool(found["spike"])

@@ -9,7 +9,6 @@ import numpy as np
 
 from fmjax import adapters, convert, objectives
 from fmjax.data import check_drawn
-from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.distributed import collective_bytes
 from fmjax.errors import ConfigError
 from fmjax.io.progress import count
@@ -24,7 +23,8 @@ def show(vmapped: VmappedRuns, batch: Mapping[str, np.ndarray]) -> None:
     run = vmapped.padded_run
     config, dataset = run.config, run.dataset
     split = dataset.splits["train"]
-    print(f"\ndata        {len(split):,} rows of {split.seq_len}; {split.tokens:,} tokens an epoch")
+    print(f"\ndata        {len(split):,} rows of {split.row_size}", end="")
+    print(f"; {split.unit_count:,} {dataset.unit} an epoch")
     seen = check_drawn(split, config.data.examples)
     drawn = f" of {seen:,} that are drawn" if seen < len(split) else ""
     epochs = run.total * config.batch_size / seen
@@ -78,11 +78,12 @@ def _cost(vmapped: VmappedRuns) -> None:
     step = compiled(vmapped)
     memory = step.memory_analysis()
     operations = flops.of_step(run, batch_spec(run))
-    tokens = run.config.batch_size * run.config.data.seq_len
+    split, unit = run.dataset.splits["train"], run.dataset.unit
+    units = run.config.batch_size * split.row_units
     every, moving = run.abstract.params, run.split(run.abstract.params)[0]
     frozen = adapters.parameters(run.model, every) - paths.size(moving)
-    a_token = count(operations / tokens)
-    print(f"\nstep        {count(operations)}FLOP in matrix products, {a_token} a token")
+    each = count(operations / units)
+    print(f"\nstep        {count(operations)}FLOP in matrix products, {each} a {unit[:-1]}")
     cost = step.cost_analysis() or {}
     told = count(cost.get("flops", 0))
     print(f"            {told}FLOP by the compiler, which counts a scanned layer once")
@@ -121,23 +122,9 @@ def _sent(program: str) -> str:
 
 
 def _batch(run: Any, batch: Mapping[str, np.ndarray]) -> None:
-    """The first row of the first batch as the model sees it, decoded."""
-    tokenizer = load_tokenizer(run.dataset.tokenizer_dir)
+    """The first row of the first batch as the model sees it."""
     batch = {name: jnp.asarray(x) for name, x in batch.items()}  # of several processes, this one's
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.config.seed), 1), 0)
     _, phases = objectives.phases(run.objectives)
     prepared = objectives.prepare(phases[0], batch, rng, True, jnp.int32(0))
-
-    def text(arrays: Mapping[str, jax.Array], ids: str = "input_ids", own: str = "segment_ids"):
-        return tokenizer.decode(np.asarray(arrays[ids][0])[np.asarray(arrays[own][0]) > 0])
-
-    print(f"\nfirst row of the first batch\n{text(batch)}")
-    if text(prepared) != text(batch):
-        print(f"\nas the model sees it\n{text(prepared)}")
-    if "target_ids" in prepared:
-        print(f"\ntarget\n{text(prepared, 'target_ids', 'target_segment_ids')}")
-    if "mlm_labels" in prepared:
-        kept = np.asarray(prepared["mlm_weights"][0]) > 0
-        order = np.argsort(np.asarray(prepared["mlm_positions"][0])[kept])
-        labels = np.asarray(prepared["mlm_labels"][0])[kept][order]
-        print("\ntargets     " + " ".join(tokenizer.convert_ids_to_tokens(labels)))
+    print(f"\nfirst row of the first batch\n{run.dataset.example(batch, prepared)}")

@@ -31,7 +31,7 @@ def states(
     (new state, {} of each); and the digest of the frozen parameters as they are saved, "" for none.
     """
     checkpoints = [folder.path / "checkpoints" for folder in folders]
-    tokenizer_digests.cache_clear()  # of runs that this process had in the same folders
+    processor_digests.cache_clear()  # of runs that this process had in the same folders
     if found := restored(vmapped, folders, savers):
         states, saved = zip(*found, strict=True)
         for folder, meta in zip(folders, saved, strict=True):
@@ -49,11 +49,11 @@ def states(
             states = [one.replace(params=groups.merge(one.params, rest)) for one in states]
         return vmapped.stack(states), list(saved), frozen_digest
     if jax.process_index() == 0:
-        # A run folder reads alone: evaluation, export and people need the tokenizer.
+        # A run folder reads alone: evaluation, export and people need its processors.
         for folder in folders:
-            source = vmapped.padded_run.dataset.tokenizer_dir
-            with writing(folder.path / "tokenizer"):
-                shutil.copytree(source, folder.path / "tokenizer", dirs_exist_ok=True)
+            for name, source in vmapped.padded_run.dataset.processors.items():
+                with writing(folder.path / name):
+                    shutil.copytree(source, folder.path / name, dirs_exist_ok=True)
     current = vmapped.stack(created(vmapped.runs))
     rest = vmapped.padded_run.split(current.params)[1]
     frozen_digest = frozen.save(checkpoints[0], rest) if jax.tree.leaves(rest) else ""
@@ -153,9 +153,9 @@ def created(runs: Sequence[Run]) -> list[TrainState]:
 
 
 @functools.cache  # the files of a run that continues must not change under it
-def tokenizer_digests(folder: Path) -> dict[str, str]:
-    """{name: digest} of the files of a run's tokenizer."""
-    return tokenizer.digests(folder / "tokenizer")
+def processor_digests(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    """{processor: {file: digest}} of a run folder."""
+    return {name: tokenizer.digests(folder / name) for name in names}
 
 
 def fingerprint(run: Run) -> dict[str, Any]:

@@ -1,18 +1,17 @@
 """From a config to the parts of a run, built and checked, with nothing computed yet."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+from ml_collections import ConfigDict
 
 from fmjax import adapters, build, data
 from fmjax import objectives as losses
 from fmjax.config import load as configs
 from fmjax.config import rules
-from fmjax.data.settings import DataSettings, read
 from fmjax.distributed import agreement
 from fmjax.errors import ConfigError
 from fmjax.models import AnyModel, param_init
@@ -52,78 +51,60 @@ def setup(config: Any, mesh: jax.sharding.Mesh, poll: Callable[[], None] = lambd
     """
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
     config = initialize.resolved(config)
-    size = config.tokenizer.vocab_size if config.tokenizer.name == "train" else 8
-    none = np.zeros(size, bool)
-    marks = dict(sentinels=range(size), fim=(4, 5, 6))
-    stand_in = data.Vocab(size, 0, 1, (2,), (3,), none, none, **marks)
-    labels = tuple(config.data.classes) or ("one", "other")
+    sections = config.data.to_dict(), config.get("tokenizer", ConfigDict()).to_dict()
     # An upper bound of the steps in the unit of the run's length, next to nothing in the others, so
     # that no duration looks longer than the run.
-    unit = rules.duration(config.total)[1]
-    rows = config.batch_size * 2**30 if unit == "epoch" else 1
-    tokens = rows if unit == "token" else rows * 2**40
-    assemble(config, mesh, stand_in, labels, rows=rows, tokens=tokens, flops=1)
+    length = rules.duration(config.total)[1]
+    rows = config.batch_size * 2**30 if length == "epoch" else 1
+    units = rows if length not in rules.LENGTHS else rows * 2**40
+    assemble(config, mesh, data.stand_in(*sections), rows=rows, units=units, flops=1)
 
-    rows = config.model.get("vocab_size") if config.init else None
-    dataset = data.prepare(
-        config.data.to_dict(), config.tokenizer.to_dict(), embedding_rows=rows, poll=poll
-    )
+    embedding_rows = config.model.get("vocab_size") if config.init else None
+    dataset = data.prepare(*sections, embedding_rows=embedding_rows, poll=poll)
     agreement.check_data(dataset)
-    initialize.check_tokenizer(config, dataset.tokenizer_dir)
+    initialize.check_processors(config, dataset)
     return with_data(config, mesh, dataset)
 
 
-def with_data(config: Any, mesh: jax.sharding.Mesh, dataset: Any) -> Run:
+def with_data(config: Any, mesh: jax.sharding.Mesh, dataset: data.Dataset) -> Run:
     """The run on these data, as long as the config says."""
-    size = sizes(config, dataset.splits["train"])
-    make = functools.partial(assemble, config, mesh, dataset.vocab, dataset.labels, **size)
+    make = functools.partial(assemble, config, mesh, dataset, **sizes(config, dataset))
     run = make(flops=1)._replace(dataset=dataset)
     losses.check_phases(run.objectives, run.total)
-    build.check_types(run.model, dataset.types)
+    build.check_types(run.model, dataset.facts.get("types", 1))
     if rules.duration(config.total)[1] != "flop":
         return run
     return make(flops=flops.of_step(run, batch_spec(run)))._replace(dataset=dataset)
 
 
-def sizes(config: Any, train: Any) -> dict[str, Any]:
-    """Rows and real tokens of an epoch."""
+def sizes(config: Any, dataset: data.Dataset) -> dict[str, int]:
+    """Rows and units of an epoch."""
+    train = dataset.splits["train"]
     rows = data.check_drawn(train, config.data.examples)
-    return dict(rows=rows, tokens=max(train.tokens * rows // len(train), 1))
+    return dict(rows=rows, units=max(train.unit_count * rows // len(train), 1))
 
 
 def assemble(
     config: Any,
     mesh: jax.sharding.Mesh,
-    vocab: data.Vocab,
-    labels: Sequence[str],
+    dataset: data.Dataset,
     *,
     rows: int,
-    tokens: int,
+    units: int,
     flops: int,
 ) -> Run:
-    """All parts of a run but its data, of which the training split has `rows` and real `tokens`,
-    and the classes the names `labels`; a step takes so many `flops`."""
+    """All parts of a run but its data: `dataset` may be a stand-in. An epoch has `rows` and
+    `units`; a step takes so many `flops`."""
     sizes = dict(
         steps_per_epoch=Fraction(rows, config.batch_size),
-        tokens_per_step=Fraction(config.batch_size * tokens, rows),
+        units_per_step=Fraction(config.batch_size * units, rows),
         flops_per_step=flops,
+        unit=dataset.unit,
     )
     total = configs.steps(config.total, total=None, **sizes)
     steps = functools.partial(configs.steps, total=total, **sizes)
-    settings = read(DataSettings, config.data.to_dict(), "data")
-    if settings.unlabelled:
-        raise ConfigError(
-            "config.data.label is empty, so that there is nothing to train on: name the column of "
-            f"the labels of config.data.format={settings.format}."
-        )
-    if settings.room < (needed := requirements.room(config.objectives)):
-        raise ConfigError(
-            f"config.objectives adds {needed} tokens to a document, but config.data.room="
-            f"{settings.room} leaves no room for them behind each: set it to {needed}."
-        )
-    objectives = losses.build(
-        config.objectives.to_dict(), target=settings.target, vocab=vocab, steps=steps
-    )
+    facts, goals = dataset.facts, config.objectives.to_dict()
+    objectives = losses.build(goals, facts, steps)
     optimizers = config.optim.to_dict(), config.group_optim.to_dict()
     for objective in objectives:
         if objective.whole_batch and config.accumulate > 1:
@@ -132,8 +113,8 @@ def assemble(
                 f"{objective.name} compares all examples of a batch, and a microbatch has fewer. "
                 "Set it to 1; config.model.remat=block saves memory, too."
             )
-    model, assigned = grouped(build.model(config, vocab.size, labels), config.groups, *optimizers)
-    _check_noise(config, model)
+    model, assigned = grouped(build.model(config, facts), config.groups, *optimizers)
+    requirements.check_facts(goals, facts | {"dropout": getattr(model.cfg, "dropout", 0.0)})
     _check_balance(config, model)
     _check_prompt(config)
     split = functools.partial(groups.split, assigned=assigned)
@@ -152,17 +133,6 @@ def assemble(
 def beside(run: Run, config: Any) -> Run:
     """The run of another config with the data of `run`, for which it says the same."""
     return with_data(initialize.resolved(config), run.mesh, run.dataset)
-
-
-def _check_noise(config: Any, model: AnyModel) -> None:
-    """Raise ConfigError if a text would be compared with itself and nothing tells the two apart."""
-    alone = len(read(DataSettings, config.data.to_dict(), "data").column_names) == 1
-    if "contrast" in config.objectives and alone and not model.cfg.dropout:
-        raise ConfigError(
-            "config.objectives.contrast with a single column of texts compares each with itself "
-            "under another dropout (SimCSE), but config.model.dropout is 0: set it to 0.1, or give "
-            "pairs, config.data.columns=a,b."
-        )
 
 
 def _check_balance(config: Any, model: AnyModel) -> None:
@@ -205,15 +175,16 @@ def grouped(
     return model.clone(stacks=stacks), assigned
 
 
-def batch_spec(run: Run, width: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and layout of one global training batch with `width` columns (None: all)."""
-    split = run.dataset.splits["train"]
-    rows = split.rows(np.zeros(1, np.int64)) | {"index": np.zeros(1, np.int32)}
-    if width is not None:
-        rows = data.cut(rows, width)
+def shapes(batch: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """(name, shape) of each array of a batch: each such tuple has a program of its own."""
+    return tuple((name, tuple(batch[name].shape)) for name in sorted(batch))
+
+
+def batch_spec(run: Run, batch: Mapping[str, Any] | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and layout of one global training batch: of one as `batch`, or of full width."""
+    arrays = data.full_row(run.dataset.splits["train"]) if batch is None else batch
+    rows = run.config.batch_size
     return {
-        name: jax.ShapeDtypeStruct(
-            (run.config.batch_size, *x.shape[1:]), x.dtype, sharding=run.batch_sharding
-        )
-        for name, x in rows.items()
+        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=run.batch_sharding)
+        for name, x in arrays.items()
     }

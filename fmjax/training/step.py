@@ -26,8 +26,8 @@ def make_train_step(
 
     metrics: "sums" {name: (sum, weight)}, "loss", "grad_norm" (of what trains, before clipping),
     "skipped" (1.0 when loss or gradient was not finite), "spike" (1.0 when they stood too far above
-    the last ones), "tokens" (not padding). After either of the two, parameters and optimizer stay
-    what they were; the step still counts.
+    the last ones), "units" (of the batch, without padding). After either of the two, parameters and
+    optimizer stay what they were; the step still counts.
     """
     gradient = make_gradient(apply, objectives, split, accumulate)
 
@@ -53,7 +53,7 @@ def make_train_step(
             "grad_norm": norm,
             "skipped": 1.0 - finite.astype(jnp.float32),
             "spike": spike.astype(jnp.float32),
-            "tokens": jnp.sum(batch["segment_ids"] > 0),
+            "units": jnp.sum(batch["units"]),
         }
 
     return train_step

@@ -86,9 +86,9 @@ class VmappedRuns:
         place = self.padded_run.batch_sharding
         return _leading(place) if len(self.seeds) > 1 else place
 
-    def batch_spec(self, width: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-        """As `setup.batch_spec`, of all arms."""
-        spec = setup.batch_spec(self.padded_run, width)
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and layout of a batch of all arms at full width."""
+        spec = setup.batch_spec(self.padded_run)
         return self._many(spec) if len(self.seeds) > 1 else spec
 
     @property
@@ -191,16 +191,19 @@ class VmappedRuns:
 
         return step
 
-    def flops(self, width: int, traced: jax.stages.Traced) -> list[int]:
-        """FLOPs of a step of each arm, given the program of all that was traced for this width."""
+    def flops(
+        self, batch: Mapping[str, jax.ShapeDtypeStruct], traced: jax.stages.Traced
+    ) -> list[int]:
+        """FLOPs of a step of each arm, given the program of all that was traced for such a
+        batch."""
+        single = setup.batch_spec(self.padded_run, self.batch(batch, 0))
         number, models = len(self.runs), {run.model for run in self.runs}
         if self.alone or len(models) == 1 and jax.default_backend() in ONE_BY_ONE:
-            alone = setup.batch_spec(self.padded_run, width)
-            return [flops.of_step(self.padded_run, alone, traced, number)] * number
+            return [flops.of_step(self.padded_run, single, traced, number)] * number
         found: dict[Any, int] = {}
         for run in self.runs:
             if run.model not in found:
-                found[run.model] = flops.of_step(run, setup.batch_spec(run, width))
+                found[run.model] = flops.of_step(run, single)
         return [found[run.model] for run in self.runs]
 
     def _own(self, state: TrainState) -> tuple[Any, Any, Any]:

@@ -201,7 +201,7 @@ def test_targets_are_cut_in_proportion_to_their_sources(examples):
     dataset = examples(PAIRS, **SEQ2SEQ, seq_len=16, target_len=8)
     split = dataset.splits["train"]
     assert split.widths(np.arange(3)).tolist() == [8, 8, 8]  # three or four of eight in the target
-    batch = data.cut(rows(dataset), 8)
+    batch = split.trim(rows(dataset), 8)
     assert batch["input_ids"].shape == (3, 8) and batch["target_ids"].shape == (3, 4)
 
 

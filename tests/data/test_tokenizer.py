@@ -98,7 +98,7 @@ def test_row48_a_tokenizer_without_mask_or_padding(prepare, tmp_path):
     assert dataset.vocab[:5] == (2, 0, None, (), (0,))
     facts = dict(target="", vocab=dataset.vocab)
     with pytest.raises(ConfigError, match="mlm needs a tokenizer with a mask token.*tokenizer.na"):
-        objectives.build({"mlm": {}}, **facts)
+        objectives.build({"mlm": {}}, facts)
 
 
 def test_a_tokenizer_for_decoders_ends_documents_and_counts_bytes(prepare):

@@ -19,7 +19,7 @@ from fmjax import objectives
 from fmjax.checkpoints.checkpointer import Checkpointer, load_params
 from fmjax.errors import DataError, NumericsError
 from fmjax.io import metrics_log
-from fmjax.training import spike_skipping
+from fmjax.training import setup, spike_skipping
 from fmjax.training.monitor import Monitor
 from fmjax.training.state import TrainState
 from fmjax.training.step import make_train_step
@@ -204,17 +204,21 @@ def monitor(folder, first, saved=None):
     config = ConfigDict({"tensorboard": False, "wandb": False, "batch_size": 8, "best": ""})
     config.update({"data": {"skip": ()}, "optim": {"skip_spikes": 6.0}})
     run = SimpleNamespace(
-        config=config, total=2**40, objectives=made.objectives, optimizer=made.optimizer
+        config=config,
+        total=2**40,
+        objectives=made.objectives,
+        optimizer=made.optimizer,
+        dataset=SimpleNamespace(unit="tokens"),
     )
     folder = SimpleNamespace(path=folder, update=lambda **facts: None, failure=None)
     made = Monitor(run, folder, first, saved or {}, 0.0, 0.0)
-    made.flops[ROW["segment_ids"].shape[-1]] = 0  # as a compiled step has told it
+    made.flops[setup.shapes(ROW)] = 0  # as a compiled step has told it
     return made
 
 
 def numbers(skipped=0.0, spike=0.0, tokens=1):
     found = {"sums": {"mlm/loss": (2.0, 1.0)}, "loss": 2.0, "grad_norm": 1.0}
-    return found | {"skipped": skipped, "spike": spike, "tokens": jnp.int32(tokens)}
+    return found | {"skipped": skipped, "spike": spike, "units": jnp.int32(tokens)}
 
 
 def test_row35_a_spike_neither_counts_as_not_finite_nor_as_an_update(tmp_path):
@@ -232,11 +236,11 @@ def test_row35_a_spike_neither_counts_as_not_finite_nor_as_an_update(tmp_path):
 
 def test_row39_tokens_are_counted_beyond_32_bits(tmp_path):
     most, before = 2**31 - 1, 2**53 + 1  # float64 cannot hold the sum
-    with monitor(tmp_path, 2**33, {"tokens": before}) as log:
+    with monitor(tmp_path, 2**33, {"units": before}) as log:
         for step in (2**33 + 1, 2**33 + 2):
             log.step(step, numbers(tokens=most), ROW)
         log.log(2**33 + 2)
-        assert json.loads(json.dumps(log.saved()))["tokens"] == before + 2 * most
+        assert json.loads(json.dumps(log.saved()))["units"] == before + 2 * most
     (row,) = metrics_log.read(tmp_path)[0]
     assert (row["step"], row["tokens"]) == (2**33 + 2, before + 2 * most)
 

@@ -131,7 +131,7 @@ def params():
 
 def learnt(made, mesh):
     """(metrics, gradients by name) of clm."""
-    goals = objectives.build({"clm": {}}, vocab=SimpleNamespace(bytes=None), target="")
+    goals = objectives.build({"clm": {}}, dict(vocab=SimpleNamespace(bytes=None), target=""))
 
     def loss(params, batch):
         rng = jax.random.key(0)

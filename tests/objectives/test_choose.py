@@ -44,7 +44,7 @@ def model():
 @functools.cache
 def metrics(train):
     made, _ = model()
-    goals = objectives.build({"choose": {}}, target="choices")
+    goals = objectives.build({"choose": {}}, dict(target="choices"))
     run = lambda params, batch: objectives.metrics(
         goals, build.apply(made), params, batch, jax.random.key(0), train
     )

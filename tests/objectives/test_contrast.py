@@ -93,7 +93,7 @@ def model():
     sizes = tiny.SIZES | dict(depth=1, lm_head=False, attention="xla")
     made = bert.Model("tiny", **sizes)
     params = jax.jit(made.init)(jax.random.key(0), *made.example())["params"]
-    (goal,) = goals = objectives.build({"contrast": {}}, target="texts")
+    (goal,) = goals = objectives.build({"contrast": {}}, dict(target="texts"))
     train = lambda params, batch: objectives.metrics(
         goals, build.apply(made), params, batch, jax.random.key(0), True
     )

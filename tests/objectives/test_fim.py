@@ -151,4 +151,4 @@ def test_what_cannot_be_cut_is_refused():
         prepared(batch | {"loss_mask": batch["segment_ids"]})
     without = SimpleNamespace(special=VOCAB.special, fim=None, mask_id=None, bytes=None)
     with pytest.raises(ConfigError, match="fim needs a tokenizer.*config.tokenizer.special=fim"):
-        objectives.build({"fim": {}}, vocab=without, target="")
+        objectives.build({"fim": {}}, dict(vocab=without, target=""))

@@ -187,7 +187,7 @@ def test_unknown_mask_is_named():
 
 def test_evaluation_may_mask_otherwise():
     """So that losses of runs that mask differently compare."""
-    build = lambda own: objectives.build({"mlm": own}, target="", vocab=VOCAB)
+    build = lambda own: objectives.build({"mlm": own}, dict(target="", vocab=VOCAB))
     differs = {"rate": 0.2, "replace": (1.0, 0.0)}
     goals, rng = build({"rate": 0.4, "validation": differs}), jax.random.key(0)
     b = batch()

@@ -21,7 +21,8 @@ from fmjax.tasks import replay, train
 from fmjax.training.state import TrainState
 from fmjax.training.step import make_gradient
 
-STEPS = dict(target="", vocab=tiny.VOCAB, steps=lambda duration: duration)
+FACTS = dict(target="", vocab=tiny.VOCAB)
+STEPS = dict(facts=FACTS, steps=lambda duration: duration)
 
 
 def named(phases):
@@ -42,7 +43,7 @@ def test_phases_by_hand():
     ]
     assert objectives.phases(objectives.build({"clm": {}}, **STEPS))[0] == []
     # Of a model that is only measured nobody counts the steps.
-    measured = objectives.build({"clm": {"stop": "10%"}}, target="", vocab=tiny.VOCAB)
+    measured = objectives.build({"clm": {"stop": "10%"}}, FACTS)
     assert objectives.phases(measured)[0] == []
 
 
@@ -180,5 +181,5 @@ def test_an_encoder_needs_no_prefix(tmp_path):
             configs.load(
                 f"{ROOT}/configs/mlm.py:tiny", ["--config.objectives={'mlm': {'prefix': True}}"]
             ),
-            64,
+            FACTS | dict(vocab_size=64, labels=()),
         )

@@ -62,7 +62,7 @@ def test_loss_and_gradient_are_those_of_transformers(tmp_path):
     reference = torch_heads.make(
         "BertForSequenceClassification", "classifier", "classify", tmp_path
     )
-    (reference.goal,) = objectives.build({"classify": {}}, target="labels", vocab=None)
+    (reference.goal,) = objectives.build({"classify": {}}, dict(target="labels"))
     reference.torch.config.problem_type = "multi_label_classification"
     labels = np.array([[1, 0, 1], [0, 0, 0]])
     ours, theirs = torch_heads.batch((12, 7), labels)

@@ -108,7 +108,7 @@ def test_an_entity_that_continues_nothing_begins_one():
 
 def test_names_come_from_the_data_and_no_config():
     with pytest.raises(Exception, match="config.objectives.tag.names is not known"):
-        objectives.build({"tag": {"names": ("a",)}}, target="tags")
+        objectives.build({"tag": {"names": ("a",)}}, dict(target="tags"))
 
 
 def test_logits_and_loss_are_those_of_transformers(tmp_path):
