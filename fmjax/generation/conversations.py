@@ -21,8 +21,9 @@ def template_of(
 
 
 def stop_tokens(opened: pretrained.Opened, words: Any) -> tuple[int, ...]:
-    """The tokens that end what a model writes: those that its folder lists, else the end of a text
-    of its tokenizer `words`; and the end of an answer, where it was trained on conversations."""
+    """The tokens that end what a model writes: those that its folder lists, or where it has no
+    settings of generation the end of a text of its tokenizer `words`; and the end of an answer,
+    where it was trained on conversations."""
     ids = endings.listed(opened.tokenizer)
     if ids is None:
         ids = vocabulary.around(words)[1][:1]
