@@ -66,7 +66,8 @@ class Opened(NamedTuple):
         dataset = data.prepare(settings, words, embedding_rows=rows)
         agreement.check_data(dataset)
         build.check_types(self.model, dataset.types)
-        return dataset
+        vocab = dataset.vocab._replace(start_id=getattr(self.model.cfg, "start_id", None))
+        return dataclasses.replace(dataset, vocab=vocab)
 
     def require_head(self, name: str) -> None:
         """Raise ConfigError for a head that is not trained, whose numbers would be noise."""

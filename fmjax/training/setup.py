@@ -121,6 +121,7 @@ def assemble(
             f"config.objectives adds {needed} tokens to a document, but config.data.room="
             f"{settings.room} leaves no room for them behind each: set it to {needed}."
         )
+    vocab = vocab._replace(start_id=config.model.get("start_id"))
     objectives = losses.build(
         config.objectives.to_dict(), target=settings.target, vocab=vocab, steps=steps
     )
