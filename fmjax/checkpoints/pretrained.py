@@ -20,6 +20,7 @@ from fmjax import adapters, build, convert, data
 from fmjax.checkpoints import checkpointer
 from fmjax.config import load as configs
 from fmjax.config import rules
+from fmjax.convert.options import default_names
 from fmjax.data.settings import ROWS_OF_TASK
 from fmjax.data.tokenizer import digests
 from fmjax.data.vocabulary import MAX_VOCAB
@@ -55,6 +56,14 @@ class Opened(NamedTuple):
         missing = {parameter.split("/")[1] for parameter in self.missing if "head/" in parameter}
         heads = dict(self.model.cfg.classes)
         return [name for name in heads if name in ROWS_OF_TASK and name not in missing]
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The names of the classes or tags that its head tells apart: those that it was trained
+        for, else LABEL_0, LABEL_1, … as in transformers; () without such a head."""
+        heads = dict(self.model.cfg.classes)
+        outputs = next((heads[name] for name in ("classify", "tag") if name in heads), 0)
+        return self.labels or default_names(outputs)
 
     def prepare(self, settings: Mapping[str, Any]) -> data.Dataset:
         """The data of `settings` (`config.data`) in tokens that the model has.
