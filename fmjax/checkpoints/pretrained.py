@@ -75,8 +75,9 @@ class Opened(NamedTuple):
         dataset = data.prepare(settings, words, embedding_rows=rows)
         agreement.check_data(dataset)
         build.check_types(self.model, dataset.types)
-        vocab = dataset.vocab._replace(start_id=getattr(self.model.cfg, "start_id", None))
-        return dataclasses.replace(dataset, vocab=vocab)
+        if (start := getattr(self.model.cfg, "start_id", None)) is None:
+            return dataset
+        return dataclasses.replace(dataset, vocab=dataset.vocab._replace(start_id=start))
 
     def require_head(self, name: str) -> None:
         """Raise ConfigError for a head that is not trained, whose numbers would be noise."""
