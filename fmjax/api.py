@@ -55,7 +55,7 @@ class Model:
     def __init__(self, opened: pretrained.Opened, mesh: jax.sharding.Mesh):
         self._opened, self._mesh = opened, mesh
         self.model, self.params, self.config = opened.model, opened.params, opened.config
-        self.labels, self.source, self.step = opened.labels, opened.source, opened.step
+        self.labels, self.source, self.step = opened.output_names, opened.source, opened.step
         self.tokenizer = tokenizers.load(opened.tokenizer)
         self.objectives = tuple(opened.config.objectives) if opened.config else ()
         self._generator: TextGenerator | None = None
@@ -104,15 +104,29 @@ class Model:
 
     def classify(self, texts: Sequence[str | Sequence[str]]) -> list[dict[str, float]]:
         """For each text, or each pair of texts, the probability of each class by its name."""
+        if self._tags:
+            raise ConfigError(f"{self.source!r} labels words, not texts: call tag.")
         found = [one.get("probabilities") for one in self.predict(texts)]
         if any(not isinstance(one, Mapping) for one in found):
             raise ConfigError(f"{self.source!r} has no head that tells classes apart.")
         return [dict(one) for one in found if one is not None]
 
+    def tag(self, texts: Sequence[str | Sequence[str]]) -> list[list[str | None]]:
+        """For each text, given as its words or with white space between them, the label of each
+        word: that of its first token. None for a word that the model does not see, as one beyond
+        its longest text."""
+        if not self._tags:
+            raise ConfigError(f"{self.source!r} has no head that labels words.")
+        return [one["tags"] for one in self.predict(texts)]
+
     def predict(self, texts: Sequence[str | Sequence[str]]) -> list[dict[str, Any]]:
         """For each text, or each tuple of texts, the output of the model's objective, as
-        configs/predict.py writes it: a label and probabilities, a value, tags, …"""
-        rows = [[text] if isinstance(text, str) else list(text) for text in texts]
+        configs/predict.py writes it: a label and probabilities, a value, …; for each text, or each
+        list of words, the tags of its words."""
+        if self._tags:
+            rows = [[text.split() if isinstance(text, str) else list(text)] for text in texts]
+        else:
+            rows = [[text] if isinstance(text, str) else list(text) for text in texts]
         columns = self._columns(max(map(len, rows), default=1))
         records = [dict(zip(columns, row, strict=True)) for row in rows]
         changes = {"data.columns": ",".join(columns), "data.long": "truncate"}
@@ -130,6 +144,11 @@ class Model:
             found = fill_in.guesses(self._opened, self.tokenizer, rows, top_k)
         pairs = lambda guesses: [(guess.token, guess.probability) for guess in guesses]
         return [[pairs(guesses) for guesses in masks] for masks in found]
+
+    @property
+    def _tags(self) -> bool:
+        """True if the model labels words."""
+        return "tag" in self._opened.heads
 
     def _columns(self, count: int) -> list[str]:
         own = self.config.data.columns if self.config else ""

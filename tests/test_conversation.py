@@ -86,6 +86,26 @@ def test_an_interrupted_answer_ends_and_the_conversation_goes_on(opened, capsys)
     one.author.behind = behind
 
 
+@pytest.mark.parametrize("wrote", ["a <|endoftext|>b", "a <|endof<|endoftext|>text|>b"])
+def test_special_tokens_in_an_answer_do_not_end_the_conversation(wrote, opened, capsys):
+    one, asked = talk(opened), []
+    lines = iter(["hello", "again", "/quit"])
+
+    def behind(ids, how, seed, show):
+        asked.append(ids)
+        show(wrote)
+
+    one.author.behind = behind
+    chat.converse(one, lambda prompt: next(lines))
+    kept = [m["content"] for m in one.messages]
+    assert kept == ["hello", "a b", "again", "a b"]
+    assert asked[1] == one.reader.opening(one.messages[:3])
+    assert one.author.words.decode(asked[1]).count("a b") == 1
+    out = capsys.readouterr().out
+    assert out.count("(special tokens left out of what the conversation goes on with: ") == 2
+    assert f"{wrote}\n(special tokens" in out and "'<|endoftext|>')" in out
+
+
 def test_a_system_without_room_is_refused(opened):
     with pytest.raises(ConfigError, match="the template with config.system takes"):
         talk(opened, system="word " * 400)

@@ -72,8 +72,38 @@ def test_what_is_no_token_is_refused(tmp_path):
     (tmp_path / endings.FILE).write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="generation_config.json cannot be read: .*too deeply"):
         endings.listed(tmp_path)
-    (tmp_path / endings.FILE).write_text("{}")
-    assert endings.listed(tmp_path) is None
+    (tmp_path / endings.FILE).write_text("[]")
+    with pytest.raises(ConfigError, match="generation_config.json cannot be read: .*no JSON obj"):
+        endings.listed(tmp_path)
+
+
+@pytest.mark.parametrize("generation", [None, {}, {"eos_token_id": None}])
+@pytest.mark.parametrize("config", ["listed", None, "absent"])
+def test_texts_end_where_transformers_ends_them(generation, config, folder, tmp_path):
+    """generation_config.json is absent, or there without the key, or with null."""
+    torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
+    transformers = pytest.importorskip("transformers")
+    last = written(text_generator.TextGenerator(tiny_folders.opened(folder)))[0][3]
+    model = shutil.copytree(folder, tmp_path / "model")
+    described = json.loads((model / "config.json").read_text()) | {"eos_token_id": None}
+    described |= {"listed": {"eos_token_id": last}}.get(config, {})
+    if config == "absent":
+        del described["eos_token_id"]
+    (model / "config.json").write_text(json.dumps(described))
+    if generation is not None:
+        (model / endings.FILE).write_text(json.dumps(generation))
+    author = text_generator.TextGenerator(tiny_folders.opened(model))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    ids = torch.tensor([author.ids(dict(prompt=PROMPT, length=8))])
+    how = dict(attention_mask=torch.ones_like(ids), pad_token_id=0, do_sample=False)
+    out = theirs.generate(ids, max_new_tokens=8, **how)
+    assert out[0, ids.shape[1] :].tolist() == written(author)[0]
+    stops = generation is None and config == "listed"
+    assert author.writer.spec.stop == ((last,) if stops else ())
+
+
+def test_a_tokenizer_alone_ends_texts_by_its_own_token(tmp_path):
+    assert endings.listed(tiny_folders.tokenizer(tmp_path)) is None
 
 
 @pytest.mark.slow

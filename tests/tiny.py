@@ -20,6 +20,7 @@ V, T = 64, 16
 VOCAB = SimpleNamespace(
     size=V,
     pad_id=0,
+    start_id=None,
     mask_id=4,
     first=(2,),
     last=(3,),

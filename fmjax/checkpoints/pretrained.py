@@ -19,6 +19,7 @@ from fmjax import adapters, build, convert, data
 from fmjax.checkpoints import checkpointer
 from fmjax.config import load as configs
 from fmjax.config import rules
+from fmjax.convert.options import default_names
 from fmjax.data.settings import ROWS_OF_TASK
 from fmjax.data.tokenizer import digests
 from fmjax.data.vocabulary import MAX_VOCAB
@@ -55,6 +56,14 @@ class Opened(NamedTuple):
         heads = dict(self.model.cfg.classes)
         return [name for name in heads if name in ROWS_OF_TASK and name not in missing]
 
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The names of the classes or tags that its head tells apart: those that it was trained
+        for, else LABEL_0, LABEL_1, … as in transformers; () without such a head."""
+        heads = dict(self.model.cfg.classes)
+        outputs = next((heads[name] for name in ("classify", "tag") if name in heads), 0)
+        return self.labels or default_names(outputs)
+
     def prepare(self, settings: Mapping[str, Any]) -> data.Dataset:
         """The data of `settings` (`config.data`) in tokens that the model has.
 
@@ -65,7 +74,9 @@ class Opened(NamedTuple):
         dataset = data.prepare(settings, words, embedding_rows=rows)
         agreement.check_data(dataset)
         build.check_types(self.model, dataset.types)
-        return dataset
+        if (start := getattr(self.model.cfg, "start_id", None)) is None:
+            return dataset
+        return dataclasses.replace(dataset, vocab=dataset.vocab._replace(start_id=start))
 
     def require_head(self, name: str) -> None:
         """Raise ConfigError for a head that is not trained, whose numbers would be noise."""

@@ -372,7 +372,7 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"data\.skip", RANGES),
     (r"data\.workers", _whole(0, 1024)),
     (r"tokenizer\.vocab_size", _whole(32, 2**24)),
-    (r"model\.(vocab_size|types|position_shift)", _whole(0, 2**24)),
+    (r"model\.(vocab_size|types|position_shift|start_id)", _whole(0, 2**24)),
     (r"model\.theta_(full|local)", Check(lambda v: _is_real(v, 1.0), "a finite number from 1")),
     (r"mesh\..*", AXIS),
     (r".*\.(rate|spm|layer_decay|end|span_stop)", PROBABILITY),

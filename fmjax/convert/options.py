@@ -127,7 +127,12 @@ def labels(hf: Mapping[str, Any], classes: Mapping[str, int]) -> tuple[str, ...]
             "with a name of its own, are needed."
         )
     # What transformers writes where nobody gave names says nothing of the data.
-    return () if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
+    return () if names == default_names(len(names)) else names
+
+
+def default_names(outputs: int) -> tuple[str, ...]:
+    """The names that transformers gives the outputs of a head that has none."""
+    return tuple(f"LABEL_{i}" for i in range(outputs))
 
 
 def classes(hf: Mapping[str, Any], architectures: Architectures) -> dict[str, int]:
@@ -176,8 +181,8 @@ def named_outputs(
     if head is None:
         return {}
     names = list(labels) if head != "regress" else []
-    if len(names) != outputs[head]:  # as transformers calls those without a name
-        names = [f"LABEL_{i}" for i in range(outputs[head])]
+    if len(names) != outputs[head]:
+        names = default_names(outputs[head])
     kinds = {"classify": SINGLE_LABEL, "regress": REGRESSION}
     problem = {"problem_type": kinds[head]} if head in kinds else {}
     return problem | {

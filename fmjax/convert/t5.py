@@ -167,12 +167,6 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
     kind = hf["model_type"]
     found = options.read(hf, OPTIONS[kind], FIXED)
     activation, gated = _mlp(hf)
-    start = hf.get("decoder_start_token_id", hf.get("pad_token_id"))
-    if start != hf.get("pad_token_id", start):
-        raise ConfigError(
-            f"config.json has decoder_start_token_id={quoted(start)}; fmjax's {kind} begins with "
-            f"the padding, pad_token_id={quoted(hf.get('pad_token_id'))}, only."
-        )
     encoder, decoder = _encoder_depth(hf), hf.get("num_decoder_layers")
     return found | {
         "variant": "small",
@@ -183,7 +177,22 @@ def model_options(hf: Mapping[str, Any]) -> dict[str, Any]:
         "tied": _tied(hf),
         "layer_distances": kind == "umt5",
         "attention_dropout": found["dropout"],
+        **_start(hf, found["vocab_size"]),
     }
+
+
+def _start(hf: Mapping[str, Any], rows: int) -> dict[str, int]:
+    """{"start_id": the token that transformers puts before a target's first}, {} where none is
+    named. Raises ConfigError for one that the embedding of `rows` tokens lacks."""
+    start = hf.get("decoder_start_token_id")
+    if start is None:
+        return {}
+    if type(start) is int and 0 <= start < rows:
+        return {"start_id": start}
+    raise ConfigError(
+        f"config.json has decoder_start_token_id={quoted(start)}: it has to be the number of one "
+        f"of the {rows:,} tokens (vocab_size)."
+    )
 
 
 def type_of(cfg: Any) -> str:
@@ -218,7 +227,7 @@ def hf_config(
         "scale_decoder_outputs": cfg.tied,
         "pad_token_id": ids.get("pad", 0),
         "eos_token_id": ids.get("eos", 1),
-        "decoder_start_token_id": ids.get("pad", 0),
+        "decoder_start_token_id": ids.get("pad", 0) if cfg.start_id is None else cfg.start_id,
         **options.written(cfg, OPTIONS[kind]),
     }
 

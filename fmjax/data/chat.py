@@ -173,6 +173,14 @@ class Reader:
         ids, learnt = self.tokens(PROBE)
         return int(ids[learnt][-1])
 
+    def without_special(self, text: str) -> tuple[str, list[str]]:
+        """The text without special tokens, and those that were in it."""
+        found = []
+        while match := self.turns.special.search(text):  # around one, others may come together
+            found.append(match[0])
+            text = text[: match.start()] + text[match.end() :]
+        return text, found
+
     def _refuse_special(self, messages):
         for number, message in enumerate(messages, 1):
             if found := self.turns.special.search(message["content"]):

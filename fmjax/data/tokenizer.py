@@ -212,7 +212,7 @@ def _write(folder: Path, settings: TokenizerSettings, source: Source, log, poll)
         raise ConfigError(f"config.tokenizer.name={name} cannot be saved: {error}") from error
     if settings.name != "train":  # a run continues to end its texts as the model of the folder does
         source = snapshot.find(settings.name, settings.revision, files=snapshot.TOKENIZER)
-        if ids := endings.listed(source):
+        if ids := endings.listed(source):  # none: at the end of a text, which training teaches
             endings.write(folder / "files", ids)
     found = vocab._asdict()
     tables = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}

@@ -33,6 +33,7 @@ class Vocab(NamedTuple):
     sentinels: tuple[int, ...] = ()  # that can stand for spans: <extra_id_0>, <extra_id_1>, …
     bytes: np.ndarray | None = None  # int [V], of the text that each stands for; None: unknown
     fim: tuple[int, int, int] | None = None  # what marks prefix, middle, suffix (objectives/fim.py)
+    start_id: int | None = None  # before a target's first token, as the model has it; None: pad_id
 
 
 def of(tokenizer, name: str) -> Vocab:

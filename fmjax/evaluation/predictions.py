@@ -33,6 +33,8 @@ class Predictor:
             raise ConfigError("config.data.train is empty: set it to the file to predict on.")
         if settings["long"] == "drop":
             raise ConfigError("config.data.long='drop' leaves records out: set it to truncate.")
+        if settings["format"] in ("classes", "labels", "tags") and not settings["classes"]:
+            settings["classes"] = opened.output_names
         sharding.check_batch(mesh, self.batch_size)
         build.check_rows(opened.model, settings)
         self.opened, self.mesh, self.settings = opened, mesh, settings

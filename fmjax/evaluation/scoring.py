@@ -11,7 +11,7 @@ from fmjax.errors import ConfigError
 from fmjax.evaluation import multiple_choice
 from fmjax.evaluation.loglikelihood import Scorer
 from fmjax.evaluation.multiple_choice import Item
-from fmjax.generation import text_generator
+from fmjax.generation import conversations, text_generator
 
 BETWEEN = "\n\n"  # examples, and what is asked after them
 
@@ -38,7 +38,7 @@ def scorer_of(opened: pretrained.Opened, words: Any, batch_size: int, way: str) 
         mask_id=found.mask_id,
         word_start=found.word_start,
         way=way,
-        start=found.pad_id,
+        start=conversations.trained_start(model, words),
         trained=config.data.seq_len if config else None,
         batch_size=batch_size,
         prefix=bool(config) and "prefix_lm" in config.objectives,

@@ -1,9 +1,10 @@
-"""The conversation settings of a model's folder: chat template and stop tokens."""
+"""What the folder of a model says of what it writes: chat template, start and stop tokens."""
 
 from typing import Any
 
 from fmjax.checkpoints import pretrained
 from fmjax.data import chat, endings, vocabulary
+from fmjax.errors import ConfigError
 
 
 def learnt_to_answer(opened: pretrained.Opened) -> bool:
@@ -21,8 +22,9 @@ def template_of(
 
 
 def stop_tokens(opened: pretrained.Opened, words: Any) -> tuple[int, ...]:
-    """The tokens that end what a model writes: those that its folder lists, else the end of a text
-    of its tokenizer `words`; and the end of an answer, where it was trained on conversations."""
+    """The tokens that end what a model writes: those that its folder lists, or where it has no
+    settings of generation the end of a text of its tokenizer `words`; and the end of an answer,
+    where it was trained on conversations."""
     ids = endings.listed(opened.tokenizer)
     if ids is None:
         ids = vocabulary.around(words)[1][:1]
@@ -30,3 +32,26 @@ def stop_tokens(opened: pretrained.Opened, words: Any) -> tuple[int, ...]:
         ids = (*ids, template_of(opened, words)[2].end())
     # Some folders list ids that the model has no row for, which it never writes.
     return tuple(i for i in dict.fromkeys(ids) if 0 <= i < opened.model.cfg.vocab_size)
+
+
+def trained_start(model: Any, words: Any) -> int:
+    """The token before the first of a target in the training of an encoder–decoder, which its loss
+    is measured with: the model's own, else the padding of its tokenizer `words`."""
+    start = getattr(model.cfg, "start_id", None)
+    if start is None:
+        start = words.pad_token_id or 0
+    return start if start < model.cfg.vocab_size else 0
+
+
+def start_token(opened: pretrained.Opened, words: Any) -> int:
+    """The token that an encoder–decoder begins to write with: the one that transformers' generate
+    takes from its folder, else `trained_start`."""
+    start = endings.start(opened.tokenizer) if opened.model.decodes else None
+    if start is None:
+        return trained_start(opened.model, words)
+    if not 0 <= start < opened.model.cfg.vocab_size:
+        raise ConfigError(
+            f"{opened.tokenizer} has {endings.STARTS[0]}={start}, but the model has "
+            f"{opened.model.cfg.vocab_size:,} tokens (vocab_size)."
+        )
+    return start

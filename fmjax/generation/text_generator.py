@@ -62,14 +62,13 @@ class TextGenerator:
         check_tokens(self.model, self.words)
         self.first, self.last = vocabulary.around(self.words)
         goals = opened.config.objectives if opened.config else ()
-        pad = self.words.pad_token_id or 0
         self.writer = Generator(
             self.model,
             opened.params,
             stop=tuple(dict.fromkeys((*conversations.stop_tokens(opened, self.words), *stop))),
             tokens=min(len(self.words), self.model.cfg.vocab_size),
             prefix="prefix_lm" in goals,
-            first=pad if pad < self.model.cfg.vocab_size else 0,
+            first=conversations.start_token(opened, self.words),
             **bits,
         )
 

@@ -45,6 +45,7 @@ class Config:
     gated: bool = False
     tied: bool = True  # the output to the embedding, with states times 1/√D
     eps: float = 1e-6
+    start_id: int | None = None  # token before a target's first; None: the tokenizer's padding
     lm_head: bool = True  # whether tokens are predicted
     classes: tuple[tuple[str, int], ...] = ()  # linear heads on the encoder: (name, outputs)
     dropout: float = 0.1

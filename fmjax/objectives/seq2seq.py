@@ -1,8 +1,8 @@
 """Sequence to sequence: a target, each token from those before it and from the whole source.
 
 (Sutskever et al. 2014; with encoder–decoders as T5's, Raffel et al. 2020.) The examples are
-`config.data.format = "seq2seq"`. What stands before the first token of a target is the padding
-token, as T5 has it.
+`config.data.format = "seq2seq"`. What stands before the first token of a target is the
+token that the model begins with (`decoder_start_token_id`), else the padding, as T5 has it.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,9 +30,10 @@ def loss_fn(
     """As that of `clm`, a target being each token of `target_ids` (B, S) that is no padding."""
     source = apply(params, batch, method="encode")
     ids, segments = batch["target_ids"], batch["target_segment_ids"]
+    start = vocab.pad_id if vocab.start_id is None else vocab.start_id
     states = apply(
         params,
-        shifted(ids, batch["target_positions"], vocab.pad_id),
+        shifted(ids, batch["target_positions"], start),
         segments,
         batch["target_positions"],
         source,

@@ -10,7 +10,7 @@ from fmjax.checkpoints import pretrained
 from fmjax.data import chat
 from fmjax.data import tokenizer as tokenizers
 from fmjax.distributed import launch
-from fmjax.errors import ConfigError
+from fmjax.errors import ConfigError, quoted
 from fmjax.generation import conversations, text_generator
 
 HELP = "/new forgets what was said, /quit or Ctrl-D ends, Ctrl-C ends an answer"
@@ -91,6 +91,9 @@ class Talk:
         """The model's answer, shown as it grows. If there is no room for everything, the oldest
         question and its answer are dropped, with a message.
 
+        Special tokens that the model wrote are left out of what later turns read, with a message,
+        as transformers' pipeline and chat do: in a template they would end or begin a turn.
+
         Raises Unfit where the template cannot have it, or it alone is too long: nothing is kept.
         """
         messages = [*self.messages, {"role": "user", "content": said}]
@@ -112,6 +115,9 @@ class Talk:
         try:
             self.author.behind(ids, self.how, self.how["seed"] + self.turns, both)
         finally:  # what an interrupted model had said, was said
-            content = "".join(given)
+            content, special = self.reader.without_special("".join(given))
             self.messages = [*messages, {"role": "assistant", "content": content}]
+        if special:
+            names = ", ".join(map(quoted, dict.fromkeys(special)))
+            show(f"\n(special tokens left out of what the conversation goes on with: {names})")
         return content

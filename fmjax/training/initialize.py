@@ -43,7 +43,7 @@ def resolved(config: Any) -> Any:
     sections = [key for key in ("model", "tokenizer") if key in config]
     wanted = [key for key in sections if config[key].name == "init"]
     if not wanted:
-        return config
+        return _with_start(config)
     if not config.init:
         raise ConfigError(
             f"config.{wanted[0]}.name='init' means the {wanted[0]} of config.init, which is empty: "
@@ -68,6 +68,19 @@ def resolved(config: Any) -> Any:
         name, options = described(config.init, goes_on)
         own = {key: value for key, value in config.model.items() if value is not None}
         config.model = options | own | {"name": name}
+    return _with_start(config.lock())
+
+
+def _with_start(config: Any) -> Any:
+    """The config with the token that the encoder–decoder of `config.init` begins a target with,
+    where `config.model` gives the sizes itself."""
+    if not config.init or config.model.name != "t5" or "start_id" in config.model:
+        return config
+    start = described(config.init)[1].get("start_id")
+    if start is None:
+        return config
+    config = ConfigDict(config.to_dict())
+    config.model.start_id = start
     return config.lock()
 
 

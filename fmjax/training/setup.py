@@ -104,6 +104,8 @@ def assemble(
     total = configs.steps(config.total, total=None, **sizes)
     steps = functools.partial(configs.steps, total=total, **sizes)
     facts, goals = dataset.facts, config.objectives.to_dict()
+    if "vocab" in facts:  # of an encoder–decoder the model says what its targets begin with
+        facts["vocab"] = facts["vocab"]._replace(start_id=config.model.get("start_id"))
     objectives = losses.build(goals, facts, steps)
     optimizers = config.optim.to_dict(), config.group_optim.to_dict()
     for objective in objectives:

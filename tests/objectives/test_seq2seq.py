@@ -16,6 +16,7 @@ V, END, SENTINELS = 300, 1, tuple(range(299, 199, -1))
 VOCAB = SimpleNamespace(
     size=V,
     pad_id=0,
+    start_id=None,
     last=(END,),
     first=(),
     sentinels=SENTINELS,
