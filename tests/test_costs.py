@@ -58,6 +58,7 @@ def assembled(model, patterns, losses):
 def batch(rows):
     names = ("input_ids", "segment_ids", "positions", "token_types")
     found = dict.fromkeys(names, jax.ShapeDtypeStruct((rows, TIME), "int32"))
+    found["units"] = jax.ShapeDtypeStruct((rows,), "int32")
     one = jax.ShapeDtypeStruct((rows,), "int32")
     return found | dict.fromkeys(("index", "labels"), one)
 

@@ -73,10 +73,11 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     path, _, arg = spec.partition(":")
     config, overrides = _read(Path(path), arg or None), list(overrides)
     command_line.apply(config, overrides)
+    config = _checked(config)
     if path.endswith(".py"):
         plugins.trust(flatten(config).values())
     plugins.trust(word.rpartition("=")[2] for word in overrides)
-    return _checked(config)
+    return config
 
 
 def sweep(spec: str) -> list[dict[str, Any]] | Generator:

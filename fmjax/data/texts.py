@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from fmjax.data import chat, labelled, packing, pairs, settings, sources, store
+from fmjax.data import chat, labelled, packing, pairs, sources, store
 from fmjax.data import tokenizer as tokenizers
 from fmjax.data.dataset import Dataset
+from fmjax.data.settings import ALONE, DataSettings, TokenizerSettings, read
 from fmjax.data.vocabulary import Vocab
 from fmjax.errors import ConfigError, DataError
 from fmjax.io import disk_cache
@@ -28,7 +29,7 @@ class TextDataset(Dataset):
     vocab: Vocab | None = None
     tokenizer_dir: Path | None = None  # transformers format
     types: int = 1  # of tokens: 2 where those of a second text differ
-    settings: settings.DataSettings | None = None
+    settings: DataSettings | None = None
 
     unit = "tokens"
 
@@ -97,7 +98,7 @@ def stand_in(data: Mapping, tokenizer: Mapping) -> TextDataset:
 
     Raises ConfigError for settings that cannot be used, or leave nothing to train on.
     """
-    chosen = settings.read(settings.DataSettings, data, "data")
+    chosen = read(DataSettings, data, "data")
     if chosen.unlabelled:
         raise ConfigError(
             "config.data.label is empty, so that there is nothing to train on: name the column of "
@@ -133,8 +134,8 @@ def prepare(
     `poll` is called often and may raise to stop; the next start resumes. Errors: `ConfigError` for
     settings that cannot be used, `DataError` for data that cannot.
     """
-    data = settings.read(settings.DataSettings, data, "data")
-    chosen = settings.read(settings.TokenizerSettings, tokenizer, "tokenizer")
+    data = read(DataSettings, data, "data")
+    chosen = read(TokenizerSettings, tokenizer, "tokenizer")
     root = disk_cache.root(data.cache)
     disk_cache.remove_leftovers(root)
     source = sources.read(data, log, poll)
@@ -230,7 +231,7 @@ def _pack(folder: Path, home: Path, shards: list[dict], words, data, poll) -> di
             long=data.long,
             frame=data.frame,
             space=data.room,
-            padded=data.format in settings.ALONE.values(),
+            padded=data.format in ALONE.values(),
             chat=data.chat,
             poll=poll,
         )
