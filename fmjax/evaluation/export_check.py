@@ -27,8 +27,8 @@ def check(
     again = paths.flatten(again)
     if wrong := [path for path in kept if not _same_bits(kept[path], again[path])]:
         raise CheckpointError(
-            f"{output} was written, but reads back differently: {', '.join(wrong[:5])}. Do not use "
-            "it; set config.output to another folder, on another disk if it happens again."
+            f"what was written to {output} reads back differently: {', '.join(wrong[:5])}. Set "
+            "config.output to another folder, on another disk if it happens again."
         )
 
 
