@@ -111,6 +111,15 @@ def test_a_run_folder_that_cannot_be_written_is_said_before(tmp_path):
         ResultsLog(str(tmp_path), tmp_path, "evaluation.jsonl")
 
 
+def test_a_replay_that_cannot_be_kept_is_refused_before_data_are_read(tmp_path):
+    words = [f"--config.data.train={tmp_path}/no-such-file"]
+    (tmp_path / "config.json").write_text(configs.to_json(load("mlm", *words)))
+    (tmp_path / "dumps").write_text("")
+    task = importlib.import_module("fmjax.tasks.replay")
+    with pytest.raises(CheckpointError, match="replay_1.json cannot .* another config.folder"):
+        task.run(load("replay", f"--config.folder={tmp_path}", "--config.step=1"), tmp_path)
+
+
 @pytest.mark.parametrize("mark", ["config.json", "sweep.json"])
 def test_a_page_that_cannot_be_written_is_said_before(mark, tmp_path):
     (tmp_path / mark).write_text("not read yet")

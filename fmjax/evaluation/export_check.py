@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from fmjax import adapters, build, convert
 from fmjax.checkpoints import pretrained
+from fmjax.distributed import processes
 from fmjax.errors import CheckpointError, ConfigError, FmjaxError
 from fmjax.evaluation import measurement
 from fmjax.models import TOKEN_HEADS, AnyModel
@@ -21,6 +22,7 @@ def check(
     output: Path, opened: pretrained.Opened, left_out: tuple[str, ...], abstract: Any
 ) -> None:
     """Raises CheckpointError unless the folder holds every bit of the parameters exported."""
+    processes.meet()  # process 0 may still be writing
     kept = {p: x for p, x in paths.flatten(opened.params).items() if p not in left_out}
     like = {path: leaf for path, leaf in paths.flatten(abstract).items() if path in kept}
     again, _ = convert.load(output, paths.unflatten(like))
