@@ -19,7 +19,7 @@ from fmjax.data import endings
 from fmjax.errors import CheckpointError, ConfigError
 from fmjax.evaluation.results_log import ResultsLog
 from fmjax.experiments import evidence
-from fmjax.io import results, storage
+from fmjax.io import atomic, results, storage
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -155,6 +155,13 @@ def test_lines_replace_those_of_before_as_a_whole(tmp_path):
     with pytest.raises(CheckpointError, match="out.jsonl cannot .*No space.* config.output"):
         results.write_lines(path, rows(), "config.output")
     assert path.read_bytes() == before and os.listdir(path.parent) == ["out.jsonl"]
+
+
+def test_arrays_that_fail_leave_no_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="examples.npz cannot be written .No space"):
+        atomic.write_arrays(tmp_path / "examples.npz", {"a": np.zeros(3)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_file_is_the_one_of_before(tmp_path):

@@ -1,5 +1,6 @@
 """Files that are written as a whole or not at all."""
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,8 +28,13 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def _replace(path: Path, write: Callable[[IO[bytes]], Any], key: str = WORKDIR) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     with writing(path, key):
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with temporary.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:  # on a full disk the part would take room, too
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
