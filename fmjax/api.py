@@ -13,7 +13,6 @@ What the methods give is what the tasks of the command line give for the same te
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +31,7 @@ from fmjax.evaluation import fill_in, token_logits
 from fmjax.evaluation.predictions import Predictor
 from fmjax.evaluation.text_vectors import Embedder
 from fmjax.generation.text_generator import TextGenerator
-from fmjax.io import metrics_log
+from fmjax.io import metrics_log, results, storage
 from fmjax.params import sharding
 
 __all__ = ["Curve", "Model", "Run", "load", "train"]
@@ -162,11 +161,12 @@ class Model:
         """The config of a task on these records, which are in a file while the block runs."""
         if not records:
             raise ConfigError("there is no text.")
-        with tempfile.TemporaryDirectory() as folder, jax.set_mesh(self._mesh):
-            file = Path(folder) / "records.jsonl"
+        with results.temporary_folder() as folder, jax.set_mesh(self._mesh):
+            file = folder / "records.jsonl"
             lines = (json.dumps(record, ensure_ascii=False) for record in records)
-            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            own = {"folder": self.source, "data.train": str(file), "data.cache": folder}
+            with storage.writing(file, storage.TMPDIR):
+                file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            own = {"folder": self.source, "data.train": str(file), "data.cache": str(folder)}
             if "data.columns" not in changes:
                 own["data.columns"] = "text"
             yield configs.load(f"configs/{task}.py", own | dict(changes))

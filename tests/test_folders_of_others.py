@@ -1,6 +1,8 @@
 """Folders whose tokenizer and model do not quite fit: they work where they can, or are refused."""
 
+import errno
 import json
+import os
 
 import jax
 import numpy as np
@@ -9,15 +11,17 @@ from common import ROOT
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fmjax import convert
+from fmjax import __main__ as program
+from fmjax import convert, startup
 from fmjax.checkpoints import pretrained
 from fmjax.config import load as configs
 from fmjax.data import tokenizer
-from fmjax.errors import ConfigError, DataError, NumericsError
+from fmjax.errors import CheckpointError, ConfigError, DataError, NumericsError
 from fmjax.evaluation import eval_loop, fill_in
 from fmjax.evaluation.loglikelihood import Scorer
 from fmjax.generation import text_generator
 from fmjax.generation.sampling import Sampling
+from fmjax.io import results
 from fmjax.models import bert, llama, text_pooling
 from fmjax.params import paths, sharding
 from fmjax.tasks import embed, evaluate, predict
@@ -25,6 +29,10 @@ from fmjax.training import setup
 
 SURPLUS = "<image_soft_token>"
 LETTERS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
+
+
+def full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.fixture(autouse=True)
@@ -220,6 +228,31 @@ def test_a_file_of_vectors_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(NumericsError):
         embed.run(config, tmp_path)
     assert not list(tmp_path.glob("embeddings.npy*"))
+    monkeypatch.setattr(text_pooling, "pooled", pooled)
+    monkeypatch.setattr(embed.disk_cache, "reserve", full)
+    with pytest.raises(CheckpointError, match="embeddings.npy cannot .*No space.* config.output"):
+        embed.run(config, tmp_path)
+    assert not list(tmp_path.glob("embeddings.npy*"))
+
+
+def test_predictions_of_before_stay_where_the_disk_is_full(tmp_path, monkeypatch, capsys):
+    folder = encoder(tmp_path, {"classify": 2}, ("no", "yes"))
+    rows = write_rows(tmp_path / "new.jsonl", [{"a": "ab"}])
+    file = tmp_path / "out.jsonl"
+    words = [f"--config={ROOT}/configs/predict.py", f"--config.folder={folder}"]
+    words += [f"--config.data.train={rows}", "--config.data.columns=a", f"--config.output={file}"]
+    words += ["--config.data.seq_len=16", "--config.batch_size=8"]
+    assert startup.exit_code(program.main, words) == 0
+    before = file.read_bytes()
+    assert json.loads(before)["a"] == "ab"
+    capsys.readouterr()
+    monkeypatch.setattr(results.manifest, "sync", full)
+    assert startup.exit_code(program.main, words) == 4
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {file} cannot be written (No space left on device): free space, change its "
+        "permissions, or use another config.output"
+    )
+    assert file.read_bytes() == before and not list(tmp_path.glob("out.jsonl.*"))
 
 
 @pytest.mark.parametrize("head", ["classify", "tag"])

@@ -14,11 +14,13 @@ import jax
 import numpy as np
 import pytest
 from common import CACHE, ROOT
+from safetensors import SafetensorError
 
 from fmjax import convert, objectives
 from fmjax.adapters import prompt
 from fmjax.checkpoints import checkpointer, pretrained
 from fmjax.config import load as configs
+from fmjax.convert import writer
 from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.errors import CheckpointError, ConfigError, DataError
 from fmjax.evaluation import export_check, fill_in
@@ -357,6 +359,25 @@ def test_export_says_what_it_wrote(folder, tmp, capsys):
         export.run(load("export", folder=folder), tmp)
     with pytest.raises(ConfigError, match="in Hugging Face format already"):
         export.run(load("export", folder=folder / "export"), tmp)
+
+
+def test_an_export_that_fails_midway_leaves_no_folder(folder, tmp, monkeypatch):
+    output = tmp / "midway" / "out"
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "save_file", full)
+        with pytest.raises(CheckpointError, match="midway/out cannot .*No space.* config.output"):
+            export.run(load("export", folder=folder, output=output), tmp)
+    assert not output.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(export_check, "_same_bits", lambda one, other: False)
+        with pytest.raises(CheckpointError, match="reads back differently"):
+            export.run(load("export", folder=folder, output=output), tmp)
+    assert not output.exists()
 
 
 def test_export_notices_one_flipped_bit(exported, opened, tmp):

@@ -37,6 +37,7 @@ from fmjax.adapters.wrapper import Adapted
 from fmjax.config import rules
 from fmjax.errors import CheckpointError, ConfigError, FmjaxError, quoted
 from fmjax.io.snapshot import find, read_json
+from fmjax.io.storage import rust_errors
 from fmjax.params import paths
 
 BASE = "base.json"
@@ -88,7 +89,8 @@ def write(
     }
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with rust_errors():
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     parts = {module: one.ranks for module, one in beside.items() if len(one.weights) > 1}
     described = {"sha256": digest(params)} | ({"parts": parts} if parts else {})
     _write_json(folder / BASE, described | _quantised(model.model))

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from fmjax.data import vocabulary
 from fmjax.data.encoding import Reader
 from fmjax.data.settings import DataSettings, read
 from fmjax.errors import ConfigError
+from fmjax.io import results, storage
 from fmjax.io.snapshot import read_json
 from fmjax.models import WHOLE_HEADS, param_init
 from fmjax.params import paths
@@ -61,15 +61,16 @@ def prepared(
                 "True."
             )
         lacks = False
-    with tempfile.TemporaryDirectory() as folder:
-        target = shutil.copytree(opened.tokenizer, Path(folder, "tokenizer"))
-        _edit(target / "tokenizer.json", lambda file: file | {"post_processor": around})
-        if lacks:
-            padding = next(x for x in _names(PADDING) if x not in tokenizer.get_vocab())
-            _add_padding(target, padding, vocab.size)
-        if getattr(opened.model.cfg, "types", 0) < 2:
-            takes = {"model_input_names": ["input_ids", "attention_mask"]}
-            _edit(target / "tokenizer_config.json", lambda file: file | takes)
+    with results.temporary_folder() as folder:
+        with storage.writing(folder, storage.TMPDIR):
+            target = shutil.copytree(opened.tokenizer, folder / "tokenizer")
+            _edit(target / "tokenizer.json", lambda file: file | {"post_processor": around})
+            if lacks:
+                padding = next(x for x in _names(PADDING) if x not in tokenizer.get_vocab())
+                _add_padding(target, padding, vocab.size)
+            if getattr(opened.model.cfg, "types", 0) < 2:
+                takes = {"model_input_names": ["input_ids", "attention_mask"]}
+                _edit(target / "tokenizer_config.json", lambda file: file | takes)
         opened = opened._replace(tokenizer=target)
         if lacks and not room:
             opened = _widened(opened, vocab.size + 1, mesh)

@@ -197,5 +197,5 @@ def write_tokenizer(folder: str | Path, vocabulary: list[tuple[str, float]], max
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_len,
     }
-    tokenizer.save(str(Path(folder, "tokenizer.json")))
+    Path(folder, "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     Path(folder, "tokenizer_config.json").write_text(json.dumps(told, indent=2) + "\n")

@@ -19,6 +19,7 @@ from fmjax.convert.options import MULTI_LABEL
 from fmjax.data import endings
 from fmjax.errors import ConfigError
 from fmjax.io.snapshot import find, read_json
+from fmjax.io.storage import rust_errors
 from fmjax.models import TOKEN_HEADS, WHOLE_HEADS
 from fmjax.params import paths
 
@@ -239,7 +240,8 @@ def _write(
     for name, keys in split.filename_to_tensors.items():
         values = {key: value(key) for key in keys}
         if jax.process_index() == 0:
-            save_file(values, folder / name, metadata={"format": "pt"})
+            with rust_errors():
+                save_file(values, folder / name, metadata={"format": "pt"})
     if split.is_sharded and jax.process_index() == 0:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from fmjax.data.sources import Source
 from fmjax.data.vocabulary import Vocab
 from fmjax.errors import ConfigError, DataError, quoted
 from fmjax.io import disk_cache, snapshot
+from fmjax.io.storage import rust_errors
 
 SUFFIXES = (".json", ".txt", ".model", ".jinja")  # of what a tokenizer is made of
 FILE, OPTIONS = "tokenizer.json", "tokenizer_config.json"
@@ -204,7 +205,8 @@ def _write(folder: Path, settings: TokenizerSettings, source: Source, log, poll)
         tokenizer = _load(settings)
     vocab = vocabulary.of(tokenizer, settings.name)
     try:
-        tokenizer.save_pretrained(folder / "files")
+        with rust_errors():
+            tokenizer.save_pretrained(folder / "files")
         if settings.name != "train":
             _name_class(folder / "files", tokenizer.backend_tokenizer)
     except ValueError as error:  # chat templates whose names lead out of the folder

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from fmjax import adapters, build, convert
 from fmjax.checkpoints import pretrained
+from fmjax.distributed import processes
 from fmjax.errors import CheckpointError, ConfigError, FmjaxError
 from fmjax.evaluation import measurement
 from fmjax.models import TOKEN_HEADS, AnyModel
@@ -21,14 +22,15 @@ def check(
     output: Path, opened: pretrained.Opened, left_out: tuple[str, ...], abstract: Any
 ) -> None:
     """Raises CheckpointError unless the folder holds every bit of the parameters exported."""
+    processes.meet()  # process 0 may still be writing
     kept = {p: x for p, x in paths.flatten(opened.params).items() if p not in left_out}
     like = {path: leaf for path, leaf in paths.flatten(abstract).items() if path in kept}
     again, _ = convert.load(output, paths.unflatten(like))
     again = paths.flatten(again)
     if wrong := [path for path in kept if not _same_bits(kept[path], again[path])]:
         raise CheckpointError(
-            f"{output} was written, but reads back differently: {', '.join(wrong[:5])}. Do not use "
-            "it; set config.output to another folder, on another disk if it happens again."
+            f"what was written to {output} reads back differently: {', '.join(wrong[:5])}. Set "
+            "config.output to another folder, on another disk if it happens again."
         )
 
 

@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import json
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -23,7 +21,6 @@ from fmjax.evaluation.eval_loop import (
     make_step,
     measured,
 )
-from fmjax.io import metrics_log, storage
 from fmjax.models import AnyModel
 from fmjax.objectives import requirements
 from fmjax.params import sharding
@@ -159,13 +156,3 @@ def split_of(dataset: data.Dataset, name: str) -> Any:
 def _show(text: str) -> None:
     if jax.process_index() == 0:
         print(text)
-
-
-def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds a line to a file of results, and says so."""
-    if jax.process_index() == 0:
-        with storage.writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics_log.plain(record)) + "\n")
-        _show(f"added to {path}")

@@ -36,12 +36,13 @@ import numpy as np
 from fmjax.config import load as configs
 from fmjax.errors import Broken, CheckpointError, ConfigError, did_you_mean, quoted
 from fmjax.experiments import comparisons, statistics, sweep_results, trials
-from fmjax.io import atomic, storage
+from fmjax.io import atomic, results, storage
 from fmjax.io.metrics_log import command, plain
 from fmjax.io.progress import duration, table
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "evidence"
+COPY = "--config, such as a copy of it"
 MARKED = re.compile(r"(<!-- evidence (?P<what>[^>]*?) -->)(?P<text>.*?)(<!-- -->)", re.DOTALL)
 
 
@@ -100,14 +101,16 @@ def verify(
     """
     expected, folder = expectations(spec), Path(folder)
     _check_given(overrides, expected[0].given)
+    file = file_of(spec)
+    results.check_file(file, COPY)
     now = digest(spec)  # of the files as they are before anything runs
     found = trials.walk(spec, overrides, folder, _sweep(spec, expected))
     told = trials.run(found, spec, folder, "all", fresh=fresh)
     row = measured(spec, overrides, expected, told, folder)
     row["digests"]["config"] = now
-    file = file_of(spec)
-    file.parent.mkdir(exist_ok=True)
-    atomic.write_atomic(file, json.dumps(plain(row), indent=2, ensure_ascii=False) + "\n")
+    results.make_folder(file.parent, COPY)
+    text = json.dumps(plain(row), indent=2, ensure_ascii=False)
+    atomic.write_atomic(file, f"{text}\n", COPY)
     show(row)
     print(f"written to {file}")
     if wrong := [one for one in row["expected"] if one["verdict"] == "broken"]:

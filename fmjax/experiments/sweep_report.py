@@ -22,7 +22,7 @@ import numpy as np
 from fmjax.config.load import flatten, may_change
 from fmjax.experiments import comparisons
 from fmjax.experiments.comparisons import Group, Row
-from fmjax.io import atomic, metrics_log
+from fmjax.io import atomic, metrics_log, results
 from fmjax.io.progress import FALLING, count, duration
 from fmjax.reports import html, svg
 
@@ -67,7 +67,8 @@ def write(
         for name, figure in figures.items():
             if "<svg" in figure:
                 name = f"{_file(metric)}-{name}" if of else name
-                (pictures / f"{name}.png").write_bytes(svg.png(figure, html.STYLE))
+                with results.replacing(pictures / f"{name}.png") as made:
+                    made.write_bytes(svg.png(figure, html.STYLE))
         told.append(_told(rows, metric))
         numbers.append(_numbers(rows, metric))
         sections += [

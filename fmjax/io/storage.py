@@ -3,20 +3,25 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fmjax.errors import CheckpointError, quoted
 
+WORKDIR = "--workdir"  # what most files are in
+TMPDIR = "$TMPDIR"
+
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Raises CheckpointError where the block, which writes `path`, meets an OSError."""
+def writing(path: str | os.PathLike, key: str = WORKDIR) -> Iterator[None]:
+    """Raises CheckpointError where the block, which writes `path`, meets an OSError; `key` is what
+    a user sets to have the file elsewhere."""
     try:
         yield
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise unwritable(path, error, key) from error
 
 
 @contextlib.contextmanager
@@ -25,19 +30,36 @@ def writing_in(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        names = [name for name in (error.filename, error.filename2) if isinstance(name, str)]
-        inside = [name for name in names if Path(name).absolute().is_relative_to(folder)]
+        inside = [name for name in named(error) if Path(name).absolute().is_relative_to(folder)]
         if not inside:
             raise
         raise unwritable(inside[0], error) from error
 
 
-def unwritable(path: str | os.PathLike, error: OSError) -> CheckpointError:
+@contextlib.contextmanager
+def rust_errors() -> Iterator[None]:
+    """Raises as an OSError what safetensors and tokenizers report of the file system, which they
+    raise as exceptions of their own."""
+    try:
+        yield
+    except Exception as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
+def named(error: OSError) -> list[str]:
+    """The files that an error of the file system is about; none where a write has failed."""
+    return [name for name in (error.filename, error.filename2) if isinstance(name, str)]
+
+
+def unwritable(path: str | os.PathLike, error: OSError, key: str = WORKDIR) -> CheckpointError:
     """The error for a file that could not be written because of `error`."""
     reason = error.strerror or " ".join(str(error).split())[:200]
     return CheckpointError(
         f"{path} cannot be written ({reason}): free space, change its permissions, or use another "
-        "--workdir"
+        f"{key}"
     )
 
 

@@ -4,6 +4,7 @@ The page is one file without scripts that needs nothing from elsewhere; it is wr
 every run, and again by `python run.py --config=configs/report.py --config.folder=runs/…`.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -316,5 +317,10 @@ def _replace(path: Path, text: str) -> None:
     new = path.with_name(f".{path.name}.{os.getpid()}")
     with storage.writing(path):
         # Names of files that are no UTF-8 hold characters that cannot be encoded.
-        new.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(new, path)
+        try:
+            new.write_text(text, encoding="utf-8", errors="backslashreplace")
+            os.replace(new, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                new.unlink()
+            raise

@@ -2,7 +2,6 @@
 
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +9,8 @@ import jax
 from fmjax.checkpoints import pretrained
 from fmjax.distributed import launch
 from fmjax.evaluation.eval_loop import perplexity
-from fmjax.evaluation.measurement import Measure, _show, append
+from fmjax.evaluation.measurement import Measure, _show
+from fmjax.evaluation.results_log import ResultsLog
 from fmjax.io import progress
 
 FILE = "evaluation.jsonl"
@@ -23,6 +23,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     configs/mlm.py trains. Adds a line to evaluation.jsonl in the run folder, else in `workdir`.
     """
     with launch.start(config, dry_run=dry_run) as mesh:
+        log = ResultsLog(config.folder, workdir, FILE)
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
         measure = Measure(config, opened, mesh)
         settings, split = measure.settings, measure.split
@@ -50,4 +51,4 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         "objectives": measure.goals,
         "metrics": metrics,
     }
-    append(Path(opened.source if opened.config else workdir) / FILE, record)
+    log.append(record)

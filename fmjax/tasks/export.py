@@ -9,15 +9,17 @@ from typing import Any
 import jax
 
 from fmjax import adapters, convert
-from fmjax.adapters import peft, peft_formats, peft_loading
+from fmjax.adapters import peft, peft_formats, peft_loading, peft_settings
 from fmjax.adapters.lora import Lora
 from fmjax.adapters.wrapper import Adapted
 from fmjax.checkpoints import pretrained, tokenizer_export
 from fmjax.data import tokenizer as tokenizers
-from fmjax.distributed import launch
+from fmjax.distributed import launch, processes
 from fmjax.errors import ConfigError
 from fmjax.evaluation.export_check import _check_merged, _compare, check, divergence
+from fmjax.evaluation.export_folder import exported
 from fmjax.generation import conversations
+from fmjax.io import results
 from fmjax.models import param_init
 from fmjax.params import groups, paths
 
@@ -25,6 +27,8 @@ from fmjax.params import groups, paths
 def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
     """The task: writes the run `config.folder` to `config.output`, reads it back and compares."""
     with launch.start(config) as mesh:
+        output = Path(config.output or Path(config.folder) / "export")
+        processes.first(lambda: results.check_folder(output))
         # Parameters are float32: what is compared must not drown in the rounding of a run's dtype.
         opened = pretrained.open_folder(config.folder, mesh, "float32", config.step)
         if opened.config is None:
@@ -32,7 +36,6 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
                 f"config.folder={config.folder!r} is in Hugging Face format already; "
                 "give the folder of a run."
             )
-        output = Path(config.output or Path(config.folder) / "export")
         _check_class(opened)
         if dry_run:
             if jax.process_index() == 0:
@@ -48,9 +51,9 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             _check_merged(apart, config.max_kl)
             _compare(opened, model, params, mesh, config.limit)
         opened = opened._replace(model=model, params=params)
-        with tokenizer_export.prepared(opened, mesh) as complete:
+        with tokenizer_export.prepared(opened, mesh) as complete, exported(output) as folder:
             left_out = convert.export(
-                output,
+                folder,
                 complete.model,
                 complete.params,
                 complete.tokenizer,
@@ -58,8 +61,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
                 several=complete.several,
                 stop=_stop_tokens(complete),
             )
-            write_template(complete, output)
-            check(output, complete, left_out, param_init.abstract_params(complete.model, mesh))
+            write_template(complete, folder)
+            check(folder, complete, left_out, param_init.abstract_params(complete.model, mesh))
     if jax.process_index() != 0:
         return
     files = [path for path in output.iterdir() if path.is_file()]
@@ -120,15 +123,16 @@ def _adapter(output: Path, opened: pretrained.Opened) -> None:
         )
     whole = [name for name in moving if not re.fullmatch(adapters.LEAVES, name)]
     heads = sorted({name.split("/")[1] for name in whole})
-    written = peft.write(
-        output,
-        opened.model,
-        opened.params,
-        heads="|".join(map(re.escape, heads)),
-        source=opened.config.init,
-    )
-    convert.copy_tokenizer(opened.tokenizer, output)
-    write_template(opened, output)
+    with exported(output, peft_settings.CONFIG) as folder:
+        written = peft.write(
+            folder,
+            opened.model,
+            opened.params,
+            heads="|".join(map(re.escape, heads)),
+            source=opened.config.init,
+        )
+        convert.copy_tokenizer(opened.tokenizer, folder)
+        write_template(opened, folder)
     size = sum(path.stat().st_size for path in output.iterdir() if path.is_file()) / 2**20
     print(f"wrote the adapter of {opened} and the heads {heads} to {output}: {size:,.1f} MiB")
     print("read back: equal to the run's parameters bit by bit")

@@ -18,18 +18,18 @@ from fmjax.errors import ConfigError
 from fmjax.evaluation import (
     benchmarks,
     exact_answer,
-    measurement,
     multiple_choice,
     prompt_templates,
 )
 from fmjax.evaluation.multiple_choice import Item
+from fmjax.evaluation.results_log import ResultsLog
 from fmjax.evaluation.scoring import judged, scorer_of, table, with_shots
 from fmjax.generation import text_generator
-from fmjax.io import environment, metrics_log
+from fmjax.io import environment, metrics_log, results
 from fmjax.io.atomic import write_arrays, write_atomic
 from fmjax.io.workdir import EXAMPLES
 
-FILE = "fewshot.jsonl"
+FILE, SUMMARY = "fewshot.jsonl", "summary.json"
 ROWS = {"format": "classes", "long": "truncate", "validation_fraction": 0.2}
 
 
@@ -42,6 +42,9 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     with launch.start(config) as mesh:
         if jax.process_count() > 1:
             raise ConfigError("config.task='fewshot' works in one process.")
+        log, summary = ResultsLog(config.folder, workdir, FILE), Path(workdir) / SUMMARY
+        if config.benchmark.name == "classes":
+            results.check_file(summary)
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
         wanted, shown = config.benchmark.to_dict(), any(config.shots)
         if wanted["name"] == "classes":
@@ -77,9 +80,9 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
                 "seconds": seconds,
                 "metrics": metrics,
             }
-            measurement.append(Path(opened.source if opened.config else workdir) / FILE, record)
+            log.append(record)
     if about and len(ways) == 1:
-        summarise(Path(workdir), given, told, config.norm, record | about)
+        summarise(summary, given, told, config.norm, record | about)
 
 
 def of_data(config: Any, opened: pretrained.Opened) -> tuple[dict, dict[str, Any]]:
@@ -119,17 +122,15 @@ def asker(config: Any, opened: pretrained.Opened):
 
 
 def summarise(
-    folder: Path, items: Sequence[Item], told: Sequence[Any], norm: str, record: Mapping[str, Any]
+    file: Path, items: Sequence[Item], told: Sequence[Any], norm: str, record: Mapping[str, Any]
 ) -> None:
-    """summary.json and examples.npz of an answer to each item, under the names that a trained
-    classifier's have; `norm` is what counts as the choice."""
+    """summary.json (`file`) and examples.npz beside it of an answer to each item, under the names
+    that a trained classifier's have; `norm` is what counts as the choice."""
     labels = np.array([item.label for item in items], np.int32)  # as of a trained classifier
     right = np.array([one.choice(norm) for one in told]) == labels
     own = {"trainable_parameters": 0, "kept_bytes": 0, "environment": environment.environment()}
     metrics = {"validation/classify/accuracy": float(right.mean())}
     own |= {"all_metrics": record["metrics"], "metrics": metrics, "norm": norm}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(
-        folder / "summary.json", json.dumps(metrics_log.plain({**record, **own}), indent=2)
-    )
-    write_arrays(folder / EXAMPLES, {"label": labels, "classify/accuracy": right})
+    results.make_folder(file.parent)
+    write_atomic(file, json.dumps(metrics_log.plain({**record, **own}), indent=2))
+    write_arrays(file.with_name(EXAMPLES), {"label": labels, "classify/accuracy": right})

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,8 @@ from fmjax.data import chat, vocabulary
 from fmjax.data import tokenizer as tokenizers
 from fmjax.distributed import launch
 from fmjax.errors import ConfigError
-from fmjax.evaluation import measurement, scoring
+from fmjax.evaluation import scoring
+from fmjax.evaluation.results_log import ResultsLog
 from fmjax.generation import conversations, text_generator
 from fmjax.generation.sampling import Sampling
 from fmjax.io import metrics_log
@@ -51,6 +51,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     with launch.start(config) as mesh:
         if jax.process_count() > 1:
             raise ConfigError("config.task='harness' works in one process.")
+        log = ResultsLog(config.folder, workdir, FILE)
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
         model = Model(opened, config.batch_size, config.score)
         own = dict(include_path=config.include, include_defaults=False) if config.include else {}
@@ -86,7 +87,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         "seconds": time.perf_counter() - start,
         "results": json.loads(json.dumps(metrics_log.plain(found["results"]), default=str)),
     }
-    measurement.append(Path(opened.source if opened.config else workdir) / FILE, record)
+    log.append(record)
 
 
 class Model(TemplateLM):

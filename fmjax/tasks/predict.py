@@ -1,6 +1,5 @@
 """Predictions of a fine-tuned model for each record of a file: labels, probabilities, values."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,10 @@ from typing import Any
 import jax
 
 from fmjax.checkpoints import pretrained
-from fmjax.distributed import launch
+from fmjax.distributed import launch, processes
 from fmjax.evaluation.predictions import Predictor
 from fmjax.evaluation.readable import cut, readable
-from fmjax.io import metrics_log
+from fmjax.io import results
 
 SHOWN = 5  # records that the terminal gets
 
@@ -23,6 +22,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     Records need no label. Written to `config.output`, else predictions.jsonl in `workdir`.
     """
     with launch.start(config) as mesh:
+        path = Path(config.output or Path(workdir) / "predictions.jsonl")
+        processes.first(lambda: results.check_file(path, results.OUTPUT))
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
         predictor = Predictor(config, opened, mesh)
         if dry_run:
@@ -30,12 +31,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         records = predictor()
     if jax.process_index() != 0:
         return
-    path = Path(config.output or Path(workdir) / "predictions.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for fields, output in records:
-            line = metrics_log.plain(fields | output)
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    results.write_lines(path, (fields | output for fields, output in records), results.OUTPUT)
     print(f"\n{opened}")
     for fields, output in records[:SHOWN]:
         texts = " | ".join(cut(str(value)) for value in fields.values())

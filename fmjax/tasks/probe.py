@@ -23,7 +23,7 @@ from fmjax.checkpoints import pretrained
 from fmjax.distributed import launch
 from fmjax.errors import ConfigError, DataError
 from fmjax.evaluation import eval_loop, text_vectors
-from fmjax.io import disk_cache, environment, metrics_log
+from fmjax.io import disk_cache, environment, metrics_log, results
 from fmjax.io.atomic import write_arrays, write_atomic
 from fmjax.io.workdir import EXAMPLES
 from fmjax.models import text_pooling
@@ -49,6 +49,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     with launch.start(config) as mesh:
         if jax.process_count() > 1:
             raise ConfigError("The task 'probe' works in one process.")
+        path = Path(workdir) / FILE
+        results.check_file(path)
         opened = at_layer(
             pretrained.open_folder(config.folder, mesh, config.precision), config.layer, mesh
         )
@@ -108,8 +110,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         **{key: config[key] for key in ("features", "layer", "pool", "classifier")},
         "args": config.args.to_dict(),
     }
-    path = Path(workdir) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
+    results.make_folder(path.parent)
     write_atomic(path, json.dumps(metrics_log.plain(record), indent=2))
     each = {"label": labels["validation"], "classify/accuracy": right}
     write_arrays(path.with_name(EXAMPLES), each)

@@ -25,7 +25,8 @@ from fmjax.config import load as configs
 from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.distributed import launch
 from fmjax.errors import ConfigError, DataError, quoted
-from fmjax.io import atomic, metrics_log, progress, summary
+from fmjax.evaluation.results_log import COPY
+from fmjax.io import atomic, metrics_log, progress, results, summary
 from fmjax.params import paths, sharding
 from fmjax.training import loop, restore, vmapped_runs
 from fmjax.training.setup import Run
@@ -50,6 +51,8 @@ def run(config: Any, workdir_path: str | os.PathLike, *, dry_run: bool = False) 
     with launch.start(config) as mesh, configs.missing_keys(folder / "config.json"):
         if jax.process_count() > 1:
             raise ConfigError("The task 'replay' works in one process.")
+        file = folder / "dumps" / f"replay_{config.step}.json"
+        results.check_file(file, COPY)
         vmapped = vmapped_runs.prepare(saved, mesh, lambda: None)
         _check_data(folder, vmapped.padded_run)
         total = vmapped.padded_run.total
@@ -58,9 +61,9 @@ def run(config: Any, workdir_path: str | os.PathLike, *, dry_run: bool = False) 
         if dry_run:
             return
         found = again(vmapped, folder, config.step)
-    file = folder / "dumps" / f"replay_{config.step}.json"
-    file.parent.mkdir(exist_ok=True)
-    atomic.write_atomic(file, json.dumps(metrics_log.plain(found), indent=2, ensure_ascii=False))
+    results.make_folder(file.parent, COPY)
+    text = json.dumps(metrics_log.plain(found), indent=2, ensure_ascii=False)
+    atomic.write_atomic(file, text, COPY)
     show(found, config.top_k)
     print(f"written to {file}")
 

@@ -2,7 +2,6 @@
 ROUGE."""
 
 import importlib.util
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -15,10 +14,11 @@ from fmjax.checkpoints import pretrained
 from fmjax.data import json_rows, records
 from fmjax.distributed import launch
 from fmjax.errors import ConfigError, DataError, quoted
-from fmjax.evaluation import measurement
+from fmjax.evaluation.results_log import ResultsLog
 from fmjax.generation import beam_search, text_generator
 from fmjax.generation.decoder import Generator
 from fmjax.generation.sampling import Sampling
+from fmjax.io import results
 
 FILE, TEXTS = "translate.jsonl", "translations.jsonl"
 ROUGE = ("rouge1", "rouge2", "rougeLsum")
@@ -31,6 +31,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     with launch.start(config) as mesh:
         if jax.process_count() > 1:
             raise ConfigError("config.task='translate' works in one process.")
+        log, out = ResultsLog(config.folder, workdir, FILE), Path(workdir) / TEXTS
+        results.check_file(out)
         opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
         if not opened.model.decodes:
             raise ConfigError(
@@ -50,12 +52,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         rows = written(author.writer, prompts, config)
         seconds = time.perf_counter() - start
         texts = [author.text([], row) for row in rows]
-    out = Path(workdir) / TEXTS
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", encoding="utf-8") as file:
-        for (source, targets), text in zip(pairs, texts, strict=True):
-            row = {"source": source, "target": targets, "written": text}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    row = lambda pair, text: {"source": pair[0], "target": pair[1], "written": text}
+    results.write_lines(out, map(row, pairs, texts))
     print(f"written to {out}, in {seconds:.1f} s")
     found = scores(texts, [targets for _, targets in pairs]) if config.target else {}
     for name, value in found.items():
@@ -70,7 +68,7 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         "seconds": seconds,
         "metrics": found,
     }
-    measurement.append(Path(opened.source if opened.config else workdir) / FILE, record)
+    log.append(record)
 
 
 def read(file: str, source: str, target: str, limit: int = 0) -> list[tuple[str, list[str]]]:
