@@ -265,6 +265,7 @@ POOLS = ("", "first", "last", "mean")  # what stands for a whole sequence; "": a
 # How documents become rows, or what kind of example a record is.
 FORMATS = ("packed", "padded", "pairs", "chat", "chat_padded")
 FORMATS += ("classes", "labels", "values", "tags", "spans", "choices", "texts", "seq2seq")
+OTHER_FORMATS = ("images",)  # rows that are no texts
 TEMPLATES = ("auto", "tokenizer", "plain", "alpaca")  # how conversations become one text
 
 UNITS = ("tokens", "images", "pairs", "rows")  # what data count: `unit` of datasets
@@ -420,8 +421,8 @@ RULES: tuple[tuple[str, Check | Modules | tuple[str, ...]], ...] = (
     (r"adapter\.(alpha|scale)|max_kl", ABOVE_ZERO),
     (r"adapter\.activation", ("gelu", "gelu_tanh", "relu", "silu")),
     (r"adapter\.scaling", ("alpha/rank", "rslora")),
-    (r"data\.name", ("pydocs", "pycode", "text", "hub")),
-    (r"data\.format", FORMATS),
+    (r"data\.name", ("pydocs", "pycode", "text", "hub", "digits", "idx")),
+    (r"data\.format", (*FORMATS, *OTHER_FORMATS)),
     (r"(data\.)?template", TEMPLATES),
     (r"data\.columns", COLUMNS),
     (r"data\.classes", CLASSES),

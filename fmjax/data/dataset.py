@@ -50,7 +50,9 @@ class Split(Protocol):
 class Dataset:
     """Prepared data, or a stand-in that has what a config tells before anything is read."""
 
-    splits: Mapping[str, Any]  # a `Split` each: "train"; "validation" if there is any; {} of a stand-in
+    splits: Mapping[
+        str, Any
+    ]  # a `Split` each: "train"; "validation" if there is any; {} of a stand-in
     digest: str  # of the contents, whatever the rows made of them
     format: str  # of the rows
     counts: Mapping[str, Any]  # for the log and the report: of each split, and what was left out

@@ -5,11 +5,13 @@ from jaxtyping import Array, Float, Int
 
 
 def pooled(
-    hidden: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], pool: str
+    hidden: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None, pool: str
 ) -> Float[Array, "B D"]:
     """The vector of a whole sequence, in float32: of its "first" token, its "last", or over all
     tokens the "mean", the "max", the "weighted_mean" (by place, from 1) or the "sum_over_sqrt" of
-    how many there are."""
+    how many there are. Without `segment_ids` no position is padding."""
+    if segment_ids is None:
+        segment_ids = jnp.ones(hidden.shape[:2], jnp.int32)
     if pool == "first":
         return hidden[:, 0].astype(jnp.float32)
     if pool == "last":

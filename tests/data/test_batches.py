@@ -56,7 +56,8 @@ def test_batches_have_the_promised_keys_and_shapes(split):
     shapes = {key: (array.shape, array.dtype) for key, array in batch.items()}
     names = ("input_ids", "segment_ids", "positions", "token_types")
     rows = {name: ((4, 14), np.dtype(np.int32)) for name in names}
-    assert shapes == rows | {"index": ((4,), np.dtype(np.int32))}
+    assert shapes == rows | dict.fromkeys(("index", "units"), ((4,), np.dtype(np.int32)))
+    assert batch["units"].tolist() == np.count_nonzero(batch["segment_ids"], axis=1).tolist()
     assert batch["index"].tolist() == [0, 1, 2, 3]
 
 

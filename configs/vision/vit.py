@@ -1,0 +1,72 @@
+"""Image classification with a small Vision Transformer (Dosovitskiy et al. 2021), from nothing.
+
+    python run.py --config=configs/vision/vit.py  # scikit-learn's handwritten digits
+    python run.py --config=configs/vision/vit.py:mnist \\
+        --config.data.train=train-images-idx3-ubyte.gz \\
+        --config.data.validation=t10k-images-idx3-ubyte.gz
+"""
+
+import runpy
+from pathlib import Path
+
+from fmjax.config.load import parse_arg
+from fmjax.errors import ConfigError, did_you_mean
+
+VARIANTS = ("digits", "mnist")
+MLM = str(Path(__file__).parent.with_name("mlm.py"))
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, variant="digits", runlocal=False)
+    if arg.variant not in VARIANTS:
+        raise ConfigError(f"unknown variant {arg.variant!r}.{did_you_mean(arg.variant, VARIANTS)}")
+    config = runpy.run_path(MLM)["get_config"]()
+    config.total = "60 epochs"
+    config.batch_size = 64
+    config.data = dict(
+        format="images",
+        name="digits",  # or idx: files of MNIST's format
+        train="",
+        validation="",
+        validation_fraction=0.2,
+        shift=1,  # training images are moved by up to so many pixels
+        classes=(),
+        examples=0,
+        skip=(),
+        cache="",
+    )
+    del config.tokenizer
+    config.model = dict(
+        name="vit",
+        variant="digits",
+        # None is the variant's own value.
+        patch=None,
+        width=None,
+        depth=None,
+        heads=None,
+        mlp=None,
+        class_token=None,
+        dropout=None,
+        attention_dropout=None,
+        attention="auto",
+        scan=True,
+        remat="none",
+    )
+    config.objectives = dict(classify=dict(weight=1.0))
+    config.optim.update(lr=2e-3, decay=".*/kernel", weight_decay=0.05, schedule="cosine")
+    config.optim.args.b2 = 0.999
+    config.log_every = 50
+    with config.ignore_type():
+        config.eval_every = config.save_every = "10 epochs"
+    config.best = "validation/classify/accuracy"
+    if arg.variant == "mnist":
+        config.data.update(name="idx", shift=2)
+        config.model.update(patch=4)
+        config.total = "10 epochs"
+        config.batch_size = 128
+        with config.ignore_type():
+            config.eval_every = config.save_every = "2 epochs"
+    if arg.runlocal:
+        config.total = "10 steps"
+        config.log_every = config.eval_every = config.save_every = 5
+    return config

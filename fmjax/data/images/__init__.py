@@ -1,0 +1,246 @@
+"""Labelled images in the cache, as arrays of uint8 that are normalized when a batch is made."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from fmjax.data import order
+from fmjax.data.dataset import Dataset
+from fmjax.data.images import sources
+from fmjax.data.images.settings import ImageSettings, read
+from fmjax.errors import ConfigError, DataError
+from fmjax.io import disk_cache
+from fmjax.io.mapped import MappedFiles
+
+VERSION = 1  # of what the cache holds; raise it when the same inputs give other files
+PROCESSOR = "image_processor"  # the folder of a run with what makes arrays of images
+MEAN, DEVIATION = 0.5, 0.5  # subtracted from pixels in [0, 1], and divided by
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageDataset(Dataset):
+    """Images of one size, with a class each."""
+
+    image_shape: tuple[int, int, int] = (0, 0, 0)  # height, width, channels
+    processor: Path | None = None  # folder with preprocessor_config.json
+
+    unit = "images"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return super().facts | {"image_shape": self.image_shape}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return super().identity | {"image_shape": list(self.image_shape)}
+
+    @property
+    def processors(self) -> dict[str, Path]:
+        return {PROCESSOR: self.processor}
+
+    def example(self, batch: Mapping[str, np.ndarray], prepared: Mapping[str, Any]) -> str:
+        image = np.asarray(prepared["images"][0]).mean(axis=-1)
+        greys = np.clip((image * DEVIATION + MEAN) * 9.99, 0, 9).astype(int)
+        rows = ["".join(" .:-=+*#%@"[grey] for grey in row) for row in greys]
+        return "\n".join([*rows, *self.texts(batch)[:1]])
+
+    def texts(self, batch: Mapping[str, np.ndarray]) -> list[str]:
+        height, width, channels = self.image_shape
+        return [f"image {number} ({height} x {width} x {channels})" for number in _numbers(batch)]
+
+
+class ImageSplit:
+    """Images and labels of one split, memory-mapped.
+
+    Training moves each image by up to `shift` pixels, by an amount that is a function of the seed
+    and the example; what comes in at the borders repeats the outermost pixels.
+    """
+
+    row_units = 1
+
+    def __init__(self, folder: Path, split: str, shift: int):
+        self._files = files = MappedFiles(folder)
+        self._images = files.npy(f"{split}.images.npy")
+        self._labels = files.npy(f"{split}.labels.npy")
+        self._shift = shift
+
+    @property
+    def unit_count(self) -> int:
+        return len(self)
+
+    @property
+    def row_size(self) -> str:
+        height, width, channels = self._images.shape[1:]
+        return f"{height} x {width} x {channels}"
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [N], those of all images."""
+        return self._labels
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def rows(
+        self, index: np.ndarray, examples: np.ndarray | None = None, seed: int = 0
+    ) -> dict[str, np.ndarray]:
+        """`images`, float32 [n, H, W, C] around 0, and `labels`, int32 [n]."""
+        images = self._images[index]
+        if self._shift and examples is not None:
+            images = shifted(images, self._shift, seed, examples)
+        labels = self._labels[index].astype(np.int32)
+        self._files.check()
+        return {"images": normalized(images), "labels": labels}
+
+    def widths(self, index: np.ndarray) -> np.ndarray:
+        return np.ones(len(index), int)
+
+    def trim(self, batch: Mapping[str, np.ndarray], width: int) -> dict[str, np.ndarray]:
+        return dict(batch)
+
+    def units(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.ones(len(batch["images"]), np.int32)
+
+
+def normalized(images: np.ndarray) -> np.ndarray:
+    """uint8 pixels as float32 around 0."""
+    scale = np.float32(1 / (255 * DEVIATION))
+    return images.astype(np.float32) * scale - np.float32(MEAN / DEVIATION)
+
+
+def shifted(images: np.ndarray, most: int, seed: int, examples: np.ndarray) -> np.ndarray:
+    """The images [n, H, W, C], each moved by -`most` to `most` pixels down and to the right."""
+    moves = [
+        np.floor(order.uniform(seed, examples, stream) * (2 * most + 1)).astype(int)
+        for stream in (0, 1)
+    ]
+    wide = np.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
+    height, width = images.shape[1:3]
+    rows = moves[0][:, None] + np.arange(height)
+    columns = moves[1][:, None] + np.arange(width)
+    which = np.arange(len(images))[:, None, None]
+    return wide[which, rows[:, :, None], columns[:, None, :]]
+
+
+def stand_in(data: Mapping, tokenizer: Mapping) -> ImageDataset:
+    """What the settings and the head of a file tell before images are read; classes are any two.
+
+    Raises ConfigError for settings that cannot be used, DataError for files that cannot.
+    """
+    settings = read(data)
+    labels = tuple(settings.classes) or ("one", "other")
+    shape = sources.image_shape(settings)
+    return ImageDataset({}, "", "images", {}, "classes", labels, image_shape=shape)
+
+
+def prepare(
+    data: Mapping,
+    tokenizer: Mapping,
+    *,
+    embedding_rows: int | None = None,
+    log: Callable[[str], None] = print,
+    poll: Callable[[], None] = lambda: None,
+) -> ImageDataset:
+    """Read the images into the cache, or reuse what it holds (`fmjax.data.prepare`).
+
+    Without validation files a share of the images is held out by the hash of their pixels, so that
+    equal images are never in both.
+    """
+    settings = read(data)
+    root = disk_cache.root(settings.cache)
+    disk_cache.remove_leftovers(root)
+    identity = {
+        "version": VERSION,
+        "name": settings.name,
+        "files": sorted(sources.files(settings).items()),
+        "fraction": 0 if settings.validation else settings.validation_fraction,
+    }
+    home = root / f"images-{disk_cache.digest(identity)}"
+    with disk_cache.lock(root / f"{home.name}.lock", log, poll):
+        index = disk_cache.verified(home, log, poll)
+        if index is None:
+            index = disk_cache.build(home, lambda folder: _write(folder, settings, poll), poll)
+    splits = {split: ImageSplit(home, split, settings.shift) for split in index["counts"]}
+    for split, counts in index["counts"].items():
+        log(f"data: {split}: {counts['images']:,} images")
+    return ImageDataset(
+        splits,
+        digest=disk_cache.digest(index["files"]),
+        format=f"images-shift{settings.shift}",
+        counts=index["counts"],
+        target="classes",
+        labels=_names(settings, index["classes"]),
+        image_shape=tuple(index["image_shape"]),
+        processor=home / PROCESSOR,
+    )
+
+
+def _write(folder: Path, settings: ImageSettings, poll: Callable[[], None]) -> dict:
+    found = sources.read(settings)
+    poll()
+    if "validation" not in found and settings.validation_fraction:
+        images, labels = found["train"]
+        held_out = _held_out(images, settings.validation_fraction)
+        found = {
+            "train": (images[~held_out], labels[~held_out]),
+            "validation": (images[held_out], labels[held_out]),
+        }
+    shapes = {split: images.shape[1:] for split, (images, _) in found.items()}
+    if len(set(shapes.values())) > 1:
+        raise DataError(f"images have different shapes: {shapes}. See config.data.validation")
+    for split, (images, labels) in found.items():
+        if not len(images):
+            raise DataError(f"there are no images for {split}: see config.data.validation_fraction")
+        np.save(folder / f"{split}.images.npy", images)
+        np.save(folder / f"{split}.labels.npy", labels)
+    (folder / PROCESSOR).mkdir()
+    (folder / PROCESSOR / "preprocessor_config.json").write_text(_processor(shapes["train"]))
+    return {
+        "counts": {
+            split: {"images": len(images), "rows": len(images)}
+            for split, (images, _) in found.items()
+        },
+        "classes": max(int(labels.max()) for _, labels in found.values()) + 1,
+        "image_shape": list(shapes["train"]),
+    }
+
+
+def _held_out(images: np.ndarray, fraction: float) -> np.ndarray:
+    """bool [N], true for a `fraction` of the images, by the hash of their pixels."""
+    hashes = [xxhash.xxh3_64_intdigest(image.tobytes()) for image in images]
+    return np.array(hashes, np.uint64) < np.uint64(fraction * 2**64)
+
+
+def _processor(shape: tuple[int, int, int]) -> str:
+    """Settings in the format of an image processor of transformers."""
+    height, width, channels = shape
+    settings = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": height, "width": width},
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [MEAN] * channels,
+        "image_std": [DEVIATION] * channels,
+    }
+    return json.dumps(settings, indent=2) + "\n"
+
+
+def _names(settings: ImageSettings, classes: int) -> tuple[str, ...]:
+    """Names of the classes, which labels count from 0."""
+    if settings.classes and len(settings.classes) < classes:
+        raise ConfigError(
+            f"config.data.classes has {len(settings.classes)} names, and the images have labels "
+            f"from 0 to {classes - 1}"
+        )
+    return tuple(settings.classes) or tuple(map(str, range(classes)))
+
+
+def _numbers(batch: Mapping[str, np.ndarray]) -> list[int]:
+    return np.asarray(batch.get("index", np.arange(len(batch["images"])))).tolist()
