@@ -135,6 +135,39 @@ def test_a_text_begins_as_in_its_own_backend_and_not_twice(begun):
         assert firsts(found) == pytest.approx(firsts(expected), rel=1e-4, abs=1e-3)
 
 
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """(ours, that of the harness on torch) of a decoder of A, C, G and T, whose tokenizer drops
+    each other letter and puts <s> before a text."""
+    torch = pytest.importorskip("torch", reason="torch, the reference, is not installed")
+    from lm_eval.models.huggingface import HFLM
+
+    torch.set_num_threads(1)
+    home = tmp_path_factory.mktemp("bases")
+    words = tiny_folders.bases(home / "words")
+    made = tiny_folders.decoder(home / "model", words)
+    theirs = HFLM(pretrained=str(made), device="cpu", dtype="float32", batch_size=2)
+    return harness.Model(opened(made), batch_size=2), theirs
+
+
+def test_a_tokenizer_without_the_letter_a_begins_its_texts_too(bases):
+    ours, theirs = bases
+    # Ids of <pad>, <s>, </s>, A, C, G, T are 0 to 6.
+    for text, ids in {"GAT": [1, 5, 3, 6], "aG": [1, 5], "": [1], "<s>GA": [1, 5, 3]}.items():
+        assert ours.tok_encode(text) == theirs.tok_encode(text) == ids
+    pairs = [("ACGT", "TT"), ("", "GATTACA"), ("<s>CC", "GG"), ("aC", "Ga")]
+    for name, requests in (
+        ("loglikelihood", asked(*pairs)),
+        ("loglikelihood_rolling", asked(*[(said,) for _, said in pairs])),
+    ):
+        found, expected = (getattr(x, name)(requests, disable_tqdm=True) for x in bases)
+        firsts = lambda rows: [row[0] if isinstance(row, tuple) else row for row in rows]
+        assert firsts(found) == pytest.approx(firsts(expected), rel=1e-4, abs=1e-3)
+    how = {"until": ["zzz"], "max_gen_toks": 6, "do_sample": False}
+    requests = asked(*[(context or "A", how) for context, _ in pairs])
+    assert ours.generate_until(requests) == theirs.generate_until(requests, disable_tqdm=True)
+
+
 def test_what_is_written_ends_as_in_its_own_backend(begun):
     ours, theirs = begun
     how = {"until": ["zzz"], "max_gen_toks": 12, "do_sample": False}

@@ -1,13 +1,14 @@
 """The frozen prefix, computed once an example: the same numbers for the cost of what trains."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from test_finetune import both_ways, decoder, encoder, files, home, load  # noqa: F401
 
 from fmjax.data.token_rows import TokenRows
-from fmjax.errors import ConfigError
+from fmjax.errors import ConfigError, DataError
 from fmjax.io import metrics_log
 from fmjax.io.mapped import MappedFiles
 from fmjax.params import sharding
@@ -99,12 +100,21 @@ def test_states_are_those_of_their_row_in_any_order(tmp_path):
 
     states = np.arange(10, dtype=np.float32).reshape(5, 2)
     (tmp_path / "states").write_bytes(states.tobytes())
+    os.utime(tmp_path / "states", (0, 0))
     split = PrefixSplit(Split(), MappedFiles(tmp_path), np.float32, 2)
     rows = split.rows(np.array([1, 0]))["input_ids"]
     np.testing.assert_array_equal(rows[0], states[2:])
     np.testing.assert_array_equal(rows[1], [[0, 1], [2, 3], [0, 0]])
     trimmed = split.trim({"input_ids": rows, "segment_ids": np.ones((2, 3))}, 2)
     assert trimmed["input_ids"].shape == (2, 2, 2)
+    with (tmp_path / "states").open("r+b") as file:
+        file.write(b"x")
+    with pytest.raises(DataError, match="states has been changed while it was read"):
+        split.rows(np.array([1, 0]))
+    split = PrefixSplit(Split(), MappedFiles(tmp_path), np.float32, 2)
+    os.truncate(tmp_path / "states", 0)  # beyond its end the process would die of reading it
+    with pytest.raises(DataError, match="states has been changed while it was read"):
+        split.rows(np.array([1, 0]))
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,21 @@ def tokenizer(folder: Path, begins: bool = False, added=(), **options) -> Path:
     return folder
 
 
+def bases(folder: Path) -> Path:
+    """A, C, G and T after <pad>, <s> and </s>, without a token for the unknown, which is left out;
+    <s> is put before each text."""
+    marks = MARKS[:3]
+    words = Tokenizer(models.BPE({token: i for i, token in enumerate([*marks, *"ACGT"])}, []))
+    words.decoder = decoders.Fuse()
+    words.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    named = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    PreTrainedTokenizerFast(tokenizer_object=words, **named).save_pretrained(folder)
+    return folder
+
+
 def decoder(folder: Path, words: Path, scale: float = 20.0, **options) -> Path:
     """A Llama whose logits are `scale` times as far apart as at its start, as of a trained one."""
     size = len(json.loads((words / "tokenizer.json").read_text())["model"]["vocab"])

@@ -67,19 +67,21 @@ class ExampleSplit(TokenRows):
 
     def extent(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(first, last + 1) of the tokens of the rows `index`, counted over the whole split."""
-        first, last = self._examples(index)
-        return self._ends[first * self._sequences], self._ends[last * self._sequences]
+        with self._files.unchanged():
+            first, last = self._examples(index)
+            return self._ends[first * self._sequences], self._ends[last * self._sequences]
 
     def widths(self, index: np.ndarray) -> np.ndarray:
         """Columns that each of the rows `index` needs: a quarter of `seq_len`, or two, or three, or
         all; of a target's as large a share is enough."""
-        first, last = self._sequences_of(index)
-        longest = (self._ends[last] - self._ends[first]).reshape(len(index), -1).max(axis=1)
         quarter = -(-self.seq_len // 4)
-        quarters = -(-longest // quarter)
-        if self._label_ends is not None:
-            first, last = (self._label_ends[i] for i in self._examples(index))
-            quarters = np.maximum(quarters, -(-4 * (last - first) // self.target_len))
+        with self._files.unchanged():
+            first, last = self._sequences_of(index)
+            longest = (self._ends[last] - self._ends[first]).reshape(len(index), -1).max(axis=1)
+            quarters = -(-longest // quarter)
+            if self._label_ends is not None:
+                first, last = (self._label_ends[i] for i in self._examples(index))
+                quarters = np.maximum(quarters, -(-4 * (last - first) // self.target_len))
         return np.minimum(np.maximum(quarters, 1) * quarter, self.seq_len)
 
     def rows(
@@ -88,19 +90,19 @@ class ExampleSplit(TokenRows):
         """The rows `index` [n]: int32 [n, T], or [n, K, T] with K > 1 sequences an example, and
         `labels`: [n], [n, C] of several each, [n, 2] for spans, or [n, T] for tags; for targets
         that are sequences `target_ids`, `target_segment_ids` and `target_positions`, [n, S]."""
-        first, last = self._sequences_of(index)
-        real, place, batch = self._padded(self._ids, self._ends, first, last, self.seq_len)
-        batch["input_ids"] = batch.pop("ids")
-        batch["token_types"] = np.where(real, self._types[place], 0).astype(np.int32)
-        if self._label_ends is not None:
-            ends, examples = self._label_ends, self._examples(index)
-            _, _, target = self._padded(self._labels, ends, *examples, self.target_len)
-            batch |= {f"target_{name}": array for name, array in target.items()}
-        elif self._tagged:
-            batch["labels"] = np.where(real, self._labels[place], NONE)
-        elif self._labels is not None:
-            batch["labels"] = self._labels[index]
-        self._files.check()
+        with self._files.unchanged():
+            first, last = self._sequences_of(index)
+            real, place, batch = self._padded(self._ids, self._ends, first, last, self.seq_len)
+            batch["input_ids"] = batch.pop("ids")
+            batch["token_types"] = np.where(real, self._types[place], 0).astype(np.int32)
+            if self._label_ends is not None:
+                ends, examples = self._label_ends, self._examples(index)
+                _, _, target = self._padded(self._labels, ends, *examples, self.target_len)
+                batch |= {f"target_{name}": array for name, array in target.items()}
+            elif self._tagged:
+                batch["labels"] = np.where(real, self._labels[place], NONE)
+            elif self._labels is not None:
+                batch["labels"] = self._labels[index]
         return batch
 
     def _examples(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -48,16 +48,16 @@ class PackedSplit(TokenRows):
     ) -> dict[str, np.ndarray]:
         """The rows `index` [n] as int32 [n, T], whatever `examples` and `seed` (pairs use them); of
         conversations with `loss_mask`, 1 where a token is learnt."""
-        segments = self._segments[index].astype(np.int32)
-        batch = {
-            "input_ids": self._ids[index].astype(np.int32),
-            "segment_ids": segments,
-            "positions": positions(segments),
-            "token_types": np.zeros_like(segments),
-        }
-        if self._targets is not None:
-            batch["loss_mask"] = self._targets[index].astype(np.int32)
-        self._files.check()
+        with self._files.unchanged():
+            segments = self._segments[index].astype(np.int32)
+            batch = {
+                "input_ids": self._ids[index].astype(np.int32),
+                "segment_ids": segments,
+                "positions": positions(segments),
+                "token_types": np.zeros_like(segments),
+            }
+            if self._targets is not None:
+                batch["loss_mask"] = self._targets[index].astype(np.int32)
         return batch
 
 

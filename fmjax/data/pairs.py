@@ -57,7 +57,10 @@ class PairSplit(TokenRows):
         """Pairs of the anchors `index` [n], drawn by (seed, examples [n]): int32 [n, T], labels
         [n].
         """
-        examples = index if examples is None else examples
+        with self._files.unchanged():
+            return self._drawn(index, index if examples is None else examples, seed)
+
+    def _drawn(self, index: np.ndarray, examples: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         first, count, document = self._anchors[index].T
         cut = first + 1 + (order.uniform(seed, examples, 1) * (count - 1)).astype(np.int64)
         label = (order.hashed(seed, examples, 2) & order.U(1)).astype(np.int32)
@@ -72,9 +75,7 @@ class PairSplit(TokenRows):
             draw = order.uniform(seed, examples, 3)
             other, other_length = self._other(b_length, document, draw)
             b, b_length = np.where(negative, other, b), np.where(negative, other_length, b_length)
-        batch = self._layout(a, a_length, b, b_length) | {"labels": label}
-        self._files.check()
-        return batch
+        return self._layout(a, a_length, b, b_length) | {"labels": label}
 
     def _other(self, length: np.ndarray, document: np.ndarray, draw: np.ndarray):
         """(first token, length) of an end, just as long, of another document; `draw` in [0, 1)."""

@@ -110,15 +110,17 @@ class Questions:
 
     def of(self, row: int) -> int:
         """The number of the question that a row is a window of."""
-        return int(self._windows[row])
+        with self._files.unchanged():
+            return int(self._windows[row])
 
     def offsets(self, row: int) -> np.ndarray:
         """[tokens of the row, 2]: the characters of the context, -1 for other tokens."""
-        return self._offsets[self._ends[row] : self._ends[row + 1]]
+        with self._files.unchanged():
+            return np.array(self._offsets[self._ends[row] : self._ends[row + 1]])
 
     def read(self, numbers: Iterable[int]) -> dict[int, Question]:
         """{number: question}."""
         line = lambda number: self._questions[self._lines[number] : self._lines[number + 1]]
-        found = {number: json.loads(line(number).tobytes()) for number in numbers}
-        self._files.check()
+        with self._files.unchanged():
+            found = {number: json.loads(line(number).tobytes()) for number in numbers}
         return {number: Question(*fields) for number, fields in found.items()}

@@ -92,11 +92,26 @@ def tokenise(
 
 
 def read(folder: Path, shards: int, split: str, kind: type = Shard) -> Iterator:
-    """The shards of one split, memory-mapped, in order; each a `kind`."""
+    """The shards of one split in order; each a `kind`.
+
+    Raises DataError where one is no longer what was written: what is made of it would be kept under
+    the digest of the whole.
+    """
     for i in range(shards):
-        files = MappedFiles(folder / f"{i:05d}")
-        yield kind(*(files.npy(f"{split}.{part}.npy") for part in kind._fields))
-        files.check()
+        place = folder / f"{i:05d}"
+        try:
+            files = MappedFiles(place)
+            with files.unchanged():
+                shard = kind(*(np.array(files.npy(f"{split}.{p}.npy")) for p in kind._fields))
+                disk_cache.checked(place, prefix=f"{split}.")
+        except DataError:
+            raise
+        except disk_cache.DAMAGE as error:
+            raise DataError(
+                f"{place} has been changed while it was read ({error}). The same command prepares "
+                "it again."
+            ) from error
+        yield shard
 
 
 def _make(folder, source, tokenizer, workers, log, poll, write) -> Iterator[tuple[dict, float]]:

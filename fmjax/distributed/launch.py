@@ -14,7 +14,7 @@ from jax._src import distributed as jax_distributed  # the one way to its key-va
 from fmjax.distributed import agreement, processes
 from fmjax.distributed.coordination import Peers
 from fmjax.distributed.signals import Stop
-from fmjax.errors import ConfigError, ResourceError
+from fmjax.errors import ConfigError, DataError, ResourceError
 from fmjax.io import compiled_programs, disk_cache
 from fmjax.params import devices, sharding
 
@@ -53,11 +53,10 @@ def start(config: Any, stop: Stop | None = None, **flags: Any) -> Iterator[jax.s
 
 def _keep_programs() -> None:
     """Keep compiled programs in the cache folder; without them a start takes longer, no more."""
-    folder = disk_cache.root("") / "xla"
     try:
-        compiled_programs.keep_in(disk_cache.private(folder))
-    except OSError as error:
-        print(f"warning: compiled programs are not kept: {folder}: {error}", file=sys.stderr)
+        compiled_programs.keep_in(disk_cache.private(disk_cache.root("") / "xla"))
+    except (OSError, DataError) as error:
+        compiled_programs.warn(error)
 
 
 def _silence() -> None:

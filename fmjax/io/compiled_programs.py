@@ -7,7 +7,10 @@ it is read, and written anew. It stays in jax's format, with its digest in a fil
 
 import contextlib
 import hashlib
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax._src import compilation_cache  # the one way to another kind of folder
@@ -15,9 +18,34 @@ from jax._src.lru_cache import LRUCache
 
 
 class VerifiedCache(LRUCache):
-    """jax's folder of compiled programs, of which only undamaged ones are read."""
+    """jax's folder of compiled programs, of which only undamaged ones are read.
+
+    After the first error of the folder, which is printed, nothing is read or written any more: jax
+    itself would warn at each program.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._fails = False
 
     def get(self, key: str) -> bytes | None:
+        return self._attempt(self._read, key)
+
+    def put(self, key: str, value: bytes) -> None:
+        self._attempt(self._write, key, value)
+
+    def _attempt(self, use: Callable[..., bytes | None], *args: Any) -> bytes | None:
+        """What `use` gives, or None where the folder cannot be used."""
+        if self._fails:
+            return None
+        try:
+            return use(*args)
+        except OSError as error:
+            self._fails = True
+            warn(error)
+            return None
+
+    def _read(self, key: str) -> bytes | None:
         value = super().get(key)
         if value is None or self._intact(key, value):
             return value
@@ -26,7 +54,7 @@ class VerifiedCache(LRUCache):
                 file.unlink()
         return None
 
-    def put(self, key: str, value: bytes) -> None:
+    def _write(self, key: str, value: bytes) -> None:
         super().put(key, value)
         self._digest_file(key).write_text(hashlib.sha256(value).hexdigest())
 
@@ -43,6 +71,11 @@ class VerifiedCache(LRUCache):
 
     def _digest_file(self, key: str) -> Path:
         return Path(self.path, f"{key}-sha256")
+
+
+def warn(error: Exception) -> None:
+    """Say that programs are not kept; without them the next start takes longer, no more."""
+    print(f"warning: compiled programs are not kept: {error}", file=sys.stderr)
 
 
 def keep_in(folder: Path) -> None:

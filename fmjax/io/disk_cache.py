@@ -16,6 +16,7 @@ from fmjax.errors import DataError, quoted
 from fmjax.io import manifest, sealed
 
 INDEX = "index.json"
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 TEMPORARY = ".tmp-"  # between the name of a folder that is being made and the process that does
 
 
@@ -121,20 +122,30 @@ def verified(
     digest, or the index from its own.
     """
     try:
-        index = sealed.loads((folder / INDEX).read_bytes())
-        for name, (size, content) in index["files"].items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                raise ValueError(f"{name} has {found} bytes instead of {size}")
-            if file_digest(folder / name, poll) != content:
-                raise ValueError(f"{name} differs from its digest")
+        return checked(folder, poll)
     except FileNotFoundError as error:
         if folder.exists():
             log(f"data: {folder} is incomplete ({error.filename} is missing); preparing it again")
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except DAMAGE as error:
         log(f"data: {folder} is damaged ({error}); preparing it again")
         return None
+
+
+def checked(folder: Path, poll: Callable[[], None] = lambda: None, prefix: str = "") -> dict:
+    """The index of `folder`, whose files (those of them that begin with `prefix`) are as it says.
+
+    Raises one of `DAMAGE` where they are not.
+    """
+    index = sealed.loads((folder / INDEX).read_bytes())
+    for name, (size, content) in index["files"].items():
+        if not name.startswith(prefix):
+            continue
+        found = (folder / name).stat().st_size
+        if found != size:
+            raise ValueError(f"{name} has {found} bytes instead of {size}")
+        if file_digest(folder / name, poll) != content:
+            raise ValueError(f"{name} differs from its digest")
     return index
 
 

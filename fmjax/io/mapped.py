@@ -1,7 +1,9 @@
 """Memory-mapped files of a cache folder that notice when they change."""
 
+import contextlib
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,9 @@ from fmjax.errors import DataError
 class MappedFiles:
     """Arrays in the files of a folder, whose digests have been checked.
 
-    A memory map shows what is written into its file later. A file that was removed or replaced is
-    safe: it stays as it was for those that have it open.
+    A memory map shows what is written into its file later, and ends the process where it is read
+    beyond the end of a file that was cut. A file that was removed or replaced is safe: it stays as
+    it was for those that have it open.
     """
 
     def __init__(self, folder: Path):
@@ -29,16 +32,31 @@ class MappedFiles:
 
     def npy(self, name: str) -> np.ndarray:
         """The array in a file of numpy's format, in read-only memory."""
-        return np.load(self._open(name), mmap_mode="r")
+        try:
+            return np.load(self._open(name), mmap_mode="r")
+        except ValueError as error:  # it was cut, or is of no such format
+            raise self._changed(name) from error
 
-    def check(self) -> None:
-        """Raise DataError if a file has been written to since it was opened."""
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """A block that reads the arrays. Raises DataError if a file has been written to since it
+        was opened, also in the place of an error of the block: what it read may be nonsense."""
+        self._check()
+        try:
+            yield
+        finally:
+            self._check()
+
+    def _check(self) -> None:
         for name, descriptor, stamp in self._opened:
             if _stamp(descriptor) != stamp:
-                raise DataError(
-                    f"{self.folder / name} has been changed while it was read. The same command "
-                    "prepares it again, and goes on from the last checkpoint."
-                )
+                raise self._changed(name)
+
+    def _changed(self, name: str) -> DataError:
+        return DataError(
+            f"{self.folder / name} has been changed while it was read. The same command prepares "
+            "it again, and goes on from the last checkpoint."
+        )
 
     def _open(self, name: str) -> Path:
         descriptor = os.open(self.folder / name, os.O_RDONLY)

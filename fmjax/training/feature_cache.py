@@ -50,12 +50,14 @@ class PrefixSplit:
         self, index: np.ndarray, examples: np.ndarray | None = None, seed: int = 0
     ) -> dict[str, np.ndarray]:
         """As the split's own, with `input_ids` [n, T, D] in the dtype of the computation."""
-        batch = self.split.rows(index, examples, seed)
-        first, last = self.split.extent(index)
-        real = batch["segment_ids"] > 0
-        states = np.zeros((*real.shape, self.states.shape[1]), self.states.dtype)
-        states[real] = np.concatenate([self.states[a:b] for a, b in zip(first, last, strict=True)])
-        self.files.check()
+        with self.files.unchanged():
+            batch = self.split.rows(index, examples, seed)
+            first, last = self.split.extent(index)
+            real = batch["segment_ids"] > 0
+            states = np.zeros((*real.shape, self.states.shape[1]), self.states.dtype)
+            states[real] = np.concatenate(
+                [self.states[a:b] for a, b in zip(first, last, strict=True)]
+            )
         return batch | {"input_ids": states}
 
 

@@ -147,6 +147,46 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(prepare, tmp_path, for
     np.testing.assert_array_equal(split.rows(index)["input_ids"], rows["input_ids"])
 
 
+@pytest.mark.parametrize("damage", ["cut", "nonsense"])
+@pytest.mark.parametrize("format", SPLITS)
+def test_a_file_that_is_cut_or_overwritten_is_named(prepare, tmp_path, format, damage):
+    """Read beyond its end a memory map ends the process, and nonsense is no index of anything."""
+    text, settings = SPLITS[format]
+    file = tmp_path / ("a.txt" if text.startswith("ab") else "a.jsonl")
+    file.write_text(text)
+    long = "split" if format in ("packed", "pairs", "spans") else "truncate"
+    read = lambda: prepare(file, format=format, long=long, **settings).splits["train"]
+    uses = [lambda split: split.rows(np.arange(1)), lambda split: split.widths(np.arange(1))]
+    if format in ("classes", "spans"):
+        uses.append(lambda split: split.extent(np.arange(1)))
+    for name in [name for name, _, _ in read()._files._opened]:
+        for use in uses if name.endswith("ends.npy") else uses[:1]:
+            split = read()
+            path = split._files.folder / name
+            with path.open("r+b") as opened:
+                if damage == "cut":
+                    opened.truncate(0)
+                else:
+                    opened.write(b"\xff" * path.stat().st_size)
+            with pytest.raises(DataError, match=f"{name} has been changed while it was read"):
+                use(split)
+
+
+def test_questions_that_are_cut_are_named(prepare, tmp_path):
+    text, settings = SPLITS["spans"]
+    (tmp_path / "a.jsonl").write_text(text)
+    read = lambda: prepare(tmp_path / "a.jsonl", format="spans", **settings).splits["train"]
+    for part, use in {
+        "offsets": lambda asked: asked.offsets(0),
+        "windows.npy": lambda asked: asked.of(0),
+        "questions.jsonl": lambda asked: asked.read([0]),
+    }.items():
+        split = read()
+        os.truncate(split._files.folder / f"train.{part}", 0)
+        with pytest.raises(DataError, match=f"train.{part} has been changed while it was read"):
+            use(split.questions)
+
+
 def test_flips_in_a_prepared_set_change_no_numbers(prepare, tmp_path):
     words = {"vocab_size": 100, "kind": "char"}
     rows = lambda dataset: dataset.splits["train"].rows(np.arange(len(dataset.splits["train"])))

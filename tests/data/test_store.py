@@ -196,6 +196,59 @@ def test_a_damaged_cache_is_noticed_and_made_again(prepare, tmp_path, damage, pa
     np.testing.assert_array_equal(found["input_ids"], expected["input_ids"])
 
 
+def write_to(path):
+    """As long as before, and as old."""
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    with path.open("r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replace(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.with_name("other").write_bytes(content)
+    path.with_name("other").replace(path)
+
+
+@pytest.mark.parametrize("part", ["tokens", "documents"])
+@pytest.mark.parametrize(
+    "change", [write_to, replace, lambda path: os.truncate(path, 130), Path.unlink]
+)
+def test_a_shard_that_changed_since_it_was_written_is_not_packed(prepare, tmp_path, change, part):
+    prepare(TEXT)
+    home = shards(tmp_path)[0].parent
+    reading = store.read(home, 8, "train")
+    next(reading)
+    change(home / "00003" / f"train.{part}.npy")
+    assert len(next(reading).documents) == len(next(reading).documents) == 14
+    with pytest.raises(DataError, match=r"00003.* has been changed while it was read") as error:
+        next(reading)
+    assert f"train.{part}.npy" in str(error.value)
+    assert len(list(store.read(home, 8, "validation"))) == 8  # whose files are whole
+
+
+def test_a_shard_that_changes_while_it_is_read_is_named(prepare, tmp_path, monkeypatch):
+    """Its bytes are right again when the digest is taken."""
+    prepare(TEXT)
+    home = shards(tmp_path)[0].parent
+    read = store.MappedFiles.npy
+
+    def meanwhile(files, name):
+        found = read(files, name)
+        if name == "train.tokens.npy":
+            content = (files.folder / name).read_bytes()
+            with (files.folder / name).open("r+b") as file:
+                file.write(content)
+        return found
+
+    monkeypatch.setattr(store.MappedFiles, "npy", meanwhile)
+    with pytest.raises(DataError, match=r"00000/train\.tokens\.npy has been changed while it was"):
+        next(store.read(home, 8, "train"))
+
+
 def test_a_cache_that_cannot_be_written(prepare, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be made.*config.data.cache or .FMJAX_CACHE"):
