@@ -53,8 +53,7 @@ def model(config: Any, facts: Mapping[str, Any]) -> AnyModel:
             )
         built = built.clone(cfg=dataclasses.replace(built.cfg, prefix=True))
     built = adapters.wrap(built, config.to_dict())
-    if "vocab" in facts:
-        check_rows(built, config.data.to_dict())
+    check_rows(built, config.data.to_dict())
     return built
 
 
@@ -89,7 +88,10 @@ def _vocab_size(wanted: int | None, facts: Mapping[str, Any]) -> int | None:
 
 def check_rows(model: AnyModel, data: Mapping[str, Any]) -> None:
     """Raise ConfigError for rows of `data` (`config.data`) that the model has no positions for, and
-    for several documents in one where a prompt is before the first alone."""
+    for several documents in one where a prompt is before the first alone; rows that are no tokens
+    pass."""
+    if "seq_len" not in data:
+        return
     taken, seq_len, target_len = adapters.positions(model), data["seq_len"], data.get("target_len")
     if (target_len or 0) > model.cfg.max_len:
         raise ConfigError(
@@ -111,6 +113,18 @@ def check_rows(model: AnyModel, data: Mapping[str, Any]) -> None:
             f"{not pack if pack else ALONE[data['format']]!r}, or use 'prefix', which all of them "
             "see."
         )
+
+
+def check_facts(model: AnyModel, facts: Mapping[str, Any]) -> None:
+    """Raise ConfigError for data other than those that the model is made for, such as images of
+    another size; of tokens see `check_rows` and `check_types`."""
+    base = adapters.base(model)
+    for name in sys.modules[type(base).__module__].FACTS:
+        if name in facts and "vocab" not in facts and facts[name] != getattr(base.cfg, name):
+            raise ConfigError(
+                f"the data have {name}={facts[name]}, but the model is made for "
+                f"{getattr(base.cfg, name)}: give it such data in config.data."
+            )
 
 
 def check_types(model: AnyModel, types: int) -> None:

@@ -211,7 +211,7 @@ def test_a_dry_run_measures_nothing(folder, tmp, capsys):
     before = written.read_text() if written.exists() else None
     evaluate.run(load("evaluate", folder=folder), tmp, dry_run=True)
     assert (written.read_text() if written.exists() else None) == before
-    assert "rows of 32, float32" in capsys.readouterr().out
+    assert "rows of 32 tokens, float32" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

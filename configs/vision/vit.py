@@ -29,7 +29,10 @@ def get_config(arg=None):
         train="",
         validation="",
         validation_fraction=0.2,
-        shift=1,  # training images are moved by up to so many pixels
+        # Random changes of training images, up to (fmjax/data/images/augmentation.py)
+        shift=1,  # pixels
+        rotate=0.0,  # degrees
+        zoom=0.0,  # a share of the size
         classes=(),
         examples=0,
         skip=(),
@@ -47,6 +50,7 @@ def get_config(arg=None):
         mlp=None,
         class_token=None,
         dropout=None,
+        position_init=None,
         attention_dropout=None,
         attention="auto",
         scan=True,
@@ -68,5 +72,6 @@ def get_config(arg=None):
             config.eval_every = config.save_every = "2 epochs"
     if arg.runlocal:
         config.total = "10 steps"
-        config.log_every = config.eval_every = config.save_every = 5
+        with config.ignore_type():
+            config.log_every = config.eval_every = config.save_every = 5
     return config

@@ -70,10 +70,10 @@ class Opened(NamedTuple):
         Raises ConfigError where its tokenizer and its embeddings do not belong together, DataError
         where the processes have other data than each other.
         """
-        words, rows = {"name": str(self.tokenizer)}, self.model.cfg.vocab_size
+        words, rows = {"name": str(self.tokenizer)}, getattr(self.model.cfg, "vocab_size", None)
         dataset = data.prepare(settings, words, embedding_rows=rows)
         agreement.check_data(dataset)
-        build.check_types(self.model, dataset.types)
+        build.check_types(self.model, dataset.facts.get("types", 1))
         if (start := getattr(self.model.cfg, "start_id", None)) is None:
             return dataset
         return dataclasses.replace(dataset, vocab=dataset.vocab._replace(start_id=start))
@@ -157,7 +157,11 @@ def is_run(source: str | Path) -> bool:
 
 
 def open_folder(
-    source: str, mesh: jax.sharding.Mesh, precision: str | None = None, step: int | None = None
+    source: str,
+    mesh: jax.sharding.Mesh,
+    precision: str | None = None,
+    step: int | None = None,
+    texts: bool = True,
 ) -> Opened:
     """The model of `config.folder`, wherever it comes from.
 
@@ -167,6 +171,7 @@ def open_folder(
             executed.
         precision: of the computation; None takes the run's, float32 for Hugging Face format.
         step: of the run; None takes its newest undamaged checkpoint.
+        texts: the caller has texts for the model, so that a run without a tokenizer is refused.
 
     Raises ConfigError for what is no such folder, CheckpointError for damage and for a step that is
     not there.
@@ -177,7 +182,7 @@ def open_folder(
             "a folder in Hugging Face format, or a hub id."
         )
     if is_run(source):
-        return _open_run(Path(source), mesh, precision, step)
+        return _open_run(Path(source), mesh, precision, step, texts)
     if step is not None:
         raise ConfigError(
             f"config.step={step}, but config.folder={source!r} is not the folder of a run and has "
@@ -212,15 +217,20 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _open_run(
-    folder: Path, mesh: jax.sharding.Mesh, precision: str | None, step: int | None
+    folder: Path, mesh: jax.sharding.Mesh, precision: str | None, step: int | None, texts: bool
 ) -> Opened:
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{file} cannot be read: there is no such file.")
     saved = configs.load(str(file))
-    needed = {"model.name", "data.seq_len", "data.format", "precision"}
+    needed = {"model.name", "data.format", "precision"}
     if missing := needed - configs.flatten(saved).keys():
         raise CheckpointError(f"{file} is not that of a training run: it lacks {sorted(missing)}.")
+    if texts and "tokenizer" not in saved:
+        raise ConfigError(
+            f"config.folder={str(folder)!r} is a model of {saved.data.format}, not of texts, and "
+            "has no tokenizer: configs/evaluate.py measures it, and this task cannot read it."
+        )
     if precision:
         with saved.unlocked():
             saved.precision = precision

@@ -31,6 +31,7 @@ __all__ = [
     "batches",
     "check_drawn",
     "check_fingerprint",
+    "complete",
     "eval_batches",
     "eval_steps",
     "examples",
@@ -48,6 +49,12 @@ def stand_in(data: Mapping, tokenizer: Mapping) -> Dataset:
     """What `config.data` and `config.tokenizer` tell before anything is read: `facts`, and no
     splits. Raises ConfigError for settings that cannot be used."""
     return _kind(data).stand_in(data, tokenizer)
+
+
+def complete(data: Mapping) -> dict[str, Any]:
+    """`config.data` with the defaults of its kind, if it has any. Raises ConfigError for settings
+    that cannot be used."""
+    return getattr(_kind(data), "complete", dict)(data)
 
 
 def prepare(

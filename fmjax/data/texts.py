@@ -93,6 +93,11 @@ class TextDataset(Dataset):
         return texts
 
 
+def complete(data: Mapping) -> dict[str, Any]:
+    """`config.data` with its defaults. Raises ConfigError for settings that cannot be used."""
+    return dataclasses.asdict(read(DataSettings, data, "data"))
+
+
 def stand_in(data: Mapping, tokenizer: Mapping) -> TextDataset:
     """What the settings tell before anything is read, with a vocabulary of every special token.
 

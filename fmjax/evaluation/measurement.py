@@ -1,6 +1,5 @@
 """The metrics of an opened model on the rows that a config names."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from fmjax import build, data
 from fmjax import objectives as losses
 from fmjax.checkpoints import pretrained
-from fmjax.data.settings import ALONE, ROWS_OF_TASK, DataSettings, read
+from fmjax.data.settings import ALONE, ROWS_OF_TASK
 from fmjax.errors import ConfigError, DataError, NumericsError
 from fmjax.evaluation.eval_loop import (
     check_finite,
@@ -52,6 +51,7 @@ class Measure:
         self.settings, self.limit = settings, config.limit
         self.source, self.name = opened.source, config.split
         self.dataset = opened.prepare(settings)
+        build.check_facts(opened.model, self.dataset.facts)
         self.split = split_of(self.dataset, config.split)
         check_labels(self.dataset, opened, self.goals)
         self.rows = min(len(self.split), self.limit * self.batch_size or len(self.split))
@@ -114,7 +114,7 @@ def settings_of(
         settings["format"] = "labels"  # as its outputs are read, whether there are labels or not
     default = "clm" if opened.model.causal else "mlm"
     return (
-        dataclasses.asdict(read(DataSettings, settings, "data")),
+        data.complete(settings),
         goals.to_dict() if goals else {name: {} for name in heads or [default]},
         config.batch_size or (saved.batch_size if saved else 64),
     )

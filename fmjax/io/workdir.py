@@ -39,6 +39,7 @@ WRITES = (
     "arms",
     "checkpoints",
     "tokenizer",
+    "image_processor",
     "tensorboard",
     "wandb",
     "dumps",

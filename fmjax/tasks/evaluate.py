@@ -24,11 +24,13 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
     """
     with launch.start(config, dry_run=dry_run) as mesh:
         log = ResultsLog(config.folder, workdir, FILE)
-        opened = pretrained.open_folder(config.folder, mesh, config.precision, config.step)
+        opened = pretrained.open_folder(
+            config.folder, mesh, config.precision, config.step, texts=False
+        )
         measure = Measure(config, opened, mesh)
         settings, split = measure.settings, measure.split
-        source = settings["train"] or settings["path"] or settings["name"]
-        dtype, rows = opened.model.cfg.dtype, f"{measure.rows:,} rows of {split.seq_len}"
+        source = next(settings[key] for key in ("train", "path", "name") if settings.get(key))
+        dtype, rows = opened.model.cfg.dtype, f"{measure.rows:,} rows of {split.row_size}"
         _show(f"\n{opened}: {config.split} of {source}, {rows}, {dtype}")
         if dry_run:
             return

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from fmjax.data import order
 from fmjax.data.dataset import Dataset
 from fmjax.data.images import sources
+from fmjax.data.images.augmentation import Augmentation, augmented
 from fmjax.data.images.settings import ImageSettings, read
 from fmjax.errors import ConfigError, DataError
 from fmjax.io import disk_cache
@@ -57,17 +57,16 @@ class ImageDataset(Dataset):
 class ImageSplit:
     """Images and labels of one split, memory-mapped.
 
-    Training moves each image by up to `shift` pixels, by an amount that is a function of the seed
-    and the example; what comes in at the borders repeats the outermost pixels.
+    In training images are changed as `augmentation` says.
     """
 
     row_units = 1
 
-    def __init__(self, folder: Path, split: str, shift: int):
+    def __init__(self, folder: Path, split: str, augmentation: Augmentation):
         self._files = files = MappedFiles(folder)
         self._images = files.npy(f"{split}.images.npy")
         self._labels = files.npy(f"{split}.labels.npy")
-        self._shift = shift
+        self._augmentation = augmentation
 
     @property
     def unit_count(self) -> int:
@@ -92,8 +91,8 @@ class ImageSplit:
         """`images`, float32 [n, H, W, C] around 0, and `labels`, int32 [n]."""
         with self._files.unchanged():
             images, labels = self._images[index], self._labels[index].astype(np.int32)
-        if self._shift and examples is not None:
-            images = shifted(images, self._shift, seed, examples)
+        if self._augmentation and examples is not None:
+            images = augmented(images, self._augmentation, seed, examples)
         return {"images": normalized(images), "labels": labels}
 
     def widths(self, index: np.ndarray) -> np.ndarray:
@@ -112,18 +111,9 @@ def normalized(images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32) * scale - np.float32(MEAN / DEVIATION)
 
 
-def shifted(images: np.ndarray, most: int, seed: int, examples: np.ndarray) -> np.ndarray:
-    """The images [n, H, W, C], each moved by -`most` to `most` pixels down and to the right."""
-    moves = [
-        np.floor(order.uniform(seed, examples, stream) * (2 * most + 1)).astype(int)
-        for stream in (0, 1)
-    ]
-    wide = np.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
-    height, width = images.shape[1:3]
-    rows = moves[0][:, None] + np.arange(height)
-    columns = moves[1][:, None] + np.arange(width)
-    which = np.arange(len(images))[:, None, None]
-    return wide[which, rows[:, :, None], columns[:, None, :]]
+def complete(data: Mapping) -> dict[str, Any]:
+    """`config.data` with its defaults. Raises ConfigError for settings that cannot be used."""
+    return dataclasses.asdict(read(data))
 
 
 def stand_in(data: Mapping, tokenizer: Mapping) -> ImageDataset:
@@ -164,13 +154,13 @@ def prepare(
         index = disk_cache.verified(home, log, poll)
         if index is None:
             index = disk_cache.build(home, lambda folder: _write(folder, settings, poll), poll)
-    splits = {split: ImageSplit(home, split, settings.shift) for split in index["counts"]}
+    splits = {split: ImageSplit(home, split, settings.augmentation) for split in index["counts"]}
     for split, counts in index["counts"].items():
         log(f"data: {split}: {counts['images']:,} images")
     return ImageDataset(
         splits,
         digest=disk_cache.digest(index["files"]),
-        format=f"images-shift{settings.shift}",
+        format="images",
         counts=index["counts"],
         target="classes",
         labels=_names(settings, index["classes"]),

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from fmjax.data.images.augmentation import Augmentation
 from fmjax.errors import ConfigError, did_you_mean, quoted
 
 NAMES = ("digits", "idx")
@@ -18,7 +19,10 @@ class ImageSettings:
     train: str = ""  # idx: the file of images; its labels are in the file called labels-idx1 for it
     validation: str = ""  # empty: a share of the images of `train`
     validation_fraction: float = 0.2
-    shift: int = 0  # training images are moved by up to so many pixels, in each direction
+    # Of training images: see augmentation.py
+    shift: int = 0
+    rotate: float = 0.0
+    zoom: float = 0.0
     classes: tuple[str, ...] | list[str] = ()  # names of the classes in order; empty: as found
     examples: int = 0  # images that training draws by its seed; 0 = all
     skip: tuple | list = ()  # ranges of examples that training passes over: see batches.py
@@ -39,8 +43,11 @@ class ImageSettings:
             )
         if self.validation and not self.train:
             raise ConfigError("config.data.validation needs config.data.train beside it")
-        if not (_is_whole(self.shift) and 0 <= self.shift <= 64):
-            raise ConfigError(f"config.data.shift={self.shift!r} must be from 0 to 64 pixels")
+        _ = self.augmentation  # which refuses what it cannot do
+
+    @property
+    def augmentation(self) -> Augmentation:
+        return Augmentation(self.shift, self.rotate, self.zoom)
 
 
 def read(values: Mapping) -> ImageSettings:
@@ -53,7 +60,3 @@ def read(values: Mapping) -> ImageSettings:
                 + did_you_mean(name, possible)
             )
     return ImageSettings(**values)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
