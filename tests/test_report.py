@@ -22,6 +22,7 @@ def folder(tmp_path):
     folder = tmp_path / "mlm-1a2b3c4d"
     folder.mkdir()
     config = {"optim": {"lr": 3e-4, "name": "adamw"}, "init": NASTY, "objectives": {"mlm": {}}}
+    config |= {"tokenizer": {}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "status.json").write_text(json.dumps({"state": "failed", "reason": NASTY}))
     rows = [

@@ -30,9 +30,9 @@ def get_config(arg=None):
         validation="",
         validation_fraction=0.2,
         # Random changes of training images, up to (fmjax/data/images/augmentation.py)
-        shift=1,  # pixels
-        rotate=0.0,  # degrees
-        zoom=0.0,  # a share of the size
+        shift=0.6,  # pixels
+        rotate=10.0,  # degrees
+        zoom=0.1,  # a share of the size
         classes=(),
         examples=0,
         skip=(),
@@ -64,7 +64,7 @@ def get_config(arg=None):
         config.eval_every = config.save_every = "10 epochs"
     config.best = "validation/classify/accuracy"
     if arg.variant == "mnist":
-        config.data.update(name="idx", shift=2)
+        config.data.update(name="idx", shift=2.0)
         config.model.update(patch=4)
         config.total = "10 epochs"
         config.batch_size = 128

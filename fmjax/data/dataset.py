@@ -98,5 +98,5 @@ class Dataset:
         return f"arrays of a row: {shapes}"
 
     def texts(self, batch: Mapping[str, np.ndarray]) -> list[str]:
-        """Each row of a batch as text, for lists of examples."""
-        return [f"row {number}" for number in range(len(next(iter(batch.values()))))]
+        """Each row of a batch, with the rows' numbers as `index`, as text for lists of examples."""
+        return [f"row {number}" for number in batch["index"].tolist()]

@@ -105,9 +105,9 @@ _READERS: dict[str, Callable] = {
 
 
 def _rows(run: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """The arrays of rows, with token ids also where a run reads hidden states."""
+    """The arrays of rows and their numbers, with token ids also where a run reads hidden states."""
     split = run.dataset.splits["validation"]
-    return getattr(split, "with_tokens", split).rows(rows)
+    return getattr(split, "with_tokens", split).rows(rows) | {"index": rows}
 
 
 def _spread(count: int) -> np.ndarray:

@@ -14,6 +14,7 @@ SIZES = {
     "kv_heads": "key and value heads",
     "mlp": "MLP",
     "experts": "experts",
+    "patch": "patch",
     "vocab_size": "vocabulary",
     "max_len": "longest text",
 }
@@ -63,8 +64,13 @@ def _data(config: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
     parts = [named]
     for split in ("train", "validation"):
         own = counts.get(split, {}) if isinstance(counts.get(split), Mapping) else {}
-        sizes = [f"{own[key]:,} {key}" for key in ("documents", *UNITS) if own.get(key)]
-        parts += [f"{split} {', '.join(sizes)}"] if sizes else []
+        sizes: dict[
+            int, str
+        ] = {}  # what is as many as another, as rows of an image each, goes unsaid
+        for key in ("documents", *UNITS):
+            if own.get(key):
+                sizes.setdefault(own[key], f"{own[key]:,} {key}")
+        parts += [f"{split} {', '.join(sizes.values())}"] if sizes else []
     return "; ".join(filter(None, parts))
 
 

@@ -227,13 +227,13 @@ def _goodput(seconds: Mapping[str, float]) -> str:
 
 
 def _predictions(file: Path) -> str:
-    """A table of a few held-out examples: text, label and the model's output."""
+    """A table of a few held-out examples: the example, its label and the model's output."""
     try:
         read = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
         rows = [tuple(str(one[key]) for key in ("text", "right", "said")) for one in read]
     except (OSError, ValueError, RecursionError, TypeError, KeyError):
         return ""  # worth less than the page
-    return html.texts(rows, ("text", "right", "model"))
+    return html.texts(rows, ("example", "right", "model"))
 
 
 def _samples(config: Mapping, ledger: Mapping) -> str:
@@ -251,7 +251,9 @@ def _commands(workdir: Path, config: Mapping, summary: Mapping) -> str:
         commands["Fill in masked words"] = f"{task('fill_mask')} {text}"
     if "clm" in config.get("objectives", {}):
         commands["Write"] = f'{task("generate")} --config.prompt="The"'
-    return html.commands(commands | {"Export for transformers": task("export")})
+    if "tokenizer" in config:  # other models have no class there to become
+        commands["Export for transformers"] = task("export")
+    return html.commands(commands)
 
 
 def _config(config: Mapping, difference: list) -> str:

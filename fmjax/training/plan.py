@@ -83,7 +83,7 @@ def _cost(vmapped: VmappedRuns) -> None:
     every, moving = run.abstract.params, run.split(run.abstract.params)[0]
     frozen = adapters.parameters(run.model, every) - paths.size(moving)
     each = count(operations / units)
-    print(f"\nstep        {count(operations)}FLOP in matrix products, {each} a {unit[:-1]}")
+    print(f"\nstep        {count(operations)}FLOP in matrix products, {each} per {unit[:-1]}")
     cost = step.cost_analysis() or {}
     told = count(cost.get("flops", 0))
     print(f"            {told}FLOP by the compiler, which counts a scanned layer once")

@@ -47,11 +47,10 @@ class ImageDataset(Dataset):
         image = np.asarray(prepared["images"][0]).mean(axis=-1)
         greys = np.clip((image * DEVIATION + MEAN) * 9.99, 0, 9).astype(int)
         rows = ["".join(" .:-=+*#%@"[grey] for grey in row) for row in greys]
-        return "\n".join([*rows, *self.texts(batch)[:1]])
+        return "\n".join([*rows, f"label {self.labels[int(batch['labels'][0])]}"])
 
     def texts(self, batch: Mapping[str, np.ndarray]) -> list[str]:
-        height, width, channels = self.image_shape
-        return [f"image {number} ({height} x {width} x {channels})" for number in _numbers(batch)]
+        return [f"image {number}" for number in batch["index"].tolist()]
 
 
 class ImageSplit:
@@ -75,7 +74,7 @@ class ImageSplit:
     @property
     def row_size(self) -> str:
         height, width, channels = self._images.shape[1:]
-        return f"{height} x {width} x {channels}"
+        return f"{height} x {width} pixels" + f" of {channels} colours" * (channels > 1)
 
     @property
     def labels(self) -> np.ndarray:
@@ -229,7 +228,3 @@ def _names(settings: ImageSettings, classes: int) -> tuple[str, ...]:
             f"from 0 to {classes - 1}"
         )
     return tuple(settings.classes) or tuple(map(str, range(classes)))
-
-
-def _numbers(batch: Mapping[str, np.ndarray]) -> list[int]:
-    return np.asarray(batch.get("index", np.arange(len(batch["images"])))).tolist()

@@ -18,7 +18,7 @@ class Augmentation:
     What comes in at the borders repeats the outermost pixels.
     """
 
-    shift: int = 0  # whole pixels, down and to the right
+    shift: float = 0.0  # pixels, down and to the right
     rotate: float = 0.0  # degrees about the centre
     zoom: float = 0.0  # share of the size
 
@@ -26,11 +26,9 @@ class Augmentation:
         for name, most in LIMITS.items():
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            whole = name != "shift" or isinstance(value, int)
-            if not (number and whole and 0 <= value <= most):
+            if not (number and 0 <= value <= most):
                 raise ConfigError(
-                    f"config.data.{name}={quoted(value)}: expected a"
-                    f"{' whole' if name == 'shift' else ''} number from 0 to {most}"
+                    f"config.data.{name}={quoted(value)}: expected a number from 0 to {most}"
                 )
 
     def __bool__(self) -> bool:
@@ -45,7 +43,7 @@ def augmented(images: np.ndarray, how: Augmentation, seed: int, examples: np.nda
     """
     number = iter(range(4))
     draw = lambda: 2 * order.uniform(seed, examples, next(number)) - 1  # [n] in [-1, 1)
-    down, right = (np.floor((draw() + 1) / 2 * (2 * how.shift + 1)) - how.shift for _ in "yx")
+    down, right = draw() * how.shift, draw() * how.shift
     # By the tangent of half the angle, as sines may differ in the last bit between machines.
     tangent = draw() * math.tan(math.radians(how.rotate) / 2)
     size = 1 + draw() * how.zoom

@@ -20,7 +20,7 @@ class ImageSettings:
     validation: str = ""  # empty: a share of the images of `train`
     validation_fraction: float = 0.2
     # Of training images: see augmentation.py
-    shift: int = 0
+    shift: float = 0.0
     rotate: float = 0.0
     zoom: float = 0.0
     classes: tuple[str, ...] | list[str] = ()  # names of the classes in order; empty: as found
