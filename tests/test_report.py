@@ -22,7 +22,7 @@ def folder(tmp_path):
     folder = tmp_path / "mlm-1a2b3c4d"
     folder.mkdir()
     config = {"optim": {"lr": 3e-4, "name": "adamw"}, "init": NASTY, "objectives": {"mlm": {}}}
-    config |= {"tokenizer": {}}
+    config["tokenizer"] = {"kind": "wordpiece"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "status.json").write_text(json.dumps({"state": "failed", "reason": NASTY}))
     rows = [
@@ -103,7 +103,7 @@ def test_what_differs_from_the_defaults_is_marked(folder, page):
     text = (folder / "report.html").read_text(encoding="utf-8")
     changed = re.findall(r'<tr class="changed"><td>(.*?)</td><td>(.*?)<small>(.*?)</small>', text)
     assert ("optim.lr", "0.0003", "default 0.001") in changed and len(changed) == 2
-    assert "2 of 4 values differ from the file's defaults." in page.texts
+    assert "2 of 5 values differ from the file's defaults." in page.texts
 
 
 def test_shares_of_time(page):
@@ -119,6 +119,14 @@ def test_the_last_command_resumes_and_others_name_the_folder(folder, page):
     task = lambda name: f"python run.py --config=configs/{name}.py --config.folder={folder}"
     assert task("evaluate") in page.texts and task("export") in page.texts
     assert f'{task("fill_mask")} --config.text="The [MASK] of a function."' in page.texts
+    images = run_report._commands(folder, {"objectives": {"classify": {}}}, {"command": ""})
+    assert "configs/evaluate.py" in images and "configs/export.py" not in images
+
+
+def test_rows_of_one_image_each_are_counted_once():
+    counts = {"train": {"images": 1423, "rows": 1423}, "validation": {"images": 2, "rows": 1}}
+    facts = dict(report_facts.rows({"data": {"name": "digits"}}, {"step": 0, "data": counts}))
+    assert facts["data"] == "digits; train 1,423 images; validation 2 images, 1 rows"
 
 
 def test_curves_share_a_figure_by_what_they_measure():

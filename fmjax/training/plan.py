@@ -123,8 +123,8 @@ def _sent(program: str) -> str:
 
 def _batch(run: Any, batch: Mapping[str, np.ndarray]) -> None:
     """The first row of the first batch as the model sees it."""
-    batch = {name: jnp.asarray(x) for name, x in batch.items()}  # of several processes, this one's
+    arrays = {name: jnp.asarray(x) for name, x in batch.items()}  # of several processes, this one's
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.config.seed), 1), 0)
     _, phases = objectives.phases(run.objectives)
-    prepared = objectives.prepare(phases[0], batch, rng, True, jnp.int32(0))
+    prepared = objectives.prepare(phases[0], arrays, rng, True, jnp.int32(0))
     print(f"\nfirst row of the first batch\n{run.dataset.example(batch, prepared)}")

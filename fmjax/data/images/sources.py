@@ -5,8 +5,8 @@ import gzip
 import math
 import zlib
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -93,7 +93,7 @@ def _idx_array(path: Path) -> np.ndarray:
     return np.frombuffer(values, np.uint8).reshape(shape)
 
 
-def _idx_shape(path: Path, file: BinaryIO) -> tuple[int, ...]:
+def _idx_shape(path: Path, file: BufferedIOBase) -> tuple[int, ...]:
     """The shape at the head of an idx file: two zeros, 8 for bytes, the number of dimensions, and
     their sizes as big-endian int32."""
     head = file.read(4)
@@ -115,7 +115,7 @@ def _image_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[BufferedIOBase]:
     """The file, decompressed. Raises DataError where it cannot be read."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
