@@ -9,6 +9,7 @@ from common import ROOT
 from fmjax import build
 from fmjax.config import load
 from fmjax.data import Vocab, settings
+from fmjax.data.images import ImageDataset, ImageSplit
 from fmjax.data.texts import TextDataset
 from fmjax.data.token_rows import TokenRows
 from fmjax.params import paths, sharding
@@ -45,6 +46,7 @@ FULL += [f"finetune_prompt.py:kind={kind}" for kind in KINDS]
 FULL += [
     f"finetune.py:{task}" for task in ("classify", "regress", "tag", "span", "choose", "contrast")
 ]
+VISION = {"vision/vit.py": (8, 8, 1), "vision/vit.py:mnist": (28, 28, 1)}  # the shape of an image
 
 
 def test_every_config_is_in_this_list():
@@ -67,6 +69,8 @@ def test_every_config_is_in_this_list():
         "translate.py",
     }
     assert {path.name for path in (ROOT / "configs").glob("*.py")} <= known
+    vision = {f"vision/{path.name}" for path in (ROOT / "configs/vision").glob("*.py")}
+    assert vision == {name.partition(":")[0] for name in VISION}
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -120,20 +124,55 @@ def test_full_size_step_has_the_right_shapes(name, monkeypatch):
         counts={},
         settings=chosen,
     )
-    monkeypatch.setattr(setup.data, "prepare", lambda *args, **kwargs: fake)
-    run = setup.setup(made, sharding.make_mesh())
-    step = make_train_step(
-        build.apply(run.model), run.objectives, run.optimizer.tx, run.split, made.accumulate
-    )
-    after, found = jax.eval_shape(step, run.abstract, setup.batch_spec(run))
-    shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
-    assert shapes(after) == shapes(run.abstract)
-    assert found["loss"].shape == ()
+    run = traced(made, fake, monkeypatch)
     if "bert_base" in name:
         # BERT-base with a tied MLM head, 110 M in the paper's count; the pooler only for sentence
         # pairs.
         pooler = 768 * 768 + 768 + 768 * 2 + 2 if "nsp" in name else 0
         assert paths.size(run.abstract.params) == 109_514_298 + pooler
+
+
+def traced(config, dataset, monkeypatch):
+    """The run of a config on fake data, whose step keeps the shapes of the state."""
+    monkeypatch.setattr(setup.data, "prepare", lambda *args, **kwargs: dataset)
+    run = setup.setup(config, sharding.make_mesh())
+    step = make_train_step(
+        build.apply(run.model), run.objectives, run.optimizer.tx, run.split, config.accumulate
+    )
+    after, found = jax.eval_shape(step, run.abstract, setup.batch_spec(run))
+    shapes = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+    assert shapes(after) == shapes(run.abstract)
+    assert found["loss"].shape == ()
+    return run
+
+
+@pytest.mark.parametrize("name", VISION)
+@pytest.mark.parametrize("variant", [None, "base"])
+def test_full_size_step_on_images_has_the_right_shapes(name, variant, tmp_path, monkeypatch):
+    file = tmp_path / "train-images-idx3-ubyte"
+    file.write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 28, 0, 0, 0, 28]) + bytes(28 * 28))
+    words = [f"--config.data.train={file}"] if ":" in name else []
+    words += [f"--config.model.variant={variant}", "--config.model.patch=2"] if variant else []
+    made, shape = load.load(str(ROOT / "configs" / name), words), VISION[name]
+
+    class Split(ImageSplit):
+        row_size = "an image"
+
+        def __init__(self):  # reads no file
+            pass
+
+        def __len__(self):
+            return 10**4
+
+        def rows(self, index, examples=None, seed=0):
+            images = np.zeros((len(index), *shape), np.float32)
+            return {"images": images, "labels": np.zeros(len(index), np.int32)}
+
+    labels = tuple("0123456789")
+    about = dict(digest="0", format="images", counts={}, target="classes", labels=labels)
+    about |= dict(image_shape=shape, processor=tmp_path)
+    run = traced(made, ImageDataset({"train": Split()}, **about), monkeypatch)
+    assert paths.size(run.abstract.params) > (85e6 if variant else 135e3)
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,8 @@ ABLATIONS = [
         "pretraining.py:more=books+minilm",
     )
 ]
-SPECS = [str(file) for file in sorted((ROOT / "configs").glob("*.py")) if trains(str(file))]
+FILES = [file for folder in ("", "vision/") for file in (ROOT / "configs").glob(f"{folder}*.py")]
+SPECS = [str(file) for file in sorted(FILES) if trains(str(file))]
 
 
 @pytest.mark.parametrize("spec", SPECS + ABLATIONS, ids=lambda spec: spec.rpartition("/")[2])

@@ -172,7 +172,8 @@ def test_a_config_without_its_flag_is_recognised(tmp_path, monkeypatch):
     file.unlink()  # Where there are none, those that are shipped.
     lines = files.usage([]).splitlines()
     assert any(line.startswith("  --config=configs/mlm.py ") for line in lines)
-    assert any(line.startswith("  --config=configs/ablations/depth.py ") for line in lines)
+    for name in ("ablations/depth.py", "vision/vit.py"):
+        assert any(line.startswith(f"  --config=configs/{name} ") for line in lines)
 
 
 def test_a_shipped_config_is_found_from_anywhere(tmp_path, monkeypatch):

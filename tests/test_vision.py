@@ -20,7 +20,7 @@ from fmjax.io import metrics_log
 from fmjax.models import vit
 from fmjax.params import paths, sharding
 from fmjax.tasks import evaluate, export, generate, predict, train
-from fmjax.training import setup, state
+from fmjax.training import flops, setup, state, vmapped_runs
 from fmjax.training.step import make_train_step
 
 RUN = """
@@ -186,6 +186,18 @@ def test_adapters_and_groups_work_as_on_texts(adapter, groups, moves, monkeypatc
     assert moved == {name for name in before if any(part in name for part in moves)}
     if adapter:  # on each matrix of both layers
         assert sum(name.endswith("lora_a") for name in moved) == 2 * 6
+
+
+def test_a_step_of_arms_with_seeds_of_their_own_costs_each_what_it_costs_alone():
+    mesh = sharding.make_mesh()
+    vmapped = vmapped_runs.prepare(load("arms=(('seed',(0,1)),)"), mesh, lambda: None)
+    with jax.set_mesh(mesh):
+        spec = vmapped.batch_spec()
+        assert spec["images"].shape == (2, 40, 8, 8, 1)
+        traced = jax.jit(vmapped.train_step()).trace(vmapped.abstract, spec)
+        alone = made().run
+        expected = flops.of_step(alone, setup.batch_spec(alone))
+        assert vmapped.flops(spec, traced) == [expected, expected]
 
 
 # ---- what is said and refused ----

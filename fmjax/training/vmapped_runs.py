@@ -196,7 +196,8 @@ class VmappedRuns:
     ) -> list[int]:
         """FLOPs of a step of each arm, given the program of all that was traced for such a
         batch."""
-        single = setup.batch_spec(self.padded_run, self.batch(batch, 0))
+        own = jax.eval_shape(lambda batch: self.batch(batch, 0), dict(batch))
+        single = setup.batch_spec(self.padded_run, own)
         number, models = len(self.runs), {run.model for run in self.runs}
         if self.alone or len(models) == 1 and jax.default_backend() in ONE_BY_ONE:
             return [flops.of_step(self.padded_run, single, traced, number)] * number
