@@ -82,7 +82,7 @@ def Model(variant: str = "base", **overrides: Any) -> "Encoder":
     if height % cfg.patch or width % cfg.patch:
         raise ConfigError(
             f"config.model.patch={cfg.patch} does not divide images of {height} x {width} pixels: "
-            "choose a patch that divides both, or another config.data.size."
+            "choose one that divides both."
         )
     if cfg.pool == "first" and not cfg.class_token:
         raise ConfigError(

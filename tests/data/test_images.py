@@ -235,6 +235,7 @@ def test_settings_that_do_not_fit_are_refused(settings, message, prepare):
         (None, idx([[1, 2]]), r"labels.* shape \(1, 2\), not a label for each"),
         (None, b"", "labels-idx1-ubyte is no idx file"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_damaged_files_are_refused(images, labels, message, files, prepare, tmp_path):
     with pytest.raises(DataError, match=message) as caught:
@@ -299,6 +300,19 @@ def test_other_files_under_the_same_name_are_other_data(files, prepare):
     second = prepare(name="idx", train=files(labels=idx([1, 1])))
     assert first.digest != second.digest
     assert second.splits["train"].labels.tolist() == [1, 1]
+
+
+def test_files_that_change_while_they_are_read_are_an_error(files, prepare, monkeypatch):
+    path, read = files(), sources.read
+
+    def changed(settings):
+        found = read(settings)
+        files(labels=idx([1, 1]))
+        return found
+
+    monkeypatch.setattr(sources, "read", changed)
+    with pytest.raises(DataError, match="have changed while they were read"):
+        prepare(name="idx", train=path)
 
 
 def test_files_that_change_under_a_run_are_an_error(files, prepare, tmp_path):

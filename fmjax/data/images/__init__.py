@@ -142,17 +142,20 @@ def prepare(
     settings = read(data)
     root = disk_cache.root(settings.cache)
     disk_cache.remove_leftovers(root)
+    files = sources.files(settings)
     identity = {
         "version": VERSION,
         "name": settings.name,
-        "files": sorted(sources.files(settings).items()),
+        "files": sorted(files.items()),
         "fraction": 0 if settings.validation else settings.validation_fraction,
     }
     home = root / f"images-{disk_cache.digest(identity)}"
     with disk_cache.lock(root / f"{home.name}.lock", log, poll):
         index = disk_cache.verified(home, log, poll)
         if index is None:
-            index = disk_cache.build(home, lambda folder: _write(folder, settings, poll), poll)
+            index = disk_cache.build(
+                home, lambda folder: _write(folder, settings, files, poll), poll
+            )
     splits = {split: ImageSplit(home, split, settings.augmentation) for split in index["counts"]}
     for split, counts in index["counts"].items():
         log(f"data: {split}: {counts['images']:,} images")
@@ -168,9 +171,16 @@ def prepare(
     )
 
 
-def _write(folder: Path, settings: ImageSettings, poll: Callable[[], None]) -> dict:
+def _write(
+    folder: Path, settings: ImageSettings, files: Mapping[str, str], poll: Callable[[], None]
+) -> dict:
     found = sources.read(settings)
     poll()
+    if sources.files(settings) != files:
+        raise DataError(
+            f"{settings.train} and the files beside it have changed while they were read: start "
+            "again when they are whole."
+        )
     if "validation" not in found and settings.validation_fraction:
         images, labels = found["train"]
         held_out = _held_out(images, settings.validation_fraction)
