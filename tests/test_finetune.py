@@ -531,7 +531,7 @@ def test_a_head_on_the_mean_is_not_exported(home, encoder):
     words = [*files(home), f"--config.init={encoder}", "--config.total=1"]
     words += ["--config.objectives={'classify': {'pool': 'mean'}}", "--config.best="]
     train.run(load("finetune.py", *words), home / "mean")
-    words = [f"--config.folder={home}/mean", f"--config.output={home}/none"]
+    words = [f"--config.folder={home}/mean", f"--config.output={home}/mean-exported"]
     with pytest.raises(
         ConfigError, match="pool='mean', but the classes of transformers for bert take 'first'"
     ):

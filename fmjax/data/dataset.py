@@ -91,7 +91,7 @@ class Dataset:
         """{name: hex digits} of what else processes must have alike, such as the vocabulary."""
         return {}
 
-    def example(self, batch: Mapping[str, np.ndarray], prepared: Mapping[str, Any]) -> str:
+    def example(self, batch: Mapping[str, Any], prepared: Mapping[str, Any]) -> str:
         """Text that shows a person the first row of a batch, and of the batch as the objectives
         have `prepared` it for the model."""
         shapes = {name: tuple(array.shape[1:]) for name, array in batch.items()}
