@@ -11,7 +11,7 @@ import jax
 from fmjax import adapters
 from fmjax.config import plugins
 from fmjax.data.settings import ALONE
-from fmjax.errors import ConfigError
+from fmjax.errors import ConfigError, did_you_mean
 from fmjax.models import AnyModel, experts
 from fmjax.objectives import requirements
 
@@ -34,6 +34,7 @@ def model(config: Any, facts: Mapping[str, Any]) -> AnyModel:
         "lm_head": requirements.vocabulary(objectives),
         "pool": requirements.pool(objectives),
     }
+    about["facts"] = dict(about)
     takes = sys.modules[factory.__module__].FACTS
     if lacking := [name for name in takes if about.get(name) is None]:
         raise ConfigError(
@@ -53,8 +54,9 @@ def model(config: Any, facts: Mapping[str, Any]) -> AnyModel:
             )
         built = built.clone(cfg=dataclasses.replace(built.cfg, prefix=True))
     built = adapters.wrap(built, config.to_dict())
-    if "vocab" in facts:
-        check_rows(built, config.data.to_dict())
+    for part in getattr(built, "parts", {"": built}).values():
+        if "vocab" in facts and hasattr(part.cfg, "max_len"):
+            check_rows(part, config.data.to_dict())
     return built
 
 
@@ -130,10 +132,18 @@ def apply(model: AnyModel) -> Callable:
     "encode" may be given a batch in place of arrays, of which the model reads its `inputs` by name,
     and `seeds` for dropout where there are any. Beside the model's methods there is
     "encode_routed": (what "encode" gives, what the routers of layers with experts say of it
-    (`models.experts.Routing`) or None).
+    (`models.experts.Routing`) or None). Of several models `model` names the one that is run.
     """
+    parts = getattr(model, "parts", {})
 
-    def applied(params, *args, method):
+    def applied(params, *args, method, model=model):
+        if isinstance(model, str):
+            if model not in parts:
+                raise ConfigError(
+                    f"an objective runs the model {model!r}, which config.model.parts lacks."
+                    + did_you_mean(model, parts)
+                )
+            model, params = parts[model], params[model]
         if args and isinstance(args[0], Mapping):
             (batch,) = args
             args = *(batch[name] for name in model.inputs), batch.get("seeds")

@@ -75,6 +75,7 @@ def is_duration(value: Any) -> bool:
 def rule_of(key: str) -> Check | Modules | tuple[str, ...] | None:
     """The first rule whose expression matches the whole `key`; a group obeys the rules of optim."""
     key = re.sub(r"^group_optim\.[^.]+\.", "optim.", key).removeprefix("pretraining.")
+    key = re.sub(r"^model\.parts\.[^.]+\.", "model.", key)  # a model among several
     return next((rule for pattern, rule in RULES if re.fullmatch(pattern, key)), None)
 
 
@@ -251,7 +252,7 @@ def _whole(low: int, high: int) -> Check:
 
 
 # Dicts whose keys are the user's choice: the command line replaces them whole.
-OPEN = ("objectives", "group_optim", "optim.args", "args", "pretraining")
+OPEN = ("init", "objectives", "group_optim", "optim.args", "args", "pretraining")
 PLUGINS = ("model.name", "data.format")  # may also name the user's own, "package.module:name"
 DICTS = (
     r"data|benchmark|pretraining(\.data)?|tokenizer|model|adapter|quantise|mesh|distributed|optim|objectives(\.[^.]+(\.validation)?)?|group_optim(\.[^.]+)?"

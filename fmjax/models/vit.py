@@ -152,9 +152,9 @@ class Embed(nn.Module):
     def __call__(self, images, seeds):
         x = self.patch(patches(images, self.cfg.patch), jnp.float32)
         if self.cfg.class_token:
-            token = self.class_token(jnp.zeros((len(x), 1), jnp.int32))
+            token = jnp.broadcast_to(self.class_token.table(), (len(x), 1, x.shape[-1]))
             x = jnp.concatenate([token, x], axis=1)
-        x = x + self.position(jnp.arange(self.cfg.tokens))[None]
+        x = x + self.position.table()[None]
         return layers.dropout(x, self.cfg.dropout, seeds).astype(DTYPES[self.cfg.dtype])
 
 

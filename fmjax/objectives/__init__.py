@@ -315,12 +315,13 @@ class SharedForward:
         self._apply = apply
         self._results: dict[tuple, tuple[Any, Any]] = {}
 
-    def __call__(self, params: Any, *args: Any, method: str) -> Any:
+    def __call__(self, params: Any, *args: Any, method: str, **which: str) -> Any:
         if method == "encode":  # shared with those that also ask for the routing
-            return self(params, *args, method="encode_routed")[0]
+            return self(params, *args, method="encode_routed", **which)[0]
         leaves, structure = jax.tree.flatten(args)
-        key = method, id(params), structure, *map(id, leaves)
+        key = method, *which.items(), id(params), structure, *map(id, leaves)
         if key not in self._results:
             # Arguments are kept with the result: the id of what is gone may be given again.
-            self._results[key] = self._apply(params, *args, method=method), (params, leaves)
+            result = self._apply(params, *args, method=method, **which)
+            self._results[key] = result, (params, leaves)
         return self._results[key][0]

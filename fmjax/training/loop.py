@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from fmjax import build, data
 from fmjax.checkpoints import checkpointer, pretrained
 from fmjax.config import load as configs
+from fmjax.data.dataset import Source
 from fmjax.distributed import processes, signals
 from fmjax.errors import CheckpointError, ConfigError, NumericsError, Preempted, did_you_mean
 from fmjax.evaluation import eval_loop, in_training, sample_predictions
@@ -119,7 +120,7 @@ def loop(
         while step < total and not stop.poll():
             with stop.stepping():
                 with timed("data_wait"):
-                    batch = sharding.put(next(batches), vmapped.batch_sharding)
+                    batch = sharding.put(batches.next(state), vmapped.batch_sharding)
                 state, found = train_step(state, batch)
                 step += 1
                 bad = [one.step(step, found, batch) >= config.max_skipped for one in monitors]
@@ -149,9 +150,19 @@ def loop(
         raise Preempted(f"stopped by {stop.signal} {where}; the same command goes on")
 
 
-def train_batches(vmapped: VmappedRuns) -> Any:
-    """This process's part of the endless stream of training batches."""
+def train_batches(vmapped: VmappedRuns) -> Source:
+    """This process's part of the endless stream of training batches.
+
+    Raises ConfigError where several runs would share a source that depends on the parameters.
+    """
     run = vmapped.padded_run
+    if source := run.dataset.source(run):
+        if not vmapped.alone:
+            raise ConfigError(
+                "config.arms: the data are generated from the parameters, and arms have their own: "
+                "start a run for each."
+            )
+        return source
     return data.batches(
         run.dataset.splits["train"],
         batch_size=run.config.batch_size,

@@ -124,7 +124,7 @@ def assemble(
         split(param_init.abstract_params(model))[0],
         assigned,
         steps=steps,
-        depths={"": model.cfg.depth},
+        depths=paths.layer_counts(model.kinds),
         optim=optimizers[0],
         group_optim=optimizers[1],
     )
@@ -167,7 +167,7 @@ def grouped(
     model: AnyModel, patterns: Any, optim_: Mapping[str, Any], group_optim: Mapping[str, Any]
 ) -> tuple[AnyModel, dict[str, str]]:
     """The model, stacked where neighbouring layers train alike, and {parameter name: group}."""
-    canonical = model.clone(stacks=paths.runs(model.kinds))
+    canonical = model.clone(stacks=paths.kind_runs(model.kinds))
     names = list(paths.unstack(param_init.abstract_params(canonical)))
     assigned = groups.assign(names, patterns)
     adapters.check_frozen(canonical, groups.trained(assigned))

@@ -90,11 +90,10 @@ class ImageSplit:
         self, index: np.ndarray, examples: np.ndarray | None = None, seed: int = 0
     ) -> dict[str, np.ndarray]:
         """`images`, float32 [n, H, W, C] around 0, and `labels`, int32 [n]."""
-        images = self._images[index]
+        with self._files.unchanged():
+            images, labels = self._images[index], self._labels[index].astype(np.int32)
         if self._shift and examples is not None:
             images = shifted(images, self._shift, seed, examples)
-        labels = self._labels[index].astype(np.int32)
-        self._files.check()
         return {"images": normalized(images), "labels": labels}
 
     def widths(self, index: np.ndarray) -> np.ndarray:
