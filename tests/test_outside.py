@@ -104,6 +104,7 @@ def test_a_group_is_of_one_tower(home):
     assert trained - {"left/block_01/attn/key/bias"} <= differ <= trained
 
 
+@pytest.mark.slow
 def test_a_tower_starts_from_a_run_of_its_own(home):
     words = ["name=vit", "width=16", "depth=2", "heads=2", "mlp=32"]
     words = [f"--config.model.{word}" for word in words]
@@ -133,7 +134,6 @@ def test_what_a_folder_names_is_not_imported_for_it(monkeypatch):
     "words, said",
     [
         (["adapter.name=lora"], "config.adapter is for a single model yet"),
-        (["objectives={'classify': {}}", "best="], "objectives.classify needs a model with a head"),
         (["objectives={'mlm': {}}", "best="], "predicts tokens, and the data of .* have none"),
         (["objectives={'match': {'module': 'outside.mach'}}"], "No module named 'outside.mach'"),
         (["init={'lefd': 'runs/x'}"], "config.init names the model 'lefd'.*left"),
@@ -149,3 +149,8 @@ def test_what_does_not_fit_is_refused(home, words, said):
 def test_one_model_is_no_composite():
     with pytest.raises(ConfigError, match="config.model.parts must have two models"):
         composite.Model({"alone": {"name": "vit"}})
+    both = {name: {"name": "vit", "variant": "digits", "patch": 14} for name in ("left", "right")}
+    with pytest.raises(ConfigError, match="objectives.classify needs a model with a head"):
+        composite.Model(both, classes={"classify": 3})
+    with pytest.raises(ConfigError, match="parts.left has no 'name'"):
+        composite.Model({"left": {}, "right": {}})

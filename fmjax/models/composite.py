@@ -106,8 +106,7 @@ class Composite:
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh parameters; those of a part do not depend on the others."""
-        keys = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in self.parts}
-        init = lambda name, part: part.init(keys[name], *part.example())["params"]
+        init = lambda name, part: part.init(part_key(key, name), *part.example())["params"]
         return {"params": {name: init(name, part) for name, part in self.members}}
 
     def apply(self, variables: Any, *args: Any, method: Any = None, mutable: Any = False) -> Any:
@@ -132,6 +131,11 @@ class Composite:
             (n, part.clone(cfg=dataclasses.replace(part.cfg, **how))) for n, part in self.members
         ]
         return dataclasses.replace(self, cfg=cfg, members=tuple(parts))
+
+
+def part_key(key: jax.Array, name: str) -> jax.Array:
+    """The key that the fresh parameters of the part `name` are drawn by."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def _named(parts: Any) -> bool:

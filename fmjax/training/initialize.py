@@ -29,7 +29,7 @@ from fmjax.config import load as configs
 from fmjax.data import Dataset
 from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.errors import ConfigError, did_you_mean
-from fmjax.models import AnyModel, param_init
+from fmjax.models import AnyModel, composite, param_init
 from fmjax.objectives import requirements
 from fmjax.params import groups, paths
 
@@ -91,7 +91,13 @@ class Start(NamedTuple):
     fresh: tuple[str, ...] = ()  # names of the parameters that the source lacks
 
 
-def initial(config: Any, model: AnyModel, abstract: Any, beside: Any = None) -> Start | None:
+def initial(
+    config: Any,
+    model: AnyModel,
+    abstract: Any,
+    beside: Any = None,
+    key: jax.Array | None = None,
+) -> Start | None:
     """Parameters to start from: None (fresh), unless `config.init` names a source.
 
     That is a run folder, a folder in Hugging Face format or a hub id (`id@revision`). Heads and
@@ -99,21 +105,20 @@ def initial(config: Any, model: AnyModel, abstract: Any, beside: Any = None) -> 
     the objectives do so in any case. Raises CheckpointError where shapes differ.
 
     `beside` are the parameters of another run with the same source, of which the run takes all that
-    `abstract` does not name, and nothing is told.
+    `abstract` does not name, and nothing is told. `key` draws what is fresh; None: the seed's.
     """
+    key = jax.random.fold_in(jax.random.key(config.seed), 0) if key is None else key
     if not config.init:
         return None
     if isinstance(config.init, Mapping | ConfigDict):
-        return _initial_parts(config, model, abstract)
+        return _initial_parts(config, model, abstract, key)
     heads = "|".join(f"head/{name}/.*" for name in config.objectives) if config.new_head else ""
     wanted = paths.unstack(abstract)
     if heads and not any(re.fullmatch(heads, name) for name in wanted):
         raise ConfigError(
             f"config.new_head=True, but the objectives {list(config.objectives)} have no head."
         )
-    fresh = functools.partial(
-        param_init.init_params, model, jax.random.fold_in(jax.random.key(config.seed), 0)
-    )
+    fresh = functools.partial(param_init.init_params, model, key)
     audit: dict[str, float] = {}
     packings = adapters.packings(model, audit) if beside is None else {}
     if is_run(config.init):
@@ -152,7 +157,7 @@ def initial(config: Any, model: AnyModel, abstract: Any, beside: Any = None) -> 
     return Start(start(params, report.kept, seed=config.seed), report.kept)
 
 
-def _initial_parts(config: Any, model: Any, abstract: Any) -> Start:
+def _initial_parts(config: Any, model: Any, abstract: Any, key: jax.Array) -> Start:
     """Parameters of several models, each from its own folder in `config.init`, or fresh."""
     sources = dict(config.init)
     parts = getattr(model, "parts", {})
@@ -162,16 +167,15 @@ def _initial_parts(config: Any, model: Any, abstract: Any) -> Start:
             + did_you_mean(unknown[0], parts)
         )
     params, fresh = {}, []
-    key = jax.random.fold_in(jax.random.key(config.seed), 0)
     for name, part in parts.items():
-        whole = lambda key, name=name: param_init.init_params(model, key)[name]
-        shapes = abstract[name]
+        own_key = composite.part_key(key, name)
         if not sources.get(name):
-            places = jax.tree.map(lambda x: x.sharding, shapes)
-            params[name] = jax.jit(whole, out_shardings=places)(key)
+            places = jax.tree.map(lambda x: x.sharding, abstract[name])
+            draw = functools.partial(param_init.init_params, part)
+            params[name] = jax.jit(draw, out_shardings=places)(own_key)
             continue
         own = ConfigDict(config.to_dict() | {"init": sources[name], "objectives": {}})
-        start = initial(own.lock(), part, shapes)
+        start = initial(own.lock(), part, abstract[name], key=own_key)
         params[name] = start.params
         fresh += [f"{name}/{parameter}" for parameter in start.fresh]
     return Start(params, tuple(fresh))
