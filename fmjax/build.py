@@ -63,15 +63,17 @@ def model(config: Any, facts: Mapping[str, Any]) -> AnyModel:
 def factory_of(name: str) -> Callable[..., AnyModel]:
     """`Model` of the family `name` (fmjax/models), or of "package.module:name".
 
-    Raises ConfigError where that module does not declare the `FACTS` that a model is made from.
+    Raises ConfigError where its module does not define `FACTS`, the names of the facts about data
+    and objectives that the model is made from.
     """
-    if not plugins.is_object(name):
-        return importlib.import_module(f"fmjax.models.{name}").Model
-    factory = plugins.load(name, "model.name")
+    if plugins.is_object(name):
+        factory = plugins.load(name, "model.name")
+    else:
+        factory = importlib.import_module(f"fmjax.models.{name}").Model
     if not hasattr(sys.modules[factory.__module__], "FACTS"):
         raise ConfigError(
-            f"config.model.name={name!r}: its module does not define FACTS, the names of the facts "
-            "of data and objectives that it takes, such as ('labels',)."
+            f"config.model.name={name!r}: {factory.__module__} does not define FACTS, the facts "
+            "that its Model takes, such as FACTS = ('vocab_size', 'lm_head')."
         )
     return factory
 
