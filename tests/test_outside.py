@@ -152,5 +152,9 @@ def test_one_model_is_no_composite():
     both = {name: {"name": "vit", "variant": "digits", "patch": 14} for name in ("left", "right")}
     with pytest.raises(ConfigError, match="objectives.classify needs a model with a head"):
         composite.Model(both, classes={"classify": 3})
+    with pytest.raises(ConfigError, match="parts.left.name='composite' is no model that can be"):
+        composite.Model({name: {"name": "composite"} for name in ("left", "right")})
+    with pytest.raises(ConfigError, match="parts.left.name='os:system' is code that a folder"):
+        composite.Model([("left", "os:system", {}), ("right", "vit", {})])
     with pytest.raises(ConfigError, match="parts.left has no 'name'"):
         composite.Model({"left": {}, "right": {}})

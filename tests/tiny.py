@@ -87,10 +87,12 @@ def mesh(**sizes: int) -> jax.sharding.Mesh:
     )
 
 
-def by_family(kinds, *always):
-    """(kind, family) of all for pytest; of decoders `always` these, the others with slow tests."""
+def by_family(kinds, *always, encoder=None):
+    """(kind, family) of all for pytest; of decoders `always` these, of the encoder the kinds
+    `encoder` (None: all), the others with slow tests."""
     pairs = [(kind, family) for family in FAMILIES for kind in kinds]
-    quick = lambda pair: pair[1] == "bert" or pair in always
+    encoder = kinds if encoder is None else encoder
+    quick = lambda pair: pair in always or pair[1] == "bert" and pair[0] in encoder
     return [pytest.param(*x, marks=[] if quick(x) else pytest.mark.slow) for x in pairs]
 
 

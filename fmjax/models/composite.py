@@ -13,6 +13,7 @@ groups, layer decay, sharding and checkpoints know them, and it can start from a
 
 import dataclasses
 import importlib
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -20,8 +21,8 @@ from typing import Any
 
 import jax
 
-from fmjax.config import plugins
-from fmjax.errors import ConfigError
+from fmjax.config import plugins, rules
+from fmjax.errors import ConfigError, did_you_mean, quoted
 from fmjax.models import AnyModel
 
 FACTS = ("facts",)  # all of them, of which each part takes its own
@@ -66,7 +67,7 @@ def Model(
     for name, family, fields in rows:
         if not name.isidentifier() or name.startswith("block"):
             raise ConfigError(f"config.model.parts: {name!r} cannot be the name of a model.")
-        module = _module(family)
+        module = _module(name, family)
         known = {key: facts[key] for key in module.FACTS if key in facts}
         how = dict(dtype=dtype, scan=scan, remat=remat)
         models[name] = module.Model(**known | fields | how)
@@ -150,7 +151,14 @@ def _row(name: str, given: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]
     return name, given["name"], fields
 
 
-def _module(family: str) -> Any:
+def _module(name: str, family: str) -> Any:
+    """The module of the family of the part `name`. Raises ConfigError where there is none."""
     if plugins.is_object(family):
-        return plugins.load(family.partition(":")[0], "model.parts")
+        return sys.modules[plugins.load(family, f"model.parts.{name}.name").__module__]
+    possible = set(rules.Modules("models", "Model").names()) - {"composite"}
+    if family not in possible:
+        raise ConfigError(
+            f"config.model.parts.{name}.name={quoted(family)} is no model that can be a part."
+            + did_you_mean(str(family), possible)
+        )
     return importlib.import_module(f"fmjax.models.{family}")
