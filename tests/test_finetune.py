@@ -538,14 +538,6 @@ def test_a_head_on_the_mean_is_not_exported(home, encoder):
         export.run(configs.load(str(ROOT / "configs/export.py"), words), home)
 
 
-def test_negatives_forbid_microbatches(home, encoder):
-    words = [*files(home), f"--config.init={encoder}", "--config.accumulate=2"]
-    with pytest.raises(ConfigError, match="config.accumulate=2: .*objectives.contrast compares"):
-        train.run(
-            load("finetune.py:contrast", *words, "--config.batch_size=16"), home / "microbatches"
-        )
-
-
 def test_init_has_to_be_given(home):
     with pytest.raises(ConfigError, match="config.model.name='init' means the model of config.ini"):
         train.run(load("finetune.py", *files(home), "--config.init="), home / "without")

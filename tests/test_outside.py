@@ -138,7 +138,6 @@ def test_what_a_folder_names_is_not_imported_for_it(monkeypatch):
         (["objectives={'match': {'module': 'outside.mach'}}"], "No module named 'outside.mach'"),
         (["init={'lefd': 'runs/x'}"], "config.init names the model 'lefd'.*left"),
         (["total=1k tokens"], "counted in pairs"),
-        (["accumulate=2", "batch_size=16"], "compares all examples of a batch"),
     ],
 )
 def test_what_does_not_fit_is_refused(home, words, said):

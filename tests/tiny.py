@@ -123,6 +123,7 @@ def make(
     quantise=None,
     group_optim=None,
     family="bert",
+    target="nsp",
     **sizes,
 ) -> SimpleNamespace:
     """Model, loss, optimizer, a fresh state and the jitted step, put together as `setup`
@@ -131,7 +132,7 @@ def make(
     net = adapters.wrap(model(family, **sizes), dict(adapter=adapter, quantise=quantise))
     net, assigned = setup.grouped(net, groups, OPTIM | (changes or {}), group_optim)
     split = functools.partial(parameter_groups.split, assigned=assigned)
-    goals = objectives.build(losses or FAMILIES[family][2], dict(vocab=VOCAB, target="nsp"))
+    goals = objectives.build(losses or FAMILIES[family][2], dict(vocab=VOCAB, target=target))
     made = optim.make(
         split(param_init.abstract_params(net))[0],
         assigned,

@@ -92,7 +92,9 @@ def check(config: Mapping[str, Any]) -> None:
     sections = (config.get("objectives") or {}, pretraining.get("objectives") or {})
     for name, args in (item for section in sections for item in section.items()):
         if "module" not in (args or {}):
-            check_choice(f"objectives.{name}", name, Modules("objectives", "loss_fn").names())
+            check_choice(
+                f"objectives.{name}", name, Modules("objectives", "(loss_fn|compare)").names()
+            )
 
 
 def task_flags(task: str) -> set[str]:

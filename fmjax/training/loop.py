@@ -262,14 +262,16 @@ def validate(
     if "validation" not in run.dataset.splits:
         return [({}, {}, list) for _ in monitors]
     split = run.dataset.splits["validation"]
-    # Numbers do not depend on it: evaluation needs no more memory than a microbatch.
-    batch_size = run.config.batch_size // run.config.accumulate
+    # Evaluation needs no more memory than a microbatch; numbers do not depend on the batch, but for
+    # losses that compare its examples.
+    whole_batch = any(objective.whole_batch for objective in run.objectives)
+    batch_size = run.config.batch_size // (1 if whole_batch else run.config.accumulate)
     batches = data.eval_batches(
         split,
         batch_size=batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        alike=not any(objective.whole_batch for objective in run.objectives),
+        alike=not whole_batch,
     )
     steps, show = data.eval_steps(split, batch_size), monitors[0].part("evaluation")
     with monitor.timed(monitors, "evaluation"):

@@ -108,13 +108,6 @@ def assemble(
         facts["vocab"] = facts["vocab"]._replace(start_id=config.model.get("start_id"))
     objectives = losses.build(goals, facts, steps)
     optimizers = config.optim.to_dict(), config.group_optim.to_dict()
-    for objective in objectives:
-        if objective.whole_batch and config.accumulate > 1:
-            raise ConfigError(
-                f"config.accumulate={config.accumulate}: the loss of config.objectives."
-                f"{objective.name} compares all examples of a batch, and a microbatch has fewer. "
-                "Set it to 1; config.model.remat=block saves memory, too."
-            )
     model, assigned = grouped(build.model(config, facts), config.groups, *optimizers)
     requirements.check_facts(goals, facts | {"dropout": getattr(model.cfg, "dropout", 0.0)})
     _check_balance(config, model)

@@ -5,13 +5,17 @@ import jax.numpy as jnp
 
 from fmjax.objectives import losses
 
-WHOLE_BATCH = True
 SCORES = ("nearest",)
 
 
-def loss_fn(apply, params, batch, *, temperature=0.1):
+def features(apply, params, batch):
+    """The embeddings of both views, (B, D) each."""
+    return _embeddings(apply, params, batch)
+
+
+def compare(found, batch, *, temperature=0.1):
     """Symmetric cross-entropy in nats of each example's other view among all of the batch."""
-    left, right = _embeddings(apply, params, batch)
+    left, right = found
     real = losses.real_rows(batch)
     similar = left @ right.T / temperature
     absent = jnp.where(real > 0, 0.0, -1e30)
