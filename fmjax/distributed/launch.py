@@ -54,7 +54,8 @@ def start(config: Any, stop: Stop | None = None, **flags: Any) -> Iterator[jax.s
 def _keep_programs() -> None:
     """Keep compiled programs in the cache folder; without them a start takes longer, no more."""
     try:
-        compiled_programs.keep_in(disk_cache.private(disk_cache.root("") / "xla"))
+        root = disk_cache.root(settings="$FMJAX_CACHE")  # config.data.cache is for data alone
+        compiled_programs.keep_in(disk_cache.private(root / "xla"))
     except (OSError, DataError) as error:
         compiled_programs.warn(error)
 
