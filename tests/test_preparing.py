@@ -34,7 +34,7 @@ def test_a_signal_stops_it_at_the_next_poll(config, tmp_path, monkeypatch, capfd
 
 
 def test_a_process_waits_for_the_data_of_all_before_it_computes(config, monkeypatch):
-    """Connections between processes are given up after half a minute; preparing takes hours."""
+    """Preparing takes hours, for which it hears signals and says for whom it waits."""
     prepared = object()
 
     def meet(dataset):
