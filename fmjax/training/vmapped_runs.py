@@ -196,7 +196,9 @@ class VmappedRuns:
     ) -> list[int]:
         """FLOPs of a step of each arm, given the program of all that was traced for such a
         batch."""
-        single = setup.batch_spec(self.padded_run, self.batch(batch, 0))
+        arms = len(self.seeds) > 1  # have batches of their own, along the first axis
+        shape = lambda x: jax.ShapeDtypeStruct(x.shape[1:] if arms else x.shape, x.dtype)
+        single = setup.batch_spec(self.padded_run, {name: shape(x) for name, x in batch.items()})
         number, models = len(self.runs), {run.model for run in self.runs}
         if self.alone or len(models) == 1 and jax.default_backend() in ONE_BY_ONE:
             return [flops.of_step(self.padded_run, single, traced, number)] * number
