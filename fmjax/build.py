@@ -11,7 +11,7 @@ import jax
 from fmjax import adapters
 from fmjax.config import plugins
 from fmjax.data.settings import ALONE
-from fmjax.errors import ConfigError
+from fmjax.errors import ConfigError, did_you_mean
 from fmjax.models import AnyModel, experts
 from fmjax.objectives import requirements
 
@@ -34,6 +34,7 @@ def model(config: Any, facts: Mapping[str, Any]) -> AnyModel:
         "lm_head": requirements.vocabulary(objectives),
         "pool": requirements.pool(objectives),
     }
+    about["facts"] = dict(about)
     takes = sys.modules[factory.__module__].FACTS
     if lacking := [name for name in takes if about.get(name) is None]:
         raise ConfigError(
@@ -53,22 +54,25 @@ def model(config: Any, facts: Mapping[str, Any]) -> AnyModel:
             )
         built = built.clone(cfg=dataclasses.replace(built.cfg, prefix=True))
     built = adapters.wrap(built, config.to_dict())
-    check_rows(built, config.data.to_dict())
+    for part in getattr(built, "parts", {"": built}).values():
+        check_rows(part, config.data.to_dict())
     return built
 
 
 def factory_of(name: str) -> Callable[..., AnyModel]:
     """`Model` of the family `name` (fmjax/models), or of "package.module:name".
 
-    Raises ConfigError where that module does not declare the `FACTS` that a model is made from.
+    Raises ConfigError where its module does not define `FACTS`, the names of the facts about data
+    and objectives that the model is made from.
     """
-    if not plugins.is_object(name):
-        return importlib.import_module(f"fmjax.models.{name}").Model
-    factory = plugins.load(name, "model.name")
+    if plugins.is_object(name):
+        factory = plugins.load(name, "model.name")
+    else:
+        factory = importlib.import_module(f"fmjax.models.{name}").Model
     if not hasattr(sys.modules[factory.__module__], "FACTS"):
         raise ConfigError(
-            f"config.model.name={name!r}: its module does not define FACTS, the names of the facts "
-            "of data and objectives that it takes, such as ('labels',)."
+            f"config.model.name={name!r}: {factory.__module__} does not define FACTS, the facts "
+            "that its Model takes, such as FACTS = ('vocab_size', 'lm_head')."
         )
     return factory
 
@@ -144,10 +148,18 @@ def apply(model: AnyModel) -> Callable:
     "encode" may be given a batch in place of arrays, of which the model reads its `inputs` by name,
     and `seeds` for dropout where there are any. Beside the model's methods there is
     "encode_routed": (what "encode" gives, what the routers of layers with experts say of it
-    (`models.experts.Routing`) or None).
+    (`models.experts.Routing`) or None). Of several models `model` names the one that is run.
     """
+    parts = getattr(model, "parts", {})
 
-    def applied(params, *args, method):
+    def applied(params, *args, method, model=model):
+        if isinstance(model, str):
+            if model not in parts:
+                raise ConfigError(
+                    f"an objective runs the model {model!r}, which config.model.parts lacks."
+                    + did_you_mean(model, parts)
+                )
+            model, params = parts[model], params[model]
         if args and isinstance(args[0], Mapping):
             (batch,) = args
             args = *(batch[name] for name in model.inputs), batch.get("seeds")

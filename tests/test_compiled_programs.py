@@ -129,3 +129,4 @@ def test_a_run_goes_on_where_no_program_can_be_kept(tmp_path, monkeypatch, capsy
         assert jax.config.jax_compilation_cache_dir is None
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: compiled programs are not kept: ") and str(place) in line
+    assert "config.data.cache" not in line  # which is for data alone

@@ -416,6 +416,14 @@ def test_durations_in_steps(duration, expected):
     assert found == expected and type(found) is int
 
 
+@pytest.mark.parametrize("unit", rules.UNITS)
+def test_a_duration_is_in_the_unit_of_its_data(unit):
+    assert configs.steps(f"1k {unit}", units_per_step=64, unit=unit) == 16
+    other = "images" if unit == "tokens" else "tokens"
+    with pytest.raises(ConfigError, match=f"config.data are counted in {unit}. Use .*'50k {unit}'"):
+        configs.steps(f"1k {other}", units_per_step=64, unit=unit)
+
+
 @pytest.mark.parametrize("duration", ["1 epoch", "1M tokens", "1M flops", "10%"])
 def test_a_duration_without_its_reference_is_refused(duration):
     with pytest.raises(ConfigError, match="'1000 steps'"):

@@ -68,7 +68,7 @@ def anew(model, params, prompt, length, prefix=False):
 @pytest.mark.parametrize(
     "family, adapter",
     [
-        pytest.param(*x, marks=[] if "none" in x or "gpt2" in x else pytest.mark.slow)
+        pytest.param(*x, marks=[] if "none" in x else pytest.mark.slow)
         for x in itertools.product(("gpt2", "llama", "t5"), ADAPTERS)
     ],
 )
@@ -162,7 +162,9 @@ def test_programs_are_few():
     assert (decoder.first_token._cache_size(), decoder.decode._cache_size()) == before
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("llama", "t5"))]
+)
 @pytest.mark.parametrize("bits", [dict(weights="int8"), dict(cache="int8")], ids=str)
 def test_eight_bits_say_the_same_in_any_batch(family, bits):
     model, params = made(family)

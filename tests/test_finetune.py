@@ -531,19 +531,11 @@ def test_a_head_on_the_mean_is_not_exported(home, encoder):
     words = [*files(home), f"--config.init={encoder}", "--config.total=1"]
     words += ["--config.objectives={'classify': {'pool': 'mean'}}", "--config.best="]
     train.run(load("finetune.py", *words), home / "mean")
-    words = [f"--config.folder={home}/mean", f"--config.output={home}/none"]
+    words = [f"--config.folder={home}/mean", f"--config.output={home}/mean-exported"]
     with pytest.raises(
         ConfigError, match="pool='mean', but the classes of transformers for bert take 'first'"
     ):
         export.run(configs.load(str(ROOT / "configs/export.py"), words), home)
-
-
-def test_negatives_forbid_microbatches(home, encoder):
-    words = [*files(home), f"--config.init={encoder}", "--config.accumulate=2"]
-    with pytest.raises(ConfigError, match="config.accumulate=2: .*objectives.contrast compares"):
-        train.run(
-            load("finetune.py:contrast", *words, "--config.batch_size=16"), home / "microbatches"
-        )
 
 
 def test_init_has_to_be_given(home):

@@ -5,8 +5,10 @@ files are code that its user names, so `runpy` is allowed.
 """
 
 import ast
+import configparser
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from common import ROOT
@@ -195,6 +197,18 @@ def test_no_text_sends_to_a_package_index_for_fmjax(file):
     """It is installed from its checkout; on an index the name could be anybody's."""
     text = (ROOT / file).read_text(encoding="utf-8")
     assert not re.search(r"pip install ['\"]?fmjax\b|\bfmjax\[\w", text)
+
+
+def test_documents_say_how_each_extra_is_installed():
+    """jax for GPUs and TPUs is one: without it a run trains on the CPU."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    named = {
+        file: set(re.findall(r"'\.\[(\w+)\]'", (ROOT / file).read_text(encoding="utf-8")))
+        for file in DOCUMENTS
+    }
+    assert set.union(*named.values()) == {*setup["options.extras_require"]}
+    assert named[Path("README.md")] >= {"gpu", "tpu"}
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=str)

@@ -12,7 +12,9 @@ from fmjax.generation import decoder, speculative
 from fmjax.generation.sampling import Sampling
 from fmjax.params import randomness
 
+BFLOAT16 = dict(dtype="bfloat16")
 MORE = ("gpt2", 1), ("llama", 3), ("t5", 1)
+BFLOAT16 = dict(dtype="bfloat16")
 
 
 def another(family, adapter=None, **changes):
@@ -45,7 +47,12 @@ def test_the_likeliest_text_is_the_same(family, ahead):
 
 
 @pytest.mark.parametrize(
-    "bits", [dict(cache="int8"), dict(weights="int8"), dict(dtype="bfloat16")], ids=str
+    "bits",
+    [
+        dict(weights="int8"),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (dict(cache="int8"), BFLOAT16)),
+    ],
+    ids=str,
 )
 def test_the_likeliest_text_is_the_same_in_fewer_bits(bits):
     kind = {key: bits.pop(key) for key in tuple(bits) if key == "dtype"}

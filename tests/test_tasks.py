@@ -21,6 +21,7 @@ from fmjax.adapters import prompt
 from fmjax.checkpoints import checkpointer, pretrained
 from fmjax.config import load as configs
 from fmjax.convert import writer
+from fmjax.data.texts import TextDataset
 from fmjax.data.tokenizer import load as load_tokenizer
 from fmjax.errors import CheckpointError, ConfigError, DataError
 from fmjax.evaluation import export_check, fill_in
@@ -431,7 +432,7 @@ def test_starting_from_an_exported_folder(exported, opened):
 
 def test_starting_with_another_tokenizer_is_refused(folder, exported, tmp):
     """Of the same size it would otherwise go unnoticed."""
-    made_by = lambda tokenizer: SimpleNamespace(processors={"tokenizer": tokenizer})
+    made_by = lambda tokenizer: TextDataset({}, "", "", {}, tokenizer_dir=tokenizer)
     other = shutil.copytree(folder / "tokenizer", tmp / "tokenizer")
     text = (other / "tokenizer.json").read_text().replace('"value"', '"eulav"')
     (other / "tokenizer.json").write_text(text)

@@ -59,7 +59,7 @@ def test_loss_falls_and_starts_at_ln_v():
     assert int(current.step) == 30
 
 
-@pytest.mark.parametrize("parts, family", tiny.by_family([2, 8], (8, "gpt2")))
+@pytest.mark.parametrize("parts, family", tiny.by_family([2, 8], (8, "gpt2"), encoder=[2]))
 def test_row42_accumulation_is_the_large_batch(parts, family):
     """With dropout on and another number of targets in every microbatch."""
     made = tiny.make(accumulate=parts, family=family, dropout=0.1, attention_dropout=0.1)
@@ -103,7 +103,7 @@ def test_empty_rows_change_nothing(family):
 
 @pytest.mark.parametrize(
     "remat, family",
-    tiny.by_family(["none", "block", "dots"], ("none", "llama")),
+    tiny.by_family(["none", "block", "dots"], ("block", "llama"), encoder=["none"]),
 )
 def test_row42_scanned_and_unrolled_models_are_the_same(remat, family):
     options = dict(family=family, dropout=0.1, attention_dropout=0.1)
@@ -141,7 +141,7 @@ LAYOUTS = {"x".join(f"{axis}{n}" for axis, n in layout.items()): layout for layo
 
 @pytest.mark.parametrize(
     "layout, family",
-    tiny.by_family(LAYOUTS, ("tensor4xfsdp2", "llama")),
+    tiny.by_family(LAYOUTS, ("tensor4xfsdp2", "llama"), encoder=["data2xfsdp2xtensor2"]),
 )
 def test_row12_any_layout_gives_the_same_numbers(layout, family):
     """The mesh of the other tests is data=8; this compares with one device holding everything. The

@@ -87,10 +87,12 @@ def mesh(**sizes: int) -> jax.sharding.Mesh:
     )
 
 
-def by_family(kinds, *always):
-    """(kind, family) of all for pytest; of decoders `always` these, the others with slow tests."""
+def by_family(kinds, *always, encoder=None):
+    """(kind, family) of all for pytest; of decoders `always` these, of the encoder the kinds
+    `encoder` (None: all), the others with slow tests."""
     pairs = [(kind, family) for family in FAMILIES for kind in kinds]
-    quick = lambda pair: pair[1] == "bert" or pair in always
+    encoder = kinds if encoder is None else encoder
+    quick = lambda pair: pair in always or pair[1] == "bert" and pair[0] in encoder
     return [pytest.param(*x, marks=[] if quick(x) else pytest.mark.slow) for x in pairs]
 
 
@@ -121,6 +123,7 @@ def make(
     quantise=None,
     group_optim=None,
     family="bert",
+    target="nsp",
     **sizes,
 ) -> SimpleNamespace:
     """Model, loss, optimizer, a fresh state and the jitted step, put together as `setup`
@@ -129,7 +132,7 @@ def make(
     net = adapters.wrap(model(family, **sizes), dict(adapter=adapter, quantise=quantise))
     net, assigned = setup.grouped(net, groups, OPTIM | (changes or {}), group_optim)
     split = functools.partial(parameter_groups.split, assigned=assigned)
-    goals = objectives.build(losses or FAMILIES[family][2], dict(vocab=VOCAB, target="nsp"))
+    goals = objectives.build(losses or FAMILIES[family][2], dict(vocab=VOCAB, target=target))
     made = optim.make(
         split(param_init.abstract_params(net))[0],
         assigned,

@@ -53,6 +53,12 @@ def wrap(model: AnyModel, config: Mapping[str, Any]) -> AnyModel:
 
     Raises ConfigError where one does not fit the model.
     """
+    for section in ("quantise", "adapter"):
+        if isinstance(model.kinds, Mapping) and (config.get(section) or {}).get("name"):
+            raise ConfigError(
+                f"config.{section} is for a single model yet, and config.model.name='composite' is "
+                f"several: set config.{section}.name=''."
+            )
     if (settings := dict(config.get("quantise") or {})).get("name"):
         model = quantise.wrap(model, **settings)
     fields = dict(config.get("adapter") or {})

@@ -194,7 +194,7 @@ def open_folder(
     convert.check_class(folder)
     name, options = convert.describe(folder)
     built = build.factory_of(name)(**options, dtype=precision or "float32")
-    built = built.clone(stacks=paths.runs(built.kinds))
+    built = built.clone(stacks=paths.kind_runs(built.kinds))
     fresh = functools.partial(param_init.init_params, built, jax.random.key(0))
     abstract = param_init.abstract_params(built, mesh)
     params, report = convert.load(folder, abstract, may_miss=FRESH, initial=fresh)
@@ -241,7 +241,7 @@ def _open_run(
     built = build.factory_of(name)(**options | how | {"dtype": saved.precision})
     built = adapters.wrap(built, saved.to_dict())
     build.check_rows(built, saved.data.to_dict())
-    built = built.clone(stacks=paths.runs(built.kinds))
+    built = built.clone(stacks=paths.kind_runs(built.kinds))
     abstract = param_init.abstract_params(built, mesh)
     params, _ = _laid_out(params, built, abstract, str(folder))
     return Opened(

@@ -75,6 +75,7 @@ def is_duration(value: Any) -> bool:
 def rule_of(key: str) -> Check | Modules | tuple[str, ...] | None:
     """The first rule whose expression matches the whole `key`; a group obeys the rules of optim."""
     key = re.sub(r"^group_optim\.[^.]+\.", "optim.", key).removeprefix("pretraining.")
+    key = re.sub(r"^model\.parts\.[^.]+\.", "model.", key)  # a model among several
     return next((rule for pattern, rule in RULES if re.fullmatch(pattern, key)), None)
 
 
@@ -91,7 +92,9 @@ def check(config: Mapping[str, Any]) -> None:
     sections = (config.get("objectives") or {}, pretraining.get("objectives") or {})
     for name, args in (item for section in sections for item in section.items()):
         if "module" not in (args or {}):
-            check_choice(f"objectives.{name}", name, Modules("objectives", "loss_fn").names())
+            check_choice(
+                f"objectives.{name}", name, Modules("objectives", "(loss_fn|compare)").names()
+            )
 
 
 def task_flags(task: str) -> set[str]:
@@ -251,7 +254,7 @@ def _whole(low: int, high: int) -> Check:
 
 
 # Dicts whose keys are the user's choice: the command line replaces them whole.
-OPEN = ("objectives", "group_optim", "optim.args", "args", "pretraining")
+OPEN = ("init", "objectives", "group_optim", "optim.args", "args", "pretraining")
 PLUGINS = ("model.name", "data.format")  # may also name the user's own, "package.module:name"
 DICTS = (
     r"data|benchmark|pretraining(\.data)?|tokenizer|model|adapter|quantise|mesh|distributed|optim|objectives(\.[^.]+(\.validation)?)?|group_optim(\.[^.]+)?"

@@ -33,6 +33,10 @@ class Batches:
     def __next__(self) -> dict[str, np.ndarray]:
         return next(self._iterator)
 
+    def next(self, state: object) -> dict[str, np.ndarray]:
+        """The next batch, whatever the training state."""
+        return next(self)
+
     def state(self) -> dict:
         """The position, as JSON: {"next_index": the step of the next batch, "skip": the ranges}."""
         skip = [list(span) for span in self._source.skip]

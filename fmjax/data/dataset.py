@@ -46,6 +46,24 @@ class Split(Protocol):
         """int32 [n], at least 1, the number of units of each row of a batch."""
 
 
+@runtime_checkable
+class Source(Protocol):
+    """Stream of training batches of this process: numpy arrays, with `index` and `units` [n]."""
+
+    def next(self, state: Any) -> dict[str, np.ndarray]:
+        """The next batch, for the training state that it will be used in; `Batches` does not need
+        it, a source that generates its batches does."""
+
+    def state(self) -> dict[str, Any]:
+        """The position, as JSON, for a checkpoint."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue at a position that `state` gave."""
+
+    def close(self) -> None:
+        """Free what is held."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """Prepared data, or a stand-in that has what a config tells before anything is read."""
@@ -91,7 +109,12 @@ class Dataset:
         """{name: hex digits} of what else processes must have alike, such as the vocabulary."""
         return {}
 
-    def example(self, batch: Mapping[str, np.ndarray], prepared: Mapping[str, Any]) -> str:
+    def source(self, run: Any) -> Source | None:
+        """The source of the training batches of a `run` (`fmjax.training.setup.Run`); None: the
+        rows of the split "train", in an order that the seed draws."""
+        return None
+
+    def example(self, batch: Mapping[str, Any], prepared: Mapping[str, Any]) -> str:
         """Text that shows a person the first row of a batch, and of the batch as the objectives
         have `prepared` it for the model."""
         shapes = {name: tuple(array.shape[1:]) for name, array in batch.items()}

@@ -39,10 +39,6 @@ class PackedSplit(TokenRows):
     def __len__(self) -> int:
         return self._rows
 
-    def widths(self, index: np.ndarray) -> np.ndarray:
-        """Columns that each of the rows `index` needs: all, as nearly every row is full."""
-        return np.full(len(index), self.seq_len)
-
     def rows(
         self, index: np.ndarray, examples: np.ndarray | None = None, seed: int = 0
     ) -> dict[str, np.ndarray]:

@@ -59,7 +59,7 @@ class TextDataset(Dataset):
         raw = (part if isinstance(part, bytes) else part.encode() for part in parts)
         return {"vocabulary": hashlib.sha256(b"".join(raw)).hexdigest()[:16]}
 
-    def example(self, batch: Mapping[str, np.ndarray], prepared: Mapping[str, Any]) -> str:
+    def example(self, batch: Mapping[str, Any], prepared: Mapping[str, Any]) -> str:
         """The first row as it is, as the model sees it, and what it has to predict, decoded."""
         words = tokenizers.load(self.tokenizer_dir)
 

@@ -26,6 +26,10 @@ class TokenRows:
         """Size of a row in words."""
         return f"{self.seq_len} tokens"
 
+    def widths(self, index: np.ndarray) -> np.ndarray:
+        """Columns that each of the rows `index` needs: all, as nearly every row is full."""
+        return np.full(len(index), self.seq_len)
+
     def units(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         """int32 [n], the number of tokens of each row of a batch, without padding."""
         segments = batch["segment_ids"]

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax._src import distributed as jax_distributed  # the one way to its key-value store
 
-from fmjax.distributed import agreement, processes
+from fmjax.distributed import agreement, connections, processes
 from fmjax.distributed.coordination import Peers
 from fmjax.distributed.signals import Stop
 from fmjax.errors import ConfigError, DataError, ResourceError
@@ -47,6 +47,8 @@ def start(config: Any, stop: Stop | None = None, **flags: Any) -> Iterator[jax.s
         if state.num_processes > 1:
             agreement.check_start(config, flags)
         mesh = sharding.make_mesh(**config.mesh)
+        if state.num_processes > 1:
+            connections.connect(mesh)
         stack.enter_context(jax.set_mesh(mesh))
         yield mesh
 
@@ -54,7 +56,8 @@ def start(config: Any, stop: Stop | None = None, **flags: Any) -> Iterator[jax.s
 def _keep_programs() -> None:
     """Keep compiled programs in the cache folder; without them a start takes longer, no more."""
     try:
-        compiled_programs.keep_in(disk_cache.private(disk_cache.root("") / "xla"))
+        root = disk_cache.root(settings="$FMJAX_CACHE")  # config.data.cache is for data alone
+        compiled_programs.keep_in(disk_cache.private(root / "xla"))
     except (OSError, DataError) as error:
         compiled_programs.warn(error)
 

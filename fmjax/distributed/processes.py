@@ -42,8 +42,8 @@ def first(call: Callable[[], Any]) -> Any:
 def meet() -> None:
     """Waits for all processes, or raises what one of them has failed with.
 
-    To be called before a computation of all that some may reach much later than others: connections
-    are given up after half a minute, and here signals are heard.
+    To be called before a computation of all that some may reach much later than others: here
+    signals are heard, and whoever waits says for whom.
     """
     if _peers is not None:
         _peers.meet()

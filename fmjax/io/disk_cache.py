@@ -20,11 +20,11 @@ DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionErr
 TEMPORARY = ".tmp-"  # between the name of a folder that is being made and the process that does
 
 
-def root(cache: str = "") -> Path:
+def root(cache: str = "", settings: str = "config.data.cache or $FMJAX_CACHE") -> Path:
     """The folder for what runs share (data; compiled programs), made if need be: `cache`, which is
     `config.data.cache`, else $FMJAX_CACHE, else ~/.cache/fmjax.
 
-    Raises DataError where it cannot be made.
+    Raises DataError where it cannot be made; `settings` names what can be set to another folder.
     """
     name = cache or os.environ.get("FMJAX_CACHE") or "~/.cache/fmjax"
     folder = Path(os.path.expanduser(name))
@@ -35,7 +35,7 @@ def root(cache: str = "") -> Path:
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise DataError(
             f"The cache folder {quoted(name)} cannot be made ({error}). "
-            "Set config.data.cache or $FMJAX_CACHE to a writable folder."
+            f"Set {settings} to a writable folder."
         ) from error
     return folder.resolve()
 

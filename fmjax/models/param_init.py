@@ -11,7 +11,7 @@ from fmjax.params import paths, sharding
 
 def init_params(model: AnyModel, key: jax.Array) -> Any:
     """Fresh parameters in the model's stacks; the numbers do not depend on the stacking."""
-    canonical = model.clone(stacks=paths.runs(model.kinds))
+    canonical = model.clone(stacks=paths.kind_runs(model.kinds))
     params = canonical.init(key, *model.example())["params"]
     return params if model.stacks == canonical.stacks else paths.restack(params, model.stacks)
 

@@ -1,16 +1,21 @@
 """Objectives: one file a loss; this file composes them.
 
-An objective module has one to seven pure functions:
+An objective module has one to eight pure functions:
 
     prepare(batch, seeds, **args) -> batch             corrupts the batch (masking)
     loss_fn(apply, params, batch, **args) -> metrics   {name: (sum, weight)}, "loss" is minimised
+    features(apply, params, batch, **args) -> arrays   {name: (B, …)}, of each example by itself
+    compare(features, batch, **args) -> metrics        in place of `loss_fn`: of a whole batch
     outputs(apply, params, batch, **args) -> arrays    {name: (B, …)}, what it says of each example
     guesses(apply, params, batch) -> arrays            {name: (B, …)}, what it makes of a corruption
     score(outputs, labels) -> {metric: number}         of a whole split, on the host
     each(outputs, labels) -> {metric: (N,)}            what its mean of that name is the mean of
     describe(outputs) -> [{…}, …]                      each example's outputs as a person reads them
 
-All but `loss_fn` are optional. `apply(params, *arrays, method=…)` runs a method of the model, or
+All are optional but `loss_fn`, or `features` and `compare` in its place for losses in which the
+examples of a batch are compared: these are exact under accumulation too, since only features of
+the whole batch are kept at once (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size
+under Memory Limited Setup"). `apply(params, *arrays, method=…)` runs a method of the model, or
 "encode_routed" (`fmjax.build.apply`); `batch["seeds"]` is there while training and turns dropout
 on. Sums are divided only once, by the weight of the whole batch, so that padding, accumulation and
 the number of devices cannot change a number. Arguments are what `config.objectives.<name>` holds
@@ -20,8 +25,8 @@ plus facts about the data (the vocabulary) that a function asks for by name; wha
 of its rows, one for each of the outputs), `describe` for `words`, how many a record has. A module
 also says what it needs: `TARGET`, what the labels of the data must mean
 (`fmjax.data.Dataset.target`, a fact too), or a tuple of what they may; `heads(labels)`, the linear
-heads of the model; `SCORES`, the metrics of `score`; `WHOLE_BATCH`, that a row's loss depends on
-the others, which forbids accumulation; `VOCABULARY`, that the model needs its vocabulary head;
+heads of the model; `SCORES`, the metrics of `score`; `VOCABULARY`, that the model needs its
+vocabulary head;
 `DECODES`, that it needs a decoder after its encoder; `CAUSAL`, whether a token of the model may
 see only what is before it; `PREFIX`, that those of type 1 are seen by all of their document
 (`Config.prefix` of decoders, which an argument `prefix` asks for too); `MASKS`, that the tokenizer
@@ -47,7 +52,17 @@ from fmjax.objectives import requirements
 from fmjax.params import randomness
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-FUNCTIONS = ("prepare", "loss_fn", "outputs", "guesses", "score", "each", "describe")
+FUNCTIONS = (
+    "prepare",
+    "loss_fn",
+    "features",
+    "compare",
+    "outputs",
+    "guesses",
+    "score",
+    "each",
+    "describe",
+)
 ABOUT_SPLITS = ("names", "split", "rows", "words")  # what `score` and `describe` may ask for
 
 
@@ -64,11 +79,17 @@ class Objective(NamedTuple):
     each: Callable | None = None
     describe: Callable | None = None
     scores: tuple[str, ...] = ()  # names of what `score` gives
-    whole_batch: bool = False  # whether the loss of an example depends on the others
+    features: Callable | None = None  # of each example; None: the loss is one of single examples
+    compare: Callable | None = None  # the metrics of the features of a whole batch
     prepare_validation: Callable | None = None
     start: int = 0  # the first step that it is learnt in
     stop: int | None = None  # the first that it is not any more
     apart: bool = False  # whether it needs a forward pass without the others
+
+    @property
+    def whole_batch(self) -> bool:
+        """True if the loss of an example depends on the others of its batch."""
+        return self.compare is not None
 
 
 def build(
@@ -143,6 +164,8 @@ def _bind(
     bound = {key: bind(key, {**facts, **args}) for key in takes}
     if "prepare" in takes:
         bound["prepare_validation"] = bind("prepare", {**facts, **args, **differs})
+    if "compare" in bound:
+        bound["loss_fn"] = functools.partial(_compared, bound["features"], bound["compare"])
     return Objective(
         name,
         weight,
@@ -154,12 +177,18 @@ def _bind(
         bound.get("each"),
         bound.get("describe"),
         getattr(module, "SCORES", ()),
-        getattr(module, "WHOLE_BATCH", False),
+        bound.get("features"),
+        bound.get("compare"),
         bound.get("prepare_validation"),
         start,
         stop,
         bool(args.get("prefix")) or getattr(module, "PREFIX", False),
     )
+
+
+def _compared(features: Callable, compare: Callable, apply, params, batch) -> Metrics:
+    """The `loss_fn` of an objective that compares the examples of a batch."""
+    return compare(features(apply, params, batch), batch)
 
 
 def phases(objectives: list[Objective]) -> tuple[list[int], list[list[Objective]]]:
@@ -215,17 +244,53 @@ def metrics(
     rng: jax.Array,
     train: bool,
     step: jax.Array | int | None = None,
+    compared: bool = True,
 ) -> Metrics:
-    """All objectives' (sum, weight) metrics as "<objective>/<metric>", on one shared forward pass.
+    """All objectives' (sum, weight) metrics as "<objective>/<metric>", on one shared forward pass;
+    unless `compared`, without those that compare the examples of a batch.
 
     Corruptions are applied in order; objectives that then ask for the same method of the same
     arrays share its result.
     """
     found = {}
     for group in _passes(objectives):
-        seen = prepare(group, batch, rng, train, step)
-        found |= _metrics(group, SharedForward(apply), params, seen)
+        prepared = prepare(group, batch, rng, train, step)
+        measured = [o for o in group if compared or not o.whole_batch]
+        found |= _metrics(measured, SharedForward(apply), params, prepared)
     return found
+
+
+def features(
+    objectives: list[Objective],
+    apply: Callable,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    rng: jax.Array,
+    step: jax.Array | int | None = None,
+) -> dict[str, Any]:
+    """{objective: its features} while training, of the objectives that compare them."""
+    found = {}
+    for group in _passes(objectives):
+        prepared, shared = prepare(group, batch, rng, True, step), SharedForward(apply)
+        found |= {o.name: o.features(shared, params, prepared) for o in group if o.whole_batch}
+    return found
+
+
+def compare(
+    objectives: list[Objective],
+    found: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+    rng: jax.Array,
+    step: jax.Array | int | None = None,
+) -> Metrics:
+    """The metrics of the `features` of a whole batch."""
+    metrics = {}
+    for group in _passes(objectives):
+        prepared = prepare(group, batch, rng, True, step)
+        for objective in (o for o in group if o.whole_batch):
+            of_one = objective.compare(found[objective.name], prepared)
+            metrics |= {f"{objective.name}/{name}": value for name, value in of_one.items()}
+    return metrics
 
 
 def evaluation(
@@ -315,12 +380,13 @@ class SharedForward:
         self._apply = apply
         self._results: dict[tuple, tuple[Any, Any]] = {}
 
-    def __call__(self, params: Any, *args: Any, method: str) -> Any:
+    def __call__(self, params: Any, *args: Any, method: str, **which: str) -> Any:
         if method == "encode":  # shared with those that also ask for the routing
-            return self(params, *args, method="encode_routed")[0]
+            return self(params, *args, method="encode_routed", **which)[0]
         leaves, structure = jax.tree.flatten(args)
-        key = method, id(params), structure, *map(id, leaves)
+        key = method, *which.items(), id(params), structure, *map(id, leaves)
         if key not in self._results:
             # Arguments are kept with the result: the id of what is gone may be given again.
-            self._results[key] = self._apply(params, *args, method=method), (params, leaves)
+            result = self._apply(params, *args, method=method, **which)
+            self._results[key] = result, (params, leaves)
         return self._results[key][0]

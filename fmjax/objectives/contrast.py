@@ -6,9 +6,9 @@ column is a hard negative, of all examples. A single column is SimCSE (Gao et al
 text belongs to itself, under another dropout.
 
 The loss of an example so depends on the whole batch: on its size, and, unlike that of other
-objectives, not on the example alone. A microbatch would have fewer negatives, so accumulation is
-refused (`WHOLE_BATCH`); devices and processes share all texts, and their number changes nothing. A
-validation loss is comparable at one batch size only; the scores do not know of batches.
+objectives, not on the example alone. Embeddings of the whole batch are compared whatever the number
+of microbatches, devices and processes, which changes nothing. A validation loss is comparable at
+one batch size only; the scores do not know of batches.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,7 +26,6 @@ from fmjax.objectives.choose import INPUTS, flat
 
 TARGET = "texts"
 SCORES = ("retrieval", "mrr")
-WHOLE_BATCH = True
 
 BLOCK = 1024  # texts that are compared with all others at once
 
@@ -41,25 +40,25 @@ def check(*, columns: int, dropout: float) -> None:
         )
 
 
-def loss_fn(
-    apply: Callable,
-    params: Any,
-    batch: Mapping[str, jax.Array],
-    *,
-    pool: str = "mean",
-    temperature: float = 0.05,
+def features(
+    apply: Callable, params: Any, batch: Mapping[str, jax.Array], *, pool: str = "mean"
+) -> Float[Array, "B K D"]:
+    """Embeddings of length 1 of the texts of each example; a single text is embedded twice."""
+    return _embeddings(apply, params, _several(batch, 2), pool)
+
+
+def compare(
+    found: Float[Array, "B K D"], batch: Mapping[str, jax.Array], *, temperature: float = 0.05
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Cross-entropy in nats of the text that belongs to each first one, among all of the batch, by
     cosine similarity over `temperature`; and accuracy. Empty rows are nobody's negatives, and
     weigh nothing."""
-    batch = _several(batch, 2)
-    found = _embeddings(apply, params, batch, pool)
     real = losses.real_rows(batch)
     others = found[:, 1:].swapaxes(0, 1).reshape(-1, found.shape[-1])  # second texts, then third
     similar = jnp.einsum("bd,nd->bn", found[:, 0], others, precision=jax.lax.Precision.HIGHEST)
     absent = jnp.tile(real, found.shape[1] - 1) == 0
     logits = jnp.where(absent[None], jnp.float32(-1e30), similar / temperature)
-    return losses.classification(logits, batch | {"labels": jnp.arange(len(real))})
+    return losses.classification(logits, {**batch, "labels": jnp.arange(len(real))})
 
 
 def outputs(

@@ -57,14 +57,28 @@ def trained(assigned: Mapping[str, str]) -> list[str]:
 
 
 def stacks(
+    kinds: Sequence[str] | Mapping[str, Sequence[str]],
+    assigned: Mapping[str, str],
+    optim: Mapping[str, Any],
+    group_optim: Mapping[str, Mapping[str, Any]],
+) -> paths.Stacks:
+    """Run lengths of neighbouring layers that are of one kind, train in the same groups and decay
+    alike; of a model of several trunks {prefix: those of each}."""
+    if isinstance(kinds, Mapping):
+        return {
+            prefix: _stacks(words, assigned, optim, group_optim, prefix)
+            for prefix, words in kinds.items()
+        }
+    return _stacks(kinds, assigned, optim, group_optim, "")
+
+
+def _stacks(
     kinds: Sequence[str],
     assigned: Mapping[str, str],
     optim: Mapping[str, Any],
     group_optim: Mapping[str, Mapping[str, Any]],
-    trunk: str = "",
+    trunk: str,
 ) -> tuple[int, ...]:
-    """Run lengths of neighbouring layers of a `trunk` that are of one kind, train in the same
-    groups and decay alike."""
     keys: list[Any] = [(kind, []) for kind in kinds]
     for name, group in assigned.items():
         place = paths.layer(name)

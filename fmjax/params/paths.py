@@ -155,6 +155,20 @@ def runs(keys: Sequence[Any]) -> tuple[int, ...]:
     return tuple(lengths)
 
 
+def kind_runs(kinds: Sequence[str] | Mapping[str, Sequence[str]]) -> Stacks:
+    """`Stacks` with runs as long as layers are of one kind: of a model's `kinds`, a word a layer,
+    or {prefix: those of each trunk}."""
+    if isinstance(kinds, Mapping):
+        return {prefix: runs(words) for prefix, words in kinds.items()}
+    return runs(kinds)
+
+
+def layer_counts(kinds: Sequence[str] | Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """{prefix of a trunk: number of its layers} of a model's `kinds`."""
+    trunks = kinds if isinstance(kinds, Mapping) else {"": kinds}
+    return {prefix: len(words) for prefix, words in trunks.items()}
+
+
 def map_names(function: Callable[[str, Any], Any], tree: Tree) -> Tree:
     """Maps `function(stored path, leaf)` over a nested dict."""
     return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})

@@ -5,14 +5,15 @@ pooling; a second classifier on them starts at once. What a trunk is worth shows
 `features="words"`: the tokens of each text are counted, in no order, and no trunk is used.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from fmjax.errors import ConfigError, DataError
 from fmjax.evaluation import eval_loop, text_vectors
 from fmjax.io import disk_cache, environment, metrics_log, results
 from fmjax.io.atomic import write_arrays, write_atomic
+from fmjax.io.mapped import MappedFiles
 from fmjax.io.workdir import EXAMPLES
 from fmjax.models import text_pooling
 from fmjax.objectives import classify
@@ -33,6 +35,13 @@ from fmjax.params import paths, sharding
 FILE = "summary.json"
 COUNTED = 1024  # examples at a time
 DEFAULTS = {"format": "classes", "long": "truncate", "seq_len": 128}
+
+
+class Features(NamedTuple):
+    """Rows of numbers, one an example, which are read in a block of `unchanged()`."""
+
+    rows: Any
+    unchanged: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> None:
@@ -74,23 +83,24 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
             return
         make = functools.partial(vectors, opened, dataset, config=config, mesh=mesh)
         if words:
-            make = functools.partial(counts, dataset)
-        features = {name: make(name) for name in ("train", "validation")}
+            make = lambda name: Features(counts(dataset, name))
+        train, validation = make("train"), make("validation")
     labels = {name: np.asarray(split.labels) for name, split in dataset.splits.items()}
     started = time.monotonic()
-    try:
-        fitted.fit(features["train"], labels["train"])
-    except (TypeError, ValueError) as error:  # scikit-learn's, of arguments that it cannot use
-        raise ConfigError(f"config.args={config.args.to_dict()}: {error}") from error
-    seconds = time.monotonic() - started
-    told = np.zeros((len(labels["validation"]), len(dataset.labels)))
-    told[:, fitted.classes_] = fitted.predict_proba(features["validation"])
+    with train.unchanged(), validation.unchanged():
+        try:
+            fitted.fit(train.rows, labels["train"])
+        except (TypeError, ValueError) as error:  # scikit-learn's, of arguments that it cannot use
+            raise ConfigError(f"config.args={config.args.to_dict()}: {error}") from error
+        seconds = time.monotonic() - started
+        told = np.zeros((len(labels["validation"]), len(dataset.labels)))
+        told[:, fitted.classes_] = fitted.predict_proba(validation.rows)
     name_row = "row {:,} of the validation split".format
     eval_loop.check_finite(told, f"config.classifier={config.classifier!r}", name_row)
     right = told.argmax(axis=1) == labels["validation"]
     scores = classify.score({"probabilities": told}, labels["validation"])
     metrics = {"accuracy": float(np.mean(right)), **scores}
-    shape = features["train"].shape
+    shape = train.rows.shape
     print(f"\n{opened}, {config.classifier} on {config.features} {shape} in {seconds:,.1f} s")
     for name, value in metrics.items():
         print(f"  {name:<16} {value:>12,.4f}")
@@ -177,7 +187,7 @@ def vectors(
     name: str,
     config: Any,
     mesh: jax.sharding.Mesh,
-) -> np.ndarray:
+) -> Features:
     """[N, D] in float32, memory-mapped: one vector an example of the split, in order."""
     split = dataset.splits[name]
     weights = xxhash.xxh3_128()
@@ -201,4 +211,5 @@ def vectors(
     with disk_cache.lock(home.with_suffix(".lock"), print, lambda: None):
         if disk_cache.verified(home, print) is None:
             disk_cache.build(home, compute)
-    return np.load(home / "vectors.npy", mmap_mode="r")
+        files = MappedFiles(home)
+        return Features(files.npy("vectors.npy"), files.unchanged)

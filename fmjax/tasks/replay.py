@@ -90,10 +90,10 @@ def again(vmapped: vmapped_runs.VmappedRuns, folder: Path, step: int) -> dict[st
             batches.restore(position)
         with progress.part(print) as show:
             for number in range(first, step - 1):
-                batch = sharding.put(next(batches), vmapped.batch_sharding)
+                batch = sharding.put(batches.next(state), vmapped.batch_sharding)
                 state, _ = train_step(state, batch)
                 show((number + 1 - first) / (step - first), f"step {number + 1} of {step}")
-        batch = sharding.put(next(batches), vmapped.batch_sharding)
+        batch = sharding.put(batches.next(state), vmapped.batch_sharding)
     after, told = jax.device_get(train_step(jax.tree.map(jnp.copy, state), batch))
     return {
         "step": step,

@@ -24,7 +24,7 @@ from fmjax.training import (
     side_effects,
     vmapped_runs,
 )
-from fmjax.training.loop import loop, train_batches
+from fmjax.training.loop import loop
 
 
 def run(
@@ -61,8 +61,7 @@ def run(
             vmapped = vmapped_runs.prepare(config, mesh, poll)
             initialize.check_head(vmapped.padded_run.config, vmapped.padded_run.dataset.labels)
             signals.end_at_once()  # nothing polls while it compiles, and nothing is to be saved
-            with contextlib.closing(train_batches(vmapped)) as batches:
-                return plan.show(vmapped, next(batches))
+            return plan.show(vmapped)
         writes = jax.process_index() == 0
 
         how = dict(fresh=fresh, writes=writes, first=processes.first)

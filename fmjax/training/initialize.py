@@ -28,8 +28,8 @@ from fmjax.checkpoints.pretrained import (
 from fmjax.config import load as configs
 from fmjax.data import Dataset
 from fmjax.data.tokenizer import load as load_tokenizer
-from fmjax.errors import ConfigError
-from fmjax.models import AnyModel, param_init
+from fmjax.errors import ConfigError, did_you_mean
+from fmjax.models import AnyModel, composite, param_init
 from fmjax.objectives import requirements
 from fmjax.params import groups, paths
 
@@ -74,7 +74,7 @@ def resolved(config: Any) -> Any:
 def _with_start(config: Any) -> Any:
     """The config with the token that the encoder–decoder of `config.init` begins a target with,
     where `config.model` gives the sizes itself."""
-    if not config.init or config.model.name != "t5" or "start_id" in config.model:
+    if not config.init or config.model.get("name") != "t5" or "start_id" in config.model:
         return config
     start = described(config.init)[1].get("start_id")
     if start is None:
@@ -91,7 +91,13 @@ class Start(NamedTuple):
     fresh: tuple[str, ...] = ()  # names of the parameters that the source lacks
 
 
-def initial(config: Any, model: AnyModel, abstract: Any, beside: Any = None) -> Start | None:
+def initial(
+    config: Any,
+    model: AnyModel,
+    abstract: Any,
+    beside: Any = None,
+    key: jax.Array | None = None,
+) -> Start | None:
     """Parameters to start from: None (fresh), unless `config.init` names a source.
 
     That is a run folder, a folder in Hugging Face format or a hub id (`id@revision`). Heads and
@@ -99,19 +105,20 @@ def initial(config: Any, model: AnyModel, abstract: Any, beside: Any = None) -> 
     the objectives do so in any case. Raises CheckpointError where shapes differ.
 
     `beside` are the parameters of another run with the same source, of which the run takes all that
-    `abstract` does not name, and nothing is told.
+    `abstract` does not name, and nothing is told. `key` draws what is fresh; None: the seed's.
     """
+    key = jax.random.fold_in(jax.random.key(config.seed), 0) if key is None else key
     if not config.init:
         return None
+    if isinstance(config.init, Mapping | ConfigDict):
+        return _initial_parts(config, model, abstract, key)
     heads = "|".join(f"head/{name}/.*" for name in config.objectives) if config.new_head else ""
     wanted = paths.unstack(abstract)
     if heads and not any(re.fullmatch(heads, name) for name in wanted):
         raise ConfigError(
             f"config.new_head=True, but the objectives {list(config.objectives)} have no head."
         )
-    fresh = functools.partial(
-        param_init.init_params, model, jax.random.fold_in(jax.random.key(config.seed), 0)
-    )
+    fresh = functools.partial(param_init.init_params, model, key)
     audit: dict[str, float] = {}
     packings = adapters.packings(model, audit) if beside is None else {}
     if is_run(config.init):
@@ -150,6 +157,30 @@ def initial(config: Any, model: AnyModel, abstract: Any, beside: Any = None) -> 
     return Start(start(params, report.kept, seed=config.seed), report.kept)
 
 
+def _initial_parts(config: Any, model: Any, abstract: Any, key: jax.Array) -> Start:
+    """Parameters of several models, each from its own folder in `config.init`, or fresh."""
+    sources = dict(config.init)
+    parts = getattr(model, "parts", {})
+    if unknown := sorted(sources.keys() - parts.keys()):
+        raise ConfigError(
+            f"config.init names the model {unknown[0]!r}, which config.model.parts lacks."
+            + did_you_mean(unknown[0], parts)
+        )
+    params, fresh = {}, []
+    for name, part in parts.items():
+        own_key = composite.part_key(key, name)
+        if not sources.get(name):
+            places = jax.tree.map(lambda x: x.sharding, abstract[name])
+            draw = functools.partial(param_init.init_params, part)
+            params[name] = jax.jit(draw, out_shardings=places)(own_key)
+            continue
+        own = ConfigDict(config.to_dict() | {"init": sources[name], "objectives": {}})
+        start = initial(own.lock(), part, abstract[name], key=own_key)
+        params[name] = start.params
+        fresh += [f"{name}/{parameter}" for parameter in start.fresh]
+    return Start(params, tuple(fresh))
+
+
 def _matrix(folder: Path, packings: Mapping[str, adapters.Packing], name: str) -> jax.Array:
     """The parameter `name` of a folder in Hugging Face format."""
     like = {name: jax.ShapeDtypeStruct(packings[name].shape, np.float32)}
@@ -169,7 +200,7 @@ def _told(audit: Mapping[str, float], name: str) -> str:
 def check_processors(config: Any, dataset: Dataset) -> None:
     """Raise ConfigError if the ids of `config.init`'s tokenizer differ from those of the data."""
     folder = dataset.processors.get("tokenizer")
-    if not config.init or folder is None:
+    if not isinstance(config.init, str) or not config.init or folder is None:
         return
     source = _tokenizer(config.init)
     if (
@@ -189,7 +220,7 @@ def check_head(config: Any, labels: Sequence[str]) -> None:
     `config.data.classes` states what each output of the head means in the data; names are compared
     where it is empty.
     """
-    if not config.init or config.new_head:
+    if not isinstance(config.init, str) or not config.init or config.new_head:
         return
     if is_run(config.init):
         meta = checkpointer.load_meta(config.init)

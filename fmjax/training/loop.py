@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from fmjax import build, data
 from fmjax.checkpoints import checkpointer, pretrained
 from fmjax.config import load as configs
+from fmjax.data.dataset import Source
 from fmjax.distributed import processes, signals
 from fmjax.errors import CheckpointError, ConfigError, NumericsError, Preempted, did_you_mean
 from fmjax.evaluation import eval_loop, in_training, sample_predictions
@@ -119,7 +120,7 @@ def loop(
         while step < total and not stop.poll():
             with stop.stepping():
                 with timed("data_wait"):
-                    batch = sharding.put(next(batches), vmapped.batch_sharding)
+                    batch = sharding.put(batches.next(state), vmapped.batch_sharding)
                 state, found = train_step(state, batch)
                 step += 1
                 bad = [one.step(step, found, batch) >= config.max_skipped for one in monitors]
@@ -149,9 +150,19 @@ def loop(
         raise Preempted(f"stopped by {stop.signal} {where}; the same command goes on")
 
 
-def train_batches(vmapped: VmappedRuns) -> Any:
-    """This process's part of the endless stream of training batches."""
+def train_batches(vmapped: VmappedRuns) -> Source:
+    """This process's part of the endless stream of training batches.
+
+    Raises ConfigError where several runs would share a source that depends on the parameters.
+    """
     run = vmapped.padded_run
+    if source := run.dataset.source(run):
+        if not vmapped.alone:
+            raise ConfigError(
+                "config.arms: the data are generated from the parameters, and arms have their own: "
+                "start a run for each."
+            )
+        return source
     return data.batches(
         run.dataset.splits["train"],
         batch_size=run.config.batch_size,
@@ -251,14 +262,16 @@ def validate(
     if "validation" not in run.dataset.splits:
         return [({}, {}, list) for _ in monitors]
     split = run.dataset.splits["validation"]
-    # Numbers do not depend on it: evaluation needs no more memory than a microbatch.
-    batch_size = run.config.batch_size // run.config.accumulate
+    # Evaluation needs no more memory than a microbatch; numbers do not depend on the batch, but for
+    # losses that compare its examples.
+    whole_batch = any(objective.whole_batch for objective in run.objectives)
+    batch_size = run.config.batch_size // (1 if whole_batch else run.config.accumulate)
     batches = data.eval_batches(
         split,
         batch_size=batch_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        alike=not any(objective.whole_batch for objective in run.objectives),
+        alike=not whole_batch,
     )
     steps, show = data.eval_steps(split, batch_size), monitors[0].part("evaluation")
     with monitor.timed(monitors, "evaluation"):

@@ -1,5 +1,6 @@
 """`--dry_run`: what a run would be, before it costs anything."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,18 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from fmjax import adapters, convert, objectives
-from fmjax.data import check_drawn
+from fmjax.data import check_drawn, full_row
 from fmjax.distributed import collective_bytes
 from fmjax.errors import ConfigError
 from fmjax.io.progress import count
 from fmjax.params import paths
 from fmjax.training import flops
+from fmjax.training.loop import train_batches
 from fmjax.training.setup import batch_spec
 from fmjax.training.vmapped_runs import VmappedRuns
 
 
-def show(vmapped: VmappedRuns, batch: Mapping[str, np.ndarray]) -> None:
-    """Prints data, parameters with groups, what a step costs, and the first batch."""
+def show(vmapped: VmappedRuns) -> None:
+    """Prints data, parameters with groups, what a step costs, and the first batch, or where batches
+    are generated from the parameters a row of the data."""
     run = vmapped.padded_run
     config, dataset = run.config, run.dataset
     split = dataset.splits["train"]
@@ -38,7 +41,10 @@ def show(vmapped: VmappedRuns, batch: Mapping[str, np.ndarray]) -> None:
     print(f"export      {_export(run)}")
     _parameters(run)
     _cost(vmapped)
-    _batch(run, vmapped.batch(batch, 0))
+    if run.dataset.source(run):
+        return _batch(run, full_row(split))
+    with contextlib.closing(train_batches(vmapped)) as batches:
+        _batch(run, vmapped.batch(next(batches), 0))
 
 
 def _export(run: Any) -> str:

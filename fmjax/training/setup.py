@@ -108,13 +108,6 @@ def assemble(
         facts["vocab"] = facts["vocab"]._replace(start_id=config.model.get("start_id"))
     objectives = losses.build(goals, facts, steps)
     optimizers = config.optim.to_dict(), config.group_optim.to_dict()
-    for objective in objectives:
-        if objective.whole_batch and config.accumulate > 1:
-            raise ConfigError(
-                f"config.accumulate={config.accumulate}: the loss of config.objectives."
-                f"{objective.name} compares all examples of a batch, and a microbatch has fewer. "
-                "Set it to 1; config.model.remat=block saves memory, too."
-            )
     model, assigned = grouped(build.model(config, facts), config.groups, *optimizers)
     requirements.check_facts(goals, facts | {"dropout": getattr(model.cfg, "dropout", 0.0)})
     _check_balance(config, model)
@@ -124,7 +117,7 @@ def assemble(
         split(param_init.abstract_params(model))[0],
         assigned,
         steps=steps,
-        depths={"": model.cfg.depth},
+        depths=paths.layer_counts(model.kinds),
         optim=optimizers[0],
         group_optim=optimizers[1],
     )
@@ -167,7 +160,7 @@ def grouped(
     model: AnyModel, patterns: Any, optim_: Mapping[str, Any], group_optim: Mapping[str, Any]
 ) -> tuple[AnyModel, dict[str, str]]:
     """The model, stacked where neighbouring layers train alike, and {parameter name: group}."""
-    canonical = model.clone(stacks=paths.runs(model.kinds))
+    canonical = model.clone(stacks=paths.kind_runs(model.kinds))
     names = list(paths.unstack(param_init.abstract_params(canonical)))
     assigned = groups.assign(names, patterns)
     adapters.check_frozen(canonical, groups.trained(assigned))

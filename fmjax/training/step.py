@@ -1,5 +1,6 @@
 """The training step: gradient over what trains, update, and nothing applied that is not finite."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -95,44 +96,92 @@ def make_gradient(
 def _gradient(
     apply: Callable, objectives: list[losses.Objective], split: Callable, accumulate: int
 ) -> Callable[[TrainState, Batch], tuple[tuple[jax.Array, losses.Metrics], Any]]:
+    single = [objective for objective in objectives if not objective.whole_batch]
+    whole = [objective for objective in objectives if objective.whole_batch]
+
     def gradient(state, batch):
         rng = jax.random.fold_in(state.rng, state.step)
         trainable, frozen = split(state.params)
+        merged = lambda trainable: groups.merge(trainable, frozen)
 
-        def forward(trainable, part):
-            params = groups.merge(trainable, frozen)
-            return losses.metrics(objectives, apply, params, part, rng, True, state.step)
+        def metrics(trainable, part, compared=True):
+            params = merged(trainable)
+            return losses.metrics(objectives, apply, params, part, rng, True, state.step, compared)
 
-        def loss_fn(trainable, part, weights):
-            found = forward(trainable, part)
-            weights = weights or {name: weight for name, (_, weight) in found.items()}
+        def loss_fn(trainable, batch):
+            found = metrics(trainable, batch)
+            weights = {name: weight for name, (_, weight) in found.items()}
             return losses.loss(objectives, found, weights), found
 
-        part_gradient = jax.value_and_grad(loss_fn, has_aux=True)
         if accumulate == 1:
-            return part_gradient(trainable, batch, None)
+            return jax.value_and_grad(loss_fn, has_aux=True)(trainable, batch)
         # Only the weights of this forward pass are used, and they do not depend on the parameters:
         # the compiler removes the pass.
-        weights = {name: weight for name, (_, weight) in forward(trainable, batch).items()}
-        return _accumulated(lambda part: part_gradient(trainable, part, weights), batch, accumulate)
+        weights = {name: weight for name, (_, weight) in metrics(trainable, batch).items()}
+
+        def part_loss(trainable, part):
+            found = metrics(trainable, part, compared=False)
+            return losses.loss(single, found, weights), found
+
+        def features(trainable, part):
+            return losses.features(objectives, apply, merged(trainable), part, rng, state.step)
+
+        def compared_loss(found):
+            metrics = losses.compare(objectives, found, batch, rng, state.step)
+            return losses.loss(whole, metrics, weights), metrics
+
+        results = []
+        if single:
+            of_part = functools.partial(jax.value_and_grad(part_loss, has_aux=True), trainable)
+            results.append(_accumulated(of_part, batch, accumulate))
+        if whole:
+            results.append(_feature_cached(features, compared_loss, trainable, batch, accumulate))
+        return functools.reduce(_both, results)
 
     return gradient
 
 
+def _both(one: Any, other: Any) -> Any:
+    """The sum of two results of `value_and_grad`, with the metrics of both."""
+    (loss, metrics), grads = one
+    (more, others), other_grads = other
+    return (loss + more, {**metrics, **others}), jax.tree.map(jnp.add, grads, other_grads)
+
+
+def _feature_cached(
+    features: Callable, compared: Callable, params: Any, batch: Batch, parts: int
+) -> tuple[tuple[jax.Array, losses.Metrics], Any]:
+    """As `value_and_grad` of `compared(features(params, batch))`, with one microbatch at a time in
+    memory: features of all are made first, their gradient is taken, and then that of the parameters
+    microbatch by microbatch (Gao et al. 2021, §3.2)."""
+    micro = _microbatches(batch, parts)
+    each = jax.lax.map(lambda part: features(params, part), micro)
+    whole = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), each)
+    result, towards = jax.value_and_grad(compared, has_aux=True)(whole)
+
+    def pull(total, one):
+        part, toward = one
+        _, back = jax.vjp(lambda params: features(params, part), params)
+        return jax.tree.map(jnp.add, total, back(toward)[0]), None
+
+    zero = jax.tree.map(jnp.zeros_like, params)
+    return result, jax.lax.scan(pull, zero, (micro, _microbatches(towards, parts)))[0]
+
+
 def _accumulated(gradient: Callable, batch: Mapping[str, jax.Array], parts: int) -> Any:
-    """The sum of `gradient(part)` over microbatches, one at a time in memory.
-
-    Part i holds the rows i, i + parts, …, so that every device keeps the rows it has.
-    """
-
-    def cut(x):
-        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-
-    micro = {name: cut(x) for name, x in batch.items()}
+    """The sum of `gradient(part)` over microbatches, one at a time in memory."""
+    micro = _microbatches(batch, parts)
     first = jax.eval_shape(gradient, {name: x[0] for name, x in micro.items()})
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
     add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(part)), None)
     return jax.lax.scan(add, zero, micro)[0]
+
+
+def _microbatches(tree: Any, parts: int) -> Any:
+    """[parts, B / parts, …] of arrays [B, …]: part i has the rows i, i + parts, …, so that every
+    device keeps the rows it has."""
+    cut = lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    return jax.tree.map(cut, tree)
 
 
 def _written(params: Any) -> jax.Array:

@@ -234,10 +234,10 @@ class VmappedRuns:
     def _apply(self, values: Mapping[str, jax.Array]) -> Callable:
         apply = build.apply(self.padded_run.model)
 
-        def scaled(params, *args, method):
+        def scaled(params, *args, **which):
             flat = paths.flatten(params)
             flat |= {path: flat[path] * values[path] for path in flat.keys() & values.keys()}
-            return apply(paths.unflatten(flat), *args, method=method)
+            return apply(paths.unflatten(flat), *args, **which)
 
         return scaled
 
@@ -252,7 +252,7 @@ class VmappedRuns:
             run.split(run.abstract.params)[0],
             run.assigned,
             steps=run.steps,
-            depths={"": run.model.cfg.depth},
+            depths=paths.layer_counts(run.model.kinds),
             optim=settings["optim"],
             group_optim=settings["group_optim"],
         ).tx

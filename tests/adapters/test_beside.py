@@ -28,7 +28,8 @@ BATCH = tiny.batch(2)
 ARRAYS = [BATCH[name] for name in ("input_ids", "segment_ids", "positions", "token_types")]
 
 
-CASES = tiny.by_family(KINDS, ("ia3", "gpt2"), ("ia3", "llama"), ("parallel", "llama"))
+QUICK = ("ia3", "gpt2"), ("ia3", "llama"), ("parallel", "llama")
+CASES = tiny.by_family(KINDS, *QUICK, encoder=["houlsby"])
 
 
 @functools.cache

@@ -324,6 +324,21 @@ def test_unsupported_options_are_refused(tmp_path, variant, changes, message):
         convert.describe(tmp_path / "hf")
 
 
+@pytest.mark.parametrize(
+    "changes, activation",
+    [
+        (dict(hidden_act="gelu"), "gelu_tanh"),
+        (dict(hidden_act="gelu", hidden_activation="gelu_pytorch_tanh"), "gelu_tanh"),
+        (dict(hidden_act="gelu_pytorch_tanh", hidden_activation=None), "gelu_tanh"),
+        (dict(hidden_act="silu"), "silu"),
+    ],
+)
+def test_the_gelu_of_the_published_gemma_is_the_tanh_approximation(tmp_path, changes, activation):
+    """Their config.json says "gelu"; transformers replaces it."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma"} | changes))
+    assert convert.describe(tmp_path)[1]["activation"] == activation
+
+
 def test_modernbert_options_of_transformers_5(tmp_path):
     convert.export(tmp_path / "hf", *make("modernbert_base"))
     edit_config(

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fmjax import data
+from fmjax.data import token_rows
 from fmjax.errors import ConfigError, DataError
 
 CLS, SEP, PAD = 2, 3, 0
@@ -203,6 +204,21 @@ def test_targets_are_cut_in_proportion_to_their_sources(examples):
     assert split.widths(np.arange(3)).tolist() == [8, 8, 8]  # three or four of eight in the target
     batch = split.trim(rows(dataset), 8)
     assert batch["input_ids"].shape == (3, 8) and batch["target_ids"].shape == (3, 4)
+
+
+def test_labels_are_trimmed_where_each_is_of_a_token_alone(examples):
+    """As many labels of an example as a row has columns are no row of columns."""
+    ids = np.ones((2, 8), np.int32)
+    batch = {"input_ids": ids, "segment_ids": ids, "labels": np.arange(16).reshape(2, 8)}
+    several = token_rows.TokenRows()
+    assert several.trim(batch, 4)["input_ids"].shape == (2, 4)
+    np.testing.assert_array_equal(several.trim(batch, 4)["labels"], batch["labels"])
+    tags = [{"tokens": ["a", "b"], "tags": ["X", "Y"]}, {"tokens": ["a"], "tags": ["X"]}]
+    settings = dict(format="tags", long="truncate", columns="tokens", label="tags")
+    split = examples(tags, **settings).splits["train"]
+    trimmed = split.trim(split.rows(np.arange(2)), 4)
+    assert trimmed["labels"].shape == trimmed["input_ids"].shape == (2, 4)
+    assert split.units(trimmed).tolist() == np.count_nonzero(trimmed["segment_ids"], 1).tolist()
 
 
 @pytest.mark.parametrize("long, kept", [("truncate", 2), ("drop", 1)])

@@ -20,18 +20,19 @@ E = np.eye(4, dtype=np.float32)
 
 def fake(vectors):
     """An `apply` whose rows have these first (and only) tokens, and seeds turn them."""
-    return lambda params, *arrays, method: jnp.asarray(vectors, jnp.float32)[:, None]
+    return lambda params, batch, method: jnp.asarray(vectors, jnp.float32)[:, None]
 
 
 def batch(real, texts=2):
     """Rows of one token, of which some are empty."""
     rows = jnp.tile(jnp.asarray(real, jnp.int32)[:, None, None], (1, texts, 1))
-    return dict.fromkeys(ROWS, rows) | {"seeds": None}
+    return dict.fromkeys(ROWS, rows) | {"seeds": None, "units": rows.sum(axis=(1, 2))}
 
 
-def loss(vectors, real, texts=2, **args):
+def loss(vectors, real, texts=2, temperature=1.0, **args):
     flat = np.stack(vectors, axis=1).reshape(-1, 4)
-    return contrast.loss_fn(fake(flat), None, batch(real, texts), temperature=1.0, **args)
+    found = contrast.features(fake(flat), None, batch(real, texts), **args)
+    return contrast.compare(found, batch(real, texts), temperature=temperature)
 
 
 @pytest.mark.parametrize("pool", ["mean", "first"])
@@ -47,10 +48,26 @@ def test_loss_among_the_second_texts_of_the_batch(pool):
 
 def test_the_temperature_divides():
     """Cosines of the first text 1 and 0.8, of the second 0 and 0.6: over 0.05, 4 and 12 apart."""
-    texts = [E[0], E[0], E[1], 0.8 * E[0] + 0.6 * E[1]]
-    found = contrast.loss_fn(fake(texts), None, batch([1, 1]))
+    texts = [np.stack([E[0], E[1]]), np.stack([E[0], 0.8 * E[0] + 0.6 * E[1]])]
+    found = loss(texts, [1, 1], temperature=0.05)
     expected = np.log1p(np.exp(-4)) + np.log1p(np.exp(-12))
     np.testing.assert_allclose(found["loss"][0], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_negatives_are_those_of_the_whole_batch_in_any_microbatches(parts):
+    """Beside another objective, with dropout on; an evaluation measures whole batches too."""
+    losses = {"mlm": {"rate": 0.3}, "contrast": {"temperature": 0.5}}
+    sizes, rows = dict(losses=losses, target="texts", dropout=0.1), tiny.batch(8)
+    once, cut = tiny.make(**sizes), tiny.make(accumulate=parts, **sizes)
+    (a, found_a), (b, found_b) = (made.step(made.state(), rows) for made in (once, cut))
+    assert found_a["sums"].keys() == found_b["sums"].keys()
+    for name, pair in found_a["sums"].items():
+        np.testing.assert_allclose(found_b["sums"][name], pair, rtol=1e-5, err_msg=name)
+    assert float(found_b["loss"]) == pytest.approx(float(found_a["loss"]), rel=1e-6)
+    assert float(found_b["grad_norm"]) == pytest.approx(float(found_a["grad_norm"]), rel=1e-5)
+    for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
 
 
 def test_a_third_text_is_everybodys_negative():
@@ -109,7 +126,8 @@ def model():
 def random(examples=8, texts=2):
     rows = tiny.batch(examples * texts)
     found = {name: rows[name].reshape(examples, texts, -1) for name in ROWS}
-    return found | {"index": jnp.arange(examples)}
+    units = jnp.sum(found["segment_ids"] > 0, axis=(1, 2))
+    return found | {"index": jnp.arange(examples), "units": units}
 
 
 def test_a_single_text_belongs_to_itself_under_another_dropout():

@@ -123,6 +123,7 @@ def test_each_label_has_a_probability_of_its_own(folder, tmp_path):
     assert [row["labels"] for row in found] == expected
 
 
+@pytest.mark.slow
 def test_such_a_head_goes_on_and_is_exported_as_one(folder, tmp_path):
     rows = [f"--config.data.train={folder.path}/rows.jsonl", "--config.data.validation_fraction=0"]
     words = [*rows, f"--config.init={folder.path}/bert", "--config.data.seq_len=16"]

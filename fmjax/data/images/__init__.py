@@ -43,7 +43,7 @@ class ImageDataset(Dataset):
     def processors(self) -> dict[str, Path]:
         return {PROCESSOR: self.processor}
 
-    def example(self, batch: Mapping[str, np.ndarray], prepared: Mapping[str, Any]) -> str:
+    def example(self, batch: Mapping[str, Any], prepared: Mapping[str, Any]) -> str:
         image = np.asarray(prepared["images"][0]).mean(axis=-1)
         greys = np.clip((image * DEVIATION + MEAN) * 9.99, 0, 9).astype(int)
         rows = ["".join(" .:-=+*#%@"[grey] for grey in row) for row in greys]
