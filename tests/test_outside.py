@@ -91,7 +91,7 @@ def test_generated_batches_depend_on_the_parameters(straight, generated):
     assert not np.array_equal(parameters(straight)[name], parameters(generated)[name])
 
 
-@pytest.mark.slow  # tests/test_groups.py has the names of several trunks by hand
+@pytest.mark.slow  # tests/params/test_groups.py has the names of several trunks by hand
 def test_a_group_is_of_one_tower(home):
     """`block_-1` is the last layer of each trunk, and what is frozen stays as it began."""
     groups = "(('left/block_-1/.*|right/head/.*', 'train'), ('.*', 'freeze'))"

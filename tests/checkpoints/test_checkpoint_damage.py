@@ -47,7 +47,7 @@ ckpt.save(1, dict(w=jnp.full((4,), 1.0)), dict()); ckpt.wait()
 manifest.write = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
 ckpt.save(2, dict(w=jnp.full((4,), 2.0)), dict()); ckpt.wait()
 """
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", script], cwd=root).returncode == -signal.SIGKILL
     assert (step_folder(tmp_path, 2) / "commit_success.txt").exists()
     with caplog.at_level(logging.WARNING):

@@ -17,7 +17,7 @@ from fmjax.config import rules, values
 from fmjax.data.settings import DataSettings
 from fmjax.errors import ConfigError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILE = """
 from ml_collections import ConfigDict, config_dict
 
