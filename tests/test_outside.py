@@ -1,5 +1,6 @@
 """What a package outside of fmjax can add: data, objectives, sources, for models side by side."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fmjax.errors import ConfigError, Preempted
 from fmjax.io import metrics_log
 from fmjax.models import composite
 from fmjax.params import paths
-from fmjax.tasks import train
+from fmjax.tasks import evaluate, train
 
 OUTSIDE = Path(__file__).parent / "outside"
 
@@ -126,8 +127,25 @@ def test_what_a_folder_names_is_not_imported_for_it(monkeypatch):
     monkeypatch.setattr(plugins, "_trusted", set())
     with pytest.raises(ConfigError, match="outside.views:Pairs'? is code that a folder names"):
         plugins.load("outside.views:Pairs", "data.format")
-    plugins.trust(["outside.views:Pairs"])
+    plugins.trust([("data.name", "outside"), ("data.columns", "outside.views")])  # no names of code
+    with pytest.raises(ConfigError, match="is code that a folder names"):
+        plugins.load("outside.match", "objectives.match.module")
+    plugins.trust([("data.format", "outside.views:Pairs")])
     assert plugins.load("outside.views:Pairs", "data.format").__name__ == "Pairs"
+    assert plugins.load("outside.match", "objectives.match.module").__name__ == "outside.match"
+
+
+def test_a_run_of_towers_is_measured_again(straight, tmp_path, monkeypatch):
+    monkeypatch.setattr(plugins, "_trusted", set())
+    words = [f"--config.folder={straight}", "--config.split=validation"]
+    with pytest.raises(ConfigError, match="--config.data.format=outside.views:Pairs if you trust"):
+        evaluate.run(configs.load(f"{ROOT}/configs/evaluate.py", words), tmp_path)
+    words.append("--config.data.format=outside.views:Pairs")
+    evaluate.run(configs.load(f"{ROOT}/configs/evaluate.py", words), tmp_path)
+    found = json.loads((straight / "evaluation.jsonl").read_text())["metrics"]
+    logged = {name: value for row in metrics_log.read(straight)[0] for name, value in row.items()}
+    for name in ("loss", "match/nearest"):
+        assert found[name] == pytest.approx(logged[f"validation/{name}"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def _described(meta: Mapping[str, Any], folder: str | Path) -> tuple[str, dict[s
     """(name, options) that `identity` wrote; checked, since a folder may come from anybody."""
     try:
         name, options = meta["model"]["name"], dict(meta["model"]["options"])
-        options["classes"] = {str(head): outputs for head, outputs in options["classes"]}
+        options["classes"] = {str(head): outputs for head, outputs in options.get("classes", ())}
         rules.check({"model": {"name": name, **options}})
         if not all(isinstance(n, int) and 0 < n <= MAX_VOCAB for n in options["classes"].values()):
             raise ValueError(f"classes are {options['classes']}")
@@ -237,7 +237,11 @@ def _open_run(
     params, meta, averaged = checkpointer.load_params(folder, step)
     check_unchanged(folder, meta)
     name, options = _described(meta, folder)
-    how = {key: saved.model[key] for key in ("attention", "scan") if key in saved.model}
+    how = {
+        key: saved.model[key]
+        for key in ("attention", "scan")
+        if key in options.keys() & saved.model.keys()
+    }
     built = build.factory_of(name)(**options | how | {"dtype": saved.precision})
     built = adapters.wrap(built, saved.to_dict())
     build.check_rows(built, saved.data.to_dict())

@@ -75,8 +75,8 @@ def load(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     command_line.apply(config, overrides)
     config = _checked(config)
     if path.endswith(".py"):
-        plugins.trust(flatten(config).values())
-    plugins.trust(word.rpartition("=")[2] for word in overrides)
+        plugins.trust(flatten(config).items())
+    plugins.trust((word.partition("=")[0], word.partition("=")[2]) for word in overrides)
     return config
 
 

@@ -1,8 +1,8 @@
 """Modules and objects of the user's own packages that a config names.
 
 A model or a kind of data is an object, "package.module:name"; an objective is a module,
-"package.module". Only what the configs and flags of this process name is imported: a name in the
-folder of somebody else is data.
+"package.module". Only packages that the configs and flags of this process name are imported: a name
+in the folder of somebody else is data.
 """
 
 import importlib
@@ -16,7 +16,7 @@ _NAME = r"[A-Za-z_]\w*"
 MODULE = re.compile(rf"{_NAME}(\.{_NAME})*")
 OBJECT = re.compile(rf"{MODULE.pattern}:{_NAME}")
 PACKAGE = __name__.partition(".")[0]
-_trusted: set[str] = set()
+_trusted: set[str] = set()  # names of packages
 
 
 def is_object(name: Any) -> bool:
@@ -29,10 +29,16 @@ def is_module(name: Any) -> bool:
     return isinstance(name, str) and bool(MODULE.fullmatch(name))
 
 
-def trust(values: Iterable[Any]) -> None:
-    """Allow those of the values that name a module or an object to be imported."""
-    texts = (value for value in values if isinstance(value, str))
-    _trusted.update(text for text in texts if MODULE.fullmatch(text) or OBJECT.fullmatch(text))
+def trust(settings: Iterable[tuple[str, Any]]) -> None:
+    """Allow the packages that (key, value) pairs name to be imported: values that are objects, and
+    modules where the last part of the key is "module"."""
+    for key, value in settings:
+        if is_object(value) or is_module(value) and key.rpartition(".")[2] == "module":
+            _trusted.add(_package(value))
+
+
+def _package(name: str) -> str:
+    return name.partition(":")[0].partition(".")[0]
 
 
 def load(name: str, key: str) -> Any:
@@ -41,11 +47,10 @@ def load(name: str, key: str) -> Any:
     Raises ConfigError where Python cannot import it, and where only a folder names it.
     """
     module, _, attribute = name.partition(":")
-    own = module == PACKAGE or module.startswith(f"{PACKAGE}.")
-    if not own and name not in _trusted:
+    if _package(name) not in (PACKAGE, *_trusted):
         raise ConfigError(
             f"config.{key}={quoted(name)} is code that a folder names, and is not imported for it: "
-            f"give --config.{key}={name} if you trust it"
+            f"give --config.{key}={name} if you trust its package"
         )
     try:
         loaded = importlib.import_module(module)

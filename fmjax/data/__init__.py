@@ -6,6 +6,7 @@ before it, and in processes that must start fast.
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fmjax.config import plugins
@@ -59,7 +60,7 @@ def complete(data: Mapping) -> dict[str, Any]:
 
 def prepare(
     data: Mapping,
-    tokenizer: Mapping = {},  # noqa: B006  (never changed)
+    tokenizer: Mapping = MappingProxyType({}),
     *,
     embedding_rows: int | None = None,
     log: Callable[[str], None] = print,

@@ -1,7 +1,7 @@
 """The metrics of an opened model on the rows that a config names."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -120,11 +120,11 @@ def settings_of(
     )
 
 
-def check_labels(dataset: data.Dataset, opened: pretrained.Opened, goals: Iterable[str]) -> None:
+def check_labels(dataset: data.Dataset, opened: pretrained.Opened, goals: Mapping[str, Any]) -> None:
     """Raise ConfigError for heads that are not trained, or whose outputs are not as many as the
     names."""
     for name in goals:
-        if requirements.vocabulary({name: {}}):
+        if requirements.vocabulary({name: goals[name]}):
             opened.require_output()
         opened.require_head(name)
         outputs = dict(opened.model.cfg.classes).get(name)

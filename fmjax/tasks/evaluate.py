@@ -29,7 +29,8 @@ def run(config: Any, workdir: str | os.PathLike, *, dry_run: bool = False) -> No
         )
         measure = Measure(config, opened, mesh)
         settings, split = measure.settings, measure.split
-        source = next(settings[key] for key in ("train", "path", "name") if settings.get(key))
+        keys = "train", "path", "name", "format"
+        source = next(settings[key] for key in keys if settings.get(key))
         dtype, rows = opened.model.cfg.dtype, f"{measure.rows:,} rows of {split.row_size}"
         _show(f"\n{opened}: {config.split} of {source}, {rows}, {dtype}")
         if dry_run:
