@@ -94,7 +94,7 @@ def check_rows(model: AnyModel, data: Mapping[str, Any]) -> None:
     """Raise ConfigError for rows of `data` (`config.data`) that the model has no positions for, and
     for several documents in one where a prompt is before the first alone; rows that are no tokens
     pass."""
-    if "seq_len" not in data:
+    if "seq_len" not in data or not hasattr(model.cfg, "max_len"):
         return
     taken, seq_len, target_len = adapters.positions(model), data["seq_len"], data.get("target_len")
     if (target_len or 0) > model.cfg.max_len:
