@@ -122,7 +122,10 @@ def test_what_was_prepared_is_logged(prepare):
     "settings, message",
     [
         ({"seqlen": 3}, r"Unknown key config\.data\.seqlen\. Did you mean 'seq_len'"),
-        ({"name": "txt"}, r"config\.data\.name='txt'.*Possible: hub, pycode, pydocs, text"),
+        (
+            {"name": "txt"},
+            r"config\.data\.name='txt'.*Possible: digits, hub, idx, pycode, pydocs, text",
+        ),
         ({"format": "pair"}, r"config\.data\.format='pair'.*'pairs'"),
         ({"long": "cut"}, r"config\.data\.long='cut'.*drop, error, split, truncate"),
         ({"seq_len": 4}, r"config\.data\.seq_len=4 must be a number from 8"),
