@@ -120,7 +120,9 @@ def settings_of(
     )
 
 
-def check_labels(dataset: data.Dataset, opened: pretrained.Opened, goals: Mapping[str, Any]) -> None:
+def check_labels(
+    dataset: data.Dataset, opened: pretrained.Opened, goals: Mapping[str, Any]
+) -> None:
     """Raise ConfigError for heads that are not trained, or whose outputs are not as many as the
     names."""
     for name in goals:
