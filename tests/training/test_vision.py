@@ -60,6 +60,7 @@ def test_a_run_learns_and_says_so_in_images(straight):
     assert (straight / "image_processor" / "preprocessor_config.json").is_file()
 
 
+@pytest.mark.slow  # test_outside.py stops a run of images with two models
 def test_a_run_that_was_interrupted_ends_bit_identical(straight, tmp_path, capsys, monkeypatch):
     config = load("model.dropout=0.1")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="injected"):
