@@ -7,8 +7,8 @@
 
 The first, on two cores of an AMD EPYC that were shared, Python 3.11, 2026-12-01: 1.8 minutes; 99.2,
 98.1 and 98.7 % of the 374 digits that are held out for seeds 0, 1 and 2 (98.7 ± 0.5 %); the
-learning rate, the weight decay and the augmentation were chosen on them. MNIST, likewise, in 9 to 10
-minutes: 99.2 and 99.1 % of the test images for seeds 0 and 1; nothing was chosen on them.
+learning rate, the weight decay and the augmentation were chosen on them. MNIST, likewise, in 9 to
+10 minutes: 99.2 and 99.1 % of the test images for seeds 0 and 1; nothing was chosen on them.
 
 Variants: `digits`, `mnist` (files of its format; the labels lie beside the images, in the file that
 is called labels-idx1 for images-idx3), `runlocal` (either, cut to a handful of steps).
