@@ -68,6 +68,7 @@ def batch(lengths, labels, choices: int = 0, time: int = 12):
         "positions": np.where(real, np.arange(time), 0),
         "token_types": types,
         "labels": labels,
+        "units": real.sum(axis=tuple(range(1, real.ndim))),
     }
     ours = {key: jnp.asarray(value, jnp.int32) for key, value in ours.items()} | {"seeds": None}
     theirs = dict(input_ids=ids, attention_mask=real.astype(int), token_type_ids=types)

@@ -36,6 +36,7 @@ class Modules(NamedTuple):
     def names(self) -> list[str]:
         found = re.compile(rf"^(def|class) {self.defines}\b", re.MULTILINE)
         files = sorted((PACKAGE / self.folder).glob("*.py"))
+        files = [file for file in files if file.stem != "__init__"]
         named = [file.stem for file in files if found.search(file.read_text(encoding="utf-8"))]
         return [*named, *self.also]
 

@@ -8,6 +8,7 @@ import tiny
 from ml_collections import ConfigDict
 
 from fmjax.checkpoints import pretrained
+from fmjax.data.settings import DataSettings
 from fmjax.data.texts import TextDataset
 from fmjax.data.vocabulary import Vocab
 from fmjax.distributed import agreement, processes
@@ -29,6 +30,7 @@ def vocab(**changes):
 def dataset(**changes):
     splits = {"train": range(100), "validation": range(5)}
     fields = dict(digest="a", format="b", counts={}, vocab=vocab(), labels=("x", "y"))
+    fields["settings"] = DataSettings()
     return TextDataset(**fields | dict(splits=splits) | changes)
 
 

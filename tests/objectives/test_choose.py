@@ -23,7 +23,12 @@ def fake(values):
 
 def batch(examples, choices, labels):
     real = jnp.ones((examples, choices, 2), jnp.int32)
-    return dict.fromkeys(ROWS, real) | {"labels": jnp.asarray(labels), "seeds": None}
+    units = jnp.full(examples, choices * 2)
+    return dict.fromkeys(ROWS, real) | {
+        "labels": jnp.asarray(labels),
+        "seeds": None,
+        "units": units,
+    }
 
 
 def random(examples=4, choices=3):
@@ -31,7 +36,8 @@ def random(examples=4, choices=3):
     rows = tiny.batch(examples * choices)
     found = {name: rows[name].reshape(examples, choices, -1) for name in ROWS}
     labels = jnp.arange(examples) % choices
-    return found | {"labels": labels, "index": jnp.arange(examples)}
+    units = jnp.sum(found["segment_ids"] > 0, axis=(1, 2))
+    return found | {"labels": labels, "index": jnp.arange(examples), "units": units}
 
 
 @functools.cache

@@ -34,7 +34,7 @@ def test_the_loss_is_the_mean_of_that_of_each_label():
     logits = jnp.array([[0.0, 0.0], [2.0, -1.0], [5.0, 5.0]])
     batch = {
         "labels": jnp.array([[1, 0], [1, 0], [0, 0]]),
-        "segment_ids": jnp.array([[1, 1], [1, 0], [0, 0]]),
+        "units": jnp.array([2, 1, 0]),
     }
     found = losses.each_label(logits, batch)
     expected = np.log(2) + (np.log1p(np.exp(-2)) + np.log1p(np.exp(-1))) / 2

@@ -24,7 +24,12 @@ def fake(logits):
 def batch(labels, segment_ids):
     real = jnp.asarray(segment_ids, jnp.int32)
     names = ("input_ids", "segment_ids", "positions", "token_types")
-    return dict.fromkeys(names, real) | {"labels": jnp.asarray(labels), "seeds": None}
+    units = jnp.sum(real > 0, axis=1)
+    return dict.fromkeys(names, real) | {
+        "labels": jnp.asarray(labels),
+        "seeds": None,
+        "units": units,
+    }
 
 
 def split(questions, windows, offsets):
@@ -69,7 +74,7 @@ def test_padding_changes_no_number():
     whole = tiny.batch(4) | {"seeds": None, "labels": jnp.array([[0, 0], [1, 2], [2, 2], [1, 4]])}
     params = jax.jit(model.init)(jax.random.key(0), *model.example())["params"]
     longest = int(jnp.max(jnp.sum(whole["segment_ids"] > 0, axis=1)))
-    cut = lambda k, x: x[:, :longest] if k not in ("index", "seeds", "labels") else x
+    cut = lambda k, x: x[:, :longest] if k not in ("index", "seeds", "labels", "units") else x
     loss = jax.jit(functools.partial(span.loss_fn, build.apply(model)))
     first, second = (loss(params, x) for x in (whole, {k: cut(k, x) for k, x in whole.items()}))
     assert longest < tiny.T

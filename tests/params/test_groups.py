@@ -40,10 +40,9 @@ def test_each_trunk_counts_its_layers_from_its_last():
     assigned = groups.assign(TOWERS, patterns)
     moving = [name for name, group in assigned.items() if group == "train"]
     assert moving == ["image/block_03/up/kernel", "text/block_01/up/kernel"]
-    stacks = lambda trunk, depth: groups.stacks(
-        ["rest"] * depth, assigned, dict(decay=".*"), {}, trunk
-    )
-    assert stacks("image/", 4) == (3, 1) and stacks("text/", 2) == (1, 1)
+    kinds = {"image/": ["rest"] * 4, "text/": ["rest"] * 2}
+    stacks = groups.stacks(kinds, assigned, dict(decay=".*"), {})
+    assert stacks == {"image/": (3, 1), "text/": (1, 1)}
 
 
 @pytest.mark.parametrize(
