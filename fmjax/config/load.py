@@ -176,7 +176,7 @@ def steps(
     Raises ConfigError for what is no duration, and for one in the units of other data.
     """
     try:
-        number, given = rules.duration(duration)
+        number, duration_unit = rules.duration(duration)
     except ValueError as error:
         raise ConfigError(f"{duration!r} is not {rules.DURATION.words}") from error
     steps_of = {
@@ -186,12 +186,12 @@ def steps(
         "flop": flops_per_step and Fraction(1, flops_per_step),
         "%": total and Fraction(total, 100),
     }
-    if given not in steps_of:
+    if duration_unit not in steps_of:
         raise ConfigError(
             f"{duration!r}: the data of config.data are counted in {unit}. Use '3 epochs', "
             f"'50k {unit}' or '1000 steps'"
         )
-    per_unit = steps_of[given]
+    per_unit = steps_of[duration_unit]
     if per_unit is None:
         raise ConfigError(f"{duration!r} cannot be turned into steps here: use '1000 steps'")
     return math.ceil(number * per_unit)

@@ -47,8 +47,8 @@ KINDS = {"images": "fmjax.data.images"}
 
 
 def stand_in(data: Mapping, tokenizer: Mapping) -> Dataset:
-    """What `config.data` and `config.tokenizer` tell before anything is read: `facts`, and no
-    splits. Raises ConfigError for settings that cannot be used."""
+    """Dataset without splits, whose `facts` come from `config.data` and `config.tokenizer` before
+    anything is read. Raises ConfigError for settings that cannot be used."""
     return _kind(data).stand_in(data, tokenizer)
 
 
@@ -78,7 +78,7 @@ def prepare(
 
 
 def _kind(data: Mapping) -> Any:
-    """What prepares data of `config.data.format`: it has `stand_in` and `prepare`."""
+    """Module or object with the `stand_in` and `prepare` of `config.data.format`."""
     name = data.get("format", "packed")
     module = KINDS.get(name, "fmjax.data.texts")
     return plugins.load(name if plugins.is_object(name) else module, "data.format")

@@ -99,7 +99,7 @@ def complete(data: Mapping) -> dict[str, Any]:
 
 
 def stand_in(data: Mapping, tokenizer: Mapping) -> TextDataset:
-    """What the settings tell before anything is read, with a vocabulary of every special token.
+    """Facts from the settings before anything is read, with a vocabulary of every special token.
 
     Raises ConfigError for settings that cannot be used, or leave nothing to train on.
     """

@@ -1,4 +1,4 @@
-"""What the folder of a model says of what it writes: chat template, start and stop tokens."""
+"""Chat template, start and stop tokens, as the folder of a model sets them."""
 
 from typing import Any
 

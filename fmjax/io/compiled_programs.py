@@ -18,7 +18,7 @@ from jax._src.lru_cache import LRUCache
 
 
 class VerifiedCache(LRUCache):
-    """jax's folder of compiled programs, of which only undamaged ones are read.
+    """Cache of compiled programs for jax that reads undamaged files only.
 
     After the first error of the folder, which is printed, nothing is read or written any more: jax
     itself would warn at each program.

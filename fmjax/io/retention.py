@@ -79,6 +79,11 @@ def read_meta(folder: Path) -> dict:
         raise CheckpointError(f"{folder}/meta cannot be read: {error!r}") from error
     if kinds != {"step": int, "metrics": dict, "arrays": dict}:
         raise CheckpointError(f"{folder}/meta is not what fmjax writes: {kinds}")
+    # Written when all data were texts, of which tokens are counted and a tokenizer is kept.
+    if "tokens" in meta:
+        meta["units"] = meta.pop("tokens")
+    if "tokenizer" in meta:
+        meta["processors"] = {"tokenizer": meta.pop("tokenizer")}
     return meta
 
 

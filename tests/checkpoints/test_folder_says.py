@@ -1,4 +1,4 @@
-"""What the folder of a model says of what it writes: where texts end, and what it lacks."""
+"""Settings of generation in the folder of a model: where texts end, and what is missing."""
 
 import json
 import shutil

@@ -1,6 +1,7 @@
 """Storage that fails under a run, and checkpoints from the past."""
 
 import contextlib
+import json
 import logging
 import tarfile
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 import runs
 import saved_states
 
-from fmjax.checkpoints import checkpointer
+from fmjax.checkpoints import checkpointer, pretrained
 from fmjax.checkpoints.checkpointer import Checkpointer, load_params
+from fmjax.errors import CheckpointError
+from fmjax.io import retention
 
 pytest_plugins = ["runs"]
 
@@ -27,6 +30,18 @@ def test_row23_a_disk_that_is_full_for_a_while_ends_no_run(home, tmp_path, caplo
     there = saved_states.steps(tmp_path)
     assert there[-2:] == [35, 40]
     assert not any(saved_states.problems(tmp_path, step) for step in there)
+
+
+def test_row27_counts_and_digests_of_older_checkpoints_are_read(tmp_path):
+    """A run of before data of any kind goes on counting, and its tokenizer is still checked."""
+    facts = {"format": 1, "step": 3, "metrics": {}, "arrays": {}}
+    (tmp_path / "meta").mkdir()
+    file = tmp_path / "meta" / "metadata"
+    file.write_text(json.dumps(facts | {"tokens": 640, "tokenizer": {"tokenizer.json": "ab"}}))
+    found = retention.read_meta(tmp_path)
+    assert found == facts | {"units": 640, "processors": {"tokenizer": {"tokenizer.json": "ab"}}}
+    with pytest.raises(CheckpointError, match="tokenizer.json is not what it was"):
+        pretrained.check_unchanged(tmp_path, found)
 
 
 @pytest.mark.parametrize("number", range(1, checkpointer.manifest.FORMAT + 1))

@@ -116,7 +116,7 @@ def complete(data: Mapping) -> dict[str, Any]:
 
 
 def stand_in(data: Mapping, tokenizer: Mapping) -> ImageDataset:
-    """What the settings and the head of a file tell before images are read; classes are any two.
+    """Facts from the settings and the head of a file, before images are read; classes are any two.
 
     Raises ConfigError for settings that cannot be used, DataError for files that cannot.
     """
@@ -174,24 +174,24 @@ def prepare(
 def _write(
     folder: Path, settings: ImageSettings, files: Mapping[str, str], poll: Callable[[], None]
 ) -> dict:
-    found = sources.read(settings)
+    splits = sources.read(settings)
     poll()
     if sources.files(settings) != files:
         raise DataError(
             f"{settings.train} and the files beside it have changed while they were read: start "
             "again when they are whole."
         )
-    if "validation" not in found and settings.validation_fraction:
-        images, labels = found["train"]
+    if "validation" not in splits and settings.validation_fraction:
+        images, labels = splits["train"]
         held_out = _held_out(images, settings.validation_fraction)
-        found = {
+        splits = {
             "train": (images[~held_out], labels[~held_out]),
             "validation": (images[held_out], labels[held_out]),
         }
-    shapes = {split: images.shape[1:] for split, (images, _) in found.items()}
+    shapes = {split: images.shape[1:] for split, (images, _) in splits.items()}
     if len(set(shapes.values())) > 1:
         raise DataError(f"images have different shapes: {shapes}. See config.data.validation")
-    for split, (images, labels) in found.items():
+    for split, (images, labels) in splits.items():
         if not len(images):
             raise DataError(f"there are no images for {split}: see config.data.validation_fraction")
         np.save(folder / f"{split}.images.npy", images)
@@ -201,9 +201,9 @@ def _write(
     return {
         "counts": {
             split: {"images": len(images), "rows": len(images)}
-            for split, (images, _) in found.items()
+            for split, (images, _) in splits.items()
         },
-        "classes": max(int(labels.max()) for _, labels in found.values()) + 1,
+        "classes": max(int(labels.max()) for _, labels in splits.values()) + 1,
         "image_shape": list(shapes["train"]),
     }
 

@@ -53,9 +53,9 @@ def digits() -> Labelled:
     1998), spread over 0 to 255."""
     from sklearn import datasets
 
-    found = datasets.load_digits()
-    grey = np.round(found.images * (255 / 16)).astype(np.uint8)
-    return grey[..., None], found.target.astype(np.int32)
+    digits = datasets.load_digits()
+    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    return grey[..., None], digits.target.astype(np.int32)
 
 
 def idx(path: Path) -> Labelled:
